@@ -1,0 +1,56 @@
+"""polymerge: many fine-tuned language models as one bundle.
+
+Everything heavy loads when it is first used: `import polymerge` takes no time.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .bundle import Bundle as Bundle
+    from .errors import PolymergeError as PolymergeError
+    from .export import export_dense as export_dense
+    from .export import export_peft as export_peft
+    from .grow import add_expert as add_expert
+    from .grow import remove_expert as remove_expert
+    from .merger import merge as merge
+    from .model import MixedModel as MixedModel
+    from .model import load_model as load_model
+    from .plan import plan_merge as plan_merge
+    from .recipe import Recipe as Recipe
+    from .recipe import load_recipe as load_recipe
+    from .verification import verify as verify
+
+_HOME = {
+    "Bundle": "bundle",
+    "MixedModel": "model",
+    "PolymergeError": "errors",
+    "Recipe": "recipe",
+    "add_expert": "grow",
+    "export_dense": "export",
+    "export_peft": "export",
+    "load_model": "model",
+    "load_recipe": "recipe",
+    "merge": "merger",
+    "plan_merge": "plan",
+    "remove_expert": "grow",
+    "verify": "verification",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'polymerge' has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

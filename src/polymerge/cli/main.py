@@ -1,0 +1,61 @@
+"""The `polymerge` command: its verbs, and how an error becomes one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..errors import PolymergeError
+from .add import add
+from .demo import demo
+from .export import export
+from .generate import generate
+from .inspect import inspect
+from .merge import merge
+from .plan import plan
+from .remove import remove
+from .verify import verify
+
+app = typer.Typer(
+    help="Merge fine-tuned language models into one bundle that keeps what each of them can do.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (demo, plan, merge, inspect, verify, generate, add, remove, export):
+    app.command()(verb)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"polymerge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Runs the command. A user's mistake is one line on standard error, never a traceback."""
+    # transformers prints advice and progress bars of its own; the command line has its own words
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except PolymergeError as error:
+        print(f"polymerge: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None

@@ -1,0 +1,46 @@
+"""`polymerge merge`: a recipe in, a bundle out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def merge(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")],
+    compress_rate: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
+    device: Annotated[str | None, typer.Option(help="Instead of the recipe's: auto, cpu, cuda, cuda:1 ...")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a merge that was interrupted.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle at the output.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Merge the recipe's experts into one bundle."""
+    from ..inspection import inspect_bundle
+    from ..merger import run_plan
+    from ..plan import plan_merge
+    from ..recipe import load_recipe
+    from .console import err, merge_progress, out, print_json, size
+
+    changed: dict[str, Any] = {"compress_rate": compress_rate, "workers": workers, "device": device}
+    changed = {key: value for key, value in changed.items() if value is not None}
+    parsed = load_recipe(recipe)
+    plan = plan_merge(load_recipe({**parsed.model_dump(), **changed}) if changed else parsed)
+    if not quiet:
+        for note in plan.notes:
+            err.print(f"note: {note}", markup=False)
+    with merge_progress(quiet or as_json) as progress:
+        bundle = run_plan(plan, output, overwrite=overwrite, resume=resume, progress=progress)
+    sizes = bundle.sizes()
+    if as_json:
+        print_json({"bundle": str(output), **inspect_bundle(bundle).to_json()})
+    elif not quiet:
+        out.print(
+            f"{output}: {len(bundle.experts)} experts in {size(sizes.total)}, {sizes.total / sizes.one_model:.2f} times one "
+            f"model ({size(sizes.separate_models)} apart)"
+        )
+        out.print(f"next: polymerge inspect {output}", markup=False)

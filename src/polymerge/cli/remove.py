@@ -1,0 +1,22 @@
+"""`polymerge remove`: one expert less."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def remove(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    expert: Annotated[str, typer.Argument(help="The expert's name.")],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Take an expert out; the average and the other experts stay as they are to the bit."""
+    from ..grow import remove_expert
+    from .console import out
+
+    left = remove_expert(bundle, expert)
+    if not quiet:
+        out.print(f"{bundle}: {expert} removed; left: {', '.join(left.experts)}", markup=False)

@@ -1,0 +1,54 @@
+"""What can go wrong, as one tree. Every message is one line that names the file or tensor and the fix.
+
+PolymergeError                  a user's mistake or bad input; the command line prints it and exits with 2
+├── RecipeError                 the recipe: unknown key, wrong type, duplicate or unsafe expert name
+├── SourceError                 a checkpoint: missing, truncated, hostile, not finite, other architecture
+├── BundleError                 a bundle: missing or changed files, wrong format version
+├── ModelError                  a request to a loaded bundle: unknown expert, wrong batch length
+├── OutputExistsError           the output is already there
+├── DiskSpaceError              too little room for what would be written
+└── MissingExtraError           an optional dependency that is not installed
+ErrorBudgetExceeded             the merge is whole, but a tensor's error is over the recipe's `max_error` (exits with 3)
+"""
+
+from __future__ import annotations
+
+
+class PolymergeError(Exception):
+    """Bad input. `str(error)` is the one line that a user sees."""
+
+    exit_code = 2
+
+
+class RecipeError(PolymergeError):
+    """The recipe cannot be used as it is written."""
+
+
+class SourceError(PolymergeError):
+    """A source checkpoint cannot be read or does not fit the others."""
+
+
+class BundleError(PolymergeError):
+    """A bundle on disk is incomplete, changed or of another format version."""
+
+
+class ModelError(PolymergeError):
+    """A loaded bundle was asked for something that it does not hold."""
+
+
+class OutputExistsError(PolymergeError):
+    """The output exists and `--overwrite` was not given."""
+
+
+class DiskSpaceError(PolymergeError):
+    """The file system has too little room."""
+
+
+class MissingExtraError(PolymergeError):
+    """An optional dependency is missing; the message names the extra to install."""
+
+
+class ErrorBudgetExceeded(PolymergeError):
+    """The bundle was written, but some tensors lost more than the recipe's `max_error` allows."""
+
+    exit_code = 3

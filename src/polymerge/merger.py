@@ -1,0 +1,276 @@
+"""The merge: plan, compress tensor by tensor, put the bundle together, move it into place.
+
+Knows the order of the work, the workers, progress and resuming. The arithmetic is in `polymerge.compress`, the files in
+`polymerge.staging` and `polymerge.assemble`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import __version__, assemble
+from .bundle import Bundle, BundleLayer, ExpertRecord, FileEntry, Manifest, Method, dtype_name
+from .compress import Settings, TensorReport, compress_tensor
+from .errors import ErrorBudgetExceeded
+from .plan import MergePlan, TensorTask, plan_merge
+from .recipe import Recipe, load_recipe
+from .staging import FileRecord, Staging, check_free_space, pieces_of
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a merge is.
+
+    Attributes:
+        done, total: bytes of the sources' tensors (in float32, all experts).
+        tensor: the one that was finished last.
+        seconds: since the start of this run.
+        seconds_left: None until it can be told.
+        peak_memory: peak resident bytes of the process.
+        resumed: bytes that an earlier run had already done.
+    """
+
+    done: int
+    total: int
+    tensor: str
+    seconds: float
+    seconds_left: float | None
+    peak_memory: int
+    resumed: int
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def merge(
+    recipe: Recipe | dict[str, Any] | str | Path,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: OnProgress | None = None,
+) -> Bundle:
+    """Merges the recipe's experts into a bundle at `output`.
+
+    The result depends only on the recipe and the sources: not on the number of workers, and not on whether the
+    merge was killed and resumed. Nothing appears at `output` before the bundle is whole.
+
+    Args:
+        recipe: a Recipe, its dict, or a YAML file.
+        resume: go on with the half-done work of the same merge, if there is any.
+        progress: called after every tensor.
+
+    Raises:
+        RecipeError, SourceError: before any tensor is read, except for values that are not finite.
+        OutputExistsError, DiskSpaceError: before any tensor is read.
+        ErrorBudgetExceeded: the bundle is whole, but a tensor's relative error is over `max_error`.
+    """
+    return run_plan(plan_merge(load_recipe(recipe)), output, overwrite=overwrite, resume=resume, progress=progress)
+
+
+def run_plan(
+    plan: MergePlan,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: OnProgress | None = None,
+) -> Bundle:
+    """`merge` for a plan that is already made."""
+    output = Path(output).expanduser()
+    staging = Staging(output, fingerprint(plan), resume=resume, overwrite=overwrite)
+    # The pieces and the bundle made of them lie side by side for a moment.
+    check_free_space(output.parent, 2 * plan.write_bytes)
+    notes = _compress_all(plan, staging, progress)
+    folder = staging.folder / "bundle"
+    _assemble(plan, staging, notes, folder)
+    staging.publish(folder)
+    bundle = Bundle.open(output)
+    _check_budget(plan.recipe, bundle)
+    return bundle
+
+
+def fingerprint(plan: MergePlan) -> dict[str, Any]:
+    """What must be equal for half-done work to be gone on with. Workers and device may differ."""
+    recipe = plan.recipe.model_dump(mode="json", exclude={"workers", "max_error"})
+    return {
+        "polymerge": __version__,
+        "recipe": recipe,
+        "sources": {name: checkpoint.fingerprint() for name, checkpoint in plan.checkpoints.items()},
+    }
+
+
+def settings_of(plan: MergePlan) -> Settings:
+    """The arithmetic's part of a plan."""
+    recipe = plan.recipe
+    return Settings(
+        dtype=plan.dtype,
+        device=pick_device(recipe.device),
+        per_expert_scale=recipe.scale == "per_expert",
+        seed=recipe.seed,
+        n_oversamples=recipe.n_oversamples,
+        n_iter=recipe.n_iter,
+    )
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is the GPU where there is one."""
+    if device != "auto":
+        return torch.device(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compress_task(plan: MergePlan, staging: Staging, index: int, settings: Settings) -> dict[str, Any]:
+    """One tensor, from its checkpoints to its finished pieces. Independent of every other tensor."""
+    task = plan.tasks[index]
+
+    def read(expert: str, tensor: str, start: int, stop: int) -> Tensor:
+        checkpoint = plan.checkpoints[expert]
+        info = checkpoint.tensors[tensor]
+        whole = not info.shape or (start == 0 and stop >= info.shape[0])
+        return checkpoint.read(tensor) if whole else checkpoint.read_rows(tensor, start, stop)
+
+    with staging.tensor(index) as writer, torch.no_grad():
+        report: TensorReport = compress_tensor(task, settings, read, writer.emit)
+        return writer.finish(asdict(report))
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _compress_all(plan: MergePlan, staging: Staging, progress: OnProgress | None) -> list[dict[str, Any]]:
+    weights = [_work(task) for task in plan.tasks]
+    notes: list[dict[str, Any] | None] = [staging.finished(index) for index in range(len(plan.tasks))]
+    resumed = sum(weight for weight, note in zip(weights, notes, strict=True) if note)
+    done, began = resumed, time.monotonic()
+    for index, note in _in_parallel(plan, staging, [i for i, note in enumerate(notes) if note is None]):
+        notes[index] = note
+        done += weights[index]
+        if progress:
+            seconds = time.monotonic() - began
+            left = seconds * (sum(weights) - done) / (done - resumed) if done > resumed else None
+            progress(Progress(done, sum(weights), plan.tasks[index].name, seconds, left, peak_memory(), resumed))
+    return [note for note in notes if note is not None]
+
+
+def _work(task: TensorTask) -> int:
+    return task.numel * len(task.sources) * 4
+
+
+def _in_parallel(plan: MergePlan, staging: Staging, todo: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    settings = settings_of(plan)
+    if plan.recipe.workers == 1:
+        for index in todo:
+            yield index, compress_task(plan, staging, index, settings)
+        return
+    # The arithmetic releases the interpreter's lock, and every thread uses the same number of cores for a product, so
+    # that its result does not depend on how many threads there are.
+    with ThreadPoolExecutor(plan.recipe.workers) as pool:
+        futures = {pool.submit(compress_task, plan, staging, index, settings): index for index in todo}
+        try:
+            for future, index in futures.items():
+                yield index, future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def _assemble(plan: MergePlan, staging: Staging, notes: list[dict[str, Any]], folder: Path) -> None:
+    assemble.clear(folder)
+    pieces = [piece for note in notes for piece in pieces_of(note)]
+    layers = tuple(bundle_layer(task, note["report"]) for task, note in zip(plan.tasks, notes, strict=True))
+    code = plan.recipe.trust_remote_code
+    config = assemble.bundle_config(plan.first.config, dtype=dtype_name(plan.dtype), tied=plan.tied, code=code)
+    files = assemble.copy_model_files(plan.first.folder, folder, config, code=code)
+    files |= assemble.write_base(staging, folder, [piece for piece in pieces if piece.owner is None])
+    for expert in plan.checkpoints:
+        own = [piece for piece in pieces if piece.owner == expert]
+        scales = _scales_of(plan, notes, expert)
+        files |= assemble.write_expert(staging, folder, expert, own, scales, layers, tied=plan.tied)
+    assemble.write_stats(folder, (line for note in notes for line in note["report"]["stats"]))
+    assemble.write_manifest(folder, _manifest(plan, notes, layers, files).to_json())
+
+
+def bundle_layer(task: TensorTask, report: dict[str, Any]) -> BundleLayer:
+    """The manifest's line for a finished task."""
+    record = task.record
+    return BundleLayer(
+        tensor=record.tensor,
+        module=record.module,
+        parameter=record.parameter,
+        role=record.role,
+        transposed=record.transposed,
+        shape=task.shape,
+        rank=task.rank,
+        mean_scale=report["stats"][0]["mean_scale"] if report["stats"] else None,
+    )
+
+
+def _scales_of(plan: MergePlan, notes: list[dict[str, Any]], expert: str) -> dict[str, float]:
+    pairs = zip(plan.tasks, notes, strict=True)
+    return {t.name: n["report"]["scales"][expert] for t, n in pairs if expert in n["report"]["scales"]}
+
+
+def _manifest(
+    plan: MergePlan, notes: list[dict[str, Any]], layers: tuple[BundleLayer, ...], files: dict[str, FileRecord]
+) -> Manifest:
+    recipe = plan.recipe
+    ratios = [ratio for note in notes for ratio in note["report"]["scales"].values()]
+    return Manifest(
+        polymerge_version=__version__,
+        method=Method(**recipe.model_dump(include=set(Method.model_fields))),
+        dtype=dtype_name(plan.dtype),
+        architecture=(plan.first.config.get("architectures") or ["unknown"])[0],
+        layers_from=plan.layer_map.layers_from,
+        experts={
+            name: ExpertRecord(source=c.label, sha256=_digest(plan, notes, name), dtype=_stored_dtype(plan, name))
+            for name, c in plan.checkpoints.items()
+        },
+        scale_ratio_range=(min(ratios, default=1.0), max(ratios, default=1.0)),
+        layers=layers,
+        files={name: FileEntry(**asdict(record)) for name, record in sorted(files.items())},
+        versions=assemble.tool_versions(),
+        notes=plan.notes,
+    )
+
+
+def _digest(plan: MergePlan, notes: list[dict[str, Any]], expert: str) -> str:
+    lines = (
+        f"{task.sources[expert]} {note['report']['digests'][expert]}\n"
+        for task, note in zip(plan.tasks, notes, strict=True)
+    )
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _stored_dtype(plan: MergePlan, expert: str) -> str:
+    linear = next((t for t in plan.tasks if t.record.role == "linear"), plan.tasks[0])
+    dtype = plan.checkpoints[expert].tensors[linear.sources[expert]].dtype
+    return dtype_name(dtype) if dtype else "unknown"
+
+
+def _check_budget(recipe: Recipe, bundle: Bundle) -> None:
+    if recipe.max_error is None:
+        return
+    over = sorted(
+        (s for s in bundle.stats() if s["relative_error"] > recipe.max_error), key=lambda s: -s["relative_error"]
+    )
+    if over:
+        worst = over[0]
+        raise ErrorBudgetExceeded(
+            f"{bundle.path}: {len(over)} tensors lost more than max_error {recipe.max_error:g}; the worst is "
+            f"{worst['tensor']!r} of {worst['expert']!r} with {worst['relative_error']:.3g}; lower the compress rate"
+        )

@@ -1,0 +1,107 @@
+"""Which expert speaks for which row of a batch: the one piece of state that all mixed layers read.
+
+An assignment is set before a forward pass and holds for all layers. Knows rows and weights; does not know layers.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError
+
+# What a caller may say for one row: a name, a weighted mixture, or the average.
+RowExpert = str | Mapping[str, float] | None
+Experts = RowExpert | Sequence[RowExpert]
+T = TypeVar("T")
+
+
+class Assignment:
+    """Rows of the current batch and the weight of every expert in each.
+
+    Attributes:
+        names: all experts of the model, in order.
+        weights: [B, N + 1], float32 on the device; every row sums to 1. The last column is the average's.
+        rows: B.
+        single: the expert that all rows share (its number), or None. `average_only` says that all rows are the average.
+        groups: the distinct rows of `weights`: (weights as a tuple, numbers of the rows).
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self.names = list(names)
+        self.device = device
+        self.set(None, 1)
+
+    def set(self, experts: Experts, rows: int) -> None:
+        """Takes a caller's `experts` for a batch of `rows` rows.
+
+        Raises:
+            ModelError: an unknown name, a mixture without a positive weight, or a list of the wrong length.
+        """
+        per_row = [experts] * rows if experts is None or isinstance(experts, str | Mapping) else list(experts)
+        if len(per_row) != rows:
+            raise ModelError(f"experts: got {len(per_row)} entries for a batch of {rows} rows")
+        table = [self._row(entry) for entry in per_row]
+        found: dict[tuple[float, ...], list[int]] = {}
+        for number, row in enumerate(table):
+            found.setdefault(row, []).append(number)
+        average = (*[0.0] * len(self.names), 1.0)
+        self.rows = rows
+        self.weights = torch.tensor(table, dtype=torch.float32, device=self.device)
+        self.groups = [(key, torch.tensor(numbers, device=self.device)) for key, numbers in found.items()]
+        self.average_only = list(found) == [average]
+        only = next(iter(found))
+        self.single = only.index(1.0) if len(found) == 1 and 1.0 in only and not self.average_only else None
+        active = [n for n in range(len(self.names)) if any(row[n] for row in found)]
+        self.first, self.last = (min(active), max(active) + 1) if active else (0, 0)
+        self._kept: dict[Hashable, object] = {}
+
+    def keep(self, key: Hashable, make: T | None) -> T | None:
+        """Remembers a value until the next `set`; with None, returns what is remembered."""
+        if make is not None:
+            self._kept[key] = make
+            return make
+        return self._kept.get(key)  # type: ignore[return-value]
+
+    def repeats(self, size: int) -> int:
+        """How many consecutive entries of a first dimension of `size` belong to one row.
+
+        1 for a batch; more for beams, and for tokens that a layer has flattened into the first dimension.
+        """
+        if size % self.rows:
+            raise ModelError(f"a layer got {size} rows for a batch of {self.rows}; experts cannot be told apart")
+        return size // self.rows
+
+    def of_rows(self, values: Tensor, size: int, dim: int) -> Tensor:
+        """Per-row values [B, K] in the form that multiplies a layer's tensor [size, ..., K] with `dim` dimensions."""
+        repeats = self.repeats(size)
+        if repeats > 1:
+            values = values.repeat_interleave(repeats, dim=0)
+        return values.view(size, *[1] * (dim - 2), values.shape[-1])
+
+    def _row(self, entry: RowExpert) -> tuple[float, ...]:
+        row = [0.0] * (len(self.names) + 1)
+        if entry is None or entry == "average":
+            row[-1] = 1.0
+        elif isinstance(entry, str):
+            row[self._number(entry)] = 1.0
+        elif isinstance(entry, Mapping):
+            total = sum(entry.values())
+            if not entry or total <= 0 or any(weight < 0 for weight in entry.values()):
+                raise ModelError(f"experts: mixture {dict(entry)} needs weights of at least 0 and one over 0")
+            for name, weight in entry.items():
+                row[-1 if name == "average" else self._number(name)] += weight / total
+        else:
+            raise ModelError(f"experts: {entry!r} is neither a name, a mixture (name: weight) nor None")
+        return tuple(row)
+
+    def _number(self, name: str) -> int:
+        if name in self.names:
+            return self.names.index(name)
+        near = difflib.get_close_matches(name, self.names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ModelError(f"no expert {name!r}{hint} This model holds {', '.join(self.names)}")

@@ -1,0 +1,161 @@
+"""A linear layer whose every row has its own expert: y_i = rho_i (W̄ x) + B_i (A_i x) + b_i.
+
+The factors of all experts stand in two matrices, A [sum of r, in] and B [out, sum of r], so that one expert's are a view
+and a mixed batch costs two products: z = x A^T, masked by each row's weights, and z B^T added onto the base's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .assignment import Assignment
+
+# With more experts than this in one batch, computing every row against all factors costs more than going through the
+# experts one after the other.
+MAX_STACKED = 8
+
+
+class MixedLinear(nn.Module):
+    """Takes the place of an nn.Linear or a Conv1D. Inference only: results are written in place where that saves a pass.
+
+    Args:
+        weight: the base's, [out, in] as a view (a Conv1D's is transposed by the caller).
+        bias: the base's [out], or None.
+        factors: for every expert (A [r, in], B [out, r]) or None.
+        ratios: rho of every expert.
+        biases: for every expert its own bias [out], or None for the base's.
+    """
+
+    stacked_a: Tensor
+    stacked_b: Tensor
+
+    def __init__(
+        self,
+        state: Assignment,
+        weight: Tensor,
+        bias: Tensor | None,
+        factors: Sequence[tuple[Tensor, Tensor] | None],
+        ratios: Sequence[float],
+        biases: Sequence[Tensor | None],
+    ) -> None:
+        super().__init__()
+        self.state = state
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
+        out_features, in_features = weight.shape
+        ranks = [factor[0].shape[0] if factor else 0 for factor in factors]
+        self.offsets = [sum(ranks[:n]) for n in range(len(ranks) + 1)]
+        a = weight.new_zeros(self.offsets[-1], in_features)
+        b = weight.new_zeros(out_features, self.offsets[-1])
+        for n, factor in enumerate(factors):
+            if factor:
+                a[self.offsets[n] : self.offsets[n + 1]] = factor[0]
+                b[:, self.offsets[n] : self.offsets[n + 1]] = factor[1]
+        self.register_buffer("stacked_a", a, persistent=False)
+        self.register_buffer("stacked_b", b, persistent=False)
+        self.ratios = [*ratios, 1.0]
+        self.scaled = any(ratio != 1.0 for ratio in ratios)
+        own = any(value is not None for value in biases)
+        table = torch.stack([bias if v is None else v.to(bias) for v in (*biases, None)]) if own and bias is not None else None
+        self.register_buffer("bias_table", table, persistent=False)  # [N + 1, out]
+        self.ranks_key = tuple(ranks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, ..., in] -> [B, ..., out]"""
+        state = self.state
+        if state.average_only:
+            return F.linear(x, self.weight, self.bias)
+        y = F.linear(x, self.weight)
+        flat = y.view(-1, y.shape[-1])
+        if state.single is not None:
+            self._add_single(x, flat, state.single)
+        elif state.last - state.first > MAX_STACKED:
+            self._add_one_by_one(x, y)
+        else:
+            self._add_stacked(x, y, flat)
+        if self.bias is not None:
+            y += self._row_bias(y)
+        return y
+
+    def _add_single(self, x: Tensor, flat: Tensor, expert: int) -> None:
+        lo, hi = self.offsets[expert], self.offsets[expert + 1]
+        if lo == hi:
+            flat.mul_(self.ratios[expert])
+            return
+        z = F.linear(x, self.stacked_a[lo:hi])
+        flat.addmm_(z.view(-1, hi - lo), self.stacked_b[:, lo:hi].T, beta=self.ratios[expert])
+
+    def _add_stacked(self, x: Tensor, y: Tensor, flat: Tensor) -> None:
+        if self.scaled:
+            y.mul_(self._row_ratio(y))
+        lo, hi = self.offsets[self.state.first], self.offsets[self.state.last]
+        if lo == hi:
+            return
+        z = F.linear(x, self.stacked_a[lo:hi])  # [B, ..., sum of ranks]
+        z.mul_(self._row_mask(z, lo, hi))
+        flat.addmm_(z.view(-1, hi - lo), self.stacked_b[:, lo:hi].T)
+
+    def _add_one_by_one(self, x: Tensor, y: Tensor) -> None:
+        state = self.state
+        if self.scaled:
+            y.mul_(self._row_ratio(y))
+        repeats = state.repeats(x.shape[0])
+        for n in range(state.first, state.last):
+            lo, hi = self.offsets[n], self.offsets[n + 1]
+            rows = state.weights[:, n].nonzero().squeeze(1)
+            if lo == hi or not len(rows):
+                continue
+            weights = state.weights[rows, n].to(x.dtype)
+            if repeats > 1:
+                rows = (rows[:, None] * repeats + torch.arange(repeats, device=rows.device)).flatten()
+                weights = weights.repeat_interleave(repeats)
+            z = F.linear(x[rows], self.stacked_a[lo:hi]) * weights.view(-1, *[1] * (x.dim() - 1))
+            y.index_add_(0, rows, F.linear(z, self.stacked_b[:, lo:hi]))
+
+    def _row_ratio(self, y: Tensor) -> Tensor:
+        key = (id(self), "ratio", y.shape[0], y.dim())
+        kept = self.state.keep(key, None)
+        if kept is None:
+            ratios = torch.tensor(self.ratios, device=y.device)
+            rows = (self.state.weights @ ratios)[:, None].to(y.dtype)  # [B, 1]
+            kept = self.state.keep(key, self.state.of_rows(rows, y.shape[0], y.dim()))
+        assert isinstance(kept, Tensor)
+        return kept
+
+    def _row_mask(self, z: Tensor, lo: int, hi: int) -> Tensor:
+        """Every factor's weight in every row; shared by all layers with the same ranks."""
+        key = (self.ranks_key, z.shape[0], z.dim())
+        kept = self.state.keep(key, None)
+        if kept is None:
+            owner = [n for n, rank in enumerate(self.ranks_key) for _ in range(rank)][lo:hi]
+            mask = self.state.weights[:, owner].to(z.dtype)  # [B, sum of ranks]
+            kept = self.state.keep(key, self.state.of_rows(mask, z.shape[0], z.dim()))
+        assert isinstance(kept, Tensor)
+        return kept
+
+    def _row_bias(self, y: Tensor) -> Tensor:
+        assert self.bias is not None
+        if self.bias_table is None:
+            return self.bias
+        key = (id(self), "bias", y.shape[0], y.dim())
+        kept = self.state.keep(key, None)
+        if kept is None:
+            rows = mixed_rows(self.state, self.bias_table)
+            kept = self.state.keep(key, self.state.of_rows(rows, y.shape[0], y.dim()))
+        assert isinstance(kept, Tensor)
+        return kept
+
+
+def mixed_rows(state: Assignment, table: Tensor) -> Tensor:
+    """Rows of a table [N + 1, K] mixed by the assignment: [B, K]. A row with one expert is that row, to the bit."""
+    numbers = state.weights.argmax(dim=1)
+    picked = table[numbers]
+    if bool((state.weights.amax(dim=1) == 1.0).all()):
+        return picked
+    mixed = (state.weights @ table.float()).to(table.dtype)
+    one = (state.weights.amax(dim=1) == 1.0)[:, None]
+    return torch.where(one, picked, mixed)

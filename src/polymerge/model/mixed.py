@@ -1,0 +1,109 @@
+"""The loaded bundle: a Hugging Face model that takes one more argument, `experts`.
+
+Knows how an assignment is set for the time of one call. Does not know layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .assignment import Assignment, Experts
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
+
+
+class MixedModel(nn.Module):
+    """One base and the residuals of all experts. For inference.
+
+    `experts` names, for a batch: None (every row the average), one name or mixture for all rows, or a sequence with
+    one entry a row: a name, None for the average, or a mixture {name: weight} (weights are normalised to sum to 1;
+    a mixture is one of weights: the layer's matrix is the weighted mean of the experts' matrices).
+
+    Attributes:
+        hf: the transformers model with its layers replaced.
+        bundle: where it came from.
+    """
+
+    def __init__(self, hf: Any, state: Assignment, bundle: Bundle) -> None:
+        super().__init__()
+        self.hf, self._state, self.bundle = hf, state, bundle
+
+    def forward(
+        self, input_ids: Tensor | None = None, *args: Any, experts: Experts = None, **kwargs: Any
+    ) -> Any:
+        """The transformers model's own forward. input_ids [B, T] (or `inputs_embeds` [B, T, H])."""
+        with self.assigned(experts, _rows(input_ids, kwargs)):
+            return self.hf(input_ids, *args, **kwargs)
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args: Any, experts: Experts = None, **kwargs: Any) -> Any:
+        """The transformers model's own `generate`. inputs [B, T], left-padded with an attention_mask."""
+        first = inputs if inputs is not None else kwargs.get("input_ids")
+        with self.assigned(experts, _rows(first, kwargs)):
+            return self.hf.generate(inputs, *args, **kwargs)
+
+    @contextmanager
+    def assigned(self, experts: Experts, rows: int) -> Iterator[None]:
+        """Everything that runs inside uses these experts, for batches of `rows` rows (or their beams)."""
+        self._state.set(experts, rows)
+        try:
+            yield
+        finally:
+            self._state.set(None, 1)
+
+    @property
+    def experts(self) -> list[str]:
+        """The experts' names, in the recipe's order."""
+        return list(self._state.names)
+
+    @property
+    def config(self) -> Any:
+        """The transformers configuration."""
+        return self.hf.config
+
+    @property
+    def generation_config(self) -> Any:
+        """The transformers generation configuration."""
+        return self.hf.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self._state.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        dtype: torch.dtype = self.hf.dtype
+        return dtype
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The bundle's tokenizer, padding on the left as generation needs it."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.bundle.path, local_files_only=True, padding_side="left")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def to(self, *args: Any, **kwargs: Any) -> MixedModel:
+        """As torch's; the assignment moves along."""
+        super().to(*args, **kwargs)
+        self._state.device = next(self.hf.parameters()).device
+        self._state.set(None, 1)
+        return self
+
+
+def _rows(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
+    embeds = kwargs.get("inputs_embeds")
+    if inputs is not None:
+        return int(inputs.shape[0])
+    return int(embeds.shape[0]) if embeds is not None else 1

@@ -1,0 +1,133 @@
+"""Mixture-of-experts blocks whose matrices transformers holds fused: every matrix of it has its own residuals.
+
+(An "expert" of such a block is a part of one model's layer. Here it is called a block expert; an expert is a
+fine-tuned model, as everywhere else.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from .assignment import Assignment
+
+
+@dataclass
+class SlabResidual:
+    """What the experts have beyond the base in one matrix of a fused parameter.
+
+    Attributes:
+        rows: which rows of the block expert's slab the matrix is.
+        factors: for every expert (A [r, in], B [out, r]) or None.
+        ratios: rho of every expert.
+        own: for every expert its own whole matrix, or None.
+    """
+
+    rows: slice
+    factors: list[tuple[Tensor, Tensor] | None]
+    ratios: list[float]
+    own: list[Tensor | None] = field(default_factory=list)
+
+
+Slabs = dict[tuple[str, int], list[SlabResidual]]
+
+
+class MixedBlockExperts(nn.Module):
+    """Takes the place of a fused block: gate_up_proj [E, 2I, H], down_proj [E, H, I], an activation between them.
+
+    Args:
+        slabs: (parameter, block expert) -> its matrices' residuals.
+    """
+
+    def __init__(self, state: Assignment, inner: nn.Module, slabs: Slabs) -> None:
+        super().__init__()
+        check_layout(inner)
+        self.state, self.inner, self._slabs = state, inner, slabs
+
+    def _apply(self, fn: object, recurse: bool = True) -> MixedBlockExperts:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for residual in (residual for slab in self._slabs.values() for residual in slab):
+            residual.factors = [(fn(f[0]), fn(f[1])) if f else None for f in residual.factors]  # type: ignore[operator]
+            residual.own = [fn(o) if o is not None else None for o in residual.own]  # type: ignore[operator]
+        return self
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[T, H], [T, k], [T, k] -> [T, H]; T is the batch's tokens, row after row."""
+        if self.state.average_only:
+            result: Tensor = self.inner(hidden_states, top_k_index, top_k_weights)
+            return result
+        repeats = self.state.repeats(hidden_states.shape[0])
+        weights = self.state.weights.repeat_interleave(repeats, dim=0)  # [T, N + 1]
+        total = torch.zeros_like(hidden_states)
+        for block in top_k_index.unique().tolist():
+            token, place = torch.where(top_k_index == block)
+            if block >= self.inner.gate_up_proj.shape[0]:
+                continue  # transformers marks tokens of other devices this way
+            rows = weights[token]
+            gate, up = self._product("gate_up_proj", block, hidden_states[token], rows).chunk(2, dim=-1)
+            y = self._product("down_proj", block, self.inner.act_fn(gate) * up, rows)
+            total.index_add_(0, token, (y * top_k_weights[token, place, None]).to(total.dtype))
+        return total
+
+    def _product(self, parameter: str, block: int, x: Tensor, rows: Tensor) -> Tensor:
+        """One matrix of the block for tokens x [t, in] with the experts' weights in each, rows [t, N + 1]."""
+        y = F.linear(x, getattr(self.inner, parameter)[block])
+        for residual in self._slabs.get((parameter, block), []):
+            _apply_residual(y[:, residual.rows], x, rows, residual)
+        return y
+
+
+def _apply_residual(y: Tensor, x: Tensor, rows: Tensor, residual: SlabResidual) -> None:
+    """Turns the base's output y [t, out] into the experts', in place."""
+    base = y.clone()
+    ratios = torch.tensor([*residual.ratios, 1.0], device=y.device)
+    y.mul_((rows @ ratios)[:, None].to(y.dtype))
+    for n, factor in enumerate(residual.factors):
+        share = rows[:, n : n + 1].to(y.dtype)
+        if residual.own and residual.own[n] is not None:
+            y.add_(share * (F.linear(x, residual.own[n]) - residual.ratios[n] * base))  # type: ignore[arg-type]
+        elif factor:
+            y.add_(F.linear(F.linear(x, factor[0]) * share, factor[1]))
+
+
+def check_layout(inner: nn.Module) -> None:
+    """Raises ModelError unless the module is fused as MixedBlockExperts computes it."""
+    gate_up, down = getattr(inner, "gate_up_proj", None), getattr(inner, "down_proj", None)
+    fits = (
+        isinstance(gate_up, Tensor)
+        and isinstance(down, Tensor)
+        and gate_up.dim() == down.dim() == 3
+        and gate_up.shape[1] == 2 * down.shape[2]
+        and gate_up.shape[2] == down.shape[1]
+        and hasattr(inner, "act_fn")
+        and {name for name, _ in inner.named_parameters(recurse=False)} == {"gate_up_proj", "down_proj"}
+    )
+    if not fits:
+        raise ModelError(f"{type(inner).__name__}: a fused mixture-of-experts block of a layout that is not supported")
+
+
+def locate_slabs(stored: dict[str, Tensor], rows: int) -> dict[str, tuple[int, slice]]:
+    """Where the stored matrices lie inside a fused parameter.
+
+    Args:
+        stored: name -> the numbers e * rows + i of the fused rows that make up the matrix, [out, 1].
+        rows: of one block expert's slab.
+    """
+    places: dict[str, tuple[int, slice]] = {}
+    for name, numbers in stored.items():
+        flat = numbers.flatten().long()
+        block, start = divmod(int(flat[0]), rows)
+        if not torch.equal(flat, torch.arange(int(flat[0]), int(flat[0]) + len(flat))):
+            raise ModelError(f"{name}: its rows do not lie together in the fused parameter; not supported")
+        places[name] = (block, slice(start, start + len(flat)))
+    return places
+
+
+def as_sequence(values: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """An empty list when no expert has its own matrix."""
+    return list(values) if any(value is not None for value in values) else []

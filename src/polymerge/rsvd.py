@@ -1,0 +1,88 @@
+"""The randomized singular value decomposition, and how much rank a compress rate pays for.
+
+Pure functions on tensors. Knows nothing of experts, files or bundles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+# Oversampling is a share of the rank, with a floor for small ranks: the residuals of fine-tuning have slowly
+# falling spectra, where a fixed handful of extra columns stops helping once the rank is in the hundreds.
+OVERSAMPLING_SHARE = 0.1
+
+
+def rank_for_rate(out_features: int, in_features: int, compress_rate: float) -> int:
+    """r = floor((1 - c) * out * in / (out + in)): the rank whose factors hold (1 - c) of the matrix's numbers."""
+    # The tiny term keeps floor() from losing a rank to the rounding of 1 - c (0.95 -> 0.050000000000000044).
+    return math.floor((1.0 - compress_rate) * out_features * in_features / (out_features + in_features) + 1e-9)
+
+
+def factors_are_smaller(out_features: int, in_features: int, rank: int) -> bool:
+    """Whether two factors of this rank cost less than the matrix itself, by at least one rank.
+
+    A rank is a whole number, so at compress rate 0 the formula stops a fraction of a rank short of the full size.
+    Within one rank of it the matrix is kept whole: it is no larger, and it is exact.
+    """
+    return (rank + 1) * (out_features + in_features) <= out_features * in_features
+
+
+def sketch_seed(seed: int, *names: str) -> int:
+    """A 63-bit seed from names, so that no sketch depends on the order of work or the number of workers."""
+    text = "\0".join((str(seed), *names)).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
+
+
+def rsvd(
+    matrix: Tensor, rank: int, *, n_oversamples: int = 16, n_iter: int = 2, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """A rank-`rank` factorisation U @ V of `matrix` that is close to the best one.
+
+    Halko, Martinsson and Tropp, "Finding structure with randomness" (2011, arXiv 0909.4061): algorithm 4.4 (Gaussian
+    sketch, power iterations, re-orthonormalised after every product) for the range, then the exact truncation inside
+    it. The last step needs only the left singular vectors of the small matrix B = Q^T A [l, n], which are the
+    eigenvectors of B B^T [l, l]; taken in float64 they lose nothing at float32's precision, and cost far less
+    than an SVD of B.
+
+    Args:
+        matrix: [m, n], float32 or float64, on any device. Not changed.
+        rank: 0 < rank <= min(m, n).
+        n_oversamples: extra columns of the sketch; a tenth of the rank where that is more.
+        n_iter: power iterations.
+        seed: of the sketch, which is drawn on the CPU so that every device uses the same one.
+
+    Returns:
+        U [m, rank] with orthonormal columns and V [rank, n] with orthogonal rows (the singular values are in V).
+    """
+    m, n = matrix.shape
+    if not 0 < rank <= min(m, n):
+        raise ValueError(f"rank must be in 1..{min(m, n)} for a matrix of {m} x {n}, got {rank}")
+    width = min(rank + max(n_oversamples, math.ceil(OVERSAMPLING_SHARE * rank)), m, n)
+    generator = torch.Generator().manual_seed(seed)
+    sketch = torch.randn(n, width, generator=generator, dtype=matrix.dtype).to(matrix.device)
+    basis = _orthonormal(matrix @ sketch)  # [m, l]
+    for _ in range(n_iter):
+        other = _orthonormal(matrix.T @ basis)  # [n, l]
+        basis = _orthonormal(matrix @ other)
+    small = basis.T @ matrix  # [l, n]
+    gram = _gram64(small)
+    vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1).to(matrix.dtype)  # [l, rank], largest first
+    return basis @ vectors, vectors.T @ small
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    basis: Tensor = torch.linalg.qr(columns).Q
+    return basis
+
+
+def _gram64(rows: Tensor) -> Tensor:
+    """rows @ rows.T in float64, a slab of columns at a time to keep the float64 copy small. [l, n] -> [l, l]."""
+    gram = torch.zeros(rows.shape[0], rows.shape[0], dtype=torch.float64, device=rows.device)
+    for start in range(0, rows.shape[1], 4096):
+        wide = rows[:, start : start + 4096].double()
+        gram.addmm_(wide, wide.T)
+    return gram

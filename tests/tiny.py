@@ -1,0 +1,71 @@
+"""Random tiny checkpoints of many architectures. For tests of architectures only: no published figure comes from these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+
+VOCAB = 96
+COMMON: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+ARCHITECTURES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: hf.LlamaConfig(**COMMON),
+    "llama-tied": lambda: hf.LlamaConfig(**COMMON, tie_word_embeddings=True),
+    "mistral": lambda: hf.MistralConfig(**COMMON, sliding_window=None),
+    "qwen2": lambda: hf.Qwen2Config(**COMMON),
+    "qwen3": lambda: hf.Qwen3Config(**COMMON, head_dim=12),
+    "gemma3": lambda: hf.Gemma3TextConfig(**COMMON, head_dim=12, sliding_window=64),
+    "phi3": lambda: hf.Phi3Config(**COMMON),
+    "gpt2": lambda: hf.GPT2Config(
+        n_embd=48, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=128, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    ),
+    "gpt-neox": lambda: hf.GPTNeoXConfig(**{k: v for k, v in COMMON.items() if k != "num_key_value_heads"}),
+    "mixtral": lambda: hf.MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3-moe": lambda: hf.Qwen3MoeConfig(
+        **COMMON, head_dim=12, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40
+    ),
+}
+
+
+def make_experts(
+    architecture: str,
+    folder: Path,
+    *,
+    count: int = 3,
+    seed: int = 0,
+    spread: float = 0.05,
+    dtype: torch.dtype = torch.float32,
+    config: Any = None,
+    **save: Any,
+) -> dict[str, Path]:
+    """`count` checkpoints that share a base and differ in every parameter, norms and biases too: {"e0": folder, ...}."""
+    torch.manual_seed(seed)
+    config = config or ARCHITECTURES[architecture]()
+    model = hf.AutoModelForCausalLM.from_config(config).float()
+    for parameter in model.parameters():  # the default initialisation leaves biases at 0 and norms at 1
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    base = [parameter.data.clone() for parameter in model.parameters()]
+    found = {}
+    for number in range(count):
+        for parameter, start in zip(model.parameters(), base, strict=True):
+            parameter.data = start + spread * torch.randn_like(start)
+        path = folder / f"{architecture}-{seed}-{number}"
+        model.to(dtype).save_pretrained(path, **save)
+        model.float()
+        found[f"e{number}"] = path
+    return found
