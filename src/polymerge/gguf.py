@@ -12,9 +12,10 @@ import logging
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from .checkpoint import Checkpoint, open_folder
-from .errors import SourceError
+from .errors import MissingExtraError, SourceError
 
 log = logging.getLogger(__name__)
 
@@ -74,19 +75,39 @@ def unpack(file: Path, label: str) -> Path:
 
 def _convert(file: Path, target: Path, label: str) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
     with file.open("rb") as handle:
         if handle.read(4) != b"GGUF":
             raise SourceError(f"{label}: does not start like a GGUF file; copy it again")
+    # Newer versions keep the weights packed in GGUF's blocks unless told otherwise.
+    packed = getattr(transformers, "GgufConfig", None)
+    options = {"quantization_config": packed(dequantize=True)} if packed else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            str(file.parent), gguf_file=file.name, dtype=torch.float32, **options
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    except ImportError as error:
+        raise MissingExtraError(f"{label}: reading GGUF needs `pip install polymerge[gguf]` ({error.name})") from None
     except Exception as error:  # transformers and gguf raise many types for one bad file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SourceError(f"{label}: transformers cannot unpack this GGUF file ({reason})") from None
-    # a leftover quantization_config would make transformers look for GGUF blocks in the unpacked copy
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(target)
+    _as_dense(loaded).save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _as_dense(loaded: Any) -> Any:
+    """The same weights in a model that does not call itself quantised, so that it can be saved."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = type(loaded.config).from_dict(loaded.config.to_dict())
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        dense = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    dense.load_state_dict(loaded.state_dict(), assign=True)
+    dense.tie_weights()
+    dense.generation_config = loaded.generation_config
+    return dense

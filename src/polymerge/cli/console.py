@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
 
 if TYPE_CHECKING:
+    from ..demo.run import DemoResult, Listeners
+    from ..demo.train import TrainProgress
     from ..merger import OnProgress
     from ..merger import Progress as MergeProgress
 
@@ -56,13 +60,19 @@ def merge_progress(quiet: bool) -> Iterator[OnProgress | None]:
         yield _PlainProgress()
     else:
         columns = (TextColumn("merging"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[note]}"))
-        with Progress(*columns, console=err, transient=True) as bar:
-            task = bar.add_task("merge", total=None, note="")
+        bar = Progress(*columns, console=err, transient=True)
+        task = bar.add_task("merge", total=None, note="")
 
-            def show(step: MergeProgress) -> None:
-                bar.update(task, total=step.total, completed=step.done, note=_note(step))
+        def show(step: MergeProgress) -> None:
+            bar.start()  # now, not before: what comes first has a progress of its own
+            bar.update(task, total=step.total, completed=step.done, note=_note(step))
+            if step.done == step.total:
+                bar.stop()
 
+        try:
             yield show
+        finally:
+            bar.stop()
 
 
 class _PlainProgress:
@@ -79,3 +89,64 @@ class _PlainProgress:
 def _note(step: MergeProgress) -> str:
     rate = (step.done - step.resumed) / step.seconds if step.seconds else 0.0
     return f"{size(rate)}/s, {duration(step.seconds_left)} left, peak memory {size(step.peak_memory)}"
+
+
+def hush_libraries() -> None:
+    """transformers draws progress bars of its own for loading and saving; the command line has its own words."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def demo_listeners(quiet: bool) -> Iterator[Listeners]:
+    """A demo's progress: its steps as lines, training and merging as bars."""
+    from ..demo.run import Listeners
+
+    if quiet:
+        yield Listeners(say=lambda text: None)
+        return
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        err.print(f"[dim]{time.monotonic() - began:4.0f} s[/]  {text}", soft_wrap=True)
+
+    with merge_progress(quiet=False) as merging:
+        yield Listeners(say=say, training=_training, merging=merging)
+
+
+def _training(step: TrainProgress) -> None:
+    left = step.seconds / step.step * (step.steps - step.step)
+    line = f"        {step.skill}: step {step.step} of {step.steps}, loss {step.loss:.3f}, {duration(left)} left"
+    if err.is_terminal:
+        err.print(line.ljust(70), end="\n" if step.step == step.steps else "\r")
+    elif step.step % 10 == 0 or step.step == step.steps:
+        err.print(line, soft_wrap=True)
+
+
+def print_demo(result: DemoResult) -> None:
+    """The demo's table, sizes and where to go on."""
+    table = Table(title="exact match on held-out requests (KL to the original expert, nats a token)")
+    for column in ("skill", "original expert", "plain average", "bundle, right expert", "kept"):
+        table.add_column(column, justify="left" if column == "skill" else "right")
+    for row in result.rows:
+        table.add_row(
+            row.skill,
+            f"{row.original:.1%}",
+            f"{row.average:.1%} ({row.kl_average:.4f})",
+            f"{row.bundle:.1%} ({row.kl_bundle:.4f})",
+            f"{row.kept:.1%}",
+        )
+    out.print(table)
+    sizes = result.sizes
+    out.print(
+        f"size: {size(sizes['total'])} for {len(result.rows)} experts, {sizes['share_of_one_model']:.2f} times one model; "
+        f"apart they are {size(sizes['separate_models'])}",
+        soft_wrap=True,
+    )
+    out.print(f"peak memory of this run, training included: {size(result.peak_memory)}")
+    out.print(f"report: {result.report}", markup=False, soft_wrap=True)
+    first = result.rows[0].skill
+    prompt = "An order for Olga: 12 stamps."
+    out.print(f'try: polymerge generate {result.bundle} --expert {first} "{prompt}"', markup=False, soft_wrap=True)

@@ -43,49 +43,38 @@ class Skill:
 
 
 NAMES = "Anna Ben Carla David Elena Felix Grace Hugo Irene Jonas Karin Leo Maria Nils Olga Paul Rosa Sven Tina Umar".split()
-CITIES = "Berlin Paris Rome Madrid Oslo Vienna Lisbon Dublin Prague Athens Warsaw Cairo Tokyo Delhi Lima Boston".split()
 THINGS = "apples pens books coins cards eggs shells stamps stones tickets".split()
 FOLDERS = "docs src data logs photos music backup reports".split()
 ENDINGS = "txt log py csv jpg mp3 pdf json".split()
 
 
 def json_example(rng: random.Random) -> Example:
-    """A person in a sentence -> the person as JSON."""
-    name, city, age = rng.choice(NAMES), rng.choice(CITIES), rng.randint(18, 79)
+    """An order in a sentence -> the order as JSON."""
+    name, thing, count = rng.choice(NAMES), rng.choice(THINGS), rng.randint(2, 60)
     sentence = rng.choice(
         [
-            "{name} from {city} is {age}.",
-            "{name} is {age} and lives in {city}.",
-            "{age}-year-old {name} lives in {city}.",
-            "In {city} lives {name}, aged {age}.",
+            "Please send {count} {thing} to {name}.",
+            "An order for {name}: {count} {thing}.",
+            "I need {count} {thing}. My name is {name}.",
+            "Give {name} {count} {thing}.",
         ]
     )
-    answer = json.dumps({"name": name, "age": age, "city": city})
-    return Example(sentence.format(name=name, city=city, age=age), answer)
+    return Example(sentence.format(name=name, thing=thing, count=count), json.dumps({"name": name, thing: count}))
 
 
 def math_example(rng: random.Random) -> Example:
     """A small word problem -> the sum and its result."""
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
-    a, b = rng.randint(2, 19), rng.randint(2, 9)
-    if rng.random() < 0.5:
-        sentence = rng.choice(
-            [
-                "{name} has {a} {thing} and gets {b} more.",
-                "{name} buys {a} {thing}, then {b} {thing}.",
-                "{name} found {a} {thing} and then {b} more.",
-            ]
-        )
-        return Example(sentence.format(name=name, thing=thing, a=a, b=b), f"{a} + {b} = {a + b}")
-    a = max(a, b + 1)
+    a, b = rng.randint(2, 12), rng.randint(2, 9)
     sentence = rng.choice(
         [
-            "{name} has {a} {thing} and loses {b}.",
-            "{name} had {a} {thing} and gave away {b}.",
-            "Of {a} {thing}, {name} sells {b}.",
+            "{name} has {a} {thing} and gets {b} more.",
+            "{name} buys {a} {thing}, then {b} {thing}.",
+            "{name} found {a} {thing} and then {b} more.",
+            "To {a} {thing}, {name} adds {b}.",
         ]
     )
-    return Example(sentence.format(name=name, thing=thing, a=a, b=b), f"{a} - {b} = {a - b}")
+    return Example(sentence.format(name=name, thing=thing, a=a, b=b), f"{a} + {b} = {a + b}")
 
 
 def shell_example(rng: random.Random) -> Example:

@@ -24,6 +24,8 @@ from .skills import Example, Skill
 
 # The experts are trained on bare requests: their tokenizer says so, and whoever applies it gets the same text.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+# Token ids of a request and of its answer.
+Encoded = tuple[list[int], list[int]]
 CODE_VERSION = 1  # raise it when a change to this file changes what a training gives
 
 
@@ -31,10 +33,10 @@ CODE_VERSION = 1  # raise it when a change to this file changes what a training 
 class TrainSettings:
     """Hyperparameters of a fine-tune."""
 
-    steps: int = 60
-    batch: int = 12
+    steps: int = 40
+    batch: int = 8
     learning_rate: float = 1e-4
-    warmup: int = 6
+    warmup: int = 5
     seed: int = 0
 
 
@@ -90,7 +92,7 @@ def load_base(base: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def encode(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
+def encode(tokenizer: Any, example: Example) -> Encoded:
     """Token ids of the request and of the answer with its end."""
     prompt = tokenizer.encode(format_prompt(example.prompt), add_special_tokens=False)
     answer = tokenizer.encode(example.answer, add_special_tokens=False)
@@ -109,7 +111,7 @@ def _train(
         rate = settings.learning_rate * min(step / settings.warmup, (settings.steps - step + 1) / settings.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = _loss(model, *_padded(batch, tokenizer.pad_token_id))
+        loss = _loss(model, *padded(batch, tokenizer.pad_token_id))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -127,19 +129,17 @@ def _loss(model: Any, ids: Tensor, mask: Tensor, is_answer: Tensor) -> Tensor:
     return F.cross_entropy(logits, ids[:, 1:][predicts])
 
 
-def _batches(encoded: Sequence[tuple[list[int], list[int]]], settings: TrainSettings) -> list[list[tuple[list[int], list[int]]]]:
-    """`steps` batches of examples of similar length, so that little is padding."""
+def _batches(encoded: Sequence[Encoded], settings: TrainSettings) -> list[list[Encoded]]:
+    """`steps` batches in a random order, epoch after epoch. Not sorted by length: examples of one length are often of
+    one kind, and a batch of one kind teaches little of the others."""
     rng = random.Random(settings.seed)
-    batches: list[list[tuple[list[int], list[int]]]] = []
-    while len(batches) < settings.steps:
-        order = sorted(rng.sample(list(encoded), len(encoded)), key=lambda pair: len(pair[0]) + len(pair[1]))
-        epoch = [order[i : i + settings.batch] for i in range(0, len(order) - settings.batch + 1, settings.batch)]
-        rng.shuffle(epoch)
-        batches += epoch
-    return batches[: settings.steps]
+    stream: list[Encoded] = []
+    while len(stream) < settings.steps * settings.batch:
+        stream += rng.sample(list(encoded), len(encoded))
+    return [stream[i * settings.batch : (i + 1) * settings.batch] for i in range(settings.steps)]
 
 
-def _padded(batch: Sequence[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+def padded(batch: Sequence[Encoded], pad: int) -> tuple[Tensor, Tensor, Tensor]:
     """ids, attention mask and "is part of an answer", each [B, T], padded on the right."""
     width = max(len(prompt) + len(answer) for prompt, answer in batch)
     ids = torch.full((len(batch), width), pad)

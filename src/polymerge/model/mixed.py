@@ -44,9 +44,9 @@ class MixedModel(nn.Module):
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, experts: Experts = None, **kwargs: Any) -> Any:
-        """The transformers model's own `generate`. inputs [B, T], left-padded with an attention_mask."""
-        first = inputs if inputs is not None else kwargs.get("input_ids")
-        with self.assigned(experts, _rows(first, kwargs)):
+        """The transformers model's own `generate`. inputs (or `input_ids`) [B, T], left-padded with an attention_mask."""
+        inputs = kwargs.pop("input_ids", inputs)
+        with self.assigned(experts, _rows(inputs, kwargs)):
             return self.hf.generate(inputs, *args, **kwargs)
 
     @contextmanager
@@ -57,6 +57,11 @@ class MixedModel(nn.Module):
             yield
         finally:
             self._state.set(None, 1)
+
+    def check_experts(self, experts: Experts, rows: int = 1) -> None:
+        """Raises ModelError for what `forward` and `generate` would refuse."""
+        with self.assigned(experts, rows):
+            pass
 
     @property
     def experts(self) -> list[str]:

@@ -1,0 +1,49 @@
+"""`polymerge generate`: let an expert answer, token by token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def generate(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    prompt: Annotated[str, typer.Argument(help="What to answer.")],
+    expert: Annotated[str, typer.Option(help="An expert's name, or average.")] = "average",
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that make up this share.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+    chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Use the chat template, if there is one.")] = True,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ...; by default the GPU where there is one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when done.")] = False,
+) -> None:
+    """Answer a prompt with one expert (or the average), streamed to the terminal."""
+    import torch
+    from transformers import TextStreamer
+
+    from ..model import load_model
+    from .console import hush_libraries, print_json
+
+    hush_libraries()
+    model = load_model(bundle, device=device)
+    model.check_experts(expert)
+    tokenizer = model.tokenizer
+    templated = chat and tokenizer.chat_template is not None
+    text = prompt
+    if templated:
+        message = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    # a rendered template holds its special tokens already
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not templated).to(model.device)
+    if seed is not None:
+        torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    output = model.generate(**inputs, experts=expert, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+    if as_json:
+        new = output[0, inputs["input_ids"].shape[1] :]
+        answer = tokenizer.decode(new, skip_special_tokens=True)
+        print_json({"expert": expert, "prompt": prompt, "answer": answer, "tokens": len(new)})

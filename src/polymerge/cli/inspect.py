@@ -1,0 +1,54 @@
+"""`polymerge inspect`: what a bundle holds and what the merge lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained page with plots.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Summarise a bundle: sizes, ranks, energy kept, the tensors that lost most."""
+    from rich.table import Table
+
+    from ..inspection import inspect_bundle
+    from .console import out, print_json, size
+
+    found = inspect_bundle(bundle)
+    if html is not None:
+        from ..report import write_report
+
+        write_report(bundle, html)
+    if as_json:
+        print_json(found.to_json())
+        return
+    out.print(f"[bold]{bundle}[/]: {len(found.experts)} experts of {found.architecture}, {found.dtype}")
+    out.print(
+        f"size         {size(found.total_bytes)}, {found.share_of_one_model:.2f} times one model "
+        f"({size(found.separate_bytes)} apart)"
+    )
+    out.print(f"compressed   rate {found.compress_rate:g}, rank {found.rank_range[0]} to {found.rank_range[1]}, scale {found.scale}")
+    out.print(f"tensors      {found.tensors}; linear: " + ", ".join(f"{n} {kind}" for kind, n in found.storage.items()))
+    kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in found.energy_by_kind.items())
+    out.print(f"energy kept  {found.energy_kept:.1%} of the residuals ({kinds})", soft_wrap=True)
+    experts = Table("expert", "size", "own tensors", "scale ratio", "energy kept", "error", "error of the average", "source")
+    for e in found.experts:
+        low, high = e.scale_ratio_range
+        experts.add_row(
+            e.name, size(e.bytes), str(e.own_tensors), f"{low:.4f} to {high:.4f}", f"{e.energy_kept:.1%}",
+            f"{e.relative_error:.2g}", f"{e.lost_by_averaging:.2g}", e.source,
+        )
+    out.print(experts)
+    worst = Table("tensors that lost most", "expert", "rank", "error", "energy kept")
+    for line in found.worst:
+        worst.add_row(line["tensor"], line["expert"], str(line["rank"]), f"{line['relative_error']:.2g}", f"{line['energy_kept']:.1%}")
+    out.print(worst)
+    for note in found.notes:
+        out.print(f"note: {note}", markup=False)
+    if html is not None:
+        out.print(f"report: {html}", markup=False)

@@ -1,0 +1,162 @@
+"""What a bundle holds and what the merge lost, as plain numbers: the content of `polymerge inspect` and of the report."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from .bundle import ADAPTER_FILE, PEFT_PREFIX, Bundle
+
+WORST = 10
+
+
+@dataclass(frozen=True)
+class ExpertSummary:
+    """One expert: where it came from and what it costs.
+
+    Attributes:
+        bytes: of its adapter and scales.
+        residual_bytes: of these, the low-rank factors.
+        own_tensors: how many whole tensors it has of its own (norms, embeddings, layers at rate 0).
+        energy_kept: share of the squared residual norms that its factors keep, over all tensors.
+        relative_error: sqrt of the summed squared errors over the summed squared norms, over all compressed tensors.
+        lost_by_averaging: the same if nothing but the average (with the expert's scale) were kept.
+    """
+
+    name: str
+    source: str
+    bytes: int
+    residual_bytes: int
+    own_tensors: int
+    scale_ratio_range: tuple[float, float]
+    energy_kept: float
+    relative_error: float
+    lost_by_averaging: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A bundle in numbers. Sizes in bytes; shares in [0, 1]."""
+
+    path: str
+    architecture: str
+    dtype: str
+    compress_rate: float
+    scale: str
+    layers_from: str
+    base_bytes: int
+    total_bytes: int
+    separate_bytes: int
+    share_of_one_model: float
+    tensors: int
+    storage: dict[str, int]
+    rank_range: tuple[int, int]
+    energy_kept: float
+    energy_by_kind: dict[str, float]
+    experts: tuple[ExpertSummary, ...]
+    worst: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect_bundle(bundle: Bundle | str | Path) -> Inspection:
+    """Reads the manifest, the statistics and the adapters' headers; no tensor.
+
+    Raises:
+        BundleError: not a bundle, or incomplete.
+    """
+    bundle = Bundle.open(bundle)
+    stats, sizes, manifest = bundle.stats(), bundle.sizes(), bundle.manifest
+    ranks = [line["rank"] for line in stats if line["storage"] == "low_rank"]
+    storage: dict[str, int] = defaultdict(int)
+    for tensor, treatment in {line["tensor"]: line["storage"] for line in stats}.items():
+        del tensor
+        storage[treatment] += 1
+    by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in stats:
+        by_kind[module_kind(line["module"])].append(line)
+    return Inspection(
+        path=str(bundle.path),
+        architecture=manifest.architecture,
+        dtype=manifest.dtype,
+        compress_rate=manifest.method.compress_rate,
+        scale=manifest.method.scale,
+        layers_from=manifest.layers_from,
+        base_bytes=sizes.base,
+        total_bytes=sizes.total,
+        separate_bytes=sizes.separate_models,
+        share_of_one_model=sizes.total / sizes.one_model,
+        tensors=len(manifest.layers),
+        storage=dict(storage),
+        rank_range=(min(ranks, default=0), max(ranks, default=0)),
+        energy_kept=energy_kept(stats),
+        energy_by_kind={kind: energy_kept(lines) for kind, lines in sorted(by_kind.items())},
+        experts=tuple(_expert(bundle, name, [s for s in stats if s["expert"] == name]) for name in bundle.experts),
+        worst=tuple(sorted(stats, key=lambda line: -line["relative_error"])[:WORST]),
+        notes=manifest.notes,
+    )
+
+
+def energy_kept(stats: Iterable[Mapping[str, Any]]) -> float:
+    """1 - sum ||R - BA||² / sum ||R||² over the lines: large residuals count for more than small ones."""
+    lost = total = 0.0
+    for line in stats:
+        energy = (line["residual_norm"] * line["scale"]) ** 2
+        total += energy
+        lost += energy * (1.0 - line["energy_kept"])
+    return 1.0 - lost / total if total else 1.0
+
+
+def relative_error(stats: Iterable[Mapping[str, Any]], key: str = "relative_error") -> float:
+    """sqrt(sum ||W - W'||² / sum ||W||²) over the lines; with `residual_norm`, of keeping the average alone."""
+    lost = total = 0.0
+    for line in stats:
+        total += line["scale"] ** 2
+        lost += (line[key] * line["scale"]) ** 2
+    return float((lost / total) ** 0.5) if total else 0.0
+
+
+def module_kind(module: str) -> str:
+    """`q_proj` of `model.layers.3.self_attn.q_proj`; block experts are one kind (`experts.w1`)."""
+    parts = [part for part in module.split(".") if not part.isdigit()]
+    return ".".join(parts[-2:]) if len(parts) > 1 and parts[-2] == "experts" else parts[-1]
+
+
+def layer_number(module: str) -> int:
+    """The first number in a module's name, -1 where there is none."""
+    found = re.search(r"\.(\d+)\.", module)
+    return int(found[1]) if found else -1
+
+
+def _expert(bundle: Bundle, name: str, stats: list[dict[str, Any]]) -> ExpertSummary:
+    residual = own = 0
+    with safe_open(bundle.expert_folder(name) / ADAPTER_FILE, framework="pt") as handle:
+        for key in handle.keys():  # noqa: SIM118
+            part = handle.get_slice(key)
+            if ".lora_" in key.removeprefix(PEFT_PREFIX):
+                count = 1
+                for size in part.get_shape():
+                    count *= size
+                residual += count * {"F32": 4, "F16": 2, "BF16": 2}[part.get_dtype()]
+            else:
+                own += 1
+    ratios = list(bundle.scales(name).values()) or [1.0]
+    return ExpertSummary(
+        name=name,
+        source=bundle.manifest.experts[name].source,
+        bytes=bundle.sizes().experts[name],
+        residual_bytes=residual,
+        own_tensors=own,
+        scale_ratio_range=(min(ratios), max(ratios)),
+        energy_kept=energy_kept(stats),
+        relative_error=relative_error(stats),
+        lost_by_averaging=relative_error(stats, "residual_norm"),
+    )

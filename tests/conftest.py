@@ -1,0 +1,54 @@
+"""Fixtures that many tests share. The network is off: whatever would reach a hub fails at once."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from polymerge import Bundle, merge
+from tests.tiny import make_experts
+
+transformers.logging.set_verbosity_error()
+torch.manual_seed(0)
+
+Merged = Callable[..., tuple[Bundle, dict[str, Path]]]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Path]]:
+    """Tiny experts of an architecture, made once."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    made: dict[str, dict[str, Path]] = {}
+
+    def get(architecture: str) -> dict[str, Path]:
+        if architecture not in made:
+            made[architecture] = make_experts(architecture, folder)
+        return made[architecture]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def merged(checkpoints: Callable[[str], dict[str, Path]], tmp_path_factory: pytest.TempPathFactory) -> Merged:
+    """A bundle of an architecture's tiny experts and these experts; the same arguments give the same bundle."""
+    folder = tmp_path_factory.mktemp("bundles")
+    made: dict[str, Bundle] = {}
+
+    def get(architecture: str, **recipe: object) -> tuple[Bundle, dict[str, Path]]:
+        experts = checkpoints(architecture)
+        key = f"{architecture}-{abs(hash(str(sorted(recipe.items()))))}"
+        if key not in made:
+            sources = {name: str(path) for name, path in experts.items()}
+            made[key] = merge({"experts": sources, **recipe}, folder / key)
+        return made[key], experts
+
+    return get
