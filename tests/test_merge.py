@@ -44,7 +44,9 @@ def test_every_linear_weight_is_compressed_and_nothing_else(merged: Merged, arch
     compressed = {layer.tensor for layer in bundle.layers.values() if layer.role == "linear"}
     stored = tensors(experts["e0"])
     matrices = {name for name, value in stored.items() if value.dim() == 2}
-    outside = {name for name in matrices if any(part in name for part in ("embed", "lm_head", "wte", "wpe", "gate.weight"))}
+    outside = {
+        name for name in matrices if any(part in name for part in ("embed", "lm_head", "wte", "wpe", "gate.weight"))
+    }
     assert compressed == matrices - outside
     assert all(line["storage"] == "low_rank" for line in bundle.stats())
 
@@ -96,7 +98,9 @@ def test_shared_scale_has_no_ratios(merged: Merged) -> None:
 def test_bfloat16_comes_back_within_one_rounding(tmp_path: Path) -> None:
     experts = make_experts("llama", tmp_path, dtype=torch.bfloat16)
     for rate in (0.0, 0.7):
-        bundle = merge({"experts": {k: str(v) for k, v in experts.items()}, "compress_rate": rate}, tmp_path / f"b{rate}")
+        bundle = merge(
+            {"experts": {k: str(v) for k, v in experts.items()}, "compress_rate": rate}, tmp_path / f"b{rate}"
+        )
         assert bundle.manifest.dtype == "bfloat16"
         for line in bundle.stats():
             assert rate or line["relative_error"] == 0.0

@@ -32,7 +32,14 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "gemma3": lambda: hf.Gemma3TextConfig(**COMMON, head_dim=12, sliding_window=64),
     "phi3": lambda: hf.Phi3Config(**COMMON),
     "gpt2": lambda: hf.GPT2Config(
-        n_embd=48, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=128, bos_token_id=1, eos_token_id=2, pad_token_id=0
+        n_embd=48,
+        n_layer=2,
+        n_head=4,
+        vocab_size=VOCAB,
+        n_positions=128,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
     ),
     "gpt-neox": lambda: hf.GPTNeoXConfig(**{k: v for k, v in COMMON.items() if k != "num_key_value_heads"}),
     "mixtral": lambda: hf.MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2),

@@ -11,14 +11,14 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .bundle import ADAPTER_FILE, MANIFEST, PEFT_PREFIX, SCALES_FILE, STATS, BundleLayer
+from .bundle import ADAPTER_FILE, MANIFEST, PEFT_PREFIX, SCALES_FILE, STATS, TIED_ROWS, BundleLayer
 from .checkpoint import SAFETENSORS_INDEX, natural_key
 from .staging import Entry, FileRecord, Piece, Staging, write_bytes, write_json, write_safetensors, zeros_piece
 
@@ -84,12 +84,16 @@ def write_expert(
     scales: Mapping[str, float],
     layers: Sequence[BundleLayer],
     *,
-    tied: bool,
+    tied_embedding: str | None,
 ) -> dict[str, FileRecord]:
-    """One expert as a PEFT adapter, with its ratios beside it. Returns paths relative to `folder`."""
-    pieces = _with_bias_everywhere(expert, pieces, layers)
-    pieces = [_prefixed(piece) for piece in sorted(pieces, key=lambda piece: natural_key(piece.key))]
-    config = adapter_config([(piece.key, piece.shape) for piece in pieces], layers, tied=tied)
+    """One expert as a PEFT adapter, with its ratios beside it. Returns paths relative to `folder`.
+
+    Args:
+        pieces: keys are names of the model, without PEFT's prefix.
+    """
+    pieces = sorted(_with_bias_everywhere(expert, pieces, layers), key=lambda piece: natural_key(piece.key))
+    config = adapter_config([(p.key, p.shape) for p in pieces], layers, tied_embedding=tied_embedding)
+    pieces = [replace(piece, key=_stored_name(piece.key, tied_embedding)) for piece in pieces]
     home = f"experts/{expert}"
     written = {
         f"{home}/adapter_config.json": write_json(folder / home / "adapter_config.json", config),
@@ -106,24 +110,40 @@ def write_scales(file: Path, scales: Mapping[str, float]) -> FileRecord:
     return write_safetensors(file, entries, (np.float32(ratio).tobytes() for ratio in scales.values()))
 
 
+def missing_siblings(keys: Iterable[str], layers: Iterable[BundleLayer]) -> list[BundleLayer]:
+    """Parameters that an adapter needs although they are the base's.
+
+    PEFT's `modules_to_save` takes whole modules: with an expert's own weight it wants the bias too, and the other way
+    round.
+    """
+    have = set(keys)
+    layers = list(layers)
+    own = {layer.module for layer in layers if f"{layer.module}.{layer.parameter}" in have}
+    return [layer for layer in layers if layer.module in own and f"{layer.module}.{layer.parameter}" not in have]
+
+
 def adapter_config(
-    tensors: Iterable[tuple[str, Sequence[int]]], layers: Iterable[BundleLayer], *, tied: bool
+    tensors: Iterable[tuple[str, Sequence[int]]], layers: Iterable[BundleLayer], *, tied_embedding: str | None
 ) -> dict[str, Any]:
-    """adapter_config.json for an adapter file with these keys (PEFT's prefix included) and shapes.
+    """adapter_config.json for an adapter with these tensors (names of the model, shapes).
 
     Every module's own rank stands in `rank_pattern` and `alpha_pattern` with alpha = rank, so that the scale is
     1 under any reader's rule. Keys are escaped full names: PEFT matches them with `re.match(r"(.*\\.)?(key)$", name)`.
+    An embedding that the head is tied to goes to `trainable_token_indices` (all of them), because PEFT's
+    `modules_to_save` would leave the head with the base's weight, or want it stored twice.
     """
     ranks: dict[str, int] = {}
     own: set[str] = set()
+    tokens: dict[str, list[int]] = {}
     lora_bias = False
-    for key, shape in tensors:
-        name = key.removeprefix(PEFT_PREFIX)
+    for name, shape in tensors:
         factor = _FACTOR.fullmatch(name)
         if factor:
             ranks[factor[1]] = shape[0] if factor[2] == "A" else shape[1]
         elif name.endswith(".lora_B.bias"):
             lora_bias = True
+        elif tied_embedding and name == f"{tied_embedding}.weight":
+            tokens[tied_embedding] = list(range(shape[0]))
         else:
             own.add(name.rpartition(".")[0])
     by_module = {layer.module: layer for layer in layers if layer.role == "linear"}
@@ -131,9 +151,11 @@ def adapter_config(
     # transformers 5 holds a mixture's matrices in one parameter, for which PEFT takes the general rank alone.
     rank = next(iter(fused.values()), None) or (Counter(ranks.values()).most_common(1)[0][0] if ranks else 1)
     pattern = {re.escape(module): r for module, r in ranks.items() if r != rank}
-    embeddings = {layer.module for layer in layers if layer.role == "embedding"}
+    whole_blocks = own & {module for module, layer in by_module.items() if _is_fused(layer)}
     return {
-        "peft_type": "LORA",
+        # PEFT has no place for whole matrices of a fused block and would leave them out without a word; a type that
+        # it does not know makes it refuse.
+        "peft_type": "POLYMERGE_WHOLE_BLOCKS" if whole_blocks else "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
         "inference_mode": True,
@@ -150,7 +172,7 @@ def adapter_config(
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
         "modules_to_save": sorted(own, key=natural_key) or None,
-        "ensure_weight_tying": tied and bool(own & embeddings),
+        "trainable_token_indices": tokens or None,
     }
 
 
@@ -176,8 +198,10 @@ def _with_bias_everywhere(expert: str, pieces: Sequence[Piece], layers: Sequence
     return filled
 
 
-def _prefixed(piece: Piece) -> Piece:
-    return Piece(**{**asdict(piece), "key": PEFT_PREFIX + piece.key})
+def _stored_name(name: str, tied_embedding: str | None) -> str:
+    if tied_embedding and name == f"{tied_embedding}.weight":
+        name = tied_embedding + TIED_ROWS
+    return PEFT_PREFIX + name
 
 
 def copy_model_files(source: Path, folder: Path, config: dict[str, Any], *, code: bool) -> dict[str, FileRecord]:

@@ -28,6 +28,8 @@ STATS = "merge_stats.jsonl"
 ADAPTER_FILE = "adapter_model.safetensors"
 SCALES_FILE = "scales.safetensors"
 PEFT_PREFIX = "base_model.model."
+# Where PEFT keeps an expert's own rows of an embedding that the output head is tied to.
+TIED_ROWS = ".token_adapter.trainable_tokens_delta"
 
 
 class _Strict(BaseModel):
@@ -82,7 +84,11 @@ class FileEntry(_Strict):
 
 
 class Manifest(_Strict):
-    """polymerge.json."""
+    """polymerge.json.
+
+    Attributes:
+        tied_embedding: the module of the input embedding that is also the output head; None where they are two.
+    """
 
     format: Literal["polymerge-bundle"] = "polymerge-bundle"
     format_version: Literal[1] = 1
@@ -91,6 +97,7 @@ class Manifest(_Strict):
     dtype: str
     architecture: str
     layers_from: Literal["architecture", "shapes"]
+    tied_embedding: str | None = None
     experts: dict[str, ExpertRecord]
     scale_ratio_range: tuple[float, float]
     layers: tuple[BundleLayer, ...]
@@ -209,7 +216,7 @@ class Bundle:
     def adapter(self, expert: str) -> dict[str, Tensor]:
         """All tensors of an expert's adapter, keys without PEFT's prefix."""
         with _opened(self.expert_folder(expert) / ADAPTER_FILE) as handle:
-            return {key.removeprefix(PEFT_PREFIX): handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+            return {adapter_name(key): handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
 
     def scales(self, expert: str) -> dict[str, float]:
         """Checkpoint name -> rho_i. A tensor that is not listed has rho 1."""
@@ -224,7 +231,8 @@ class Bundle:
         file = self.path / STATS
         if not file.exists():
             return []
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+        lines = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line)
+        return [line for line in lines if line["expert"] in self.manifest.experts]
 
     def sizes(self) -> Sizes:
         """Bytes of the base's and the experts' weight files."""
@@ -263,7 +271,7 @@ class ExpertReader:
         self._scales = bundle.scales(expert)
         self._file = bundle.expert_folder(expert) / ADAPTER_FILE
         with _opened(self._file) as handle:
-            self._keys = set(handle.keys())
+            self._stored = {adapter_name(key): key for key in handle.keys()}  # noqa: SIM118
 
     def read(self, tensor: str) -> Tensor:
         """float32, in the checkpoint's layout. Raises BundleError for an unknown tensor."""
@@ -290,12 +298,18 @@ class ExpertReader:
         return weight.add_(update.T if layer.transposed else update)
 
     def _get(self, key: str) -> Tensor | None:
-        stored = PEFT_PREFIX + key
-        if stored not in self._keys:
+        stored = self._stored.get(key)
+        if stored is None:
             return None
         with _opened(self._file) as handle:
             value: Tensor = handle.get_tensor(stored).clone()
             return value
+
+
+def adapter_name(stored: str) -> str:
+    """A key of an adapter file under the model's own name: without PEFT's prefix, tied rows as the weight they are."""
+    name = stored.removeprefix(PEFT_PREFIX)
+    return f"{name.removesuffix(TIED_ROWS)}.weight" if name.endswith(TIED_ROWS) else name
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -79,6 +79,12 @@ def export_peft(bundle: Bundle | str | Path, expert: str, output: str | Path, *,
     check_free_space(output.parent, (folder / ADAPTER_FILE).stat().st_size)
     staged = _fresh(output, overwrite=overwrite)
     config = read_json(folder / "adapter_config.json")
+    if config["peft_type"] != "LORA":
+        shutil.rmtree(staged)
+        raise ModelError(
+            f"expert {expert!r}: PEFT has no place for the whole matrices of its mixture-of-experts blocks; "
+            "merge at a compress rate over 0, or export with --to dense"
+        )
     config["base_model_name_or_path"] = str(bundle.path.resolve())
     write_json(staged / "adapter_config.json", config)
     with disk_errors(output.parent):

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .compress import Settings, TensorReport, compress_residual, read_checked, s
 from .errors import BundleError, RecipeError, SourceError
 from .layers import LayerRecord, map_layers
 from .merger import pick_device
-from .plan import DTYPES, TensorTask, Treatment
+from .plan import DTYPES, TensorTask, Treatment, with_differences
 from .recipe import Source, check_expert_name
 from .rsvd import factors_are_smaller, rank_for_rate, rsvd
 from .staging import Piece, Staging, check_free_space, pieces_of
@@ -134,8 +134,7 @@ def _tasks(bundle: Bundle, name: str, checkpoint: Checkpoint, *, trust_remote_co
                 f"{checkpoint.label}: tensor {source!r} is {list(found)}, the bundle's is {list(layer.shape)}"
             )
         tasks.append(_task(bundle, layer, name, source))
-    low_rank = {task.record.module for task in tasks if task.treatment == "low_rank"}
-    return [replace(t, as_difference=t.record.role == "bias" and t.record.module in low_rank) for t in tasks]
+    return with_differences(tasks)
 
 
 def _task(bundle: Bundle, layer: BundleLayer, name: str, source: str) -> TensorTask:
@@ -209,16 +208,21 @@ def _add_linear(
 
 def _write(staging: Staging, bundle: Bundle, name: str, notes: list[dict[str, Any]]) -> dict[str, FileEntry]:
     pieces: list[Piece] = [piece for note in notes for piece in pieces_of(note)]
+    layers = list(bundle.layers.values())
+    with staging.tensor(len(notes)) as writer:
+        for layer in assemble.missing_siblings((piece.key for piece in pieces), layers):
+            writer.emit(name, f"{layer.module}.{layer.parameter}", bundle.base_tensor(layer.tensor))
+        pieces += pieces_of(writer.finish({}))
     scales = {
         line["tensor"]: note["report"]["scales"][name]
         for note in notes
         for line in note["report"]["stats"]
         if name in note["report"]["scales"]
     }
-    tied = "lm_head" not in {layer.role for layer in bundle.layers.values()}
     folder = staging.folder / "bundle"
     assemble.clear(folder)
-    files = assemble.write_expert(staging, folder, name, pieces, scales, list(bundle.layers.values()), tied=tied)
+    tied = bundle.manifest.tied_embedding
+    files = assemble.write_expert(staging, folder, name, pieces, scales, layers, tied_embedding=tied)
     staging.publish(folder / "experts" / name)
     return {file: FileEntry(**asdict(record)) for file, record in files.items()}
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,11 +196,15 @@ def _assemble(plan: MergePlan, staging: Staging, notes: list[dict[str, Any]], fo
     code = plan.recipe.trust_remote_code
     config = assemble.bundle_config(plan.first.config, dtype=dtype_name(plan.dtype), tied=plan.tied, code=code)
     files = assemble.copy_model_files(plan.first.folder, folder, config, code=code)
-    files |= assemble.write_base(staging, folder, [piece for piece in pieces if piece.owner is None])
+    base = {piece.key: piece for piece in pieces if piece.owner is None}
+    files |= assemble.write_base(staging, folder, list(base.values()))
     for expert in plan.checkpoints:
         own = [piece for piece in pieces if piece.owner == expert]
+        for layer in assemble.missing_siblings((piece.key for piece in own), layers):
+            own.append(replace(base[layer.tensor], owner=expert, key=f"{layer.module}.{layer.parameter}"))
         scales = _scales_of(plan, notes, expert)
-        files |= assemble.write_expert(staging, folder, expert, own, scales, layers, tied=plan.tied)
+        tied = plan.tied_embedding
+        files |= assemble.write_expert(staging, folder, expert, own, scales, layers, tied_embedding=tied)
     assemble.write_stats(folder, (line for note in notes for line in note["report"]["stats"]))
     assemble.write_manifest(folder, _manifest(plan, notes, layers, files).to_json())
 
@@ -236,6 +240,7 @@ def _manifest(
         dtype=dtype_name(plan.dtype),
         architecture=(plan.first.config.get("architectures") or ["unknown"])[0],
         layers_from=plan.layer_map.layers_from,
+        tied_embedding=plan.tied_embedding,
         experts={
             name: ExpertRecord(source=c.label, sha256=_digest(plan, notes, name), dtype=_stored_dtype(plan, name))
             for name, c in plan.checkpoints.items()

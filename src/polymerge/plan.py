@@ -5,7 +5,7 @@ Refuses experts that do not fit each other before a single weight is read. Knows
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -102,6 +102,12 @@ class MergePlan:
         return next(iter(self.checkpoints.values()))
 
     @property
+    def tied_embedding(self) -> str | None:
+        """The module of the input embedding, where it is the output head as well."""
+        tensor = self.layer_map.embedding if self.tied else None
+        return self.layer_map.records[tensor].module if tensor else None
+
+    @property
     def base_bytes(self) -> int:
         return sum(task.numel for task in self.tasks) * self.dtype.itemsize
 
@@ -180,11 +186,16 @@ def plan_merge(recipe: Recipe) -> MergePlan:
         _task(recipe, maps[reference].records[tensor], checkpoints, {e: names[e][tensor] for e in checkpoints})
         for tensor in names[reference]
     )
-    low_rank = {task.record.module for task in tasks if task.treatment == "low_rank"}
-    tasks = tuple(replace(t, as_difference=t.record.role == "bias" and t.record.module in low_rank) for t in tasks)
+    tasks = tuple(with_differences(tasks))
     return MergePlan(
         recipe, checkpoints, maps[reference], tasks, _dtype(recipe, checkpoints, tasks), tied, tuple(notes)
     )
+
+
+def with_differences(tasks: Sequence[TensorTask]) -> list[TensorTask]:
+    """Biases beside a weight that is stored against the base are stored against the base's too."""
+    against_base = {task.record.module for task in tasks if task.treatment in ("low_rank", "average")}
+    return [replace(t, as_difference=t.record.role == "bias" and t.record.module in against_base) for t in tasks]
 
 
 def _names(checkpoint: Checkpoint, layer_map: LayerMap, maps: Mapping[str, LayerMap], tied: bool) -> dict[str, str]:

@@ -36,9 +36,7 @@ code { font: 13px ui-monospace, Menlo, Consolas, monospace; } footer { margin-to
 """
 
 
-def write_report(
-    bundle: Bundle | str | Path, path: str | Path, *, demo: Sequence[Mapping[str, Any]] = ()
-) -> Path:
+def write_report(bundle: Bundle | str | Path, path: str | Path, *, demo: Sequence[Mapping[str, Any]] = ()) -> Path:
     """Writes the report.
 
     Args:
@@ -67,7 +65,9 @@ def _page(bundle: Bundle, found: Inspection, sections: Sequence[str]) -> str:
         (f"{found.compress_rate:g}", f"compress rate, rank {found.rank_range[0]} to {found.rank_range[1]}"),
         (found.scale.replace("_", " "), "scale"),
     ]
-    card_html = "".join(f'<div class="card"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for value, label in cards)
+    card_html = "".join(
+        f'<div class="card"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for value, label in cards
+    )
     notes = "".join(f"<p>Note: {escape(note)}</p>" for note in found.notes)
     name = escape(bundle.path.resolve().name)
     return (
@@ -81,15 +81,32 @@ def _page(bundle: Bundle, found: Inspection, sections: Sequence[str]) -> str:
 
 
 def _demo_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    head = ("skill", "examples", "original expert", "plain average", "bundle, right expert", "kept", "KL average", "KL bundle")
+    head = (
+        "skill",
+        "examples",
+        "original expert",
+        "plain average",
+        "bundle, right expert",
+        "kept",
+        "KL average",
+        "KL bundle",
+    )
     body = [
         (
-            row["skill"], str(row["examples"]), f"{row['original']:.1%}", f"{row['average']:.1%}", f"{row['bundle']:.1%}",
-            f"{row['kept']:.1%}", f"{row['kl_average']:.4f}", f"{row['kl_bundle']:.4f}",
+            row["skill"],
+            str(row["examples"]),
+            f"{row['original']:.1%}",
+            f"{row['average']:.1%}",
+            f"{row['bundle']:.1%}",
+            f"{row['kept']:.1%}",
+            f"{row['kl_average']:.4f}",
+            f"{row['kl_bundle']:.4f}",
         )
         for row in rows
     ]
-    text = "Exact match on held-out requests. KL is from the original expert's next-token distribution, in nats a token."
+    text = (
+        "Exact match on held-out requests. KL is from the original expert's next-token distribution, in nats a token."
+    )
     return _section("What the experts keep", text, _table(head, body))
 
 
@@ -109,19 +126,41 @@ def _sizes(found: Inspection) -> str:
     for (part, values), colour in zip(parts.items(), ("#b9c2cf", *COLOURS), strict=False):
         texts = [_size(v) if v else "" for v in values]
         figure.add_bar(
-            y=labels, x=[v / 1e6 for v in values], name=part, orientation="h", marker_color=colour, customdata=texts,
+            y=labels,
+            x=[v / 1e6 for v in values],
+            name=part,
+            orientation="h",
+            marker_color=colour,
+            customdata=texts,
             hovertemplate="%{customdata}<extra>" + part + "</extra>",
         )
     figure.update_layout(barmode="stack", xaxis_title="MB", yaxis={"autorange": "reversed"})
-    return _section("Size", "Bytes of weights on disk, which is also what a loaded bundle holds in memory.", _plot(figure, 260))
+    return _section(
+        "Size", "Bytes of weights on disk, which is also what a loaded bundle holds in memory.", _plot(figure, 260)
+    )
 
 
 def _experts(found: Inspection) -> str:
-    head = ("expert", "size", "own tensors", "scale ratio", "energy kept", "error", "error of the average alone", "source")
+    head = (
+        "expert",
+        "size",
+        "own tensors",
+        "scale ratio",
+        "energy kept",
+        "error",
+        "error of the average alone",
+        "source",
+    )
     rows = [
         (
-            e.name, _size(e.bytes), str(e.own_tensors), f"{e.scale_ratio_range[0]:.4f} to {e.scale_ratio_range[1]:.4f}",
-            f"{e.energy_kept:.1%}", f"{e.relative_error:.2g}", f"{e.lost_by_averaging:.2g}", e.source,
+            e.name,
+            _size(e.bytes),
+            str(e.own_tensors),
+            f"{e.scale_ratio_range[0]:.4f} to {e.scale_ratio_range[1]:.4f}",
+            f"{e.energy_kept:.1%}",
+            f"{e.relative_error:.2g}",
+            f"{e.lost_by_averaging:.2g}",
+            e.source,
         )
         for e in found.experts
     ]
@@ -140,8 +179,12 @@ def _errors(stats: Sequence[Mapping[str, Any]]) -> str:
         for key, dash, label in (("residual_norm", "dot", "average alone"), ("relative_error", "solid", "bundle")):
             means = [_mean([x[key] for x in lines if layer_number(x["module"]) == n]) for n in numbers]
             figure.add_scatter(
-                x=numbers, y=means, name=f"{expert}, {label}", mode="lines+markers",
-                line={"color": colour, "dash": dash}, marker={"size": 5},
+                x=numbers,
+                y=means,
+                name=f"{expert}, {label}",
+                mode="lines+markers",
+                line={"color": colour, "dash": dash},
+                marker={"size": 5},
             )
     figure.update_layout(xaxis_title="layer", yaxis_title="relative error", yaxis={"rangemode": "tozero"})
     text = "Mean relative error of a layer's weights: dotted with nothing but the average, solid with the residual."
@@ -157,11 +200,19 @@ def _energy(stats: Sequence[Mapping[str, Any]]) -> str:
     for expert in dict.fromkeys(line["expert"] for line in stats):
         cells: dict[tuple[str, int], list[float]] = {}
         for line in (line for line in stats if line["expert"] == expert):
-            cells.setdefault((module_kind(line["module"]), layer_number(line["module"])), []).append(line["energy_kept"])
+            cells.setdefault((module_kind(line["module"]), layer_number(line["module"])), []).append(
+                line["energy_kept"]
+            )
         grid = [[_mean(cells.get((kind, n), [])) for n in numbers] for kind in kinds]
         figure = go.Figure(
             go.Heatmap(
-                z=grid, x=numbers, y=kinds, zmin=0, zmax=1, colorscale="Viridis", colorbar={"tickformat": ".0%", "title": "kept"},
+                z=grid,
+                x=numbers,
+                y=kinds,
+                zmin=0,
+                zmax=1,
+                colorscale="Viridis",
+                colorbar={"tickformat": ".0%", "title": "kept"},
                 hovertemplate="layer %{x}, %{y}: %{z:.1%}<extra></extra>",
             )
         )
@@ -179,7 +230,9 @@ def _ranks(stats: Sequence[Mapping[str, Any]]) -> str:
     kinds = sorted(by_kind)
     figure = go.Figure(
         go.Bar(
-            x=kinds, y=[by_kind[kind]["rank"] for kind in kinds], marker_color=COLOURS[0],
+            x=kinds,
+            y=[by_kind[kind]["rank"] for kind in kinds],
+            marker_color=COLOURS[0],
             customdata=["{} x {}".format(*by_kind[kind]["shape"]) for kind in kinds],
             hovertemplate="%{x} (%{customdata}): rank %{y}<extra></extra>",
         )
@@ -193,8 +246,12 @@ def _worst(found: Inspection) -> str:
     head = ("tensor", "expert", "shape", "rank", "error", "energy kept")
     rows = [
         (
-            line["tensor"], line["expert"], "{} x {}".format(*line["shape"]), str(line["rank"]),
-            f"{line['relative_error']:.3g}", f"{line['energy_kept']:.1%}",
+            line["tensor"],
+            line["expert"],
+            "{} x {}".format(*line["shape"]),
+            str(line["rank"]),
+            f"{line['relative_error']:.3g}",
+            f"{line['energy_kept']:.1%}",
         )
         for line in found.worst
     ]
@@ -217,11 +274,15 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, last_is_source
 
 def _plot(figure: Any, height: int) -> str:
     figure.update_layout(
-        template="plotly_white", height=height, margin={"l": 60, "r": 20, "t": 36, "b": 48},
+        template="plotly_white",
+        height=height,
+        margin={"l": 60, "r": 20, "t": 36, "b": 48},
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#1d2430"},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
     )
-    html: str = figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+    html: str = figure.to_html(
+        full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True}
+    )
     return html
 
 

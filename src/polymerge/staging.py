@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Sequence
@@ -238,8 +239,10 @@ def write_safetensors(target: Path, entries: Sequence[Entry], chunks: Iterable[b
 
 
 def write_json(target: Path, data: Any) -> FileRecord:
-    """Writes JSON atomically, keys as given."""
-    return write_bytes(target, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
+    """Writes JSON atomically, keys as given, a list of numbers on one line."""
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    text = re.sub(r"\[\s+(\d[\d,\s]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    return write_bytes(target, f"{text}\n".encode())
 
 
 def write_bytes(target: Path, data: bytes) -> FileRecord:

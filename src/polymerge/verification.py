@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .assemble import adapter_config
-from .bundle import PEFT_PREFIX, Bundle, BundleLayer
+from .bundle import Bundle, BundleLayer
 from .checkpoint import Checkpoint, open_checkpoint, read_json
 from .errors import PolymergeError, SourceError
 from .layers import map_layers
@@ -22,6 +22,11 @@ from .recipe import Source
 
 # A rebuilt tensor may differ from what the merge measured by the rounding of the float32 products alone.
 TOLERANCE = 1e-4
+# Settings of an adapter that follow from its tensors.
+CHECKED_SETTINGS = (
+    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save", "trainable_token_indices",
+    "lora_bias", "fan_in_fan_out",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,9 +129,9 @@ def _adapter_problems(bundle: Bundle, expert: str) -> Iterator[str]:
         elif not (math.isfinite(ratio) and ratio >= 0):
             yield f"expert {expert!r}: scale {ratio} of {tensor_name!r} is not a ratio"
     config = read_json(bundle.expert_folder(expert) / "adapter_config.json")
-    shapes = [(PEFT_PREFIX + key, tuple(tensor.shape)) for key, tensor in adapter.items()]
-    expected = adapter_config(shapes, bundle.layers.values(), tied=bool(config.get("ensure_weight_tying")))
-    for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save", "lora_bias"):
+    shapes = [(key, tuple(tensor.shape)) for key, tensor in adapter.items()]
+    expected = adapter_config(shapes, bundle.layers.values(), tied_embedding=bundle.manifest.tied_embedding)
+    for key in CHECKED_SETTINGS:
         if config.get(key) != expected[key]:
             yield f"expert {expert!r}: adapter_config.json's {key!r} does not fit the adapter's tensors"
 

@@ -9,8 +9,12 @@ import typer
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the bundle and the report.")] = Path("demo-output"),
-    data: Annotated[Path | None, typer.Option(help="Your skills: NAME/train.jsonl and NAME/test.jsonl in a folder.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the bundle and the report.")] = Path(
+        "demo-output"
+    ),
+    data: Annotated[
+        Path | None, typer.Option(help="Your skills: NAME/train.jsonl and NAME/test.jsonl in a folder.")
+    ] = None,
     skills: Annotated[str | None, typer.Option(help="Which skills, separated by commas.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps for each expert.")] = None,
     compress_rate: Annotated[float, typer.Option(help="Share of a residual's parameters to drop.")] = 0.95,

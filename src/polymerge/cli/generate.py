@@ -40,7 +40,9 @@ def generate(
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not templated).to(model.device)
     if seed is not None:
         torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    )
     streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     output = model.generate(**inputs, experts=expert, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
     if as_json:

@@ -32,21 +32,37 @@ def inspect(
         f"size         {size(found.total_bytes)}, {found.share_of_one_model:.2f} times one model "
         f"({size(found.separate_bytes)} apart)"
     )
-    out.print(f"compressed   rate {found.compress_rate:g}, rank {found.rank_range[0]} to {found.rank_range[1]}, scale {found.scale}")
+    out.print(
+        f"compressed   rate {found.compress_rate:g}, rank {found.rank_range[0]} to {found.rank_range[1]}, scale {found.scale}"
+    )
     out.print(f"tensors      {found.tensors}; linear: " + ", ".join(f"{n} {kind}" for kind, n in found.storage.items()))
     kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in found.energy_by_kind.items())
     out.print(f"energy kept  {found.energy_kept:.1%} of the residuals ({kinds})", soft_wrap=True)
-    experts = Table("expert", "size", "own tensors", "scale ratio", "energy kept", "error", "error of the average", "source")
+    experts = Table(
+        "expert", "size", "own tensors", "scale ratio", "energy kept", "error", "error of the average", "source"
+    )
     for e in found.experts:
         low, high = e.scale_ratio_range
         experts.add_row(
-            e.name, size(e.bytes), str(e.own_tensors), f"{low:.4f} to {high:.4f}", f"{e.energy_kept:.1%}",
-            f"{e.relative_error:.2g}", f"{e.lost_by_averaging:.2g}", e.source,
+            e.name,
+            size(e.bytes),
+            str(e.own_tensors),
+            f"{low:.4f} to {high:.4f}",
+            f"{e.energy_kept:.1%}",
+            f"{e.relative_error:.2g}",
+            f"{e.lost_by_averaging:.2g}",
+            e.source,
         )
     out.print(experts)
     worst = Table("tensors that lost most", "expert", "rank", "error", "energy kept")
     for line in found.worst:
-        worst.add_row(line["tensor"], line["expert"], str(line["rank"]), f"{line['relative_error']:.2g}", f"{line['energy_kept']:.1%}")
+        worst.add_row(
+            line["tensor"],
+            line["expert"],
+            str(line["rank"]),
+            f"{line['relative_error']:.2g}",
+            f"{line['energy_kept']:.1%}",
+        )
     out.print(worst)
     for note in found.notes:
         out.print(f"note: {note}", markup=False)

@@ -42,7 +42,9 @@ class Skill:
         return " ".join(text.split()) == " ".join(example.answer.split())
 
 
-NAMES = "Anna Ben Carla David Elena Felix Grace Hugo Irene Jonas Karin Leo Maria Nils Olga Paul Rosa Sven Tina Umar".split()
+NAMES = (
+    "Anna Ben Carla David Elena Felix Grace Hugo Irene Jonas Karin Leo Maria Nils Olga Paul Rosa Sven Tina Umar".split()
+)
 THINGS = "apples pens books coins cards eggs shells stamps stones tickets".split()
 FOLDERS = "docs src data logs photos music backup reports".split()
 ENDINGS = "txt log py csv jpg mp3 pdf json".split()
@@ -124,9 +126,13 @@ def read_skills(folder: Path, names: list[str] | None, *, train: int, test: int)
     """
     found = names or sorted(path.parent.name for path in folder.glob("*/train.jsonl"))
     if len(found) < 2:
-        raise RecipeError(f"{folder}: a merge needs at least two skills; found {', '.join(found) or 'no NAME/train.jsonl'}")
+        raise RecipeError(
+            f"{folder}: a merge needs at least two skills; found {', '.join(found) or 'no NAME/train.jsonl'}"
+        )
     return [
-        Skill(name, tuple(_read(folder / name / "train.jsonl", train)), tuple(_read(folder / name / "test.jsonl", test)))
+        Skill(
+            name, tuple(_read(folder / name / "train.jsonl", train)), tuple(_read(folder / name / "test.jsonl", test))
+        )
         for name in found
     ]
 

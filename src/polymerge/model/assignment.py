@@ -102,6 +102,6 @@ class Assignment:
     def _number(self, name: str) -> int:
         if name in self.names:
             return self.names.index(name)
-        near = difflib.get_close_matches(name, self.names, n=1)
+        near = difflib.get_close_matches(name, self.names, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ModelError(f"no expert {name!r}{hint} This model holds {', '.join(self.names)}")
+        raise ModelError(f"no expert {name!r} among {', '.join(self.names)}{hint}")

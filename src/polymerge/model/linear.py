@@ -60,7 +60,11 @@ class MixedLinear(nn.Module):
         self.ratios = [*ratios, 1.0]
         self.scaled = any(ratio != 1.0 for ratio in ratios)
         own = any(value is not None for value in biases)
-        table = torch.stack([bias if v is None else v.to(bias) for v in (*biases, None)]) if own and bias is not None else None
+        table = (
+            torch.stack([bias if v is None else v.to(bias) for v in (*biases, None)])
+            if own and bias is not None
+            else None
+        )
         self.register_buffer("bias_table", table, persistent=False)  # [N + 1, out]
         self.ranks_key = tuple(ranks)
 

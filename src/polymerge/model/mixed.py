@@ -35,9 +35,7 @@ class MixedModel(nn.Module):
         super().__init__()
         self.hf, self._state, self.bundle = hf, state, bundle
 
-    def forward(
-        self, input_ids: Tensor | None = None, *args: Any, experts: Experts = None, **kwargs: Any
-    ) -> Any:
+    def forward(self, input_ids: Tensor | None = None, *args: Any, experts: Experts = None, **kwargs: Any) -> Any:
         """The transformers model's own forward. input_ids [B, T] (or `inputs_embeds` [B, T, H])."""
         with self.assigned(experts, _rows(input_ids, kwargs)):
             return self.hf(input_ids, *args, **kwargs)
