@@ -1,4 +1,4 @@
-"""Random tiny checkpoints of many architectures. For tests of architectures only: no published figure comes from these."""
+"""Random tiny checkpoints of many architectures. For tests only: no published figure comes from these."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def make_experts(
     config: Any = None,
     **save: Any,
 ) -> dict[str, Path]:
-    """`count` checkpoints that share a base and differ in every parameter, norms and biases too: {"e0": folder, ...}."""
+    """`count` checkpoints that share a base and differ in every parameter: {"e0": folder, ...}."""
     torch.manual_seed(seed)
     config = config or ARCHITECTURES[architecture]()
     model = hf.AutoModelForCausalLM.from_config(config).float()

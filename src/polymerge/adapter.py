@@ -1,4 +1,4 @@
-"""A PEFT LoRA adapter over its base, read as if it were a full checkpoint: W = W_base + scaling * B A, tensor by tensor.
+"""A PEFT LoRA adapter over its base, read as a full checkpoint: W = W_base + scaling * B A, tensor by tensor.
 
 Knows PEFT's LoRA files: rank_pattern, alpha_pattern, rsLoRA, fan_in_fan_out, modules_to_save and embedding factors.
 What it does not know (DoRA, other PEFT methods, fused expert parameters) it refuses by name.

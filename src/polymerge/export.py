@@ -1,6 +1,6 @@
 """Take one expert out of a bundle: as a dense checkpoint, or as an adapter for plain PEFT.
 
-Streams: one tensor in memory at a time. What an export cannot express is measured and returned, never dropped in silence.
+Streams: one tensor in memory at a time. What an export cannot express is measured and returned.
 """
 
 from __future__ import annotations

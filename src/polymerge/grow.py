@@ -1,7 +1,8 @@
 """Add an expert to a bundle, or take one out, without touching or reading again what is there.
 
 A new expert's residual is taken against the base as it stands. A fresh merge would move the base a little towards the
-new expert; how much that would gain is estimated on a sample of the layers, with the old experts as the bundle holds them.
+new expert; how much that would gain is estimated on a sample of the layers, with the old experts as the bundle holds
+them.
 """
 
 from __future__ import annotations

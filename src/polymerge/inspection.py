@@ -1,4 +1,4 @@
-"""What a bundle holds and what the merge lost, as plain numbers: the content of `polymerge inspect` and of the report."""
+"""What a bundle holds and what the merge lost, as plain numbers: what `polymerge inspect` and the report show."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def check_expert_name(name: str) -> None:
         raise ValueError(f"expert name {name!r} is reserved ({', '.join(sorted(RESERVED_NAMES))})")
     if not EXPERT_NAME.fullmatch(name) or ".." in name:
         raise ValueError(
-            f"expert name {name!r} must be 1 to 64 letters, digits, '.', '_' or '-', and start with one of the first two"
+            f"expert name {name!r} must be 1 to 64 letters, digits, '.', '_' or '-', and start with a letter or digit"
         )
 
 

@@ -32,7 +32,8 @@ p { margin: 4px 0 12px; color: var(--soft); max-width: 80ch; }
 th, td { text-align: right; padding: 7px 12px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
 td.source { text-align: left; max-width: 340px; overflow: hidden; text-overflow: ellipsis; }
-code { font: 13px ui-monospace, Menlo, Consolas, monospace; } footer { margin-top: 48px; color: var(--soft); font-size: 14px; }
+code { font: 13px ui-monospace, Menlo, Consolas, monospace; }
+footer { margin-top: 48px; color: var(--soft); font-size: 14px; }
 """
 
 
@@ -76,7 +77,8 @@ def _page(bundle: Bundle, found: Inspection, sections: Sequence[str]) -> str:
         f"<script>{plotly_js}</script></head><body><h1>{name}</h1>"
         f"<p>{len(found.experts)} experts of {escape(found.architecture)}, stored in {escape(found.dtype)}.</p>"
         f'<div class="cards">{card_html}</div>{notes}{"".join(sections)}'
-        f"<footer>polymerge {escape(bundle.manifest.polymerge_version)}, bundle {bundle.digest[:16]}</footer></body></html>\n"
+        f"<footer>polymerge {escape(bundle.manifest.polymerge_version)}, bundle {bundle.digest[:16]}</footer>"
+        "</body></html>\n"
     )
 
 
@@ -218,7 +220,7 @@ def _energy(stats: Sequence[Mapping[str, Any]]) -> str:
         )
         figure.update_layout(title={"text": escape(expert), "font": {"size": 15}}, xaxis_title="layer")
         plots.append(_plot(figure, 150 + 26 * len(kinds)))
-    text = "Share of a residual's squared norm that its factors keep. What is dark here is where a higher rank would help most."
+    text = "Share of a residual's squared norm that its factors keep. A higher rank would help most where it is dark."
     return _section("Energy kept by layer and kind of module", text, "".join(plots))
 
 

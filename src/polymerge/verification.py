@@ -24,8 +24,8 @@ from .recipe import Source
 TOLERANCE = 1e-4
 # Settings of an adapter that follow from its tensors.
 CHECKED_SETTINGS = (
-    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save", "trainable_token_indices",
-    "lora_bias", "fan_in_fan_out",
+    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save",
+    "trainable_token_indices", "lora_bias", "fan_in_fan_out",
 )  # fmt: skip
 
 
@@ -105,7 +105,8 @@ def _base_problems(bundle: Bundle) -> Iterator[str]:
         if layer.tensor not in stored:
             yield f"base: tensor {layer.tensor!r} of the manifest is missing"
         elif stored[layer.tensor].shape != layer.shape:
-            yield f"base: tensor {layer.tensor!r} is {list(stored[layer.tensor].shape)}, the manifest says {list(layer.shape)}"
+            found = list(stored[layer.tensor].shape)
+            yield f"base: tensor {layer.tensor!r} is {found}, the manifest says {list(layer.shape)}"
     for tensor in stored:
         if tensor not in bundle.layers:
             yield f"base: tensor {tensor!r} is not in the manifest"

@@ -141,8 +141,8 @@ def print_demo(result: DemoResult) -> None:
     out.print(table)
     sizes = result.sizes
     out.print(
-        f"size: {size(sizes['total'])} for {len(result.rows)} experts, {sizes['share_of_one_model']:.2f} times one model; "
-        f"apart they are {size(sizes['separate_models'])}",
+        f"size: {size(sizes['total'])} for {len(result.rows)} experts, "
+        f"{sizes['share_of_one_model']:.2f} times one model; apart they are {size(sizes['separate_models'])}",
         soft_wrap=True,
     )
     out.print(f"peak memory of this run, training included: {size(result.peak_memory)}")

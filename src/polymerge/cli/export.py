@@ -52,8 +52,8 @@ def export(
         if written.dropped_ratio_error:
             out.print(
                 f"plain PEFT has no place for the expert's scale ratios: without them a tensor is off by up to "
-                f"{written.dropped_ratio_error:.2g} of its norm ({written.worst_tensor}), where compression itself lost up to "
-                f"{written.compression_error:.2g}. Merge with `scale: shared` for an exact adapter.",
+                f"{written.dropped_ratio_error:.2g} of its norm ({written.worst_tensor}), where compression lost "
+                f"up to {written.compression_error:.2g}. Merge with `scale: shared` for an exact adapter.",
                 markup=False,
                 soft_wrap=True,
             )

@@ -33,7 +33,8 @@ def inspect(
         f"({size(found.separate_bytes)} apart)"
     )
     out.print(
-        f"compressed   rate {found.compress_rate:g}, rank {found.rank_range[0]} to {found.rank_range[1]}, scale {found.scale}"
+        f"compressed   rate {found.compress_rate:g}, rank {found.rank_range[0]} to {found.rank_range[1]}, "
+        f"scale {found.scale}"
     )
     out.print(f"tensors      {found.tensors}; linear: " + ", ".join(f"{n} {kind}" for kind, n in found.storage.items()))
     kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in found.energy_by_kind.items())

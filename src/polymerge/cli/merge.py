@@ -40,7 +40,7 @@ def merge(
         print_json({"bundle": str(output), **inspect_bundle(bundle).to_json()})
     elif not quiet:
         out.print(
-            f"{output}: {len(bundle.experts)} experts in {size(sizes.total)}, {sizes.total / sizes.one_model:.2f} times one "
-            f"model ({size(sizes.separate_models)} apart)"
+            f"{output}: {len(bundle.experts)} experts in {size(sizes.total)}, "
+            f"{sizes.total / sizes.one_model:.2f} times one model ({size(sizes.separate_models)} apart)"
         )
         out.print(f"next: polymerge inspect {output}", markup=False)

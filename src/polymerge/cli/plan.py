@@ -35,7 +35,8 @@ def plan(
         f"linear layers found by {summary['layers_from']}"
     )
     out.print(
-        f"writes       {size(written)} in {summary['dtype']}, at most ({written / separate:.0%} of {size(separate)} apart)"
+        f"writes       {size(written)} in {summary['dtype']}, at most "
+        f"({written / separate:.0%} of {size(separate)} apart)"
     )
     out.print(f"  average    {size(summary['base_bytes'])}")
     out.print(f"  an expert  {size(summary['residual_bytes_per_expert'])} of residuals", end="")

@@ -19,7 +19,7 @@ Logits = Callable[[Tensor, Tensor], Tensor]
 
 
 def accuracy(generate: Generate, tokenizer: Any, skill: Skill, tick: Callable[[], None] | None = None) -> float:
-    """Share of the held-out examples that are answered exactly. A tenth more tokens than the answers need are allowed."""
+    """Share of the held-out examples that are answered exactly. Answers may be a tenth longer than the longest."""
     right = 0
     for start in range(0, len(skill.test), BATCH):
         batch = skill.test[start : start + BATCH]

@@ -42,12 +42,15 @@ class Skill:
         return " ".join(text.split()) == " ".join(example.answer.split())
 
 
-NAMES = (
-    "Anna Ben Carla David Elena Felix Grace Hugo Irene Jonas Karin Leo Maria Nils Olga Paul Rosa Sven Tina Umar".split()
-)
-THINGS = "apples pens books coins cards eggs shells stamps stones tickets".split()
-FOLDERS = "docs src data logs photos music backup reports".split()
-ENDINGS = "txt log py csv jpg mp3 pdf json".split()
+# fmt: off
+NAMES = [
+    "Anna", "Ben", "Carla", "David", "Elena", "Felix", "Grace", "Hugo", "Irene", "Jonas", "Karin", "Leo", "Maria",
+    "Nils", "Olga", "Paul", "Rosa", "Sven", "Tina", "Umar",
+]
+# fmt: on
+THINGS = ["apples", "pens", "books", "coins", "cards", "eggs", "shells", "stamps", "stones", "tickets"]
+FOLDERS = ["docs", "src", "data", "logs", "photos", "music", "backup", "reports"]
+ENDINGS = ["txt", "log", "py", "csv", "jpg", "mp3", "pdf", "json"]
 
 
 def json_example(rng: random.Random) -> Example:
@@ -140,7 +143,7 @@ def read_skills(folder: Path, names: list[str] | None, *, train: int, test: int)
 def _read(file: Path, count: int) -> list[Example]:
     if not file.is_file():
         raise RecipeError(f"{file}: missing; every skill needs train.jsonl and test.jsonl")
-    examples = []
+    examples: list[Example] = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         if len(examples) == count:
             break

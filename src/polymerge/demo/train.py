@@ -35,7 +35,7 @@ class TrainSettings:
 
     steps: int = 40
     batch: int = 8
-    learning_rate: float = 1e-4
+    learning_rate: float = 1.2e-4
     warmup: int = 5
     seed: int = 0
 
@@ -112,7 +112,7 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = _loss(model, *padded(batch, tokenizer.pad_token_id))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -1,7 +1,8 @@
 """A linear layer whose every row has its own expert: y_i = rho_i (W̄ x) + B_i (A_i x) + b_i.
 
-The factors of all experts stand in two matrices, A [sum of r, in] and B [out, sum of r], so that one expert's are a view
-and a mixed batch costs two products: z = x A^T, masked by each row's weights, and z B^T added onto the base's output.
+The factors of all experts stand in two matrices, A [sum of r, in] and B [out, sum of r], so that one expert's are
+a view and a mixed batch costs two products: z = x A^T, masked by each row's weights, and z B^T added onto the base's
+output.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ MAX_STACKED = 8
 
 
 class MixedLinear(nn.Module):
-    """Takes the place of an nn.Linear or a Conv1D. Inference only: results are written in place where that saves a pass.
+    """Takes the place of an nn.Linear or a Conv1D. Inference only: writes in place where that saves a pass.
 
     Args:
         weight: the base's, [out, in] as a view (a Conv1D's is transposed by the caller).
@@ -148,6 +149,7 @@ class MixedLinear(nn.Module):
         key = (id(self), "bias", y.shape[0], y.dim())
         kept = self.state.keep(key, None)
         if kept is None:
+            assert isinstance(self.bias_table, Tensor)
             rows = mixed_rows(self.state, self.bias_table)
             kept = self.state.keep(key, self.state.of_rows(rows, y.shape[0], y.dim()))
         assert isinstance(kept, Tensor)

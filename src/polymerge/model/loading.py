@@ -1,4 +1,4 @@
-"""From a bundle to a running model: the base by transformers, then every layer that an expert changes is replaced in place.
+"""From a bundle to a running model: transformers loads the base, then every layer that an expert changes is replaced.
 
 Every tensor of every adapter finds its place exactly once, or loading fails: an adapter is never ignored in silence.
 """

@@ -42,7 +42,7 @@ class MixedModel(nn.Module):
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, experts: Experts = None, **kwargs: Any) -> Any:
-        """The transformers model's own `generate`. inputs (or `input_ids`) [B, T], left-padded with an attention_mask."""
+        """The transformers model's own `generate`. inputs [B, T] (or `input_ids`), left-padded."""
         inputs = kwargs.pop("input_ids", inputs)
         with self.assigned(experts, _rows(inputs, kwargs)):
             return self.hf.generate(inputs, *args, **kwargs)

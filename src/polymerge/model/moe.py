@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,8 @@ class MixedBlockExperts(nn.Module):
         slabs: (parameter, block expert) -> its matrices' residuals.
     """
 
+    inner: Any
+
     def __init__(self, state: Assignment, inner: nn.Module, slabs: Slabs) -> None:
         super().__init__()
         check_layout(inner)
@@ -64,7 +67,7 @@ class MixedBlockExperts(nn.Module):
         repeats = self.state.repeats(hidden_states.shape[0])
         weights = self.state.weights.repeat_interleave(repeats, dim=0)  # [T, N + 1]
         total = torch.zeros_like(hidden_states)
-        for block in top_k_index.unique().tolist():
+        for block in torch.unique(top_k_index).tolist():
             token, place = torch.where(top_k_index == block)
             if block >= self.inner.gate_up_proj.shape[0]:
                 continue  # transformers marks tokens of other devices this way

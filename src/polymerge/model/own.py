@@ -31,7 +31,7 @@ class OwnModule(nn.Module):
         self._own = own
 
     def _apply(self, fn: Any, recurse: bool = True) -> OwnModule:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._own = [{name: fn(value) for name, value in expert.items()} for expert in self._own]
         return self
 
