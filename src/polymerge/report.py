@@ -158,7 +158,7 @@ def _experts(found: Inspection) -> str:
             e.name,
             _size(e.bytes),
             str(e.own_tensors),
-            f"{e.scale_ratio_range[0]:.4f} to {e.scale_ratio_range[1]:.4f}",
+            f"1 ± {max(abs(ratio - 1) for ratio in e.scale_ratio_range):.1g}",
             f"{e.energy_kept:.1%}",
             f"{e.relative_error:.2g}",
             f"{e.lost_by_averaging:.2g}",

@@ -48,7 +48,7 @@ def inspect(
             e.name,
             size(e.bytes),
             str(e.own_tensors),
-            f"{low:.4f} to {high:.4f}",
+            f"1 ± {max(abs(low - 1), abs(high - 1)):.1g}",
             f"{e.energy_kept:.1%}",
             f"{e.relative_error:.2g}",
             f"{e.lost_by_averaging:.2g}",

@@ -1,0 +1,45 @@
+"""Writes docs/cli.md from the commands themselves (`make docs`); a test holds that the page is up to date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from polymerge.cli.main import app
+
+PAGE = Path(__file__).with_name("cli.md")
+HEAD = """# The commands
+
+Written by `make docs` from the commands' own `--help`. Results go to standard output, progress and errors to standard
+error. Every command exits with 0 when it did what was asked, with 2 and one line for bad input; `merge` exits with 3 when
+the bundle is whole but a tensor is over the recipe's `max_error`.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    group = typer.main.get_command(app)
+    commands = getattr(group, "commands", {})
+    return HEAD + "".join(_command(name, command) for name, command in commands.items())
+
+
+def _command(name: str, command: object) -> str:
+    params = [param for param in getattr(command, "params", []) if param.name != "help"]
+    arguments = [param for param in params if param.param_type_name == "argument"]
+    usage = " ".join(["polymerge", name, *(_argument(param) for param in arguments), "[options]"])
+    lines = [f"\n## {name}\n", f"{getattr(command, 'help', '')}\n", f"```\n{usage}\n```\n", "| | | default |", "|---|---|---|"]
+    for param in params:
+        named = param.param_type_name == "option"
+        shown = ", ".join(f"`{opt}`" for opt in (*param.opts, *param.secondary_opts)) if named else _argument(param)
+        default = "" if param.required or param.default in (None, False) or not named else f"`{param.default}`"
+        lines.append(f"| {shown} | {param.help or ''} | {default} |")
+    return "\n".join(lines) + "\n"
+
+
+def _argument(param: object) -> str:
+    return f"`{getattr(param, 'name', '').upper()}`".strip("`")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
