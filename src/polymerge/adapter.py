@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,17 @@ from .errors import SourceError
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+# Settings under which an adapter is more than a low-rank update of its base's linear layers.
+UNREAD = (
+    "use_dora",
+    "trainable_token_indices",
+    "target_parameters",
+    "lora_bias",
+    "layer_replication",
+    "alora_invocation_tokens",
+)
+# Initialisations that take the start of the factors out of the base, which is then not the base that a user names.
+CHANGES_ITS_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.weight)?")
 
 
@@ -48,9 +60,9 @@ class AdapterCheckpoint(Checkpoint):
         return self.read_rows(name, 0, self.tensors[name].shape[0])
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        if name in self._whole:
-            return self._whole[name][start:stop].to(self.tensors[name].dtype)
-        base = self._base.read_rows(name, start, stop)
+        whole = self._whole.get(name)
+        base = self._base.read_rows(name, start, stop) if whole is None else whole[start:stop]
+        base = base.to(self.tensors[name].dtype)
         if name not in self._factors:
             return base
         a, b, scaling, transposed = self._factors[name]
@@ -58,14 +70,16 @@ class AdapterCheckpoint(Checkpoint):
         return (base.float() + scaling * rows).to(base.dtype)
 
     def fingerprint(self) -> list[tuple[str, int, int]]:
-        stat = self._file.stat()
-        return [*self._base.fingerprint(), (self._file.name, stat.st_size, stat.st_mtime_ns)]
+        files = (self._file, self._file.with_name(ADAPTER_CONFIG))
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return [*self._base.fingerprint(), *stats]
 
     def _load(self) -> None:
         loaded = _load_adapter_file(self._file)
         pairs: dict[str, _Factors] = {}
         for key in loaded:
-            name = key.removeprefix(PREFIX)
+            # PEFT puts the layer that it wraps, with a bias or table that was trained too, under `base_layer`
+            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
             match = _KEY.fullmatch(name)
             if match:
                 pair = pairs.setdefault(match["module"], _Factors())
@@ -85,6 +99,11 @@ class AdapterCheckpoint(Checkpoint):
             raise SourceError(f"{self._file}: {module!r} has one LoRA factor of two")
         target = self._base_name(f"{module}.weight", pair.a)
         a, b = loaded[pair.a].float(), loaded[pair.b].float()
+        if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+            raise SourceError(
+                f"{self._file}: the factors of {module!r} are {list(a.shape)} and {list(b.shape)}, "
+                "expected [r, in] and [out, r]"
+            )
         rank = a.shape[0]
         # PEFT keeps an embedding's factors the other way round: rows of the table are columns of A.
         transposed = pair.embedding or bool(self._settings.get("fan_in_fan_out"))
@@ -124,15 +143,37 @@ def open_adapter(folder: Path, label: str, base: str | None) -> AdapterCheckpoin
     settings = read_json(folder / ADAPTER_CONFIG)
     if settings.get("peft_type") != "LORA":
         raise SourceError(f"{label}: a {settings.get('peft_type')} adapter; only LORA can be merged")
-    for flag in ("use_dora", "trainable_token_indices", "target_parameters", "lora_bias"):
-        if settings.get(flag):
-            raise SourceError(
-                f"{label}: the adapter uses {flag}, which a merge does not read; merge it into its base first"
-            )
+    used = [flag for flag in UNREAD if settings.get(flag)]
+    init = str(settings.get("init_lora_weights")).lower()
+    used += [f"init_lora_weights={init}"] if init.startswith(CHANGES_ITS_BASE) else []
+    if used:
+        raise SourceError(
+            f"{label}: the adapter uses {used[0]}, which a merge does not read; merge it into its base first"
+        )
+    _check_scaling(settings, folder / ADAPTER_CONFIG)
     base = base or settings.get("base_model_name_or_path")
-    if not base:
+    if not base or not isinstance(base, str):
         raise SourceError(f"{label}: the adapter does not name its base; say `base:` beside `source:` in the recipe")
-    return AdapterCheckpoint(folder, label, open_checkpoint(base), settings)
+    if (Path(base).expanduser() / ADAPTER_CONFIG).is_file():
+        raise SourceError(f"{label}: its base {base} is an adapter too; a base must be a full model")
+    try:
+        under = open_checkpoint(base)
+    except SourceError as error:
+        raise SourceError(f"{label}: the adapter's base cannot be opened: {error}") from None
+    return AdapterCheckpoint(folder, label, under, settings)
+
+
+def _check_scaling(settings: Mapping[str, Any], file: Path) -> None:
+    pattern = settings.get("alpha_pattern") or {}
+    if not isinstance(pattern, dict):
+        raise SourceError(f"{file}: alpha_pattern must map names to numbers")
+    for name, alpha in {"lora_alpha": settings.get("lora_alpha", 8), **pattern}.items():
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise SourceError(f"{file}: alpha_pattern: {name!r} is not a pattern ({error})") from None
+        if not isinstance(alpha, int | float):
+            raise SourceError(f"{file}: the alpha of {name!r} must be a number, found {alpha!r}")
 
 
 def _by_pattern(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # What a hub download needs: weights, configuration, tokenizer and chat templates; never code.
 HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*"]
 
