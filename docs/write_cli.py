@@ -12,8 +12,8 @@ PAGE = Path(__file__).with_name("cli.md")
 HEAD = """# The commands
 
 Written by `make docs` from the commands' own `--help`. Results go to standard output, progress and errors to standard
-error. Every command exits with 0 when it did what was asked, with 2 and one line for bad input; `merge` exits with 3 when
-the bundle is whole but a tensor is over the recipe's `max_error`.
+error. Every command exits with 0 when it did what was asked, with 2 and one line for bad input; `merge` exits with 3
+when the bundle is whole but a tensor is over the recipe's `max_error`.
 """
 
 
@@ -28,7 +28,13 @@ def _command(name: str, command: object) -> str:
     params = [param for param in getattr(command, "params", []) if param.name != "help"]
     arguments = [param for param in params if param.param_type_name == "argument"]
     usage = " ".join(["polymerge", name, *(_argument(param) for param in arguments), "[options]"])
-    lines = [f"\n## {name}\n", f"{getattr(command, 'help', '')}\n", f"```\n{usage}\n```\n", "| | | default |", "|---|---|---|"]
+    lines = [
+        f"\n## {name}\n",
+        f"{getattr(command, 'help', '')}\n",
+        f"```\n{usage}\n```\n",
+        "| | | default |",
+        "|---|---|---|",
+    ]
     for param in params:
         named = param.param_type_name == "option"
         shown = ", ".join(f"`{opt}`" for opt in (*param.opts, *param.secondary_opts)) if named else _argument(param)

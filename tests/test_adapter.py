@@ -1,5 +1,6 @@
 """LoRA adapters as sources, against PEFT's own `merge_and_unload` of the same adapter."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -257,14 +258,20 @@ def test_half_an_adapter_is_refused_with_the_module(adapter: Path) -> None:
     assert "layers.1.self_attn.v_proj" in message and "one LoRA factor of two" in message
 
 
-def test_a_factor_of_the_wrong_form_is_refused(adapter: Path) -> None:
+@pytest.mark.parametrize("form", ["another rank", "one dimension", "no dimension", "three dimensions"])
+def test_a_factor_of_the_wrong_form_is_refused(adapter: Path, form: str) -> None:
     file = adapter / "adapter_model.safetensors"
     key = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
     tensors = load_file(file)
-    for wrong in (tensors[key][:, :3].contiguous(), tensors[key].flatten(), torch.tensor(1.0)):
-        save_file({**tensors, key: wrong}, file)
-        message = refusal(Source(source=str(adapter)))
-        assert "v_proj" in message and file.name in message
+    forms = {
+        "another rank": tensors[key][:, :3].contiguous(),
+        "one dimension": tensors[key].flatten(),
+        "no dimension": torch.tensor(1.0),
+        "three dimensions": tensors[key][:, :, None].contiguous(),
+    }
+    save_file({**tensors, key: forms[form]}, file)
+    message = refusal(Source(source=str(adapter)))
+    assert "v_proj" in message and file.name in message
 
 
 @pytest.mark.parametrize("how", ["truncated", "missing", "pickle"])
@@ -308,4 +315,4 @@ def test_the_fingerprint_changes_with_everything_that_changes_the_weights(adapte
     base = Path(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
     save_file({name: 2 * v for name, v in load_file(base / "model.safetensors").items()}, base / "model.safetensors")
     found.append(open_checkpoint(adapter).fingerprint())
-    assert all(a != b for a, b in zip(found, found[1:], strict=False)), found
+    assert all(a != b for a, b in itertools.pairwise(found)), found

@@ -1,4 +1,4 @@
-"""Checkpoints as people have them on disk and on the hub, against torch.load, safetensors and transformers themselves."""
+"""Checkpoints as people have them on disk and on the hub, against safetensors' and transformers' own."""
 
 import json
 import pickle

@@ -75,6 +75,12 @@ def flip_digit(data: bytes, draw: random.Random) -> bytes:
     return bytes(changed)
 
 
+def change_digit(data: bytes, draw: random.Random) -> bytes:
+    """A digit anywhere becomes another: JSON of the same length that is whole, and lies."""
+    place = draw.choice([place for place, byte in enumerate(data) if chr(byte).isdigit()])
+    return data[:place] + draw.choice("123456789").encode() + data[place + 1 :]
+
+
 def truncate(data: bytes, draw: random.Random) -> bytes:
     """The file ends early."""
     return data[: draw.randrange(len(data))]
@@ -106,6 +112,7 @@ KINDS: dict[str, tuple[str, Damage, int]] = {
     "index, truncated": (f"e1/{INDEX}", truncate, 5),
     "index, values": (f"e1/{INDEX}", wrong_value, 10),
     "configuration, bytes": ("e0/config.json", flip, 15),
+    "configuration, numbers": ("e0/config.json", change_digit, 15),
     "configuration, truncated": ("e0/config.json", truncate, 5),
     "configuration, values": ("e0/config.json", wrong_value, 40),
 }
@@ -137,7 +144,8 @@ def bundle(originals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 LISTED = [
     "config.json", "generation_config.json", WEIGHTS,
-    *(f"experts/{e}/{f}" for e in ("e0", "e1") for f in ("adapter_config.json", "adapter_model.safetensors", "scales.safetensors")),
+    *(f"experts/{expert}/{file}" for expert in ("e0", "e1")
+      for file in ("adapter_config.json", "adapter_model.safetensors", "scales.safetensors")),
 ]  # fmt: skip
 
 
@@ -176,7 +184,12 @@ def test_a_file_of_another_size_or_none_is_found_on_opening(bundle: Path, tmp_pa
         Bundle.open(copy)
 
 
-MANIFEST: dict[str, tuple[Damage, int]] = {"bytes": (flip, 30), "truncated": (truncate, 5), "values": (wrong_value, 30)}
+MANIFEST: dict[str, tuple[Damage, int]] = {
+    "bytes": (flip, 30),
+    "numbers": (change_digit, 20),
+    "truncated": (truncate, 5),
+    "values": (wrong_value, 30),
+}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -202,6 +215,8 @@ LOADED: dict[str, tuple[str, Damage, int]] = {
     "numbers of the adapter's header": ("experts/e0/adapter_model.safetensors", flip_digit, 10),
     "scales": ("experts/e1/scales.safetensors", flip_header, 10),
     "configuration": ("config.json", flip, 25),
+    "numbers of the configuration": ("config.json", change_digit, 25),
+    "numbers of an adapter's configuration": ("experts/e0/adapter_config.json", change_digit, 5),
 }
 
 

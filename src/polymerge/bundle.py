@@ -327,7 +327,7 @@ def _read_manifest(path: Path) -> Manifest:
         raise BundleError(
             f"{path}: has no {MANIFEST}, so it is not a bundle; a plain checkpoint is merged first"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{file}: cannot be read: {error}") from None
     version = data.get("format_version") if isinstance(data, dict) else None
     if version != FORMAT_VERSION:

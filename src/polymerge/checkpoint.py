@@ -184,7 +184,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise SourceError(f"{path}: expected a JSON object, found {type(data).__name__}")

@@ -162,12 +162,13 @@ def _keep_or_average(
 ) -> TensorReport:
     experts = list(task.sources)
     hashes = {expert: hashlib.sha256() for expert in experts}
-    mean = torch.empty(task.shape, dtype=settings.dtype)
+    mean = torch.empty(task.shape or (1,), dtype=settings.dtype)  # a number without dimensions is a row of one
     for start, stop in _slabs(task.shape):
         total = None
         for expert in experts:
             rows = read(expert, task.sources[expert], start, stop)
             _check_finite(rows, expert, task.sources[expert])
+            _check_range(rows, settings.dtype, expert, task.sources[expert])
             hashes[expert].update(_raw(rows))
             total = rows.float() if total is None else total.add_(rows.float())
         assert total is not None
@@ -176,7 +177,7 @@ def _keep_or_average(
     agreed = len(set(report.digests.values())) == 1
     if agreed:  # the mean of equal numbers may differ from them in the last bit
         _read_into(mean, experts[0], task, read)
-    emit(None, task.name, mean)
+    emit(None, task.name, mean.view(task.shape))
     if task.treatment == "keep" and not agreed:
         _emit_own(task, mean, read, emit)
     return report
@@ -192,7 +193,7 @@ def _emit_own(task: TensorTask, mean: Tensor, read: Read, emit: Emit) -> None:
             continue
         own = torch.empty_like(mean)
         _read_into(own, expert, task, read)
-        emit(expert, adapter_key(task), own)
+        emit(expert, adapter_key(task), own.view(task.shape))
 
 
 def _copy(task: TensorTask, read: Read, emit: Emit, report: TensorReport) -> TensorReport:
@@ -214,8 +215,9 @@ def _slabs(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     for size in shape[1:]:
         width *= size
     step = max(1, SLAB_NUMEL // max(1, width))
-    for start in range(0, shape[0], step):
-        yield start, min(start + step, shape[0])
+    rows = shape[0] if shape else 1
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
 
 
 def _read_matrix(
@@ -225,6 +227,7 @@ def _read_matrix(
     raw = read(expert, task.sources[expert], 0, task.shape[0])
     if report is not None:
         read_checked(raw, expert, task.sources[expert], report)
+        _check_range(raw, settings.dtype, expert, task.sources[expert])
     weight = raw.to(device=settings.device, dtype=torch.float32)
     return weight.clone() if weight.data_ptr() == raw.data_ptr() else weight
 
@@ -246,6 +249,20 @@ def _check_finite(values: Tensor, expert: str, tensor: str) -> None:
     if bad:
         raise SourceError(
             f"expert {expert!r}: tensor {tensor!r} holds {bad} NaN or infinite values; the checkpoint is damaged"
+        )
+
+
+def _check_range(values: Tensor, dtype: torch.dtype, expert: str, tensor: str) -> None:
+    """The arithmetic is in float32 and the bundle in `dtype`: a value beyond either would become infinite."""
+    largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    if not values.is_floating_point() or not values.numel() or torch.finfo(values.dtype).max <= largest:
+        return
+    found = float(values.abs().max())
+    if found > largest:
+        name = str(dtype).removeprefix("torch.")
+        raise SourceError(
+            f"expert {expert!r}: tensor {tensor!r} holds {found:.3g}, too large for {name}; "
+            "say a wider `dtype:` in the recipe"
         )
 
 

@@ -99,7 +99,7 @@ def meta_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedMo
 
 
 def _map_by_architecture(checkpoint: Checkpoint, model: PreTrainedModel) -> LayerMap:
-    known, forms = _known_names(model)
+    known, forms, shapes = _known_names(model)
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     records: dict[str, LayerRecord] = {}
     notes: list[str] = []
@@ -112,6 +112,11 @@ def _map_by_architecture(checkpoint: Checkpoint, model: PreTrainedModel) -> Laye
             records[tensor] = LayerRecord(tensor, *_split(tensor), role="other", known=False)
             continue
         matched.add(name)
+        if info.shape != shapes[name]:
+            raise SourceError(
+                f"{checkpoint.label}: tensor {tensor!r} is {list(info.shape)}, "
+                f"but its config.json makes it {list(shapes[name])}"
+            )
         records[tensor] = replace(known[name], tensor=tensor)
         if records[tensor].role == "linear" and len(info.shape) != 2:
             records[tensor] = replace(records[tensor], role="other")
@@ -140,23 +145,28 @@ def _tensor_of(records: Mapping[str, LayerRecord], module: str | None) -> str | 
     return next((r.tensor for r in records.values() if r.module == module and r.parameter == "weight"), None)
 
 
-def _known_names(model: PreTrainedModel) -> tuple[dict[str, LayerRecord], dict[str, frozenset[str]]]:
-    """Every name that a checkpoint may use, with its record; and for every parameter the names that store it."""
+def _known_names(
+    model: PreTrainedModel,
+) -> tuple[dict[str, LayerRecord], dict[str, frozenset[str]], dict[str, tuple[int, ...]]]:
+    """Every name that a checkpoint may use, with its record; for every parameter the names that store it; and the
+    shape of every name."""
     roles = _roles(model)
     known: dict[str, LayerRecord] = {}
     forms: dict[str, frozenset[str]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in model.state_dict().items():
         role, transposed = roles.get(name, ("other", False))
         module, parameter = _split(name)
         known[name] = LayerRecord(name, module, parameter, role, transposed)
         stored_form = _stored_form(model, name, tensor)
+        shapes |= {stored: tuple(part.shape) for stored, part in {name: tensor, **stored_form}.items()}
         for stored, part in stored_form.items():
             if part.shape == tensor.shape:
                 known[stored] = LayerRecord(stored, module, parameter, role, transposed)
             else:  # one matrix of a fused parameter
                 known[stored] = LayerRecord(stored, stored.removesuffix(".weight"), "weight", "linear")
         forms[name] = frozenset(stored_form)
-    return known, forms
+    return known, forms, shapes
 
 
 def _stored_form(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -22,10 +22,10 @@ from torch import Tensor
 from . import __version__, assemble
 from .bundle import Bundle, BundleLayer, ExpertRecord, FileEntry, Manifest, Method, dtype_name
 from .compress import Settings, TensorReport, compress_tensor
-from .errors import ErrorBudgetExceeded
+from .errors import ErrorBudgetExceeded, RecipeError
 from .plan import MergePlan, TensorTask, plan_merge
 from .recipe import Recipe, load_recipe
-from .staging import FileRecord, Staging, check_free_space, pieces_of
+from .staging import FileRecord, Staging, check_free_space, check_output, disk_errors, half_done, pieces_of
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,16 @@ def run_plan(
 ) -> Bundle:
     """`merge` for a plan that is already made."""
     output = Path(output).expanduser()
-    staging = Staging(output, fingerprint(plan), resume=resume, overwrite=overwrite)
+    pick_device(plan.recipe.device)
+    check_output(output, overwrite=overwrite)
     # The pieces and the bundle made of them lie side by side for a moment.
-    check_free_space(output.parent, 2 * plan.write_bytes)
-    notes = _compress_all(plan, staging, progress)
-    folder = staging.folder / "bundle"
-    _assemble(plan, staging, notes, folder)
-    staging.publish(folder)
+    check_free_space(output.parent, 2 * plan.write_bytes - (half_done(output) if resume else 0))
+    with disk_errors(output):
+        staging = Staging(output, fingerprint(plan), resume=resume, overwrite=overwrite)
+        notes = _compress_all(plan, staging, progress)
+        folder = staging.folder / "bundle"
+        _assemble(plan, staging, notes, folder)
+        staging.publish(folder)
     bundle = Bundle.open(output)
     _check_budget(plan.recipe, bundle)
     return bundle
@@ -108,6 +111,8 @@ def fingerprint(plan: MergePlan) -> dict[str, Any]:
         "polymerge": __version__,
         "recipe": recipe,
         "sources": {name: checkpoint.fingerprint() for name, checkpoint in plan.checkpoints.items()},
+        "configs": {name: checkpoint.config for name, checkpoint in plan.checkpoints.items()},
+        "tasks": [[task.name, task.treatment, task.rank] for task in plan.tasks],
     }
 
 
@@ -125,9 +130,14 @@ def settings_of(plan: MergePlan) -> Settings:
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto` is the GPU where there is one."""
+    """`auto` is the GPU where there is one. Raises RecipeError for a device that this machine lacks."""
     if device != "auto":
-        return torch.device(device)
+        chosen = torch.device(device)
+        try:
+            torch.empty(0, device=chosen)
+        except (RuntimeError, AssertionError):  # torch raises either, by how it was built
+            raise RecipeError(f"device {device!r}: this machine or this torch has no such device; try auto") from None
+        return chosen
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -155,7 +155,10 @@ def _read_yaml(path: Path) -> tuple[Any, dict[tuple[str, ...], int]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}, line {mark.line + 1}" if mark else str(path)
-        raise RecipeError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise RecipeError(f"{place}: not valid YAML: {reason}") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: nested too deeply, or it holds itself") from None
 
 
 def _collect_lines(node: yaml.Node, at: tuple[str, ...], lines: dict[tuple[str, ...], int], path: Path) -> None:
@@ -176,6 +179,8 @@ def _anchored(source: Source, folder: Path) -> Source:
             return text
         candidate = folder / Path(text).expanduser()
         looks_local = text.startswith((".", "/", "~")) or candidate.exists()
-        return str(candidate) if looks_local else text
+        if not looks_local:
+            return text
+        return str(candidate) if candidate.is_absolute() else f"./{candidate}"  # never to be taken for a hub id
 
     return source.model_copy(update={"source": anchor(source.source), "base": anchor(source.base)})

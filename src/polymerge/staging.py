@@ -82,10 +82,7 @@ class Staging:
         self._previous = output.with_name(output.name + ".previous")
         if self._previous.exists() and not output.exists():  # killed between the two renames of `publish`
             self._previous.rename(output)
-        if output.exists() and not overwrite:
-            raise OutputExistsError(f"{output}: exists; give --overwrite to replace it, or another --output")
-        if output.exists() and not _is_bundle(output):
-            raise OutputExistsError(f"{output}: exists and is not a bundle; it is never overwritten")
+        check_output(output, overwrite=overwrite)
         note = self.folder / "merge.json"
         text = json.dumps(fingerprint, sort_keys=True, indent=1)
         if self.folder.exists() and resume:
@@ -257,6 +254,25 @@ def write_bytes(target: Path, data: bytes) -> FileRecord:
     return FileRecord(len(data), hashlib.sha256(data).hexdigest())
 
 
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Raises OutputExistsError unless a bundle may be written to `output`."""
+    if not output.name or output.name == "..":
+        raise OutputExistsError(f"{output}: not the name of a folder to make; give one, such as ./bundle")
+    blocking = next((parent for parent in output.parents if parent.exists() and not parent.is_dir()), None)
+    if blocking:
+        raise OutputExistsError(f"{output}: {blocking} is a file, so no folder can be made in it")
+    if output.exists() and not overwrite:
+        raise OutputExistsError(f"{output}: exists; give --overwrite to replace it, or another --output")
+    if output.exists() and not _is_bundle(output):
+        raise OutputExistsError(f"{output}: exists and is not a bundle; it is never overwritten")
+
+
+def half_done(output: Path) -> int:
+    """Bytes that an interrupted merge to `output` has left for a resumed one."""
+    folder = output.with_name(output.name + ".partial")
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def check_free_space(folder: Path, needed: int) -> None:
     """Raises DiskSpaceError unless the file system of `folder` has `needed` bytes free."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
@@ -274,6 +290,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise DiskSpaceError(f"{folder}: a file grew too large for this file system or its limits") from None
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskSpaceError(
                 f"{folder}: the disk is full; what is done is kept, free some room and run again with --resume"

@@ -56,6 +56,9 @@ def main() -> None:
     except PolymergeError as error:
         print(f"polymerge: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-    except BrokenPipeError:  # the reader of our output (head, less) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # the reader of our output (head, less) has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(0) from None
+        print(f"polymerge: {error.filename or 'the disk'}: {error.strerror or error}", file=sys.stderr)
+        raise SystemExit(2) from None

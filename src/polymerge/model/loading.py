@@ -50,8 +50,9 @@ def load_model(
         hf = AutoModelForCausalLM.from_pretrained(
             bundle.path, dtype=chosen, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except ValueError as error:  # an architecture that transformers does not know
-        raise ModelError(f"{bundle.path}: transformers cannot load it ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # an unknown architecture, or a configuration that the weights do not fit
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{bundle.path}: transformers cannot load it ({reason})") from None
     hf.eval().requires_grad_(False)
     state = Assignment(bundle.experts, place)
     _Placer(bundle, hf, state, chosen).place()

@@ -1,0 +1,41 @@
+"""The pages say what the code does."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from polymerge import load_recipe
+from polymerge.cli.main import app
+from polymerge.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_page_of_commands_is_what_the_commands_say() -> None:
+    spec = importlib.util.spec_from_file_location("write_cli", ROOT / "docs" / "write_cli.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "cli.md").read_text() == module.page(), "run `make docs`"
+    assert all(f"## {command.callback.__name__}\n" in module.page() for command in app.registered_commands)
+
+
+def test_the_page_of_the_recipe_names_every_key_and_default() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", (ROOT / "docs" / "recipe.md").read_text(), re.MULTILINE))
+    for name, field in Recipe.model_fields.items():
+        shown = rows[name].strip().strip("`")
+        if shown not in ("required", "none", "the sources'"):
+            assert shown.lower() == str(field.default).lower(), name
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_recipes_are_valid(recipe: Path) -> None:
+    assert len(load_recipe(recipe).experts) == 3
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target

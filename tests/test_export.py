@@ -1,0 +1,56 @@
+"""Exports open with plain transformers and PEFT and say the same as the bundle."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from polymerge import export_dense, export_peft, load_model
+from polymerge.errors import BundleError, OutputExistsError
+from tests.conftest import Merged
+
+IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
+
+
+@pytest.mark.parametrize("architecture", ["llama-tied", "gpt2", "mixtral"])
+def test_a_dense_export_is_the_expert(merged: Merged, tmp_path: Path, architecture: str) -> None:
+    bundle, _ = merged(architecture, compress_rate=0.6)
+    folder = export_dense(bundle, "e1", tmp_path / "e1")
+    plain, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        torch.testing.assert_close(plain(IDS).logits, load_model(bundle)(IDS, experts="e1").logits, atol=1e-5, rtol=0)
+
+
+def test_a_peft_export_measures_the_ratios_that_it_drops(merged: Merged, tmp_path: Path) -> None:
+    bundle, _ = merged("llama", compress_rate=0.6)
+    written = export_peft(bundle, "e1", tmp_path / "e1")
+    worst = 0.0
+    for tensor, ratio in bundle.scales("e1").items():
+        weight = bundle.reconstruct("e1", tensor).double()
+        dropped = weight - (ratio - 1) * bundle.base_tensor(tensor).double()
+        worst = max(worst, float((dropped - weight).norm() / weight.norm()))
+    assert worst > 0
+    assert written.dropped_ratio_error == pytest.approx(worst, rel=1e-4)
+    shared, _ = merged("llama", compress_rate=0.6, scale="shared")
+    exact = export_peft(shared, "e1", tmp_path / "shared")
+    assert exact.dropped_ratio_error == 0.0
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(shared.path), exact.folder).eval()
+    with torch.no_grad():
+        expected = load_model(shared)(IDS, experts="e1").logits
+        torch.testing.assert_close(adapted(IDS).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_exports_refuse_unknown_experts_and_taken_places(merged: Merged, tmp_path: Path) -> None:
+    bundle, _ = merged("llama", compress_rate=0.6)
+    with pytest.raises(BundleError, match="no expert 'x'"):
+        export_dense(bundle, "x", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(OutputExistsError):
+            export_dense(bundle, "e0", tmp_path / "mine", overwrite=overwrite)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
