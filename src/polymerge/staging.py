@@ -85,8 +85,9 @@ class Staging:
         check_output(output, overwrite=overwrite)
         note = self.folder / "merge.json"
         text = json.dumps(fingerprint, sort_keys=True, indent=1)
-        if self.folder.exists() and resume:
-            if not note.exists() or note.read_text() != text:
+        # Without the note nothing was done yet: the run that made the folder was stopped before its first tensor.
+        if resume and note.exists():
+            if note.read_text() != text:
                 raise OutputExistsError(
                     f"{self.folder}: half-done work of another recipe, other sources or another version; "
                     "run without --resume to start again"
