@@ -76,3 +76,15 @@ def make_experts(
         model.float()
         found[f"e{number}"] = path
     return found
+
+
+def tiny_tokenizer() -> hf.PreTrainedTokenizerFast:
+    """One word a token: "w3" is token 3; 0 pads, 1 begins and 2 ends a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{number}": number for number in range(3, VOCAB)} | {"<pad>": 0, "<s>": 1, "</s>": 2}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )

@@ -1,0 +1,9 @@
+"""Running models behind one contract.
+
+base.py        the contract: requests, results, Engine
+hf_engine.py   a bundle or a plain checkpoint, run by transformers in this process
+"""
+
+from .base import Engine, GenerateRequest, Generation, Message, Prompt, Score, ScoreRequest
+
+__all__ = ["Engine", "GenerateRequest", "Generation", "Message", "Prompt", "Score", "ScoreRequest"]

@@ -1,0 +1,114 @@
+"""What a running model must offer so that the router, the stages, the assessment and the server can use it.
+
+Knows requests and their results. Does not know how a model is loaded or run (`polymerge.engine.hf_engine`), and
+loads nothing heavy, so that a scripted engine can stand in for a model in tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from ..model.assignment import RowExpert
+
+# A text, to which the tokenizer adds its special tokens, or token ids that hold them already.
+Prompt = str | Sequence[int]
+Pooling = Literal["last", "mean"]
+FloatArray: TypeAlias = "npt.NDArray[np.float32]"
+# A turn of a conversation: {"role": "user", "content": "..."}.
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One text to go on with.
+
+    Attributes:
+        expert: a name, a mixture {name: weight}, or None for the average.
+        temperature: 0 takes the likeliest token every time.
+        stop: texts at which the answer ends; they are not part of it.
+    """
+
+    prompt: Prompt
+    expert: RowExpert = None
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer. `tokens` counts what was generated, `finish` says whether it ended or ran out of `max_new_tokens`."""
+
+    text: str
+    prompt_tokens: int
+    tokens: int
+    finish: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """How likely is `continuation` after `context`? An empty context is the tokenizer's first special token alone."""
+
+    context: Prompt
+    continuation: Prompt
+    expert: RowExpert = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """log p(continuation | context) in nats, whether every token of it is the likeliest one, and how many there are."""
+
+    log_likelihood: float
+    is_greedy: bool
+    tokens: int
+
+
+class Engine(Protocol):
+    """A model that runs. Every request of a list has its own expert; results come in the order of the requests.
+
+    Attributes:
+        experts: the names that a request may give; empty for a plain model.
+        max_length: of the context, in tokens.
+        fingerprint: changes with anything that results depend on; the key of caches.
+    """
+
+    @property
+    def experts(self) -> list[str]: ...
+
+    @property
+    def max_length(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a text, with the tokenizer's special tokens unless told otherwise."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation that waits for the model's turn, by the model's chat template."""
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
+        """Raises ModelError for an unknown expert or a prompt that leaves no room in the context."""
+
+    def loglikelihood(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        """Contexts are cut on the left where they are too long for the model."""
+
+    def embed(
+        self, prompts: Sequence[Prompt], *, layers: Sequence[int] = (-1,), pooling: Pooling = "last"
+    ) -> FloatArray:
+        """Hidden states of the average (no expert applied): [len(prompts), len(layers), hidden], float32.
+
+        Layers are counted as transformers does: 0 is the embedding's output, -1 the last layer's after the final norm.
+        `pooling` takes the last token's state or the mean over all tokens.
+        """
