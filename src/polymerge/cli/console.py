@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -150,3 +150,15 @@ def print_demo(result: DemoResult) -> None:
     first = result.rows[0].skill
     prompt = "An order for Olga: 12 stamps."
     out.print(f'try: polymerge generate {result.bundle} --expert {first} "{prompt}"', markup=False, soft_wrap=True)
+
+
+@contextmanager
+def progress_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar that is told (done, total)."""
+    with Progress(console=err, transient=True, disable=quiet) as bar:
+        task = bar.add_task(what, total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield show
