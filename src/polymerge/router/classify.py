@@ -46,7 +46,11 @@ class Classifier:
 
 def fit_classifier(kind: Kind, vectors: FloatArray, labels: Ints) -> Classifier:
     """Fits a classifier to vectors [n, d] of length 1 and their fields' numbers, 0 to k - 1, each with a sample."""
-    return Classifier(kind, {name: np.asarray(a, dtype=np.float32) for name, a in _FIT[kind](vectors, labels).items()})
+    # in the order of a file: products of arrays laid out otherwise differ in their last digits
+    arrays = {
+        name: np.ascontiguousarray(array, dtype=np.float32) for name, array in _FIT[kind](vectors, labels).items()
+    }
+    return Classifier(kind, arrays)
 
 
 def _fit_logistic(vectors: FloatArray, labels: Ints) -> dict[str, Floats]:

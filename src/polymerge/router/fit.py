@@ -36,7 +36,7 @@ from .settings import FitSettings
 from .space import fit_space
 from .table import MIXTURE, Table, check_expert, experts_of_fields
 
-CURVE_SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+CURVE_SIZES = (4, 8, 16, 32, 64, 128, 256, 512)
 CURVE_DRAWS = 10
 FOLDS = 5
 EMBED_BATCH = 256  # texts between two notes of progress
