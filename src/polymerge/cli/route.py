@@ -26,7 +26,7 @@ def route(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a request.")] = False,
 ) -> None:
     """Say which expert a request goes to, how sure that is, and which training samples speak for it."""
-    from .console import hush_libraries, out, print_json
+    from .console import hush_libraries, print_json
     from .routing import open_router
 
     if (text is None) == (file is None):
@@ -46,7 +46,7 @@ def route(
             print_json(found.to_json())
         else:
             line = f"{_expert(found)}\t{found.field}\t{found.confidence:.3f}\t{' '.join(prompt.split())[:80]}"
-            out.print(line, markup=False, soft_wrap=True)
+            print(line)
 
 
 def _routes(router: Router, file: Path) -> Iterator[tuple[str, Route]]:
