@@ -124,7 +124,10 @@ class Router:
         ]
 
     def judge(self, raw: FloatArray) -> Judgement:
-        """Probabilities of raw vectors [n, d]."""
+        """Probabilities of raw vectors [n, d]. Raises RouterError where they are not of the router's length."""
+        length = len(self.head.space.mean)
+        if raw.shape[1] != length:
+            raise RouterError(f"the model's vectors have {raw.shape[1]} dimensions, the router was fitted to {length}")
         return Judgement(softmax(self.head.logits(raw) / self.record.temperature), self.head.known(raw))
 
     def _route(

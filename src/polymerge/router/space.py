@@ -34,4 +34,5 @@ class Space:
 def fit_space(raw: FloatArray) -> Space:
     """Mean and spread of raw vectors [n, d]. A dimension that hardly moves is not blown up."""
     spread = raw.std(axis=0)
-    return Space(raw.mean(axis=0), np.maximum(spread, 1e-3 * spread.max() + 1e-12))
+    least = 1e-3 * spread.max() or 1.0  # of a single sample nothing moves
+    return Space(raw.mean(axis=0), np.maximum(spread, least))
