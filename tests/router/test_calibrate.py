@@ -17,7 +17,7 @@ from polymerge.router.calibrate import (
     threshold_for_coverage,
 )
 from polymerge.router.classify import LOGISTIC_C, fit_classifier
-from polymerge.router.outside import calibrate_outside
+from polymerge.router.outside import Outside, calibrate_outside
 
 RNG = np.random.default_rng(0)
 
@@ -72,16 +72,22 @@ def test_the_curve_ends_at_the_accuracy_of_all() -> None:
     assert curve[-1]["accuracy"] == pytest.approx(right.mean())
 
 
-def test_a_distance_between_known_and_unknown_is_as_likely_either() -> None:
-    near, far = RNG.normal(0.2, 0.03, 300), RNG.normal(0.6, 0.03, 60)
-    found = calibrate_outside(near, far)
-    assert found.known(np.array([0.2]))[0] > 0.95 and found.known(np.array([0.6]))[0] < 0.05
-    assert found.middle == pytest.approx(0.4, abs=0.08)
+def calibrated(near: float, far: float) -> Outside:
+    """An Outside whose first sign is `near` among known samples and `far` among strangers; the second says nothing."""
+    inside = np.stack([RNG.normal(near, 0.03, 300), np.full(300, 0.5)], axis=1)
+    outside = np.stack([RNG.normal(far, 0.03, 60), np.full(60, 0.5)], axis=1)
+    mix, middle, slope = calibrate_outside(inside, outside)
+    return Outside(np.zeros((1, 1), np.float32), np.zeros(1, np.float32), mix, middle, slope)
 
 
-def test_distances_that_say_nothing_are_not_turned_round() -> None:
-    found = calibrate_outside(np.full(10, 0.5), np.full(10, 0.1))
-    assert found.slope > 0
+def test_signs_halfway_between_known_and_unknown_are_as_likely_either() -> None:
+    found = calibrated(0.2, 0.6)
+    chances = found.known(np.array([[0.2, 0.5], [0.6, 0.5], [0.4, 0.5]]))
+    assert chances[0] > 0.95 and chances[1] < 0.05 and 0.2 < chances[2] < 0.8
+
+
+def test_signs_that_point_the_wrong_way_are_not_turned_round() -> None:
+    assert calibrated(0.6, 0.2).slope > 0
 
 
 @pytest.mark.parametrize("fields", [2, 5])

@@ -23,7 +23,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 Arrays: TypeAlias = Mapping[str, FloatArray]
 
 # Inverse strength of the logistic regression's L2 penalty, on vectors of length 1.
-LOGISTIC_C = 10.0
+LOGISTIC_C = 100.0
 NEIGHBOURS = 10
 
 

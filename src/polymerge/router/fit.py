@@ -28,7 +28,7 @@ from .calibrate import (
 )
 from .embed import Embedder
 from .head import Head, fit_head
-from .outside import calibrate_outside, strangeness
+from .outside import calibrate_outside, fit_outside
 from .record import RouterRecord
 from .router import Router
 from .samples import Sample, check_training
@@ -145,11 +145,11 @@ class Calibrated(NamedTuple):
 
 def calibrate(train: Labelled, held: Labelled | None, settings: FitSettings) -> Calibrated:
     """Temperature, the calibration of distances and the threshold."""
-    scores, distances, labels, inside, outside = [], [], [], [], []
+    scores, signs, labels, inside, outside = [], [], [], [], []
     for own, other in _splits(train, held, settings.seed):
         head = fit_head(settings.classifier, own.vectors, own.labels)
         scores.append(head.logits(other.vectors))
-        distances.append(strangeness(head.space(other.vectors), head.vectors))
+        signs.append(head.signs(other.vectors))
         labels.append(other.labels)
         near, far = leave_fields_out(own, other)
         inside.append(near)
@@ -157,8 +157,9 @@ def calibrate(train: Labelled, held: Labelled | None, settings: FitSettings) -> 
     logits, right_ones = np.concatenate(scores), np.concatenate(labels)
     temperature = fit_temperature(logits, right_ones)
     gate = calibrate_outside(np.concatenate(inside), np.concatenate(outside))
+    head = fit_head(settings.classifier, train.vectors, train.labels).calibrated(*gate)
     probabilities = softmax(logits / temperature)
-    confidence: Floats = probabilities.max(axis=1) * gate.known(np.concatenate(distances))
+    confidence: Floats = probabilities.max(axis=1) * head.outside.known(np.concatenate(signs))
     right: Bools = probabilities.argmax(axis=1) == right_ones
     if settings.accuracy is None:
         threshold = threshold_for_coverage(confidence, settings.coverage)
@@ -174,7 +175,6 @@ def calibrate(train: Labelled, held: Labelled | None, settings: FitSettings) -> 
         "coverage": float(kept.mean()),
         "accuracy_over_threshold": float(right[kept].mean()) if kept.any() else None,
     }
-    head = fit_head(settings.classifier, train.vectors, train.labels).with_outside(gate)
     return Calibrated(head, temperature, threshold, report)
 
 
@@ -191,13 +191,14 @@ def _splits(train: Labelled, held: Labelled | None, seed: int) -> Iterator[tuple
 
 
 def leave_fields_out(own: Labelled, other: Labelled) -> tuple[Floats, Floats]:
-    """Distances of `other`'s samples of known fields, and of those of a field that was kept away: every field in its
-    turn plays the one that nobody has seen. That is what a stranger looks like, with no strangers at hand."""
+    """Signs of `other`'s samples of known fields, and of those of a field that was kept away: every field in its turn
+    plays the one that nobody has seen. That is what a stranger looks like, with no strangers at hand."""
     inside, outside = [], []
     for field in np.unique(own.labels):
-        rest = own.vectors[own.labels != field]
-        space = fit_space(rest)
-        found = strangeness(space(other.vectors), space(rest))
+        rest = own.take(own.labels != field)
+        space = fit_space(rest.vectors)
+        vectors = space(rest.vectors)
+        found = fit_outside(vectors, rest.labels).signs(space(other.vectors), vectors)
         inside.append(found[other.labels != field])
         outside.append(found[other.labels == field])
     return np.concatenate(inside), np.concatenate(outside)
