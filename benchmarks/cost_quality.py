@@ -7,10 +7,13 @@ that has not seen it. The measures are those of RouteLLM (Ong et al. 2024, arXiv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from polymerge.report.blocks import COLOURS, html_page, plot, plotly, section
 
 FOLDS = 5
 POINTS = 101
@@ -55,3 +58,21 @@ def measures(weak: Any, strong: Any, gain: Any) -> dict[str, Any]:
         "cpt80": float(shares[np.argmax(recovered >= 0.8)]),
         "curve": [{"strong_calls": float(shares[n]), "accuracy": float(weak.mean() + gained[n])} for n in kept],
     }
+
+
+def draw_curves(found: Mapping[str, Mapping[str, Any]], file: Path) -> None:
+    """A page with the curve of every data set, against the straight line of sending questions at random."""
+    go, _ = plotly()
+    parts = []
+    for name, own in found.items():
+        figure = go.Figure()
+        x, y = ([point[key] for point in own["curve"]] for key in ("strong_calls", "accuracy"))
+        figure.add_scatter(x=x, y=y, name="by the embedding", line={"color": COLOURS[0]})
+        ends = {"x": [0, 1], "y": [own["weak"], own["strong"]]}
+        figure.add_scatter(**ends, name="at random", line={"color": COLOURS[-1], "dash": "dot"})
+        figure.update_layout(
+            xaxis={"title": "share of calls to the strong model", "tickformat": ".0%"}, yaxis_title="accuracy"
+        )
+        text = f"{own['rows']} questions; APGR {own['apgr']:.3f}, where sending at random gives 0.5."
+        parts.append(section(name, text, plot(figure, 380)))
+    file.write_text(html_page("Cost and quality", "".join(parts), "benchmarks/route.py"), encoding="utf-8")

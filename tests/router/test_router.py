@@ -12,6 +12,7 @@ import pytest
 from polymerge import Bundle
 from polymerge.errors import RouterError
 from polymerge.router.classify import KINDS
+from polymerge.router.embed import ALIGNMENT_PROMPT, TASK_PROMPT
 from polymerge.router.evaluation import evaluate_router, save_evaluation
 from polymerge.router.fit import Fitted, fit_router
 from polymerge.router.record import router_folder
@@ -258,3 +259,6 @@ def test_settings_that_cannot_be_used_are_one_line() -> None:
             fit_settings(**given)  # type: ignore[arg-type]
         assert len(str(raised.value).splitlines()) == 1
     assert fit_settings(layers="4,-1").embed.layers == (4, -1)
+    assert fit_settings(template="none").embed.template == "{input}"
+    assert fit_settings(template="task").embed.template == TASK_PROMPT
+    assert fit_settings().embed.template == ALIGNMENT_PROMPT

@@ -16,7 +16,9 @@ def fit(
     fields: Annotated[str | None, typer.Option(help="Which fields, separated by commas; by default all.")] = None,
     samples: Annotated[int, typer.Option(min=2, help="Samples of a field and split, at most.")] = 256,
     classifier: Annotated[str, typer.Option(help="logistic, centroid or knn.")] = "logistic",
-    template: Annotated[str | None, typer.Option(help="Alignment prompt; {input} is the request's place.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Alignment prompt with {input}; or published, task, none.")
+    ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Hidden states to read, separated by commas; -1 is the last.")
     ] = None,

@@ -16,6 +16,7 @@ from ..staging import write_bytes
 from .blocks import cards, html_page, size
 from .demo import demo_section
 from .merge import merge_sections
+from .router import router_sections
 
 
 def write_report(bundle: Bundle | str | Path, path: str | Path, *, demo: Sequence[Mapping[str, Any]] = ()) -> Path:
@@ -30,7 +31,7 @@ def write_report(bundle: Bundle | str | Path, path: str | Path, *, demo: Sequenc
     bundle, path = Bundle.open(bundle), Path(path)
     found = inspect_bundle(bundle)
     sections = [demo_section(demo)] if demo else []
-    sections += merge_sections(found, bundle.stats())
+    sections += [*router_sections(bundle.path), *merge_sections(found, bundle.stats())]
     write_bytes(path, _page(bundle, found, sections).encode())
     return path
 

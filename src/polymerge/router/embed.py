@@ -18,9 +18,17 @@ from ..errors import RouterError
 ALIGNMENT_PROMPT = (
     "{input} Let's think about what task these questions belong to. These questions belong to the field of"
 )
+# Asks what the text wants, as a chat in the ChatML format, for models that know it (SmolLM2, Qwen). With few
+# samples a field it is ahead of the published one (docs/log-router.md).
+TASK_PROMPT = (
+    "<|im_start|>user\n{input}\n\nWhat kind of request is this, and what should be done with it? Answer in one word."
+    "<|im_end|>\n<|im_start|>assistant\nThis is a request to"
+)
+# Names that stand for a template.
+PROMPTS = {"published": ALIGNMENT_PROMPT, "task": TASK_PROMPT, "none": "{input}"}
 INPUT = "{input}"
-# Chosen on validation samples of five fields (docs/log-router.md): the last quarter of the LLM but its very end, and the
-# mean over all tokens, the prompt's own among them, which have read the text.
+# Chosen on validation samples of five fields (docs/log-router.md): the last quarter of the LLM but its very end, and
+# the mean over all tokens, the prompt's own among them, which have read the text.
 LAYERS = (-7, -5, -3)
 
 
@@ -28,7 +36,7 @@ class EmbedSettings(BaseModel):
     """How a text becomes a vector.
 
     Attributes:
-        template: the alignment prompt; {input} is the text's place. "{input}" alone is the bare text.
+        template: the alignment prompt; {input} is the text's place, and alone the bare text. See PROMPTS.
         layers: hidden states to take, as the engine counts them; several are set side by side, each of length 1.
         pooling: the last token's state or the mean over all tokens.
         max_tokens: longer texts are cut in the middle; the context's own limit holds too.

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import RouterError
 from .classify import Kind
-from .embed import EmbedSettings
+from .embed import PROMPTS, EmbedSettings
 
 
 class FitSettings(BaseModel):
@@ -35,12 +35,13 @@ class FitSettings(BaseModel):
 def fit_settings(
     *, template: str | None = None, layers: str | Sequence[int] | None = None, pooling: str | None = None, **others: Any
 ) -> FitSettings:
-    """FitSettings from loose values; None takes the default. `layers` may be "4,-1".
+    """FitSettings from loose values; None takes the default. `layers` may be "4,-1" and
+    `template` a name of PROMPTS.
 
     Raises:
         RouterError: a value that cannot be used, in one line.
     """
-    given = {"template": template, "pooling": pooling}
+    given = {"template": PROMPTS.get(template or "", template), "pooling": pooling}
     embed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if layers is not None:
         embed["layers"] = layers.split(",") if isinstance(layers, str) else layers
