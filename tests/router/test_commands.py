@@ -132,6 +132,7 @@ def test_samples_label_themselves_by_their_best_expert(bundle: Bundle, data: Pat
         (["router", "fit", "BUNDLE", "--data", "DATA", "--table", "DATA/table.json"], "'e7'"),
         (["router", "fit", "BUNDLE", "--data", "DATA", "--classifier", "svm"], "classifier"),
         (["router", "fit", "BUNDLE", "--data", "DATA", "--fallback", "e8"], "the fallback"),
+        (["router", "fit", "BUNDLE", "--data", "DATA", "--layers", "-9"], "the model has fewer"),
     ],
 )
 def test_bad_input_is_one_line(fitted: Bundle, data: Path, run: Run, words: list[str], message: str) -> None:

@@ -247,6 +247,12 @@ def test_no_text_gives_no_route_and_an_empty_one_is_refused(bundle: Bundle, engi
         router.route(["sum", " \n"])
 
 
+def test_an_engine_of_another_width_is_one_line(bundle: Bundle, engine: Any) -> None:
+    router = fit(bundle, engine).router
+    with pytest.raises(RouterError, match=r"have \d+ dimensions, the router was fitted to"):
+        router.judge(router.embedder.embed(["sum"]).vectors[:, 1:])
+
+
 def test_settings_that_cannot_be_used_are_one_line() -> None:
     for given in (
         {"template": "no place"},

@@ -26,6 +26,7 @@ from .calibrate import (
     threshold_for_accuracy,
     threshold_for_coverage,
 )
+from .classify import fit_classifier
 from .embed import Embedder
 from .head import Head, fit_head
 from .outside import calibrate_outside, fit_outside
@@ -37,7 +38,7 @@ from .space import fit_space
 from .table import MIXTURE, Table, check_expert, experts_of_fields
 
 CURVE_SIZES = (4, 8, 16, 32, 64, 128, 256, 512)
-CURVE_DRAWS = 10
+CURVE_DRAWS = 5
 FOLDS = 5
 EMBED_BATCH = 256  # texts between two notes of progress
 
@@ -216,8 +217,10 @@ def learning_curve(train: Labelled, held: Labelled, settings: FitSettings) -> li
                 rng.choice(np.flatnonzero(train.labels == n), size, replace=False) for n in np.unique(train.labels)
             ]
             own = train.take(np.concatenate(numbers))
-            head = fit_head(settings.classifier, own.vectors, own.labels)
-            scores.append(float((head.logits(held.vectors).argmax(axis=1) == held.labels).mean()))
+            space = fit_space(own.vectors)
+            classifier = fit_classifier(settings.classifier, space(own.vectors), own.labels)
+            found_fields = classifier.logits(space(held.vectors)).argmax(axis=1)
+            scores.append(float((found_fields == held.labels).mean()))
         found.append(
             {"samples": size, "accuracy": float(np.mean(scores)), "lowest": min(scores), "highest": max(scores)}
         )
