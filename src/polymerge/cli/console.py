@@ -16,6 +16,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from ..demo.run import DemoResult, Listeners
     from ..demo.train import TrainProgress
+    from ..engine.cached import OnRequests
+    from ..evaluate import Comparison
     from ..merger import OnProgress
     from ..merger import Progress as MergeProgress
 
@@ -97,6 +99,52 @@ def hush_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def hush_harness() -> None:
+    """lm-evaluation-harness logs every step and draws a bar for each; the command line has its own words."""
+    import logging
+    import os
+
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+    hush_libraries()
+    for name in ("lm_eval", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def request_progress(quiet: bool, what: str = "asked") -> Iterator[OnRequests | None]:
+    """A line of requests done and time left, for every pass over them."""
+    began = [0.0, 0.0]  # seconds and requests when this pass began
+
+    def show(done: int, total: int) -> None:
+        now = time.monotonic()
+        if not began[1] or done < began[1]:
+            began[:] = [now, done]
+        left = (now - began[0]) * (total - done) / (done - began[1]) if done > began[1] else None
+        line = f"{what}: {done} of {total}, {duration(left)} left"
+        if err.is_terminal:
+            err.print(line.ljust(60), end="\n" if done == total else "\r")
+        else:
+            err.print(line, soft_wrap=True)
+
+    yield None if quiet else show
+
+
+def print_evaluation(found: Comparison) -> None:
+    """Accuracy by task and mode, and what answered where the mode chose."""
+    table = Table("accuracy", *found.results)
+    for task, row in found.accuracies.items():
+        table.add_row(task, *("-" if value is None else f"{value:.1%}" for value in row.values()))
+    if len(found.accuracies) > 1:
+        table.add_section()
+        table.add_row("mean", *("-" if value is None else f"{value:.1%}" for value in found.means.values()))
+    out.print(table)
+    for mode, results in found.results.items():
+        for task, counts in results["polymerge"]["answered_by"].items():
+            if mode in ("routed", "oracle"):
+                shares = ", ".join(f"{expert} {count}" for expert, count in sorted(counts.items()))
+                out.print(f"{mode}, {task}: {shares}", markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from .. import __version__
 from ..errors import PolymergeError
 from .add import add
 from .demo import demo
+from .eval import eval
 from .export import export
 from .generate import generate
 from .inspect import inspect
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (demo, plan, merge, inspect, verify, generate, add, remove, export):
+for verb in (demo, plan, merge, inspect, verify, generate, add, remove, export, eval):
     app.command()(verb)
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import __version__
 from ..errors import PolymergeError
+from ..gguf import cache_folder
 from .base import Engine, FloatArray, GenerateRequest, Generation, Message, Pooling, Prompt, Score, ScoreRequest
 
 if TYPE_CHECKING:
@@ -149,6 +150,11 @@ class CachedEngine:
                 database.close()
         except sqlite3.Error as error:
             raise PolymergeError(f"{self._file}: the cache cannot be used ({error}); delete the file") from None
+
+
+def answers_file(engine: Engine) -> Path:
+    """Where an engine's answers are remembered: one file a bundle or model in the cache's folder."""
+    return cache_folder() / "answers" / f"{engine.fingerprint[:16]}.sqlite"
 
 
 def _length_and_text(request: GenerateRequest | ScoreRequest) -> tuple[int, str]:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,8 +120,6 @@ def accuracy(metrics: Mapping[str, Any]) -> float | None:
 
 def _load_tasks(tasks: Sequence[str | Mapping[str, Any]], include_path: str | Path | None) -> tuple[Any, list[Any]]:
     """The harness's task manager and the tasks in its form; patterns are replaced by the names that they match."""
-    from lm_eval.tasks import TaskManager
-
     if not tasks:
         raise RecipeError("no tasks given")
     if include_path is not None and not Path(include_path).is_dir():
@@ -130,10 +129,9 @@ def _load_tasks(tasks: Sequence[str | Mapping[str, Any]], include_path: str | Pa
             raise RecipeError(f"{task}: no such task file")
     folder = str(include_path) if include_path else None
     names = [task for task in tasks if isinstance(task, str) and not _is_file(task)]
-    with _harness_errors():
-        manager = TaskManager(include_path=folder, include_defaults=False)
-        if not all(manager.match_tasks([name]) for name in names):
-            manager = TaskManager(include_path=folder)  # reads the harness's thousands of tasks: some seconds
+    manager = _manager(folder, False)
+    if not all(manager.match_tasks([name]) for name in names):
+        manager = _manager(folder, True)
     loaded: list[Any] = []
     for task in tasks:
         if isinstance(task, str) and not _is_file(task):
@@ -141,6 +139,15 @@ def _load_tasks(tasks: Sequence[str | Mapping[str, Any]], include_path: str | Pa
         else:
             loaded.append(task if isinstance(task, str) else dict(task))
     return manager, loaded
+
+
+@lru_cache
+def _manager(folder: str | None, defaults: bool) -> Any:
+    """The harness's index of tasks. With its own thousands of tasks it takes some seconds, so it is made once."""
+    from lm_eval.tasks import TaskManager
+
+    with _harness_errors():
+        return TaskManager(include_path=folder, include_defaults=defaults)
 
 
 def _is_file(task: str | Mapping[str, Any]) -> bool:

@@ -13,9 +13,28 @@ from typing import Any
 
 from ..errors import RecipeError
 from .metrics import is_right, token_f1
-from .rows import Row, content_hash, read_rows
+from .rows import Row, content_hash, files_by_name, read_rows
 
 MAX_NEW_TOKENS = 64
+
+
+def task_list(
+    names: str | None, data: Path | None, *, ending: str = "", max_new_tokens: int = MAX_NEW_TOKENS
+) -> list[str | dict[str, Any]]:
+    """Tasks as a user names them: comma-separated names, of which those of data sets in `data` (NAME/test.jsonl) mean
+    these. Without names, all of `data`.
+
+    Raises:
+        RecipeError: neither names nor data, or an unusable data set.
+    """
+    files = files_by_name(data) if data is not None else {}
+    wanted = [name.strip() for name in names.split(",") if name.strip()] if names else list(files)
+    if not wanted:
+        raise RecipeError("no tasks given; name some with --tasks, or a folder of data sets with --data")
+    return [
+        jsonl_task(name, files[name], ending=ending, max_new_tokens=max_new_tokens) if name in files else name
+        for name in wanted
+    ]
 
 
 def jsonl_tasks(
