@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,6 +15,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from ..assess import Assessment, AssessProgress
+    from ..assess.run import OnAssess
     from ..demo.run import DemoResult, Listeners
     from ..demo.train import TrainProgress
     from ..engine.cached import OnRequests
@@ -145,6 +148,42 @@ def print_evaluation(found: Comparison) -> None:
             if mode in ("routed", "oracle"):
                 shares = ", ".join(f"{expert} {count}" for expert, count in sorted(counts.items()))
                 out.print(f"{mode}, {task}: {shares}", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def assess_progress(quiet: bool) -> Iterator[OnAssess | None]:
+    """A line for every candidate and task, and for every chunk of questions."""
+
+    def show(step: AssessProgress) -> None:
+        done = f": {step.done} of {step.total}" if step.total else ""
+        line = f"{step.step} of {step.steps}  {step.candidate} on {_task_name(step.task)}{done}"
+        err.print(line, markup=False, soft_wrap=True)
+
+    yield None if quiet else show
+
+
+def _task_name(task: str) -> str:
+    """A file's folder and name without the rest of its path."""
+    return "/".join(Path(task).parts[-2:]) if task.endswith((".jsonl", ".yaml", ".yml")) else task
+
+
+def print_assessment(found: Assessment) -> None:
+    """Accuracy by model and field, what each costs, why one has no figure, and the proposal."""
+    table = Table("model", *found.fields, "peak memory", "tokens/s")
+    for row in found.candidates:
+        reached = row.accuracies(found.fields)
+        cells = [f"{reached[name]:.1%}" if name in reached else "-" for name in found.fields]
+        rate = f"{row.tokens_per_second:.0f}" if row.tokens_per_second else "-"
+        name = f"{row.name} (thinker)" if row.role == "thinker" else row.name
+        table.add_row(name, *cells, size(row.peak_memory) if row.peak_memory else "-", rate)
+    out.print(table)
+    for row in found.candidates:
+        for name, reason in row.failed.items():
+            out.print(f"{row.name}: {name or 'not measured'}: {reason}", markup=False, soft_wrap=True)
+    if found.proposals is not None:
+        search = "all" if found.proposals.exhaustive else "the best of a growing search among"
+        out.print(f"proposal: {found.proposals.why}", markup=False, soft_wrap=True)
+        out.print(f"compared: {search} {found.proposals.sets} sets", markup=False)
 
 
 @contextmanager

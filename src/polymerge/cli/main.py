@@ -11,6 +11,7 @@ import typer
 from .. import __version__
 from ..errors import PolymergeError
 from .add import add
+from .assess import assess
 from .demo import demo
 from .eval import eval
 from .export import export
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (demo, plan, merge, inspect, verify, generate, add, remove, export, eval):
+for verb in (demo, plan, merge, inspect, verify, generate, add, remove, export, assess, eval):
     app.command()(verb)
 
 

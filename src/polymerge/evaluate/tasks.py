@@ -16,6 +16,7 @@ from .metrics import is_right, token_f1
 from .rows import Row, content_hash, files_by_name, read_rows
 
 MAX_NEW_TOKENS = 64
+STOP = ("\n\n",)  # an empty line ends an answer, for models that do not know their own end
 
 
 def task_list(
@@ -76,7 +77,7 @@ def jsonl_task(name: str, file: Path, *, max_new_tokens: int = MAX_NEW_TOKENS, e
     return task | {
         "output_type": "generate_until",
         "doc_to_target": lambda row: row["answer"],
-        "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": max_new_tokens, "do_sample": False},
+        "generation_kwargs": {"until": list(STOP), "max_gen_toks": max_new_tokens, "do_sample": False},
         "process_results": _score,
         "metric_list": _means("exact_match", "f1"),
     }
