@@ -58,7 +58,7 @@ def test_a_merges_recipe_is_one_too_with_a_folder_of_data(tmp_path: Path) -> Non
         (("compress_rate: 0.9", "compress_rate: 9"), "merge: compress_rate: .*less than or equal to 1"),
         (("  math: ./math-model", "  ../x: ./math-model"), "line 2: candidates: expert name '../x'"),
         (("[humaneval, tasks/mine.yaml]", "[]"), "line 9: fields.code: .*at least 1"),
-        (("  math: ./math-model", "  math: {src: x}"), r"line 4: candidates\.math\.src: unknown key"),
+        (("  math: ./math-model", "  math: {source: x, src: y}"), r"line 3: candidates\.math\.src: unknown key"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_place(tmp_path: Path, change: tuple[str, str], message: str) -> None:
