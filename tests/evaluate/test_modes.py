@@ -20,6 +20,14 @@ def test_routed_takes_the_routers_choice_and_its_fallback() -> None:
     assert chooser("routed", EXPERTS, router=ROUTER)(QUESTIONS) == ["math", "shell", None]
 
 
+def test_a_question_without_a_text_is_not_routed() -> None:
+    router = ScriptedRouter({"add": "math"})
+    asked = [Question(""), Question("add 1 1"), Question("")]
+    assert chooser("routed", EXPERTS, router=router)(asked) == [None, "math", None]
+    assert chooser("mixture", EXPERTS, router=router)(asked)[0] is None
+    assert router.seen == ["add 1 1"] * 2
+
+
 def test_a_mixture_weighs_experts_by_the_probabilities_of_their_fields() -> None:
     [first, *_] = chooser("mixture", EXPERTS, router=ROUTER)(QUESTIONS)
     assert first == pytest.approx({"math": 0.8, "shell": 0.2})

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from .worker import Job, as_json
 
 TAIL = 300  # characters of a worker's last words
+PACKAGE = Path(__file__).parents[2]  # the worker runs this very copy of polymerge
 
 
 def run_in_process(job: Job) -> Iterator[dict[str, Any]]:
     """What the worker of a job says, event by event; where it dies, at last a failure of the whole job."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
-        command = [sys.executable, "-m", "polymerge.assess.worker"]
         worker = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, encoding="utf-8"
+            [sys.executable, "-m", "polymerge.assess.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+            encoding="utf-8",
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE), os.environ.get("PYTHONPATH", "")])},
         )
         assert worker.stdin and worker.stdout
         try:

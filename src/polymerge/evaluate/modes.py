@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
-from ..router.route import Routes
+from ..router.route import Route, Routes
 
 if TYPE_CHECKING:
     from ..model.assignment import RowExpert
@@ -56,8 +56,12 @@ def always(expert: str, experts: Sequence[str]) -> Choose:
 
 
 def routed(router: Routes) -> Choose:
-    """What the router says, its fallback included."""
-    return lambda questions: [route.expert for route in router.route([question.text for question in questions])]
+    """What the router says, its fallback included. A question without a text goes to the average."""
+
+    def choose(questions: Sequence[Question]) -> list[RowExpert]:
+        return [route.expert if route else None for route in _routes(router, questions)]
+
+    return choose
 
 
 def mixture(router: Routes, experts: Sequence[str], fields: Mapping[str, str] | None = None) -> Choose:
@@ -70,14 +74,20 @@ def mixture(router: Routes, experts: Sequence[str], fields: Mapping[str, str] | 
 
     def choose(questions: Sequence[Question]) -> list[RowExpert]:
         found: list[RowExpert] = []
-        for route in router.route([question.text for question in questions]):
+        for route in _routes(router, questions):
             weights: dict[str, float] = defaultdict(float)
-            for name, probability in route.scores.items():
+            for name, probability in route.scores.items() if route else ():
                 weights[table.get(name, "average")] += probability
             found.append(dict(weights) if sum(weights.values()) > 0 else None)
         return found
 
     return choose
+
+
+def _routes(router: Routes, questions: Sequence[Question]) -> list[Route | None]:
+    """A question's route; None for one without a text."""
+    found = iter(router.route([question.text for question in questions if question.text]))
+    return [next(found) if question.text else None for question in questions]
 
 
 def oracle(experts: Sequence[str], best: Mapping[str, str] | None = None, label: str | None = None) -> Choose:
