@@ -105,7 +105,8 @@ def hush_libraries() -> None:
 
 
 def hush_harness() -> None:
-    """lm-evaluation-harness logs every step and draws a bar for each; the command line has its own words."""
+    """lm-evaluation-harness logs every step and draws a bar for each; the command line has its own words. Called
+    before any library is imported that draws bars."""
     import logging
     import os
 
@@ -121,6 +122,8 @@ def request_progress(quiet: bool, what: str = "asked") -> Iterator[OnRequests | 
     began = [0.0, 0.0]  # seconds and requests when this pass began
 
     def show(done: int, total: int) -> None:
+        if done == total and not began[1]:
+            return  # a pass of one step
         now = time.monotonic()
         if not began[1] or done < began[1]:
             began[:] = [now, done]
@@ -155,6 +158,8 @@ def assess_progress(quiet: bool) -> Iterator[OnAssess | None]:
     """A line for every candidate and task, and for every chunk of questions."""
 
     def show(step: AssessProgress) -> None:
+        if step.total and step.done == step.total:
+            return
         done = f": {step.done} of {step.total}" if step.total else ""
         line = f"{step.step} of {step.steps}  {step.candidate} on {_task_name(step.task)}{done}"
         err.print(line, markup=False, soft_wrap=True)

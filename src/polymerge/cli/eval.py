@@ -40,13 +40,14 @@ def eval(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure a bundle with lm-evaluation-harness: its tasks or your own data, by any mode."""
+    from .console import hush_harness, print_evaluation, print_json, request_progress
+
+    hush_harness()
     from ..engine.cached import CachedEngine, answers_file
     from ..engine.hf_engine import HFEngine
     from ..evaluate import HarnessSettings, evaluate_modes, task_list, write_results
-    from .console import hush_harness, print_evaluation, print_json, request_progress
     from .verify import named_sources
 
-    hush_harness()
     engine = HFEngine.from_bundle(bundle, device=device, batch_tokens=batch_tokens)
     chat = bool(data and engine.tokenizer.chat_template) if apply_chat_template is None else apply_chat_template
     modes = mode or ["average"]
