@@ -163,19 +163,20 @@ class _Run:
             recipe.trust_remote_code,
             str(answers),
         )
-        self._listen(job, keys, rows)
-        answers.unlink(missing_ok=True)  # only a run that was killed needs them again
+        if self._listen(job, keys, rows):
+            answers.unlink(missing_ok=True)  # only what was interrupted needs them again
 
-    def _listen(self, job: Job, keys: Keys, rows: Mapping[str | None, Candidate]) -> None:
+    def _listen(self, job: Job, keys: Keys, rows: Mapping[str | None, Candidate]) -> bool:
+        """Takes in what the worker says. False where the model could not be loaded or the process died."""
         place: tuple[str | None, str] = job.work[0][:2]
         pending = {item[:2] for item in job.work}
         for event in self.run(job):
             kind = event["event"]
-            if kind == "failed" and event["task"] is None:  # the model could not be loaded, or its process died
+            if kind == "failed" and event["task"] is None:
                 for expert, task in pending:
                     self._fail(rows[expert], task, event["reason"])
                     self.step += 1
-                return
+                return False
             if kind == "progress":
                 self._tell(rows[place[0]].name, place[1], event["done"], event["total"])
                 continue
@@ -192,6 +193,7 @@ class _Run:
             else:
                 write_bytes(self.cache / f"{keys[place]}.json", json.dumps(event["measurement"]).encode())
                 self._put(rows[place[0]], place[1], measurement(event["measurement"]))
+        return True
 
     def _put(self, row: Candidate, task: str, found: Measurement) -> None:
         for name, tasks in self.recipe.fields.items():

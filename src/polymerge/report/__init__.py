@@ -1,6 +1,5 @@
 """The bundle's HTML report.
 
-<<<<<<< HEAD
 page.py         a bundle's page: which sections, in which order
 blocks.py       a page's frame, headings, tables, plots
 merge.py        sizes, errors, energy and ranks of the merge
@@ -12,14 +11,3 @@ from .assessment import write_assessment
 from .page import write_report
 
 __all__ = ["write_assessment", "write_report"]
-=======
-page.py     the page: which sections, in which order
-blocks.py   the page's frame, headings, tables, plots
-merge.py    sizes, errors, energy and ranks of the merge
-demo.py     the demo's table
-"""
-
-from .page import write_report
-
-__all__ = ["write_report"]
->>>>>>> main
