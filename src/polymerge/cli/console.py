@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
@@ -139,9 +140,9 @@ def request_progress(quiet: bool, what: str = "asked") -> Iterator[OnRequests | 
 
 def print_evaluation(found: Comparison) -> None:
     """Accuracy by task and mode, and what answered where the mode chose."""
-    table = Table("accuracy", *found.results)
+    table = Table("accuracy", *map(escape, found.results))
     for task, row in found.accuracies.items():
-        table.add_row(task, *("-" if value is None else f"{value:.1%}" for value in row.values()))
+        table.add_row(escape(task), *("-" if value is None else f"{value:.1%}" for value in row.values()))
     if len(found.accuracies) > 1:
         table.add_section()
         table.add_row("mean", *("-" if value is None else f"{value:.1%}" for value in found.means.values()))
@@ -174,7 +175,7 @@ def _task_name(task: str) -> str:
 
 def print_assessment(found: Assessment) -> None:
     """Accuracy by model and field, what each costs, why one has no figure, and the proposal."""
-    table = Table("model", *found.fields, "peak memory", "tokens/s")
+    table = Table("model", *map(escape, found.fields), "peak memory", "tokens/s")
     for row in found.candidates:
         reached = row.accuracies(found.fields)
         cells = [f"{reached[name]:.1%}" if name in reached else "-" for name in found.fields]

@@ -53,7 +53,8 @@ def eval(
     modes = mode or ["average"]
     router = _router(bundle, engine) if {"routed", "mixture"} & {*modes} else None
     with request_progress(quiet or as_json) as progress:
-        cached = CachedEngine(engine, None if no_cache else answers_file(engine), progress=progress)
+        file = None if no_cache else answers_file(engine)
+        cached = CachedEngine(engine, file, salt={"device": str(engine.device)}, progress=progress)
         found = evaluate_modes(
             cached,
             task_list(tasks, data, ending="" if chat else "\n"),
