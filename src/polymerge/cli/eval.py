@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from ..engine.base import Engine
 
 
 def eval(
@@ -51,7 +54,7 @@ def eval(
     engine = HFEngine.from_bundle(bundle, device=device, batch_tokens=batch_tokens)
     chat = bool(data and engine.tokenizer.chat_template) if apply_chat_template is None else apply_chat_template
     modes = mode or ["average"]
-    router = _router(bundle, engine) if {"routed", "mixture"} & {*modes} else None
+    routing = _router(bundle, engine, device) if {"routed", "mixture"} & {*modes} else {}
     with request_progress(quiet or as_json) as progress:
         file = None if no_cache else answers_file(engine)
         cached = CachedEngine(engine, file, salt={"device": str(engine.device)}, progress=progress)
@@ -59,7 +62,6 @@ def eval(
             cached,
             task_list(tasks, data, ending="" if chat else "\n"),
             modes,
-            router=router,
             best=named_sources(best or []),
             label=label,
             include_path=include_path,
@@ -74,6 +76,7 @@ def eval(
                 log_samples=log_samples,
                 seed=seed,
             ),
+            **routing,
         )
     if output is not None:
         write_results(found, output)
@@ -83,9 +86,12 @@ def eval(
         print_evaluation(found)
 
 
-def _router(bundle: Path, engine: Any) -> Any:
-    from .. import router
+def _router(bundle: Path, engine: Engine, device: str | None) -> dict[str, Any]:
+    """The bundle's router, which embeds with the loaded engine unless it was fitted with another model."""
+    from ..engine.hf_engine import HFEngine
+    from ..router.record import read_record, router_folder
+    from ..router.router import Router
 
-    if not hasattr(router, "Router"):
-        return None
-    return router.Router.load(bundle, engine)
+    record = read_record(router_folder(bundle))
+    router = Router.load(bundle, HFEngine.from_checkpoint(record.model, device=device) if record.model else engine)
+    return {"router": router, "fields": record.experts, "about": {"router": router.fingerprint}}
