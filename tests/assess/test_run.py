@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,14 @@ def test_a_process_of_its_own_measures_a_real_checkpoint(checkpoints: Checkpoint
     assert "no config.json" in gone.failed[""]
 
 
+@dataclass(frozen=True)
+class Unknown(AskSettings):
+    """Settings that a worker does not know."""
+
+    mood: str = "good"
+
+
 def test_a_worker_that_dies_is_a_failure_with_its_last_words() -> None:
-    [event] = list(run_in_process(Job({"unknown": "key"}, [], AskSettings())))
+    [event] = list(run_in_process(Job({}, [], Unknown())))
     assert event["event"] == "failed" and "its process ended with 1" in event["reason"]
+    assert "mood" in event["reason"]

@@ -91,7 +91,7 @@ class Assessment:
 
     @property
     def table(self) -> dict[str, dict[str, float]]:
-        """Field -> candidate -> accuracy: what `router fit --assessment` takes. Failures have no entry."""
+        """Field -> candidate -> accuracy: what `router fit --table` takes. Failures have no entry."""
         found: dict[str, dict[str, float]] = {name: {} for name in self.fields}
         for candidate in self.candidates:
             if candidate.role == "candidate":
@@ -114,5 +114,5 @@ class Assessment:
 
 
 def write_assessment_table(found: Assessment, file: Path) -> None:
-    """The assessment as the JSON file that `router fit --assessment` takes."""
+    """The assessment as the JSON file that `router fit --table` takes."""
     write_bytes(file, (json.dumps(found.to_json(), indent=1, ensure_ascii=False) + "\n").encode())

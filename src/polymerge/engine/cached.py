@@ -104,8 +104,8 @@ class CachedEngine:
         found = self._known([key for key in keys if key], kind)
         results = [found.get(key) if key else None for key in keys]
         missing = [number for number, result in enumerate(results) if result is None]
-        # like lengths side by side, and the choices of one question in one chunk
-        missing.sort(key=lambda n: _length_and_text(requests[n]))
+        # the longest first, like lengths side by side, and the choices of one question in one chunk
+        missing.sort(key=lambda n: _length_and_text(requests[n]), reverse=True)
         for start in range(0, len(missing), CHUNK):
             numbers = missing[start : start + CHUNK]
             for number, result in zip(numbers, run([requests[n] for n in numbers]), strict=True):
