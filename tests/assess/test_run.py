@@ -126,6 +126,16 @@ def test_a_candidate_that_fails_is_a_row_with_its_reason(checkpoints: Checkpoint
     assert found.proposals and found.proposals.chosen and found.proposals.chosen.experts == ("e0",)
 
 
+def test_candidates_of_two_families_are_measured_and_never_proposed_together(
+    checkpoints: Checkpoints, data: Path, tmp_path: Path
+) -> None:
+    sources = {"e0": checkpoints("llama")["e0"], "e1": checkpoints("qwen2")["e1"]}
+    whole = load_assess_recipe({"candidates": {name: str(path) for name, path in sources.items()}}, data)
+    found = assess(whole, cache=tmp_path / "cache", run=Scripted())
+    assert found.proposals and found.proposals.chosen and len(found.proposals.chosen.experts) == 1
+    assert found.proposals.sets == 2 and "different architectures" in found.proposals.notes[0]
+
+
 def test_a_task_that_fails_leaves_the_others(checkpoints: Checkpoints, data: Path) -> None:
     class Narrow(ScriptedEngine):
         def loglikelihood(self, requests: Any) -> Any:

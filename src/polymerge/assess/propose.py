@@ -63,6 +63,7 @@ class Proposals:
         unlimited: the best set without the limit, where that is another one.
         why: one sentence for people.
         sets: how many were compared; `exhaustive` says whether these were all.
+        notes: which candidates cannot be merged with each other.
     """
 
     chosen: Proposal | None
@@ -71,6 +72,7 @@ class Proposals:
     why: str
     sets: int
     exhaustive: bool
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         sets = {"chosen": self.chosen, "runner_up": self.runner_up, "unlimited": self.unlimited}
@@ -79,6 +81,7 @@ class Proposals:
             "why": self.why,
             "sets": self.sets,
             "exhaustive": self.exhaustive,
+            "notes": list(self.notes),
         }
 
 
@@ -103,7 +106,7 @@ class Choices:
     most: int | None = None
 
 
-def propose(choices: Choices, *, exhaustive_sets: int = EXHAUSTIVE_SETS) -> Proposals:
+def propose(choices: Choices, *, exhaustive_sets: int = EXHAUSTIVE_SETS, notes: Sequence[str] = ()) -> Proposals:
     """The best set, the runner-up, and the best without the limit. Of equals the smaller one is better."""
     everything = sum(comb(len(f.members), n) for f in choices.families for n in range(1, _most(choices, f) + 1)) * (
         1 + len(choices.thinkers)
@@ -120,7 +123,8 @@ def propose(choices: Choices, *, exhaustive_sets: int = EXHAUSTIVE_SETS) -> Prop
     chosen = fitting[0] if fitting else None
     runner_up = next((p for p in fitting[1:] if chosen and not _only_adds_idle(chosen, p)), None)
     unlimited = found[0] if found and (chosen is None or found[0].accuracy > chosen.accuracy) else None
-    return Proposals(chosen, runner_up, unlimited, _why(choices, chosen, runner_up, unlimited), len(found), exhaustive)
+    why = _why(choices, chosen, runner_up, unlimited)
+    return Proposals(chosen, runner_up, unlimited, why, len(found), exhaustive, tuple(notes))
 
 
 def _most(choices: Choices, family: Family) -> int:

@@ -245,7 +245,7 @@ def _proposals(recipe: AssessRecipe, rows: list[Candidate]) -> Proposals | None:
     if not measured:
         return None
     sources = {name: recipe.candidates[name] for name in measured}
-    groups = families(sources, recipe.merge_recipe, recipe.merge.get("dtype"))
+    groups, notes = families(sources, recipe.merge_recipe, recipe.merge.get("dtype"))
     thinkers = {
         row.name: dense_bytes(recipe.thinkers[row.name], recipe.dtype)
         for row in rows
@@ -260,7 +260,8 @@ def _proposals(recipe: AssessRecipe, rows: list[Candidate]) -> Proposals | None:
             working={row.name: row.working_memory for row in rows},
             limit=None if recipe.memory_gb is None else recipe.memory_gb * 1e9,
             most=recipe.max_experts,
-        )
+        ),
+        notes=notes,
     )
 
 

@@ -35,8 +35,11 @@ class Family:
         return self.base_bytes + (count * self.expert_bytes if count > 1 else 0)
 
 
-def families(sources: Mapping[str, Source], recipe: MakeRecipe, dtype: str | None = None) -> list[Family]:
-    """The families of candidates. A candidate joins the first one whose first member it can be merged with.
+def families(
+    sources: Mapping[str, Source], recipe: MakeRecipe, dtype: str | None = None
+) -> tuple[list[Family], list[str]]:
+    """The families of candidates, and why there are several. A candidate joins the first family whose first member it
+    can be merged with.
 
     Args:
         dtype: of the merge; by default as stored.
@@ -45,13 +48,19 @@ def families(sources: Mapping[str, Source], recipe: MakeRecipe, dtype: str | Non
         SourceError: a candidate cannot be opened.
     """
     groups: list[list[str]] = []
+    notes = []
     for name in sources:
-        group = next((group for group in groups if _fits(group[0], name, recipe)), None)
-        if group is None:
-            groups.append([name])
+        refused = []
+        for group in groups:
+            reason = _refusal(group[0], name, recipe)
+            if not reason:
+                group.append(name)
+                break
+            refused.append(reason)
         else:
-            group.append(name)
-    return [_family(group, sources, recipe, dtype) for group in groups]
+            groups.append([name])
+            notes += refused[:1]
+    return [_family(group, sources, recipe, dtype) for group in groups], notes
 
 
 def dense_bytes(source: Source, dtype: str | None = None) -> int:
@@ -66,12 +75,13 @@ def working_bytes(peaks: Mapping[str, int], names: Sequence[str]) -> int:
     return max((peaks.get(name, 0) for name in names), default=0)
 
 
-def _fits(one: str, other: str, recipe: MakeRecipe) -> bool:
+def _refusal(one: str, other: str, recipe: MakeRecipe) -> str:
+    """Why two candidates cannot be merged; empty where they can."""
     try:
         plan_merge(recipe([one, other]))
-    except PolymergeError:
-        return False
-    return True
+    except PolymergeError as error:
+        return f"{one} and {other} cannot be merged: {error}"
+    return ""
 
 
 def _family(group: list[str], sources: Mapping[str, Source], recipe: MakeRecipe, dtype: str | None) -> Family:

@@ -190,6 +190,8 @@ def print_assessment(found: Assessment) -> None:
         search = "all" if found.proposals.exhaustive else "the best of a growing search among"
         out.print(f"proposal: {found.proposals.why}", markup=False, soft_wrap=True)
         out.print(f"compared: {search} {found.proposals.sets} sets", markup=False)
+        for note in found.proposals.notes:
+            out.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
 @contextmanager
