@@ -171,7 +171,7 @@ def test_a_bundles_own_experts_and_its_report(merged: Merged, data: Path, tmp_pa
     try:
         assert json.loads(file.read_text())["fields"] == found.table
         pytest.importorskip("plotly")
-        assert "<h2>Assessment</h2>" in write_report(bundle, tmp_path / "report.html").read_text()
+        assert "<h2>Accuracy by field</h2>" in write_report(bundle, tmp_path / "report.html").read_text()
     finally:
         file.unlink()
 

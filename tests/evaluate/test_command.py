@@ -96,4 +96,4 @@ def test_a_bundles_assessment_lies_where_its_router_looks(
     assert "average" in out and "1 of 8" in err
     table = json.loads((bundle / "router" / "assessment.json").read_text())["fields"]
     assert set(table) == {"e0", "other"} and set(table["e0"]) == {"e0", "e1", "e2", "average"}
-    assert "<h2>Assessment</h2>" in page.read_text()
+    assert "<h2>Accuracy by field</h2>" in page.read_text()

@@ -78,6 +78,8 @@ def _heatmap(found: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) 
             y=[escape(name) for name in names],
             zmin=0,
             zmax=1,
+            xgap=2,
+            ygap=2,
             colorscale="Viridis",
             colorbar={"tickformat": ".0%", "title": "accuracy"},
             text=[["" if value is None else f"{value:.1%}" for value in row] for row in grid],
@@ -86,8 +88,8 @@ def _heatmap(found: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) 
         )
     )
     figure.update_layout(yaxis={"autorange": "reversed"})
-    text = "Accuracy of every model on every field. A field that could not be measured is left white."
-    return section("Assessment", text, plot(figure, 170 + 34 * len(names)))
+    text = "The assessment of every model on every field. What could not be measured is left white."
+    return section("Accuracy by field", text, plot(figure, 170 + 34 * len(names)))
 
 
 def _costs(models: Mapping[str, Mapping[str, Any]]) -> str:
