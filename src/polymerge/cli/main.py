@@ -11,7 +11,9 @@ import typer
 from .. import __version__
 from ..errors import PolymergeError
 from .add import add
+from .assess import assess
 from .demo import demo
+from .eval import eval
 from .export import export
 from .generate import generate
 from .inspect import inspect
@@ -29,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (demo, plan, merge, inspect, verify, generate, route, add, remove, export):
+for verb in (demo, assess, plan, merge, inspect, verify, generate, route, eval, add, remove, export):
     app.command()(verb)
 app.add_typer(router, name="router")
 
