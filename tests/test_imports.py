@@ -11,7 +11,7 @@ SOURCE = Path(polymerge.__file__).parent
 
 # A module imports only from modules that stand before it.
 ORDER = [
-    "errors", "recipe", "checkpoint", "adapter", "gguf", "layers", "rsvd", "plan", "compress", "staging", "bundle",
+    "errors", "response", "recipe", "checkpoint", "adapter", "gguf", "layers", "outline", "rsvd", "plan", "footprint", "compress", "staging", "bundle",
     "assemble", "merger", "verification", "grow", "model", "engine", "router", "staged", "assess",
     "evaluate", "compete", "export", "inspection", "report", "serve", "demo", "cli", "__main__",
 ]  # fmt: skip

@@ -14,10 +14,16 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from ..compete.clock import OnProgress as OnCompete
+    from ..compete.clock import Progress as CompeteProgress
+    from ..compete.run import Summary
     from ..demo.run import DemoResult, Listeners
     from ..demo.train import TrainProgress
+    from ..footprint import Footprint
     from ..merger import OnProgress
     from ..merger import Progress as MergeProgress
+    from ..staged.evidence import Evidence
+    from ..staged.pipeline import Response
 
 # Results go to standard output; progress and errors to standard error, so that output can be piped.
 out = Console(highlight=False)
@@ -150,3 +156,66 @@ def print_demo(result: DemoResult) -> None:
     first = result.rows[0].skill
     prompt = "An order for Olga: 12 stamps."
     out.print(f'try: polymerge generate {result.bundle} --expert {first} "{prompt}"', markup=False, soft_wrap=True)
+
+
+def print_footprint(needs: Footprint) -> None:
+    """What answering needs in memory, part by part, against the limit."""
+    out.print(f"answering    about {size(needs.total)} in memory, activations apart", end="")
+    if needs.limit is not None:
+        out.print(f", of {size(needs.limit)}: {'it fits' if needs.fits else '[red]it does not fit[/]'}", end="")
+    out.print()
+    out.print(f"  bundle     {size(needs.bundle)}, cache {size(needs.bundle_cache)} ({needs.bundle_tokens} tokens)")
+    if needs.thinker:
+        cache = f"cache {size(needs.thinker_cache)} ({needs.thinker_tokens} tokens)"
+        out.print(f"  thinker    {size(needs.thinker)}, {cache}")
+
+
+def compete_progress(quiet: bool) -> OnCompete | None:
+    """A line for every piece of a competition's run, with the time left of the work and of the limit."""
+    if quiet:
+        return None
+    end = "\r" if err.is_terminal else "\n"
+
+    def show(step: CompeteProgress) -> None:
+        memory = f", peak memory {size(step.peak_memory)}"
+        memory += f" of {size(step.memory_limit)}" if step.memory_limit else ""
+        limit = f"{duration(max(0.0, step.time_limit - step.seconds))} of the limit"
+        line = f"{step.phase}: {step.done} of {step.total} rows, {duration(step.seconds_left)} left, {limit}{memory}"
+        err.print(line.ljust(100), end="\n" if step.done == step.total else end, soft_wrap=True)
+
+    return show
+
+
+def print_summary(found: Summary) -> None:
+    """What a competition's run did."""
+    late = " [red](over the limit)[/]" if found.seconds > found.time_limit else ""
+    out.print(f"{found.rows} rows in {duration(found.seconds)} of {duration(found.time_limit)}{late}, ", end="")
+    out.print(f"peak memory {size(found.peak_memory)}")
+    out.print(f"experts: {', '.join(f'{name} {rows}' for name, rows in found.experts.items()) or 'none'}", markup=False)
+    out.print(f"staged: {found.staged} rows", markup=False)
+    for reason, rows in found.direct.items():
+        out.print(f"direct: {rows} rows: {reason}", markup=False, soft_wrap=True)
+    for name, value in found.scores.items():
+        out.print(f"{name}: {value:.4f}")
+    for line in found.skipped:
+        err.print(f"skipped: {line}", markup=False, soft_wrap=True)
+
+
+def print_evidence(found: Evidence) -> None:
+    """The ablation: one line a field, one column a way of answering."""
+    table = Table(title=f"mean score on validation rows, thinker {found.thinker}")
+    for column in ("field", "rows", "direct", "v1", "v2", "auto", "auto takes"):
+        table.add_column(column, justify="left" if column in ("field", "auto takes") else "right")
+    for name, own in found.fields.items():
+        shown = [f"{own.scores[way]:.3f}" for way in ("direct", "v1", "v2", own.best)]
+        table.add_row(name, str(own.rows), *shown, own.best)
+    out.print(table)
+
+
+def print_response(response: Response, show_thoughts: bool) -> None:
+    """The answer to standard output; thoughts and stage, if asked for, to standard error."""
+    if show_thoughts:
+        err.print(f"[dim]{response.stage}: {response.reason}[/]", soft_wrap=True)
+        if response.thought:
+            err.print(response.thought, style="dim", markup=False, soft_wrap=True)
+    out.print(response.text, markup=False, soft_wrap=True)

@@ -11,6 +11,7 @@ import typer
 from .. import __version__
 from ..errors import PolymergeError
 from .add import add
+from .compete import compete
 from .demo import demo
 from .export import export
 from .generate import generate
@@ -18,6 +19,7 @@ from .inspect import inspect
 from .merge import merge
 from .plan import plan
 from .remove import remove
+from .stages import stages
 from .verify import verify
 
 app = typer.Typer(
@@ -27,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (demo, plan, merge, inspect, verify, generate, add, remove, export):
+for verb in (demo, plan, merge, inspect, verify, generate, stages, compete, add, remove, export):
     app.command()(verb)
 
 

@@ -13,11 +13,14 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what a merge will write, read and need in memory, without reading a weight."""
+    from ..footprint import footprint
     from ..plan import plan_merge
     from ..recipe import load_recipe
-    from .console import out, print_json, size
+    from .console import out, print_footprint, print_json, size
 
-    summary = plan_merge(load_recipe(recipe)).summary()
+    planned = plan_merge(load_recipe(recipe), weights=False)
+    needs = footprint(planned)
+    summary = planned.summary() | {"answering": needs.to_json()}
     if as_json:
         print_json(summary)
         return
@@ -44,5 +47,6 @@ def plan(
     out.print(f"disk         {size(2 * written)} while it runs")
     out.print(f"reads        {size(summary['read_bytes'])}")
     out.print(f"memory       about {size(summary['memory_bytes'])} beside the program itself")
+    print_footprint(needs)
     for note in summary["notes"]:
         out.print(f"note: {note}", markup=False)
