@@ -14,7 +14,7 @@ from polymerge.staged import Thought
 
 
 class ScriptedEngine:
-    """Tokens are characters. Answers are `write(prompt, expert)`; a choice's log-likelihood is `like(prompt, choice)`."""
+    """Tokens are characters. Answers are `write(prompt, expert)`, log-likelihoods of choices `like(prompt, choice)`."""
 
     def __init__(
         self,
