@@ -1,4 +1,4 @@
-"""The run: nothing is lost to bad rows, a short clock, full memory or a kill, and the same input gives the same bytes."""
+"""The run: nothing is lost to bad rows, a short clock, full memory or a kill; the same input gives the same bytes."""
 
 from __future__ import annotations
 
