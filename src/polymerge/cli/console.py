@@ -213,9 +213,9 @@ def print_evidence(found: Evidence) -> None:
 
 
 def print_response(response: Response, show_thoughts: bool) -> None:
-    """The answer to standard output; thoughts and stage, if asked for, to standard error."""
-    if show_thoughts:
-        err.print(f"[dim]{response.stage}: {response.reason}[/]", soft_wrap=True)
-        if response.thought:
-            err.print(response.thought, style="dim", markup=False, soft_wrap=True)
+    """The answer to standard output; the thought, if asked for, and why there is none to standard error."""
+    if show_thoughts or response.stage == "direct":
+        err.print(f"{response.stage}: {response.reason}", style="dim", markup=False, soft_wrap=True)
+    if show_thoughts and response.thought:
+        err.print(response.thought, style="dim", markup=False, soft_wrap=True)
     out.print(response.text, markup=False, soft_wrap=True)

@@ -102,12 +102,15 @@ def thinker_settings(
 
 
 def open_router(bundle: str | Path, engine: Engine) -> Routes | None:
-    """The bundle's router; None where it has none."""
+    """The bundle's router, with the model that it was fitted with; None where the bundle has none."""
     if not (Path(bundle) / "router").is_dir():
         return None
-    from ..router import Router  # type: ignore[attr-defined]
+    from ..engine.hf_engine import HFEngine
+    from ..router.record import read_record, router_folder
+    from ..router.router import Router
 
-    routes: Routes = Router.load(bundle, engine)
+    other = read_record(router_folder(Path(bundle))).model
+    routes: Routes = Router.load(bundle, HFEngine.from_checkpoint(other) if other else engine)
     return routes
 
 
