@@ -23,12 +23,17 @@ if TYPE_CHECKING:
     from .plan import plan_merge as plan_merge
     from .recipe import Recipe as Recipe
     from .recipe import load_recipe as load_recipe
+    from .staged import Pipeline as Pipeline
+    from .staged import Question as Question
+    from .staged.opening import open_pipeline as open_pipeline
     from .verification import verify as verify
 
 _HOME = {
     "Bundle": "bundle",
     "MixedModel": "model",
+    "Pipeline": "staged",
     "PolymergeError": "errors",
+    "Question": "staged",
     "Recipe": "recipe",
     "add_expert": "grow",
     "export_dense": "export",
@@ -36,6 +41,7 @@ _HOME = {
     "load_model": "model",
     "load_recipe": "recipe",
     "merge": "merger",
+    "open_pipeline": "staged.opening",
     "plan_merge": "plan",
     "remove_expert": "grow",
     "verify": "verification",

@@ -34,7 +34,7 @@ class OutlineCheckpoint(Checkpoint):
             kind = self.config.get("model_type", "unknown")
             raise SourceError(
                 f"{folder}/config.json: transformers does not know model type {kind!r}, so its tensors are not known; "
-                "give the config.json of an architecture of the same sizes that it knows"
+                "say `config:`, a folder with the config.json of an architecture of the same sizes that it knows"
             )
         dtype = DTYPES.get(str(self.config.get("dtype") or self.config.get("torch_dtype")), torch.float32)
         found = {
