@@ -73,6 +73,7 @@ class Server:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
+        self.http.handle_error = lambda *_: None  # type: ignore[method-assign]
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
@@ -132,6 +133,11 @@ def test_whatever_goes_wrong_is_one_line_after_the_right_number_of_tries(
     thought = think(server.thinker())
     assert thought.finish == "failed" and reason in thought.error and "\n" not in thought.error
     assert len(server.bodies) == tries
+
+
+def test_an_endless_thought_is_cut(server: Server) -> None:
+    server.acts = [lambda h: answer(h, {"choices": [{"message": {"content": "x" * 1_000_000}}]})]
+    assert len(think(server.thinker()).text) == 32 * 16
 
 
 def test_a_fault_that_passes_costs_nothing(server: Server) -> None:

@@ -134,6 +134,22 @@ def test_no_thinker_no_questions_and_no_router_are_fine() -> None:
     assert pipeline.respond([LAW])[0].field == "law"
 
 
+def test_thought_seconds_bound_all_thoughts_of_a_call() -> None:
+    seen: list[float | None] = []
+
+    class Timed(ScriptedThinker):
+        def think(self, prompts: Any, *, max_tokens: int, deadline: float | None = None) -> list[Thought]:
+            seen.append(deadline)
+            return super().think(prompts, max_tokens=max_tokens)
+
+    pipeline = Pipeline(ScriptedEngine(), StageSettings(use="always", thought_seconds=5), thinker=Timed())
+    began = time.monotonic()
+    pipeline.respond([MATH])
+    pipeline.respond([MATH], deadline=began + 1)
+    assert seen[0] is not None and 4 < seen[0] - began < 6
+    assert seen[1] == began + 1
+
+
 def test_low_memory_unloads_the_thinker_before_the_answers() -> None:
     thinker = ScriptedThinker()
 

@@ -24,6 +24,7 @@ from .thinker import OUT_OF_TIME, Thought, failed
 log = logging.getLogger(__name__)
 
 LARGEST_ANSWER = 8 * 2**20  # bytes of an answer's body
+LONGEST_TOKEN = 16  # characters
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds between two tries; doubled every time
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 # After so many prompts in a row that failed with all their retries, the rest is not tried any more.
@@ -143,7 +144,7 @@ class EndpointThinker:
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise _Refused(f"{type(error).__name__}: {error}") from None
         _check_status(response)
-        return _thought(bytes(data))
+        return _thought(bytes(data), longest=max_tokens * LONGEST_TOKEN)
 
 
 def _check_status(response: httpx2.Response) -> None:
@@ -156,8 +157,9 @@ def _check_status(response: httpx2.Response) -> None:
         raise _Refused(f"status {status}{hint.get(status, '')}")
 
 
-def _thought(data: bytes) -> Thought:
-    """The thought in an answer's body. What is cut off or no chat completion may be better the next time."""
+def _thought(data: bytes, longest: int) -> Thought:
+    """The thought in an answer's body. What is cut off or no chat completion may be better the next time; what is
+    longer than was asked for is cut."""
     try:
         answer = json.loads(data)
         choice = answer["choices"][0]
@@ -169,7 +171,7 @@ def _thought(data: bytes) -> Thought:
         raise _Retry("the answer is not a chat completion") from None
     finish = "length" if choice.get("finish_reason") == "length" else "stop"
     return Thought(
-        text.strip(),
+        text.strip()[:longest],
         _count(usage, "prompt_tokens"),
         _count(usage, "completion_tokens"),
         finish,  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ says so and why.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -115,12 +116,16 @@ class Pipeline:
         """One response a question, in their order.
 
         Args:
-            deadline: a time of `time.monotonic()` after which no thought is begun.
+            deadline: a time of `time.monotonic()` after which no thought is begun; `thought_seconds` may make it
+                earlier.
 
         Raises:
             ModelError: an unknown expert. SourceError: the thinker is not there.
         """
         steps = self.steps(questions)
+        if self.settings.thought_seconds is not None:
+            own = time.monotonic() + self.settings.thought_seconds
+            deadline = own if deadline is None else min(own, deadline)
         thoughts = self.think(steps, deadline=deadline)
         if self.low_memory and self.thinker:
             self.thinker.unload()
@@ -178,6 +183,8 @@ class Pipeline:
             return None, f"the router's confidence {route.confidence:.2f} is under {settings.min_confidence:g}"
         if self._evidence is None:
             return None, self._mismatch
+        if not field:
+            return None, "no field is known: name an expert, or let the router choose"
         found = self._evidence.fields.get(field)
         if found is None or found.best == "direct":
             return None, f"validation shows no gain from thinking in field {field!r}"
