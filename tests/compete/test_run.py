@@ -133,6 +133,14 @@ def test_over_the_memory_limit_the_thinker_is_unloaded_and_the_rest_direct(
     assert summary.direct == {"memory ran short": 9} and len(read(tmp_path / "out.csv")) == 9
 
 
+def test_a_missing_scorer_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    used = pipeline()
+    with pytest.raises(PolymergeError, match=r"polymerge\[compete\]"):
+        compete(used, make_input(tmp_path, 3, target=True), tmp_path / "out.csv")
+    assert used.engine.prompts == []  # type: ignore[attr-defined]
+
+
 def test_an_existing_submission_and_another_runs_work_are_kept(tmp_path: Path) -> None:
     source, output = make_input(tmp_path, 3), tmp_path / "out.csv"
     output.write_text("mine")

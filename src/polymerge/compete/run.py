@@ -23,7 +23,7 @@ from ..staged.thinker import Thought
 from ..staging import write_bytes
 from .clock import TIME_LIMIT, Clock, OnProgress, Progress, cost_of, peak_bytes
 from .journal import Journal
-from .scoring import score
+from .scoring import check_scorable, score
 from .table import BadRow, Row, Table, read_table, submission
 
 OnError = Literal["fail", "skip"]
@@ -93,6 +93,7 @@ def compete(
     if table.bad and on_error == "fail":
         more = f" and {len(table.bad) - 1} more" if len(table.bad) > 1 else ""
         raise PolymergeError(f"{source}, {table.bad[0]}{more}; give --on-error skip to go on without")
+    check_scorable(table.good)
     questions = [Question(row.text, row.choices, max_new_tokens) for row in table.good]
     journal = Journal(output, _identity(pipeline, table, limit, max_new_tokens, on_error), overwrite=overwrite)
     run = _Run(pipeline, questions, journal, time_limit, memory_limit, on_error, progress)
@@ -120,7 +121,6 @@ class _Run:
         self.memory_limit, self.on_error, self.progress = memory_limit, on_error, progress
         used = max((entry["seconds"] for entry in journal.lines), default=0.0)
         self.clock = Clock(time_limit, used)
-        self.failed: dict[int, str] = {}
 
     def answers(self) -> list[dict[str, Any]]:
         """One note a question: prediction, stage, reason and expert."""
@@ -215,11 +215,9 @@ class _Run:
             if self.on_error == "fail":
                 raise
             if len(steps) == 1:
-                return [{"failed": str(error), "text": "", "index": None, "stage": "direct", "reason": "it failed",
-                         "expert": None}]  # fmt: skip
-        return [
-            note for step, thought in zip(steps, thoughts, strict=True) for note in self._respond([step], [thought])
-        ]
+                return [{"failed": str(error), "text": "", "index": None}]
+        pairs = zip(steps, thoughts, strict=True)
+        return [note for step, thought in pairs for note in self._respond([step], [thought])]
 
     def _short_of_memory(self) -> bool:
         return self.memory_limit is not None and peak_bytes() > self.memory_limit

@@ -15,6 +15,12 @@ from .table import Row
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
+def check_scorable(rows: Sequence[Row]) -> None:
+    """Raises MissingExtraError where `score` would: before the work rather than after it."""
+    if any(row.target is not None and not row.choices for row in rows):
+        rouge([])
+
+
 def score(rows: Sequence[Row], predictions: Sequence[str]) -> dict[str, float]:
     """Means over the rows that have a target; without any, nothing.
 
@@ -38,11 +44,11 @@ def target_index(row: Row) -> int | None:
 
 
 def rouge(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Mean F-measures over (target, prediction) pairs."""
+    """Mean F-measures over (target, prediction) pairs; nothing without any."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise MissingExtraError("ROUGE needs `pip install polymerge[compete]`") from None
     scorer = RougeScorer(list(ROUGE), use_stemmer=False)
     scores = [scorer.score(target, prediction) for target, prediction in pairs]
-    return {name: sum(own[name].fmeasure for own in scores) / len(scores) for name in ROUGE}
+    return {name: sum(own[name].fmeasure for own in scores) / len(scores) for name in ROUGE if scores}
