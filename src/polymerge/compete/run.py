@@ -145,7 +145,8 @@ class _Run:
                 found = self.pipeline.steps(questions)
                 done[number] = [[step.expert, step.field, step.version, step.reason] for step in found]
                 self._note("steps", number, done[number])
-                self._show("routing", start + len(questions), len(self.questions), None)
+                done_rows, all_rows = start + len(questions), len(self.questions)
+                self._show("routing", done_rows, all_rows, 0.0 if done_rows == all_rows else None)
             for question, (expert, area, version, reason) in zip(questions, done[number], strict=True):
                 steps.append(Step(question, expert, area, None, version, reason))
         return steps
