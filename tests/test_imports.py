@@ -13,7 +13,7 @@ SOURCE = Path(polymerge.__file__).parent
 ORDER = [
     "errors", "response", "recipe", "checkpoint", "adapter", "gguf", "layers", "outline", "rsvd", "plan", "footprint",
     "compress", "staging", "bundle", "assemble", "merger", "verification", "grow", "model", "engine", "router",
-    "staged", "assess", "evaluate", "compete", "export", "inspection", "report", "serve", "demo", "cli", "__main__",
+    "staged", "evaluate", "assess", "compete", "export", "inspection", "report", "serve", "demo", "cli", "__main__",
 ]  # fmt: skip
 # `open_checkpoint` hands some sources to modules that build on checkpoint; imported when it is called.
 ALLOWED = {("checkpoint", "adapter"), ("checkpoint", "gguf")}

@@ -37,7 +37,8 @@ def compete(
     from ..compete import run
     from ..recipe import load_recipe, parse_size
     from ..staged.opening import open_pipeline
-    from .console import compete_progress, hush_libraries, print_json, print_summary
+    from .competing import compete_progress, print_summary
+    from .console import hush_libraries, print_json
 
     hush_libraries()
     try:

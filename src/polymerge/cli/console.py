@@ -5,25 +5,25 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ..compete.clock import OnProgress as OnCompete
-    from ..compete.clock import Progress as CompeteProgress
-    from ..compete.run import Summary
+    from ..assess import Assessment, AssessProgress
+    from ..assess.run import OnAssess
     from ..demo.run import DemoResult, Listeners
     from ..demo.train import TrainProgress
-    from ..footprint import Footprint
+    from ..engine.cached import OnRequests
+    from ..evaluate import Comparison
     from ..merger import OnProgress
     from ..merger import Progress as MergeProgress
-    from ..staged.evidence import Evidence
-    from ..staged.pipeline import Response
 
 # Results go to standard output; progress and errors to standard error, so that output can be piped.
 out = Console(highlight=False)
@@ -105,6 +105,95 @@ def hush_libraries() -> None:
     logging.disable_progress_bar()
 
 
+def hush_harness() -> None:
+    """lm-evaluation-harness logs every step and draws a bar for each; the command line has its own words. Called
+    before any library is imported that draws bars."""
+    import logging
+    import os
+
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+    hush_libraries()
+    for name in ("lm_eval", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def request_progress(quiet: bool, what: str = "asked") -> Iterator[OnRequests | None]:
+    """A line of requests done and time left, for every pass over them."""
+    began = [0.0, 0.0]  # seconds and requests when this pass began
+
+    def show(done: int, total: int) -> None:
+        if done == total and not began[1]:
+            return  # a pass of one step
+        now = time.monotonic()
+        if not began[1] or done < began[1]:
+            began[:] = [now, done]
+        left = (now - began[0]) * (total - done) / (done - began[1]) if done > began[1] else None
+        line = f"{what}: {done} of {total}, {duration(left)} left"
+        if err.is_terminal:
+            err.print(line.ljust(60), end="\n" if done == total else "\r")
+        else:
+            err.print(line, soft_wrap=True)
+
+    yield None if quiet else show
+
+
+def print_evaluation(found: Comparison) -> None:
+    """Accuracy by task and mode, and what answered where the mode chose."""
+    table = Table("accuracy", *map(escape, found.results))
+    for task, row in found.accuracies.items():
+        table.add_row(escape(task), *("-" if value is None else f"{value:.1%}" for value in row.values()))
+    if len(found.accuracies) > 1:
+        table.add_section()
+        table.add_row("mean", *("-" if value is None else f"{value:.1%}" for value in found.means.values()))
+    out.print(table)
+    for mode, results in found.results.items():
+        for task, counts in results["polymerge"]["answered_by"].items():
+            if mode in ("routed", "oracle"):
+                shares = ", ".join(f"{expert} {count}" for expert, count in sorted(counts.items()))
+                out.print(f"{mode}, {task}: {shares}", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def assess_progress(quiet: bool) -> Iterator[OnAssess | None]:
+    """A line for every candidate and task, and for every chunk of questions."""
+
+    def show(step: AssessProgress) -> None:
+        if step.total and step.done == step.total:
+            return
+        done = f": {step.done} of {step.total}" if step.total else ""
+        line = f"{step.step} of {step.steps}  {step.candidate} on {_task_name(step.task)}{done}"
+        err.print(line, markup=False, soft_wrap=True)
+
+    yield None if quiet else show
+
+
+def _task_name(task: str) -> str:
+    """A file's folder and name without the rest of its path."""
+    return "/".join(Path(task).parts[-2:]) if task.endswith((".jsonl", ".yaml", ".yml")) else task
+
+
+def print_assessment(found: Assessment) -> None:
+    """Accuracy by model and field, what each costs, why one has no figure, and the proposal."""
+    table = Table("model", *map(escape, found.fields), "peak memory", "tokens/s")
+    for row in found.candidates:
+        reached = row.accuracies(found.fields)
+        cells = [f"{reached[name]:.1%}" if name in reached else "-" for name in found.fields]
+        rate = f"{row.tokens_per_second:.0f}" if row.tokens_per_second else "-"
+        name = f"{row.name} (thinker)" if row.role == "thinker" else row.name
+        table.add_row(name, *cells, size(row.peak_memory) if row.peak_memory else "-", rate)
+    out.print(table)
+    for row in found.candidates:
+        for name, reason in row.failed.items():
+            out.print(f"{row.name}: {name or 'not measured'}: {reason}", markup=False, soft_wrap=True)
+    if found.proposals is not None:
+        search = "all" if found.proposals.exhaustive else "the best of a growing search among"
+        out.print(f"proposal: {found.proposals.why}", markup=False, soft_wrap=True)
+        out.print(f"compared: {search} {found.proposals.sets} sets", markup=False)
+        for note in found.proposals.notes:
+            out.print(f"note: {note}", markup=False, soft_wrap=True)
+
+
 @contextmanager
 def demo_listeners(quiet: bool) -> Iterator[Listeners]:
     """A demo's progress: its steps as lines, training and merging as bars."""
@@ -158,64 +247,13 @@ def print_demo(result: DemoResult) -> None:
     out.print(f'try: polymerge generate {result.bundle} --expert {first} "{prompt}"', markup=False, soft_wrap=True)
 
 
-def print_footprint(needs: Footprint) -> None:
-    """What answering needs in memory, part by part, against the limit."""
-    out.print(f"answering    about {size(needs.total)} in memory, activations apart", end="")
-    if needs.limit is not None:
-        out.print(f", of {size(needs.limit)}: {'it fits' if needs.fits else '[red]it does not fit[/]'}", end="")
-    out.print()
-    out.print(f"  bundle     {size(needs.bundle)}, cache {size(needs.bundle_cache)} ({needs.bundle_tokens} tokens)")
-    if needs.thinker:
-        cache = f"cache {size(needs.thinker_cache)} ({needs.thinker_tokens} tokens)"
-        out.print(f"  thinker    {size(needs.thinker)}, {cache}")
+@contextmanager
+def progress_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar that is told (done, total)."""
+    with Progress(console=err, transient=True, disable=quiet) as bar:
+        task = bar.add_task(what, total=None)
 
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
 
-def compete_progress(quiet: bool) -> OnCompete | None:
-    """A line for every piece of a competition's run, with the time left of the work and of the limit."""
-    if quiet:
-        return None
-    end = "\r" if err.is_terminal else "\n"
-
-    def show(step: CompeteProgress) -> None:
-        memory = f", peak memory {size(step.peak_memory)}"
-        memory += f" of {size(step.memory_limit)}" if step.memory_limit else ""
-        limit = f"{duration(max(0.0, step.time_limit - step.seconds))} of the limit"
-        line = f"{step.phase}: {step.done} of {step.total} rows, {duration(step.seconds_left)} left, {limit}{memory}"
-        err.print(line.ljust(100), end="\n" if step.done == step.total else end, soft_wrap=True)
-
-    return show
-
-
-def print_summary(found: Summary) -> None:
-    """What a competition's run did."""
-    late = " [red](over the limit)[/]" if found.seconds > found.time_limit else ""
-    out.print(f"{found.rows} rows in {duration(found.seconds)} of {duration(found.time_limit)}{late}, ", end="")
-    out.print(f"peak memory {size(found.peak_memory)}")
-    out.print(f"experts: {', '.join(f'{name} {rows}' for name, rows in found.experts.items()) or 'none'}", markup=False)
-    out.print(f"staged: {found.staged} rows", markup=False)
-    for reason, rows in found.direct.items():
-        out.print(f"direct: {rows} rows: {reason}", markup=False, soft_wrap=True)
-    for name, value in found.scores.items():
-        out.print(f"{name}: {value:.4f}")
-    for line in found.skipped:
-        err.print(f"skipped: {line}", markup=False, soft_wrap=True)
-
-
-def print_evidence(found: Evidence) -> None:
-    """The ablation: one line a field, one column a way of answering."""
-    table = Table(title=f"mean score on validation rows, thinker {found.thinker}")
-    for column in ("field", "rows", "direct", "v1", "v2", "auto", "auto takes"):
-        table.add_column(column, justify="left" if column in ("field", "auto takes") else "right")
-    for name, own in found.fields.items():
-        shown = [f"{own.scores[way]:.3f}" for way in ("direct", "v1", "v2", own.best)]
-        table.add_row(name, str(own.rows), *shown, own.best)
-    out.print(table)
-
-
-def print_response(response: Response, show_thoughts: bool) -> None:
-    """The answer to standard output; the thought, if asked for, and why there is none to standard error."""
-    if show_thoughts or response.stage == "direct":
-        err.print(f"{response.stage}: {response.reason}", style="dim", markup=False, soft_wrap=True)
-    if show_thoughts and response.thought:
-        err.print(response.thought, style="dim", markup=False, soft_wrap=True)
-    out.print(response.text, markup=False, soft_wrap=True)
+        yield show

@@ -30,7 +30,8 @@ def stages(
     from ..staged.opening import open_pipeline
     from ..staged.validation import read_samples, validate
     from ..staging import write_bytes
-    from .console import err, hush_libraries, print_evidence, print_json
+    from .answering import print_evidence
+    from .console import err, hush_libraries, print_json
 
     hush_libraries()
     wrong = next((pair for pair in data if "=" not in pair), None)
