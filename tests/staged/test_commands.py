@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from polymerge import Question, Sample, fit_router, open_pipeline
 from polymerge.cli.main import app
-from polymerge.errors import PolymergeError
+from polymerge.engine.hf_engine import HFEngine
+from polymerge.errors import PolymergeError, RouterError
+from polymerge.router.settings import fit_settings
 from tests.conftest import Merged
 from tests.tiny import tiny_tokenizer
 
@@ -73,6 +76,21 @@ def test_stages_measures_and_notes_what_auto_then_follows(folders: tuple[str, st
     answer = json.loads(run("generate", bundle, "w5", "--staged", "--expert", "e1", *words, "--json"))
     assert "in field 'e1'" in answer["reason"]
     (Path(bundle) / "staged.json").unlink()
+
+
+def test_the_bundles_router_chooses_where_there_is_one(folders: tuple[str, str], tmp_path: Path) -> None:
+    bundle, recipe = folders
+    with pytest.raises(RouterError, match="router"):
+        run("generate", bundle, "w5", "--staged", "--recipe", recipe, "--expert", "auto")
+    routed = tmp_path / "bundle"
+    shutil.copytree(bundle, routed)
+    samples = [Sample(f"w{number} w{number + 1}", "e1" if number < 40 else "e2") for number in range(10, 70)]
+    fitted = fit_router(routed, HFEngine.from_bundle(routed), samples, settings=fit_settings(layers="-1"))
+    fitted.router.save(routed)
+    pipeline = open_pipeline(routed, recipe=recipe)
+    step = pipeline.steps([Question("w20 w21")])[0]
+    assert step.route is not None and step.field in ("e1", "e2") and step.expert in ("e1", "e2", None)
+    assert open_pipeline(routed, recipe=recipe, expert="e2").steps([Question("w20")])[0].route is None
 
 
 def test_compete_writes_a_submission_and_says_what_it_did(folders: tuple[str, str], tmp_path: Path) -> None:

@@ -12,7 +12,10 @@ def compete(
     bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
     source: Annotated[Path, typer.Option("--input", help="CSV: id, input, eval_type, answer_choices, maybe target.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The submission: id, prediction, dummy_field.")],
-    expert: Annotated[str, typer.Option(help="A name, average, or auto: the bundle's router chooses.")] = "auto",
+    expert: Annotated[
+        str | None,
+        typer.Option(help="A name, average, or auto: the bundle's router, which is the default if it has one."),
+    ] = None,
     staged: Annotated[bool, typer.Option("--staged/--direct", help="Let a thinker reason first.")] = False,
     recipe: Annotated[Path | None, typer.Option(help="Take thinker, stages and memory_limit from this recipe.")] = None,
     thinker: Annotated[str | None, typer.Option(help="A source or the URL of an endpoint.")] = None,

@@ -31,7 +31,7 @@ class PolymergeMerges:
         bundle: its folder.
         recipe: merged into `bundle` where that is not there yet; its `thinker` and `staged` count.
         staged: ask the thinker. Off, the answers are the kit's own: greedy, and summed log-likelihoods.
-        expert: `auto` lets the bundle's router choose.
+        expert: of all rows; by default the bundle's router chooses where there is one, and else the average answers.
         max_gen_len: tokens of a generated answer, as in the kit.
         exact: score choices as the kit's code does to the letter: it reads a choice's first token, which with many
             tokenizers is a special one, and scores those after it (docs/competition.md).
@@ -40,7 +40,7 @@ class PolymergeMerges:
     bundle: str | None = None
     recipe: str | None = None
     staged: bool = False
-    expert: str = "auto"
+    expert: str | None = None
     max_gen_len: int = MAX_NEW_TOKENS
     exact: bool = False
 

@@ -33,7 +33,7 @@ def open_pipeline(
     thinker: str | None = None,
     model: str | None = None,
     key_env: str | None = None,
-    expert: str = "auto",
+    expert: str | None = None,
     device: str | None = None,
     chat: bool = True,
     low_memory: bool = False,
@@ -45,11 +45,12 @@ def open_pipeline(
         recipe: its `thinker`, `staged` and `trust_remote_code` count.
         staged: off, nothing is thought and no thinker loaded.
         thinker: a source or the URL of an endpoint (with `model` and `key_env`), in the place of the recipe's.
-        expert: a name, `average`, or `auto`: the bundle's router chooses, or without one the average answers.
+        expert: a name, `average`, or `auto`: the bundle's router chooses. By default it does where there is one, and
+            elsewhere the average answers.
         settings: single values of `StageSettings` over the recipe's; None leaves one as it is.
 
     Raises:
-        BundleError, ModelError, RecipeError: as the parts do.
+        BundleError, ModelError, RecipeError, RouterError: as the parts do.
     """
     from ..engine.hf_engine import HFEngine
 
@@ -63,7 +64,7 @@ def open_pipeline(
         engine,
         chosen,
         thinker=thinks,
-        router=open_router(bundle, engine) if expert == "auto" else None,
+        router=open_router(bundle, engine, needed=expert == "auto") if expert in (None, "auto") else None,
         expert=None if expert in ("auto", "average") else expert,
         evidence=Evidence.load(bundle) if thinks else None,
         chat=chat,
@@ -101,15 +102,20 @@ def thinker_settings(
         raise RecipeError(f"thinker: {_first(error)}") from None
 
 
-def open_router(bundle: str | Path, engine: Engine) -> Routes | None:
-    """The bundle's router, with the model that it was fitted with; None where the bundle has none."""
-    if not (Path(bundle) / "router").is_dir():
-        return None
+def open_router(bundle: str | Path, engine: Engine, *, needed: bool = False) -> Routes | None:
+    """The bundle's router, with the model that it was fitted with; None where it has none and none is `needed`.
+
+    Raises:
+        RouterError: there is none, it is damaged, or it belongs to another bundle.
+    """
     from ..engine.hf_engine import HFEngine
     from ..router.record import read_record, router_folder
     from ..router.router import Router
 
-    other = read_record(router_folder(Path(bundle))).model
+    folder = router_folder(Path(bundle))
+    if not needed and not folder.exists():
+        return None
+    other = read_record(folder).model
     routes: Routes = Router.load(bundle, HFEngine.from_checkpoint(other) if other else engine)
     return routes
 

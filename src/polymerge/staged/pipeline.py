@@ -212,7 +212,7 @@ class Pipeline:
             "thinker": self.thinker.fingerprint if self.thinker else None,
             "prompts": self.digest,
             "expert": self._expert,
-            "routed": self._router is not None,
+            "router": getattr(self._router, "fingerprint", self._router is not None),
             "evidence": self._evidence.model_dump(mode="json") if self._evidence else None,
             "chat": self._chat,
         }
