@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 from polymerge import load_recipe, merge
 from polymerge.checkpoint import open_checkpoint
@@ -18,7 +20,7 @@ from polymerge.merger import fingerprint
 from polymerge.outline import OutlineCheckpoint, outline
 from polymerge.plan import plan_merge
 from tests.conftest import Merged
-from tests.tiny import ARCHITECTURES
+from tests.tiny import ARCHITECTURES, make_experts
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,6 +86,23 @@ def test_what_is_no_hub_id_has_no_outline(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi3small"}))
     with pytest.raises(SourceError, match="does not know model type 'phi3small'"):
         outline("someone/unknown", str(tmp_path))
+
+
+def test_a_plan_without_weights_is_within_two_per_cent_of_the_files_of_the_bundle(tmp_path: Path) -> None:
+    """The shapes of Llama-3-8B at a sixteenth of the width, with the winners' settings."""
+    whole = json.loads((ROOT / "recipes" / "configs" / "llama-3-8b" / "config.json").read_text())
+    for key in ("hidden_size", "intermediate_size", "vocab_size"):
+        whole[key] //= 16
+    config = transformers.LlamaConfig(**whole | {"num_hidden_layers": 4, "num_attention_heads": 4,
+                                                 "num_key_value_heads": 1, "head_dim": 64})  # fmt: skip
+    config.save_pretrained(tmp_path / "config")
+    experts = make_experts("llama", tmp_path, config=config, dtype=torch.bfloat16)
+    written = load_recipe(ROOT / "recipes" / "neurips2024.yaml").model_dump(mode="json")
+    planned = plan_merge(load_recipe(written | {"config": str(tmp_path / "config")}), weights=False)
+    names = dict(zip(written["experts"], map(str, experts.values()), strict=True))
+    merge(written | {"experts": names}, tmp_path / "bundle")
+    files = sum(file.stat().st_size for file in (tmp_path / "bundle").rglob("*") if file.is_file())
+    assert planned.write_bytes == pytest.approx(files, rel=0.02)
 
 
 @pytest.mark.slow
