@@ -105,8 +105,10 @@ def run_plan(
 
 
 def fingerprint(plan: MergePlan) -> dict[str, Any]:
-    """What must be equal for half-done work to be gone on with. Workers and device may differ."""
-    recipe = plan.recipe.model_dump(mode="json", exclude={"workers", "max_error"})
+    """What must be equal for half-done work to be gone on with. Workers, device and how the bundle will answer may
+    differ."""
+    answering = {"config", "thinker", "staged", "memory_limit"}
+    recipe = plan.recipe.model_dump(mode="json", exclude={"workers", "max_error", *answering})
     return {
         "polymerge": __version__,
         "recipe": recipe,

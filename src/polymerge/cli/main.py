@@ -12,6 +12,7 @@ from .. import __version__
 from ..errors import PolymergeError
 from .add import add
 from .assess import assess
+from .compete import compete
 from .demo import demo
 from .eval import eval
 from .export import export
@@ -22,6 +23,7 @@ from .plan import plan
 from .remove import remove
 from .route import route
 from .router import router
+from .stages import stages
 from .verify import verify
 
 app = typer.Typer(
@@ -31,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (demo, assess, plan, merge, inspect, verify, generate, route, eval, add, remove, export):
+for verb in (demo, assess, plan, merge, inspect, verify, generate, stages, route, eval, compete, add, remove, export):
     app.command()(verb)
 app.add_typer(router, name="router")
 
