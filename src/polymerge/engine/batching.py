@@ -111,7 +111,7 @@ class BatchingEngine:
             return self._front.chat_prompt(messages)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
-        """As in the contract; the requests share the running batch with everyone else's. Waits however long the queue."""
+        """As in the contract; the requests share the running batch with everyone else's, however long the queue is."""
         collectors = [_Collector() for _ in requests]
         streams = self._take([StreamRequest(r) for r in requests], collectors, bounded=False)
         return [collector.result(stream) for collector, stream in zip(collectors, streams, strict=True)]
@@ -132,7 +132,8 @@ class BatchingEngine:
         def run(items: Sequence[Prompt]) -> list[FloatArray]:
             return list(self._engine.embed(items, layers=layers, pooling=pooling))
 
-        return np.stack(self._on_worker(("embed", tuple(layers), pooling), prompts, run))
+        found: list[FloatArray] = self._on_worker(("embed", tuple(layers), pooling), prompts, run)
+        return np.stack(found)
 
     def submit(self, requests: Sequence[StreamRequest], listeners: Sequence[Listener]) -> list[Stream]:
         """As in the contract."""

@@ -1,8 +1,8 @@
 """The key-value cache of a running batch: rows come and go, and nobody else's keys are copied.
 
-All rows end at the same column, as padding on the left leaves them: causal masks and sliding windows, which count columns
-back from the end, hold for every row. A row that leaves has its place taken by the last one; a newcomer's keys are
-written so that they end where everyone's do. Knows columns and rows; does not know tokens or requests.
+All rows end at the same column, as padding on the left leaves them: causal masks and sliding windows, which count
+columns back from the end, hold for every row. A row that leaves has its place taken by the last one; a newcomer's keys
+are written so that they end where everyone's do. Knows columns and rows; does not know tokens or requests.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ class RunningCache(Cache):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__(layers=[])
+        self.layers: list[DynamicLayer]
         self.extent = Extent()
         self.starts: list[int] = []
 

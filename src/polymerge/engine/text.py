@@ -26,8 +26,8 @@ class TextStream:
 
     def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str] = ()) -> None:
         self._decode, self._stops = decode, [stop for stop in stops if stop]
-        # Tokenizers drop a text's first space and join some tokens, so a token's own text is what it adds to the text of
-        # those before it: `_ids` are the tokens of the latest piece, and what has come after them.
+        # Tokenizers drop a text's first space and join some tokens, so a token's own text is what it adds to the text
+        # of those before it: `_ids` are the tokens of the latest piece, and what has come after them.
         self._ids: list[int] = []
         self._known = 0
         self._held = ""
