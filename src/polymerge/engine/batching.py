@@ -164,7 +164,7 @@ class BatchingEngine:
 
     def _answer(self, request: StreamRequest, listener: Listener) -> Answer:
         asked = request.generate
-        prompt = self.encode(asked.prompt) if isinstance(asked.prompt, str) else list(asked.prompt)
+        prompt = self.encode(asked.prompt) if isinstance(asked.prompt, str) else self._engine.checked(asked.prompt)
         if not prompt:
             raise ModelError("generate: the prompt is empty")
         room = self.max_length - len(prompt)

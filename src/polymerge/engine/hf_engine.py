@@ -44,6 +44,7 @@ class HFEngine:
         self.batch_tokens = batch_tokens
         self._mixed = isinstance(model, MixedModel)
         self.hf: Any = model.hf if self._mixed else model
+        self._vocabulary = int(self.hf.config.get_text_config().vocab_size)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle | str | Path, *, batch_tokens: int = BATCH_TOKENS, **load: Any) -> HFEngine:
@@ -105,8 +106,8 @@ class HFEngine:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        """The text of token ids, without special tokens. Raises ModelError for ids outside the vocabulary."""
+        text: str = self.tokenizer.decode(self.checked(ids), skip_special_tokens=True)
         return text
 
     def token_text(self, token: int) -> str:
@@ -179,7 +180,14 @@ class HFEngine:
         return np.stack(found) if found else np.zeros((0, len(layers), width), dtype=np.float32)
 
     def _ids(self, prompt: Prompt) -> list[int]:
-        return self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return self.encode(prompt) if isinstance(prompt, str) else self.checked(prompt)
+
+    def checked(self, ids: Sequence[int]) -> list[int]:
+        """Token ids as they are. Raises ModelError for one outside the vocabulary."""
+        if ids and not (min(ids) >= 0 and max(ids) < self._vocabulary):
+            wrong = next(token for token in ids if not 0 <= token < self._vocabulary)
+            raise ModelError(f"token {wrong}: the vocabulary ends at {self._vocabulary - 1}")
+        return list(ids)
 
     def _pair(self, request: ScoreRequest) -> tuple[list[int], list[int]]:
         context = self._ids(request.context)
