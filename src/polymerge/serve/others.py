@@ -28,13 +28,13 @@ def other_routes(service: Service, router: Routes | None) -> APIRouter:
     @routes.get("/v1/models")
     async def models() -> dict[str, Any]:
         """What `model` may be."""
-        return {"object": "list", "data": [_model(name, began) for name in service.chooser.models]}
+        return {"object": "list", "data": [_model(service, name, began) for name in service.chooser.models]}
 
     @routes.get("/v1/models/{model}")
     async def model(model: str) -> dict[str, Any]:
         """One of them."""
         service.chooser.check(model)
-        return _model(model, began)
+        return _model(service, model, began)
 
     @routes.post("/v1/embeddings")
     async def embeddings(body: EmbeddingRequest) -> dict[str, Any]:
@@ -88,8 +88,10 @@ def other_routes(service: Service, router: Routes | None) -> APIRouter:
     return routes
 
 
-def _model(name: str, created: int) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": created, "owned_by": "polymerge"}
+def _model(service: Service, name: str, created: int) -> dict[str, Any]:
+    """`max_model_len` is what vLLM calls the context; `max_tokens` is the server's limit for one answer."""
+    limits = {"max_model_len": service.engine.max_length, "max_tokens": service.settings.max_tokens}
+    return {"id": name, "object": "model", "created": created, "owned_by": "polymerge"} | limits
 
 
 def _embedded(service: Service, router: Routes | None, body: EmbeddingRequest) -> tuple[FloatArray, int]:
