@@ -85,7 +85,7 @@ def test_answers_of_requests_that_come_at_any_time_are_the_offline_ones(
             draw.choice(EXPERTS),
             max_new_tokens=draw.randrange(1, 40),
         )
-        for _ in range(24)
+        for _ in range(16)
     ]
     expected = [offline.generate([request])[0] for request in requests]
     found: list[Heard] = []

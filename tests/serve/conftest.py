@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from polymerge.engine.batching import BatchingEngine
 from polymerge.engine.hf_engine import HFEngine
 from polymerge.router import Route
 from polymerge.serve.app import create_app
+from polymerge.serve.run import listener
 from polymerge.serve.settings import ServeSettings
 from tests.conftest import Merged
 from tests.tiny import tiny_tokenizer
@@ -44,7 +44,7 @@ class ScriptedRouter:
         field = next((FIELDS[word] for word in text.split() if word in FIELDS), None)
         if field is None:
             return Route(None, "zero", 0.3, dict.fromkeys(FIELDS.values(), 1 / 3), fallback=True, reason="unsure")
-        sure = 0.5 if "w13" in text.split() else 0.9  # w13 makes a text doubtful
+        sure = 0.4 if "w13" in text.split() else 0.9  # w13 makes a text doubtful
         rest = (1 - sure) / 2
         scores = {name: sure if name == field else rest for name in FIELDS.values()}
         return Route(f"e{list(FIELDS.values()).index(field)}", field, sure, scores, reason=f"about {field}")
@@ -84,7 +84,7 @@ class Server:
 
 @contextmanager
 def running(app: FastAPI, engine: Any) -> Iterator[Server]:
-    place = socket.create_server(("127.0.0.1", 0))
+    place = listener("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
     thread.start()

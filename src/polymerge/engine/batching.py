@@ -256,9 +256,8 @@ class BatchingEngine:
         return found
 
     def _recover(self, error: Exception) -> None:
-        """After a broken step: every answer goes on from the tokens that it has, and only one that breaks alone fails.
-
-        After two failures an answer runs alone.
+        """After a broken step every answer goes on from the tokens that it has. One that fails a second time runs alone,
+        and only what fails alone, and not for the first time, is given up.
         """
         logger.error("a step of the engine failed; the running answers start again where they are", exc_info=error)
         self._status = "restarting"
@@ -266,7 +265,7 @@ class BatchingEngine:
         if isinstance(error, torch.OutOfMemoryError) and len(running) > 1:
             torch.cuda.empty_cache()
             self._max_rows = max(1, len(running) // 2)
-        elif len(running) == 1:
+        elif len(running) == 1 and running[0].failures:
             running.pop().fail(error)
         for answer in running:
             answer.failures += 1

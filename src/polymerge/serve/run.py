@@ -65,7 +65,7 @@ def serve(
         PolymergeError: it cannot listen there, or may not; BundleError, ModelError: the bundle is not whole.
     """
     settings = guarded(settings or ServeSettings(), host, everyone=everyone)
-    place = _listener(host, port)
+    place = listener(host, port)
     opened = Bundle.open(bundle)
     say(f"loading {opened.path}")
     loaded = HFEngine.from_bundle(opened, device=device)
@@ -150,12 +150,13 @@ def _local(host: str) -> bool:
         return False
 
 
-def _listener(host: str, port: int) -> socket.socket:
+def listener(host: str, port: int) -> socket.socket:
     """A socket that is bound but does not listen yet: a port that is taken is known before the model is loaded."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         place = socket.socket(family, kind, protocol)
         place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        place.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a token waits for no acknowledgement
         place.bind(address)
     except (OSError, OverflowError) as error:
         raise PolymergeError(
