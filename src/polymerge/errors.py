@@ -8,6 +8,7 @@ PolymergeError                  a user's mistake or bad input; the command line 
 ├── EngineBusyError             a running engine whose queue is full; the request may come again later
 ├── EngineDownError             a running engine that restarts or has stopped
 ├── DeadlineError               an answer that was not whole in time
+├── RouterError                 a router: none fitted, one of another bundle, samples or texts that it cannot use
 ├── OutputExistsError           the output is already there
 ├── DiskSpaceError              too little room for what would be written
 └── MissingExtraError           an optional dependency that is not installed
@@ -49,6 +50,10 @@ class EngineDownError(PolymergeError):
 
 class DeadlineError(PolymergeError):
     """The answer was not whole within the time that it was given."""
+
+
+class RouterError(PolymergeError):
+    """A router is missing or not this bundle's, or it was given samples or texts that it cannot use."""
 
 
 class OutputExistsError(PolymergeError):
