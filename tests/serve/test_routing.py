@@ -1,15 +1,25 @@
 """Which expert answers a conversation."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import numpy as np
 import pytest
 
+from polymerge import Bundle
+from polymerge.engine.batching import BatchingEngine
 from polymerge.router import Route
+from polymerge.router.embed import EmbedSettings
+from polymerge.router.fit import FitSettings, fit_router
+from polymerge.router.samples import Sample
+from polymerge.serve.app import create_app
 from polymerge.serve.errors import ApiError
 from polymerge.serve.routing import REMEMBERED, Choice, Chooser
-from tests.serve.conftest import KEY, ScriptedRouter, Server
+from polymerge.serve.run import open_router
+from tests.conftest import Merged
+from tests.serve.conftest import KEY, ScriptedRouter, Server, running
 
 AUTH = {"authorization": f"Bearer {KEY}"}
 
@@ -94,9 +104,6 @@ def test_embeddings_are_the_routers_where_it_has_some(server: Server, monkeypatc
         def embed(self, texts: list[str]) -> Any:
             return type("Embedded", (), {"vectors": np.ones((len(texts), 2), dtype=np.float32)})
 
-    from polymerge.serve.app import create_app
-    from tests.serve.conftest import running
-
     router = ScriptedRouter()
     router.embedder = Embedder()  # type: ignore[attr-defined]
     with running(create_app(server.engine, router), server.engine) as other:
@@ -104,3 +111,27 @@ def test_embeddings_are_the_routers_where_it_has_some(server: Server, monkeypatc
         found = httpx2.post(f"{other.url}/v1/embeddings", json=body).json()
         assert [one["embedding"] for one in found["data"]] == [[1.0, 1.0]] * 2
         assert httpx2.post(f"{other.url}/v1/embeddings", json=body | {"input": " "}).status_code == 400
+
+
+def test_the_bundles_own_router_embeds_through_the_running_engine(
+    engine: BatchingEngine, merged: Merged, tmp_path: Path
+) -> None:
+    """A router that was really fitted: `auto` goes where it says, /v1/embeddings gives what it judges by."""
+    bundle = Bundle.open(shutil.copytree(merged("llama")[0].path, tmp_path / "bundle"))
+    assert open_router(bundle, engine) is None
+    fields = {"zero": "w10", "one": "w11", "two": "w12"}
+    training = [Sample(f"{word} w{20 + n} {word}", field) for field, word in fields.items() for n in range(12)]
+    settings = FitSettings(embed=EmbedSettings(template="{input} w3", layers=(-1,)))
+    experts = {"zero": "e0", "one": "e1", "two": "e2"}
+    fit_router(bundle, engine, training, settings=settings, experts=experts).router.save(bundle)
+    router: Any = open_router(bundle, engine)
+    text = "w11 w40 w11"
+    with running(create_app(engine, router), engine) as server:
+        found = httpx2.post(f"{server.url}/v1/route", json={"input": text}).json()["data"][0]
+        expected = router.route([text])[0]
+        assert found["field"] == expected.field and found["confidence"] == pytest.approx(expected.confidence, abs=1e-4)
+        body = {"model": "auto", "messages": [{"role": "user", "content": text}], "max_tokens": 2}
+        answer = httpx2.post(f"{server.url}/v1/chat/completions", json=body)
+        assert answer.json()["polymerge"]["expert"] == (expected.expert or "average")
+        vectors = httpx2.post(f"{server.url}/v1/embeddings", json={"input": text}).json()["data"][0]["embedding"]
+        assert np.allclose(vectors, router.embedder.embed([text]).vectors[0], atol=1e-4)

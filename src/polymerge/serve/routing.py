@@ -151,4 +151,5 @@ class Chooser:
         """An unsure turn changes nothing, nor does one that fits the conversation's field almost as well."""
         if route.fallback:
             return False
-        return route.field == kept.field or route.confidence - route.scores.get(kept.field, 0.0) >= self._margin
+        ahead = route.scores.get(route.field, route.confidence) - route.scores.get(kept.field, 0.0)
+        return route.field == kept.field or ahead >= self._margin

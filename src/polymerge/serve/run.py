@@ -73,8 +73,7 @@ def serve(
         check(loaded, opened, progress=lambda expert: say(f"checking expert {expert}"))
     engine = BatchingEngine(loaded, max_rows=max_rows, max_waiting=max_waiting, cache_tokens=cache_tokens)
     try:
-        router = open_router(opened, engine)
-        app = create_app(engine, router, _pipeline(), settings)
+        app = create_app(engine, open_router(opened, engine, device), _pipeline(), settings)
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{place.getsockname()[1]}"
         models = app.state.service.chooser.models
@@ -98,9 +97,20 @@ def guarded(settings: ServeSettings, host: str, *, everyone: bool = False) -> Se
     return settings
 
 
-def open_router(bundle: Bundle, engine: BatchingEngine) -> Routes | None:
-    """The bundle's router, or None where it has none."""
-    return None
+def open_router(bundle: Bundle, engine: BatchingEngine, device: str | None = None) -> Routes | None:
+    """The bundle's router, which embeds between the running batch's steps; None where the bundle has none.
+
+    Raises:
+        RouterError: it is damaged, or was fitted for another bundle.
+    """
+    from ..router.record import read_record, router_folder
+    from ..router.router import Router
+
+    folder = router_folder(bundle.path)
+    if not folder.exists():
+        return None
+    model = read_record(folder).model
+    return Router.load(bundle, BatchingEngine(HFEngine.from_checkpoint(model, device=device)) if model else engine)
 
 
 def _pipeline() -> Responds | None:
