@@ -266,3 +266,11 @@ def test_token_ids_outside_the_vocabulary_are_refused(client: openai.OpenAI) -> 
             client.completions.create(model="e0", prompt=ids)
         with pytest.raises(openai.BadRequestError, match="the vocabulary ends at 95"):
             client.embeddings.create(model="auto", input=ids)
+
+
+def test_every_stream_tells_its_expert_first_and_last(client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(model="auto", messages=HELLO, max_tokens=6, temperature=0, stream=True)
+    plain = client.completions.create(model="auto", prompt="w10 w20", max_tokens=6, temperature=0, stream=True)
+    for chunks in (list(chat), list(plain)):
+        assert chunks[0].polymerge["expert"] == chunks[-1].polymerge["expert"] == "e0"
+        assert not any(hasattr(chunk, "polymerge") for chunk in chunks[1:-1])

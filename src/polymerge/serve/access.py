@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import json
 import logging
+import re
 import time
 import uuid
 from collections.abc import Callable, MutableMapping
@@ -99,9 +100,7 @@ class Access:
 
     def _admit(self, scope: Scope) -> None:
         headers = _headers(scope)
-        host = (
-            headers.get("host", "").rsplit(":", 1)[0] if not headers.get("host", "").endswith("]") else headers["host"]
-        )
+        host = re.sub(r":\d*$", "", headers.get("host", ""))  # an IPv6 address stands in brackets
         if self._settings.hosts and host.lower() not in self._settings.hosts:
             raise ApiError(421, "this server is not asked by that name; start it with --allow-host to allow it")
         name = self._name(headers.get("authorization", ""))

@@ -50,7 +50,6 @@ class Run:
         self._heard: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
         self.answers = [Gathered() for _ in requests]
         self._streams = engine.submit(requests, [self._listener(number) for number in range(len(requests))])
-        # answers to one prompt stand together, and the prompt is read once for all that people pay
         self.prompt_tokens = [stream.prompt_tokens for stream in self._streams]
 
     def _listener(self, number: int) -> Listener:

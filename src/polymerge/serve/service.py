@@ -192,14 +192,16 @@ async def in_thread(call: Callable[[], Result]) -> Result:
 async def _events(run: Run, shape: Shape, extra: dict[str, Any], read: int, with_usage: bool) -> AsyncIterator[bytes]:
     """The chunks of a stream; an error in the middle is an event of its own, and no [DONE] follows it."""
     blank = {"usage": None} if with_usage else {}
-    head = shape.head()
+    head, untold = shape.head(), set(range(len(run.answers)))
     try:
         for number in range(len(run.answers)):
             for opening in shape.opening(number):
                 yield event(head | {"choices": [opening]} | blank | extra)
+                untold.discard(number)
         async for number, piece in run:
-            last = extra if piece.finish else {}
-            yield event(head | {"choices": [shape.delta(number, piece)]} | blank | last)
+            told_now = extra if piece.finish or number in untold else {}
+            untold.discard(number)
+            yield event(head | {"choices": [shape.delta(number, piece)]} | blank | told_now)
         if with_usage:
             spent = usage(read, sum(answer.tokens for answer in run.answers))
             yield event(head | {"choices": [], "usage": spent})
