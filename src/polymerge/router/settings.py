@@ -26,7 +26,7 @@ class FitSettings(BaseModel):
 
     embed: EmbedSettings = EmbedSettings()
     classifier: Kind = "logistic"
-    coverage: float = Field(default=0.97, gt=0, le=1)
+    coverage: float = Field(default=0.96, gt=0, le=1)
     accuracy: float | None = Field(default=None, gt=0, le=1)
     fallback: str = "average"
     seed: int = Field(default=0, ge=0)
