@@ -105,6 +105,29 @@ def hush_libraries() -> None:
     logging.disable_progress_bar()
 
 
+def log_to_stderr(level: str) -> None:
+    """polymerge's own log lines, with their times."""
+    import logging
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level="WARNING")
+    logging.getLogger("polymerge").setLevel(level)
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """What is imported inside belongs to an extra.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    from ..errors import MissingExtraError
+
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f"{error.name} is not installed; pip install 'polymerge[{extra}]'") from None
+
+
 def hush_harness() -> None:
     """lm-evaluation-harness logs every step and draws a bar for each; the command line has its own words. Called
     before any library is imported that draws bars."""

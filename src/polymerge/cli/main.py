@@ -23,6 +23,7 @@ from .plan import plan
 from .remove import remove
 from .route import route
 from .router import router
+from .serve import serve
 from .stages import stages
 from .verify import verify
 
@@ -33,7 +34,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (demo, assess, plan, merge, inspect, verify, generate, stages, route, eval, compete, add, remove, export):
+VERBS = (
+    [demo, plan, merge, inspect, verify, add, remove, export]  # bundles
+    + [assess, route, stages, generate]  # which expert, and its answers
+    + [serve, eval, compete]
+)
+for verb in VERBS:
     app.command()(verb)
 app.add_typer(router, name="router")
 
