@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -34,14 +35,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-VERBS = (
-    [demo, plan, merge, inspect, verify, add, remove, export]  # bundles
-    + [assess, route, stages, generate]  # which expert, and its answers
-    + [serve, eval, compete]
-)
-for verb in VERBS:
-    app.command()(verb)
-app.add_typer(router, name="router")
+VERBS: dict[str, list[Callable[..., None]]] = {
+    "The bundle": [demo, plan, merge, inspect, verify, add, remove, export],
+    "Answers": [generate, route, stages, serve],
+    "Measuring": [assess, eval, compete],
+}
+for panel, verbs in VERBS.items():
+    for verb in verbs:
+        app.command(rich_help_panel=panel)(verb)
+app.add_typer(router, name="router", rich_help_panel="Answers")
 
 
 def _version(asked: bool) -> None:
