@@ -22,6 +22,7 @@ from .. import __version__, assemble
 from ..bundle import ADAPTER_FILE, PEFT_PREFIX, ExpertReader
 from ..checkpoint import read_json
 from ..engine.vllm_folder import NOTE, ServedExpert, VllmNote, serve_arguments
+from ..errors import ModelError
 from ..merger import OnProgress, Progress, peak_memory, pick_device
 from ..rsvd import rsvd, sketch_seed
 from ..staging import (
@@ -69,10 +70,16 @@ def export_vllm(
         device: of the factorisation and the measurement.
 
     Raises:
-        OutputExistsError, DiskSpaceError: before anything is written.
+        ModelError, OutputExistsError, DiskSpaceError: before anything is written. The first for an expert that is the
+            average as far as vLLM can tell them apart.
     """
     bundle, output = plan.bundle, Path(output).expanduser()
     place = pick_device(device)
+    empty = [expert for expert, tasks in plan.experts.items() if not tasks]
+    if empty:  # vLLM refuses an empty adapter
+        raise ModelError(
+            f"{bundle.path}: expert {empty[0]!r} has nothing that an adapter could hold; serve the bundle as it is"
+        )
     check_free_space(output.parent, bundle.sizes().base + plan.adapter_bytes)
     staged = fresh(output, overwrite=overwrite)
     assemble.copy_model_files(bundle.path, staged, read_json(bundle.path / "config.json"), code=True)
