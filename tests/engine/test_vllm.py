@@ -123,5 +123,5 @@ def test_an_export_whose_adapters_are_swapped_is_refused(
     one, two, *_ = note.experts
     swapped = note.experts | {one: note.experts[two], two: note.experts[one]}
     (tmp_path / NOTE).write_text(note.model_copy(update={"experts": swapped}).to_json())
-    with pytest.raises(ModelError, match="nats a token from the exported one|answers like the average"):
+    with pytest.raises(ModelError, match=r"nats a token from the exported one|answers like the average"):
         VllmEngine.connect(tmp_path, engine.api.url)
