@@ -32,7 +32,7 @@ $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.test
-	$(PIP) '.[lint]'
+	$(PIP) --editable '.[lint]'
 	@touch $@
 
 demo: $(VENV)/.demo

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from polymerge import Bundle, add_expert, load_model, merge, remove_expert, verify
-from polymerge.errors import BundleError, RecipeError
+from polymerge.errors import BundleError, RecipeError, SourceError
 from tests.tiny import make_experts
 
 
@@ -73,3 +74,16 @@ def test_what_cannot_be_added_or_removed_is_one_line(grown: tuple[Bundle, dict[s
         remove_expert(bundle, "nope")
     with pytest.raises(BundleError, match="only expert left"):
         remove_expert(remove_expert(bundle, "e0"), "e1")
+
+
+def test_an_expert_beyond_the_bundles_dtype_is_refused_and_the_bundle_stays(tmp_path: Path) -> None:
+    experts = make_experts("llama", tmp_path)
+    recipe = {"experts": {name: str(experts[name]) for name in ("e0", "e1")}, "dtype": "float16"}
+    bundle = merge(recipe, tmp_path / "bundle")
+    before = files(bundle)
+    weights = load_file(experts["e2"] / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.weight"][0, 0] = 1e6
+    save_file(weights, experts["e2"] / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SourceError, match=r"'e2'.*q_proj.*too large for float16"):
+        add_expert(bundle, "e2", experts["e2"])
+    assert files(Bundle.open(bundle.path)) == before

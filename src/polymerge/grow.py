@@ -22,7 +22,7 @@ from torch import Tensor
 from . import assemble
 from .bundle import Bundle, BundleLayer, ExpertRecord, FileEntry, Manifest, dtype_name
 from .checkpoint import Checkpoint, open_checkpoint
-from .compress import Settings, TensorReport, compress_residual, read_checked, stats_line
+from .compress import Settings, TensorReport, compress_residual, frobenius_norm, read_checked, stats_line
 from .errors import BundleError, RecipeError, SourceError
 from .layers import LayerRecord, map_layers
 from .merger import pick_device
@@ -83,11 +83,15 @@ def add_expert(
     shutil.rmtree(bundle.path / "experts" / name, ignore_errors=True)  # left by a kill before the manifest was written
     staging = Staging(bundle.path / "experts" / name, {}, resume=False, overwrite=False)
     notes = []
-    for index, task in enumerate(tasks):
-        notes.append(_add_tensor(bundle, name, checkpoint, task, settings, staging, index))
-        if progress:
-            progress(index + 1, len(tasks), task.name)
-    files = _write(staging, bundle, name, notes)
+    try:
+        for index, task in enumerate(tasks):
+            notes.append(_add_tensor(bundle, name, checkpoint, task, settings, staging, index))
+            if progress:
+                progress(index + 1, len(tasks), task.name)
+        files = _write(staging, bundle, name, notes)
+    except Exception:
+        shutil.rmtree(staging.folder, ignore_errors=True)  # a second `add` starts again
+        raise
     _commit(bundle, name, checkpoint, tasks, notes, files)
     return _assess(Bundle.open(bundle.path), name, checkpoint, tasks, settings, notes)
 
@@ -174,8 +178,9 @@ def _add_tensor(
 ) -> dict[str, Any]:
     report = TensorReport()
     base = bundle.base_tensor(task.name)
+    source = task.sources[name]
     with staging.tensor(index) as writer, torch.no_grad():
-        raw = read_checked(checkpoint.read(task.sources[name]), name, task.sources[name], report)
+        raw = read_checked(checkpoint.read(source), settings.dtype, name, source, report)
         if task.record.role == "linear":
             _add_linear(bundle, name, task, raw, base, settings, writer.emit, report)
         elif task.treatment == "keep" and not torch.equal(raw.to(base.dtype), base):
@@ -199,7 +204,7 @@ def _add_linear(
     mean_scale = bundle.layers[task.name].mean_scale
     assert mean_scale is not None, "every linear weight of a manifest has its mean scale"
     weight = raw.to(settings.device, torch.float32, copy=True)
-    scale = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+    scale = frobenius_norm(weight)
     ratio = float(np.float32(scale / mean_scale)) if settings.per_expert_scale and mean_scale else 1.0
     stats = compress_residual(task, name, weight, base.to(settings.device, torch.float32), ratio, settings, emit)
     if task.treatment != "full":
