@@ -23,7 +23,8 @@ from ..bundle import ADAPTER_FILE, PEFT_PREFIX, ExpertReader
 from ..checkpoint import read_json
 from ..engine.vllm_folder import NOTE, ServedExpert, VllmNote, serve_arguments
 from ..errors import ModelError
-from ..merger import OnProgress, Progress, peak_memory, pick_device
+from ..executor import pick_device
+from ..merger import OnProgress, Progress, peak_memory
 from ..rsvd import rsvd, sketch_seed
 from ..staging import (
     DTYPE_NAMES,
