@@ -8,6 +8,7 @@ as the export says. Hidden states are not to be had from a server that generates
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ class VllmEngine:
         self.folder, self.api = Path(folder).expanduser(), api
         self.note: VllmNote = read_note(self.folder)
         self._concurrency = concurrency
+        self._tokenizing = threading.RLock()  # a tokenizer changes its settings while it encodes
 
     @classmethod
     def connect(
@@ -91,19 +93,22 @@ class VllmEngine:
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
-        return ids
+        with self._tokenizing:
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
+            return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
-        return text
+        with self._tokenizing:
+            text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+            return text
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation; without a chat template, its turns one below the other."""
         if self.tokenizer.chat_template is None:
             return self.encode("".join(f"{message['content']}\n" for message in messages))
-        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        with self._tokenizing:
+            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return self.encode(text, special=False)  # a rendered template holds its special tokens already
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
