@@ -23,16 +23,26 @@ if TYPE_CHECKING:
     from .plan import plan_merge as plan_merge
     from .recipe import Recipe as Recipe
     from .recipe import load_recipe as load_recipe
+    from .router.fit import fit_router as fit_router
+    from .router.route import Route as Route
+    from .router.router import Router as Router
+    from .router.samples import Sample as Sample
+    from .router.settings import FitSettings as FitSettings
     from .verification import verify as verify
 
 _HOME = {
     "Bundle": "bundle",
+    "FitSettings": "router.settings",
     "MixedModel": "model",
     "PolymergeError": "errors",
     "Recipe": "recipe",
+    "Route": "router.route",
+    "Router": "router.router",
+    "Sample": "router.samples",
     "add_expert": "grow",
     "export_dense": "export",
     "export_peft": "export",
+    "fit_router": "router.fit",
     "load_model": "model",
     "load_recipe": "recipe",
     "merge": "merger",

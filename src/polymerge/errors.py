@@ -5,6 +5,7 @@ PolymergeError                  a user's mistake or bad input; the command line 
 ├── SourceError                 a checkpoint: missing, truncated, hostile, not finite, other architecture
 ├── BundleError                 a bundle: missing or changed files, wrong format version
 ├── ModelError                  a request to a loaded bundle: unknown expert, wrong batch length
+├── RouterError                 a router: none fitted, one of another bundle, samples or texts that it cannot use
 ├── OutputExistsError           the output is already there
 ├── DiskSpaceError              too little room for what would be written
 └── MissingExtraError           an optional dependency that is not installed
@@ -34,6 +35,10 @@ class BundleError(PolymergeError):
 
 class ModelError(PolymergeError):
     """A loaded bundle was asked for something that it does not hold."""
+
+
+class RouterError(PolymergeError):
+    """A router is missing or not this bundle's, or it was given samples or texts that it cannot use."""
 
 
 class OutputExistsError(PolymergeError):

@@ -1,14 +1,16 @@
 """The recipe of a merge: what a YAML file or a dict may say, checked before any tensor is read.
 
-Knows the recipe's keys, their defaults and where in the file a mistake stands. Does not know checkpoints:
+Knows the recipe's keys, their defaults and where in the file a mistake stands; other YAML files of the user's are read
+by the same functions. Does not know checkpoints:
 whether a source exists is found out by `polymerge.checkpoint`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
@@ -17,6 +19,10 @@ from .errors import RecipeError
 
 KeepOrAverage = Literal["keep", "average"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
+DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+# A key's path in a YAML file -> its line.
+Lines = dict[tuple[str, ...], int]
+Model = TypeVar("Model", bound=BaseModel)
 
 # An expert's name becomes a folder's name, a route's name and an HTTP header's value.
 EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -42,6 +48,10 @@ def _source_from_text(value: Any) -> Any:
     return {"source": value} if isinstance(value, str) else value
 
 
+# A source as a recipe writes it: one text, or a mapping of Source's keys.
+WrittenSource = Annotated[Source, BeforeValidator(_source_from_text)]
+
+
 class Recipe(BaseModel):
     """Everything that a merge is told. Unknown keys are refused.
 
@@ -64,14 +74,14 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    experts: dict[str, Annotated[Source, BeforeValidator(_source_from_text)]]
+    experts: dict[str, WrittenSource]
     compress_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.95
     scale: Literal["per_expert", "shared"] = "per_expert"
     embeddings: KeepOrAverage = "keep"
     lm_head: KeepOrAverage = "keep"
     norms: KeepOrAverage = "keep"
     dtype: DTypeName | None = None
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    device: DeviceName = "auto"
     workers: Annotated[int, Field(ge=1, le=64)] = 1
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     n_oversamples: Annotated[int, Field(ge=0, le=256)] = 16
@@ -82,14 +92,18 @@ class Recipe(BaseModel):
     @field_validator("experts")
     @classmethod
     def _names_are_safe(cls, experts: dict[str, Source]) -> dict[str, Source]:
-        for name in experts:
-            check_expert_name(name)
-        folded = {name.casefold() for name in experts}
-        if len(folded) < len(experts):
-            raise ValueError("two experts have the same name (upper and lower case do not tell them apart)")
+        check_expert_names(experts)
         if len(experts) < 2:
             raise ValueError(f"a merge needs at least two experts, found {len(experts)}")
         return experts
+
+
+def check_expert_names(names: Collection[str]) -> None:
+    """Raises ValueError unless all names are safe and no two are one."""
+    for name in names:
+        check_expert_name(name)
+    if len({name.casefold() for name in names}) < len(names):
+        raise ValueError("two experts have the same name (upper and lower case do not tell them apart)")
 
 
 def check_expert_name(name: str) -> None:
@@ -113,17 +127,23 @@ def load_recipe(source: Recipe | dict[str, Any] | str | Path) -> Recipe:
     if isinstance(source, Recipe):
         return source
     if isinstance(source, dict):
-        return _validated(source, where="recipe", lines={})
+        return validated(Recipe, source, where="recipe", lines={})
     path = Path(source)
-    data, lines = _read_yaml(path)
-    recipe = _validated(data, where=str(path), lines=lines)
-    experts = {name: _anchored(item, path.parent) for name, item in recipe.experts.items()}
+    data, lines = read_yaml(path)
+    recipe = validated(Recipe, data, where=str(path), lines=lines)
+    experts = {name: anchored(item, path.parent) for name, item in recipe.experts.items()}
     return recipe.model_copy(update={"experts": experts})
 
 
-def _validated(data: Any, *, where: str, lines: dict[tuple[str, ...], int]) -> Recipe:
+def validated(model: type[Model], data: Any, *, where: str, lines: Lines) -> Model:
+    """`data` as a model, or a RecipeError of one line.
+
+    Args:
+        where: the file's name.
+        lines: of its keys, as `read_yaml` returns them.
+    """
     try:
-        return Recipe.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         keys = tuple(str(part) for part in first["loc"] if part != "[key]")
@@ -131,24 +151,25 @@ def _validated(data: Any, *, where: str, lines: dict[tuple[str, ...], int]) -> R
         place = f"{where}, line {line}" if line else where
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            message = f"unknown key; known keys: {', '.join(sorted(_fields_at(keys)))}"
+            message = f"unknown key; known keys: {', '.join(sorted(_fields_at(model, keys)))}"
         name = ".".join(keys) or "the whole file"
         raise RecipeError(f"{place}: {name}: {message}") from None
 
 
-def _fields_at(keys: tuple[str, ...]) -> set[str]:
-    return set(Source.model_fields if len(keys) > 1 else Recipe.model_fields)
+def _fields_at(model: type[BaseModel], keys: tuple[str, ...]) -> set[str]:
+    """The keys that are known where `keys` ends: the model's own, or a source's further in."""
+    return set(Source.model_fields if len(keys) > 1 else model.model_fields)
 
 
-def _read_yaml(path: Path) -> tuple[Any, dict[tuple[str, ...], int]]:
-    """The file's content and the line of every key (counted from 1)."""
+def read_yaml(path: Path) -> tuple[Any, Lines]:
+    """The file's content and the line of every key (counted from 1). Raises RecipeError."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot read the recipe: {getattr(error, 'strerror', None) or error}") from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        lines: dict[tuple[str, ...], int] = {}
+        lines: Lines = {}
         if node is not None:
             _collect_lines(node, (), lines, path)
         return yaml.safe_load(text), lines
@@ -161,7 +182,7 @@ def _read_yaml(path: Path) -> tuple[Any, dict[tuple[str, ...], int]]:
         raise RecipeError(f"{path}: nested too deeply, or it holds itself") from None
 
 
-def _collect_lines(node: yaml.Node, at: tuple[str, ...], lines: dict[tuple[str, ...], int], path: Path) -> None:
+def _collect_lines(node: yaml.Node, at: tuple[str, ...], lines: Lines, path: Path) -> None:
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:
@@ -173,7 +194,9 @@ def _collect_lines(node: yaml.Node, at: tuple[str, ...], lines: dict[tuple[str, 
         _collect_lines(value, here, lines, path)
 
 
-def _anchored(source: Source, folder: Path) -> Source:
+def anchored(source: Source, folder: Path) -> Source:
+    """A source whose relative paths are taken from a folder; hub ids and packages stay as they are."""
+
     def anchor(text: str | None) -> str | None:
         if text is None or text.startswith("package:"):
             return text

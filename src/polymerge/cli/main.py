@@ -11,13 +11,17 @@ import typer
 from .. import __version__
 from ..errors import PolymergeError
 from .add import add
+from .assess import assess
 from .demo import demo
+from .eval import eval
 from .export import export
 from .generate import generate
 from .inspect import inspect
 from .merge import merge
 from .plan import plan
 from .remove import remove
+from .route import route
+from .router import router
 from .verify import verify
 
 app = typer.Typer(
@@ -27,8 +31,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (demo, plan, merge, inspect, verify, generate, add, remove, export):
+for verb in (demo, assess, plan, merge, inspect, verify, generate, route, eval, add, remove, export):
     app.command()(verb)
+app.add_typer(router, name="router")
 
 
 def _version(asked: bool) -> None:

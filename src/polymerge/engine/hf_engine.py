@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..adapter import AdapterCheckpoint
 from ..bundle import Bundle
 from ..checkpoint import open_checkpoint
 from ..errors import ModelError
 from ..model import MixedModel, load_model
+from ..recipe import Source
 from .base import FloatArray, GenerateRequest, Generation, Message, Pooling, Prompt, Score, ScoreRequest
 from .sampling import StopTexts, first_stop
 
@@ -54,14 +56,14 @@ class HFEngine:
     @classmethod
     def from_checkpoint(
         cls,
-        source: str,
+        source: Source | str,
         *,
         device: str | None = None,
         dtype: str | None = None,
         trust_remote_code: bool = False,
         batch_tokens: int = BATCH_TOKENS,
     ) -> HFEngine:
-        """A plain model: a folder, a hub id, a GGUF file or `package:NAME`, as in a recipe.
+        """A plain model: a folder, a hub id, a GGUF file, an adapter over its base or `package:NAME`, as in a recipe.
 
         Raises:
             SourceError: it cannot be read. ModelError: transformers cannot load it.
@@ -76,7 +78,10 @@ class HFEngine:
             model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=chosen, **options)
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, padding_side="left", **options)
         except Exception as error:  # transformers raises many types for one unusable folder
-            raise ModelError(f"{source}: transformers cannot load it ({' '.join(str(error).split())[:300]})") from None
+            reason = " ".join(str(error).split())[:300]
+            raise ModelError(f"{checkpoint.label}: transformers cannot load it ({reason})") from None
+        if isinstance(checkpoint, AdapterCheckpoint):  # its folder is the base's
+            _put_adapter(model, checkpoint)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.eval().requires_grad_(False).to(place)
@@ -336,6 +341,16 @@ class HFEngine:
             share = mask[:, None, :, None].float()
             pooled = (states * share).sum(2) / share.sum(2)
         return list(pooled.cpu().numpy())
+
+
+@torch.no_grad()
+def _put_adapter(model: Any, checkpoint: AdapterCheckpoint) -> None:
+    """Puts every tensor that the adapter changes into its base."""
+    parameters = model.state_dict()
+    for name in checkpoint.changed:
+        if name not in parameters:
+            raise ModelError(f"{checkpoint.label}: the adapter changes {name!r}, which the loaded base does not have")
+        parameters[name].copy_(checkpoint.read(name))
 
 
 def _positions(mask: Tensor) -> Tensor:
