@@ -218,6 +218,11 @@ class Bundle:
         with _opened(self.expert_folder(expert) / ADAPTER_FILE) as handle:
             return {adapter_name(key): handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
 
+    def adapter_shapes(self, expert: str) -> dict[str, tuple[int, ...]]:
+        """Shapes of an expert's adapter tensors, from the file's header alone; keys without PEFT's prefix."""
+        with _opened(self.expert_folder(expert) / ADAPTER_FILE) as handle:
+            return {adapter_name(key): tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+
     def scales(self, expert: str) -> dict[str, float]:
         """Checkpoint name -> rho_i. A tensor that is not listed has rho 1."""
         file = self.expert_folder(expert) / SCALES_FILE

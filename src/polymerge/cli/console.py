@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..demo.train import TrainProgress
     from ..engine.cached import OnRequests
     from ..evaluate import Comparison
+    from ..export import PeftExport
     from ..merger import OnProgress
     from ..merger import Progress as MergeProgress
 
@@ -57,15 +58,20 @@ def print_json(data: Any) -> None:
     sys.stdout.write("\n")
 
 
+def say(text: str) -> None:
+    """A line of results that is not broken at the terminal's width."""
+    out.print(text, markup=False, soft_wrap=True)
+
+
 @contextmanager
-def merge_progress(quiet: bool) -> Iterator[OnProgress | None]:
+def merge_progress(quiet: bool, work: str = "merging") -> Iterator[OnProgress | None]:
     """A progress line with rate, time left and peak memory; plain lines where there is no terminal."""
     if quiet:
         yield None
     elif not err.is_terminal:
-        yield _PlainProgress()
+        yield _PlainProgress(work)
     else:
-        columns = (TextColumn("merging"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[note]}"))
+        columns = (TextColumn(work), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[note]}"))
         bar = Progress(*columns, console=err, transient=True)
         task = bar.add_task("merge", total=None, note="")
 
@@ -82,19 +88,30 @@ def merge_progress(quiet: bool) -> Iterator[OnProgress | None]:
 
 
 class _PlainProgress:
-    def __init__(self) -> None:
-        self._next = 0.0
+    def __init__(self, work: str) -> None:
+        self._work, self._next = work, 0.0
 
     def __call__(self, step: MergeProgress) -> None:
         share = step.done / step.total
         if share >= self._next or step.done == step.total:
             self._next = share + PLAIN_STEP
-            err.print(f"merging: {share:4.0%}  {_note(step)}", soft_wrap=True)
+            err.print(f"{self._work}: {share:4.0%}  {_note(step)}", soft_wrap=True)
 
 
 def _note(step: MergeProgress) -> str:
     rate = (step.done - step.resumed) / step.seconds if step.seconds else 0.0
     return f"{size(rate)}/s, {duration(step.seconds_left)} left, peak memory {size(step.peak_memory)}"
+
+
+def print_peft_export(written: PeftExport, bundle: Path) -> None:
+    """Where a PEFT adapter is, and what plain PEFT leaves out of it."""
+    say(f'{written.folder}: opens with PeftModel.from_pretrained(base, "{written.folder}") over {bundle}')
+    if written.dropped_ratio_error:
+        say(
+            f"plain PEFT has no place for the expert's scale ratios: without them a tensor is off by up to "
+            f"{written.dropped_ratio_error:.2g} of its norm ({written.worst_tensor}), where compression lost "
+            f"up to {written.compression_error:.2g}. Merge with `scale: shared` for an exact adapter."
+        )
 
 
 def hush_libraries() -> None:

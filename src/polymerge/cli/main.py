@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -12,6 +13,7 @@ from .. import __version__
 from ..errors import PolymergeError
 from .add import add
 from .assess import assess
+from .compete import compete
 from .demo import demo
 from .eval import eval
 from .export import export
@@ -23,6 +25,7 @@ from .remove import remove
 from .route import route
 from .router import router
 from .serve import serve
+from .stages import stages
 from .verify import verify
 
 app = typer.Typer(
@@ -32,9 +35,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (demo, assess, plan, merge, inspect, verify, generate, route, eval, add, remove, export, serve):
-    app.command()(verb)
-app.add_typer(router, name="router")
+VERBS: dict[str, list[Callable[..., None]]] = {
+    "The bundle": [demo, plan, merge, inspect, verify, add, remove, export],
+    "Answers": [generate, route, stages, serve],
+    "Measuring": [assess, eval, compete],
+}
+for panel, verbs in VERBS.items():
+    for verb in verbs:
+        app.command(rich_help_panel=panel)(verb)
+app.add_typer(router, name="router", rich_help_panel="Answers")
 
 
 def _version(asked: bool) -> None:
