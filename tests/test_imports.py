@@ -11,8 +11,8 @@ SOURCE = Path(polymerge.__file__).parent
 
 # A module imports only from modules that stand before it.
 ORDER = [
-    "errors", "recipe", "checkpoint", "adapter", "gguf", "layers", "rsvd", "plan", "compress", "staging", "bundle",
-    "assemble", "merger", "verification", "grow", "model", "engine", "router", "staged", "assess",
+    "errors", "recipe", "checkpoint", "adapter", "gguf", "layers", "rsvd", "codes", "plan", "compress", "staging",
+    "bundle", "assemble", "merger", "verification", "grow", "model", "engine", "router", "staged", "assess",
     "evaluate", "compete", "export", "inspection", "report", "serve", "demo", "cli", "__main__",
 ]  # fmt: skip
 # `open_checkpoint` hands some sources to modules that build on checkpoint; imported when it is called.

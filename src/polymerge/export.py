@@ -1,6 +1,7 @@
 """Take one expert out of a bundle: as a dense checkpoint, or as an adapter for plain PEFT.
 
-Streams: one tensor in memory at a time. What an export cannot express is measured and returned.
+Streams: one tensor in memory at a time, but for factors that have a code: PEFT gets these decoded, an expert's at once.
+What an export cannot express is measured and returned.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +19,17 @@ from .bundle import ADAPTER_FILE, Bundle
 from .checkpoint import read_json
 from .errors import ModelError, OutputExistsError
 from .plan import DTYPES
-from .staging import DTYPE_NAMES, Entry, check_free_space, disk_errors, raw_bytes, write_bytes, write_json
+from .staging import (
+    DTYPE_NAMES,
+    Entry,
+    Piece,
+    check_free_space,
+    disk_errors,
+    raw_bytes,
+    write_bytes,
+    write_json,
+    write_safetensors,
+)
 
 
 @dataclass(frozen=True)
@@ -75,10 +87,9 @@ def export_dense(
 def export_peft(bundle: Bundle | str | Path, expert: str, output: str | Path, *, overwrite: bool = False) -> PeftExport:
     """Writes an expert's adapter for plain PEFT over the bundle's average, and measures what dropping rho costs."""
     bundle, output = Bundle.open(bundle), Path(output).expanduser()
-    folder = bundle.expert_folder(expert)
-    check_free_space(output.parent, (folder / ADAPTER_FILE).stat().st_size)
+    bundle.expert_folder(expert)
     staged = _fresh(output, overwrite=overwrite)
-    config = read_json(folder / "adapter_config.json")
+    config = _write_adapter(bundle, expert, staged)
     if config["peft_type"] != "LORA":
         shutil.rmtree(staged)
         raise ModelError(
@@ -87,13 +98,33 @@ def export_peft(bundle: Bundle | str | Path, expert: str, output: str | Path, *,
         )
     config["base_model_name_or_path"] = str(bundle.path.resolve())
     write_json(staged / "adapter_config.json", config)
-    with disk_errors(output.parent):
-        shutil.copyfile(folder / ADAPTER_FILE, staged / ADAPTER_FILE)
     for file in sorted(bundle.path.glob("token*.json")):
         write_bytes(staged / file.name, file.read_bytes())
     error, worst = _cost_of_dropping_ratios(bundle, expert)
     lost = max((s["relative_error"] for s in bundle.stats() if s["expert"] == expert), default=0.0)
     return PeftExport(_publish(staged, output), error, worst, lost)
+
+
+def _write_adapter(bundle: Bundle, expert: str, staged: Path) -> dict[str, Any]:
+    """The adapter's weights as PEFT reads them. Returns its configuration."""
+    file = bundle.expert_file(expert)
+    if bundle.code.name == "factors":
+        check_free_space(staged, file.stat().st_size)
+        with disk_errors(staged):
+            shutil.copyfile(file, staged / ADAPTER_FILE)
+        return read_json(file.with_name("adapter_config.json"))
+    tensors = bundle.adapter(expert)
+    pieces = [
+        Piece(expert, key, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes, file=key)
+        for key, tensor in tensors.items()
+    ]
+    layers, tied = list(bundle.layers.values()), bundle.manifest.tied_embedding
+    config, pieces = assemble.peft_adapter(expert, pieces, layers, tied_embedding=tied)
+    check_free_space(staged, sum(piece.bytes for piece in pieces))
+    entries = [(piece.key, piece.dtype, piece.shape, piece.bytes) for piece in pieces]
+    contents = (bytes(raw_bytes(tensors[p.file])) if p.file else bytes(p.bytes) for p in pieces)
+    write_safetensors(staged / ADAPTER_FILE, entries, contents)
+    return config
 
 
 def _cost_of_dropping_ratios(bundle: Bundle, expert: str) -> tuple[float, str | None]:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from . import __version__, assemble
-from .bundle import Bundle, BundleLayer, ExpertRecord, FileEntry, Manifest, Method, dtype_name
+from .bundle import Bundle, BundleLayer, ExpertRecord, FileEntry, Manifest, Method, dtype_name, version_of
+from .codes import code_of
 from .compress import Settings, TensorReport, compress_tensor
 from .errors import ErrorBudgetExceeded, RecipeError
 from .plan import MergePlan, TensorTask, plan_merge
@@ -121,6 +122,7 @@ def settings_of(plan: MergePlan) -> Settings:
     recipe = plan.recipe
     return Settings(
         dtype=plan.dtype,
+        code=code_of(recipe.code, plan.dtype),
         device=pick_device(recipe.device),
         per_expert_scale=recipe.scale == "per_expert",
         seed=recipe.seed,
@@ -218,7 +220,9 @@ def _assemble(plan: MergePlan, staging: Staging, notes: list[dict[str, Any]], fo
             own.append(replace(base[layer.tensor], owner=expert, key=f"{layer.module}.{layer.parameter}"))
         scales = _scales_of(plan, notes, expert)
         tied = plan.tied_embedding
-        files |= assemble.write_expert(staging, folder, expert, own, scales, layers, tied_embedding=tied)
+        files |= assemble.write_expert(
+            staging, folder, expert, own, scales, layers, code=plan.recipe.code, tied_embedding=tied
+        )
     assemble.write_stats(folder, (line for note in notes for line in note["report"]["stats"]))
     assemble.write_manifest(folder, _manifest(plan, notes, layers, files).to_json())
 
@@ -249,6 +253,7 @@ def _manifest(
     recipe = plan.recipe
     ratios = [ratio for note in notes for ratio in note["report"]["scales"].values()]
     return Manifest(
+        format_version=version_of(recipe.code),
         polymerge_version=__version__,
         method=Method(**recipe.model_dump(include=set(Method.model_fields))),
         dtype=dtype_name(plan.dtype),

@@ -17,6 +17,7 @@ from .errors import RecipeError
 
 KeepOrAverage = Literal["keep", "average"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
+CodeName = Literal["factors", "int8", "int4"]
 
 # An expert's name becomes a folder's name, a route's name and an HTTP header's value.
 EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -49,6 +50,8 @@ class Recipe(BaseModel):
         experts: name -> source, in the order in which experts are listed everywhere.
         compress_rate: share of a residual's parameters that is dropped, in [0, 1]. 0 keeps every expert
             exactly, 1 is the plain normalised average. The published setting is 0.95.
+        code: how residuals are stored: `factors` (published) in the bundle's dtype, or `int8` and `int4`, whole numbers
+            with scales at a larger rank, in at most the bytes of 16-bit factors.
         scale: `per_expert` (published: each expert keeps its own norm per tensor) or `shared` (the norms are
             folded into the residuals, so that a plain PEFT loader is exact).
         embeddings, lm_head, norms: `keep` each expert's own tensor or `average` them into one. `norms`
@@ -66,6 +69,7 @@ class Recipe(BaseModel):
 
     experts: dict[str, Annotated[Source, BeforeValidator(_source_from_text)]]
     compress_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.95
+    code: CodeName = "factors"
     scale: Literal["per_expert", "shared"] = "per_expert"
     embeddings: KeepOrAverage = "keep"
     lm_head: KeepOrAverage = "keep"
