@@ -13,7 +13,7 @@ SOURCE = Path(polymerge.__file__).parent
 ORDER = [
     "errors", "recipe", "checkpoint", "adapter", "gguf", "layers", "rsvd", "codes", "plan", "compress", "staging",
     "bundle", "assemble", "merger", "verification", "grow", "model", "engine", "router", "staged", "assess",
-    "evaluate", "compete", "export", "inspection", "report", "serve", "demo", "cli", "__main__",
+    "evaluate", "compete", "export", "inspection", "sweep", "report", "serve", "demo", "cli", "__main__",
 ]  # fmt: skip
 # `open_checkpoint` hands some sources to modules that build on checkpoint; imported when it is called.
 ALLOWED = {("checkpoint", "adapter"), ("checkpoint", "gguf")}

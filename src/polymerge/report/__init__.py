@@ -4,6 +4,7 @@ page.py     the page: which sections, in which order
 blocks.py   the page's frame, headings, tables, plots
 merge.py    sizes, errors, energy and ranks of the merge
 demo.py     the demo's table
+sweep.py    a sweep's page: bytes against KL
 """
 
 from .page import write_report
