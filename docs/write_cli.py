@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import typer
@@ -21,7 +22,17 @@ def page() -> str:
     """The whole page."""
     group = typer.main.get_command(app)
     commands = getattr(group, "commands", {})
-    return HEAD + "".join(_command(name, command) for name, command in commands.items())
+    return HEAD + "".join(_command(name, command) for name, command in _flat(commands))
+
+
+def _flat(commands: Mapping[str, object], before: str = "") -> Iterator[tuple[str, object]]:
+    """(full name, command), those of a group in its place."""
+    for name, command in commands.items():
+        inner = getattr(command, "commands", None)
+        if inner is None:
+            yield before + name, command
+        else:
+            yield from _flat(inner, f"{before}{name} ")
 
 
 def _command(name: str, command: object) -> str:

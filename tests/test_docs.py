@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from polymerge import load_recipe
+from polymerge.assess import AssessRecipe
 from polymerge.cli.main import app
 from polymerge.recipe import Recipe
 
@@ -39,3 +40,11 @@ def test_the_recipes_are_valid(recipe: Path) -> None:
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_the_page_of_the_assessment_names_every_key_and_default() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", (ROOT / "docs" / "assess.md").read_text(), re.MULTILINE))
+    for name, field in AssessRecipe.model_fields.items():
+        shown = rows[name].strip().strip("`")
+        if shown not in ("required", "none"):
+            assert shown.lower() == str(field.default).lower(), name

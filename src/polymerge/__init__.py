@@ -23,19 +23,35 @@ if TYPE_CHECKING:
     from .plan import plan_merge as plan_merge
     from .recipe import Recipe as Recipe
     from .recipe import load_recipe as load_recipe
+    from .router.fit import fit_router as fit_router
+    from .router.route import Route as Route
+    from .router.router import Router as Router
+    from .router.samples import Sample as Sample
+    from .router.settings import FitSettings as FitSettings
+    from .staged import Pipeline as Pipeline
+    from .staged import Question as Question
+    from .staged.opening import open_pipeline as open_pipeline
     from .verification import verify as verify
 
 _HOME = {
     "Bundle": "bundle",
+    "FitSettings": "router.settings",
     "MixedModel": "model",
+    "Pipeline": "staged",
     "PolymergeError": "errors",
+    "Question": "staged",
     "Recipe": "recipe",
+    "Route": "router.route",
+    "Router": "router.router",
+    "Sample": "router.samples",
     "add_expert": "grow",
     "export_dense": "export",
     "export_peft": "export",
+    "fit_router": "router.fit",
     "load_model": "model",
     "load_recipe": "recipe",
     "merge": "merger",
+    "open_pipeline": "staged.opening",
     "plan_merge": "plan",
     "remove_expert": "grow",
     "verify": "verification",

@@ -56,6 +56,11 @@ class AdapterCheckpoint(Checkpoint):
         self._load()
         self.tensors = dict(base.tensors)
 
+    @property
+    def changed(self) -> list[str]:
+        """The tensors that are not the base's."""
+        return sorted({*self._factors, *self._whole})
+
     def read(self, name: str) -> Tensor:
         return self.read_rows(name, 0, self.tensors[name].shape[0])
 

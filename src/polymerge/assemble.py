@@ -176,11 +176,11 @@ def adapter_config(
         else:
             own.add(name.rpartition(".")[0])
     by_module = {layer.module: layer for layer in layers if layer.role == "linear"}
-    fused = {m: r for m, r in ranks.items() if m in by_module and _is_fused(by_module[m])}
+    fused = {m: r for m, r in ranks.items() if m in by_module and is_fused(by_module[m])}
     # transformers 5 holds a mixture's matrices in one parameter, for which PEFT takes the general rank alone.
     rank = next(iter(fused.values()), None) or (Counter(ranks.values()).most_common(1)[0][0] if ranks else 1)
     pattern = {re.escape(module): r for module, r in ranks.items() if r != rank}
-    whole_blocks = own & {module for module, layer in by_module.items() if _is_fused(layer)}
+    whole_blocks = own & {module for module, layer in by_module.items() if is_fused(layer)}
     return {
         # PEFT has no place for whole matrices of a fused block and would leave them out without a word; a type that
         # it does not know makes it refuse.
@@ -205,7 +205,8 @@ def adapter_config(
     }
 
 
-def _is_fused(layer: BundleLayer) -> bool:
+def is_fused(layer: BundleLayer) -> bool:
+    """Whether the tensor is one matrix of a parameter that transformers holds fused (mixture-of-experts blocks)."""
     return layer.module == layer.tensor.removesuffix(".weight") and ".experts." in layer.module
 
 

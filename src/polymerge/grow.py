@@ -24,8 +24,8 @@ from .bundle import Bundle, BundleLayer, ExpertRecord, FileEntry, Manifest, dtyp
 from .checkpoint import Checkpoint, open_checkpoint
 from .compress import Settings, TensorReport, compress_residual, frobenius_norm, read_checked, stats_line
 from .errors import BundleError, RecipeError, SourceError
+from .executor import pick_device
 from .layers import LayerRecord, map_layers
-from .merger import pick_device
 from .plan import DTYPES, TensorTask, Treatment, with_differences
 from .recipe import Source, check_expert_name
 from .rsvd import factors_are_smaller, rank_for_rate, rsvd
@@ -188,7 +188,8 @@ def _add_tensor(
                 writer.emit(name, f"{task.record.module}.lora_B.bias", raw.float() - base.float())
             else:
                 writer.emit(name, f"{task.record.module}.{task.record.parameter}", raw.to(base.dtype))
-        return writer.finish(asdict(report))
+        note = writer.note(asdict(report))
+    return staging.finish(index, note)
 
 
 def _add_linear(
@@ -218,7 +219,7 @@ def _write(staging: Staging, bundle: Bundle, name: str, notes: list[dict[str, An
     with staging.tensor(len(notes)) as writer:
         for layer in assemble.missing_siblings((piece.key for piece in pieces), layers):
             writer.emit(name, f"{layer.module}.{layer.parameter}", bundle.base_tensor(layer.tensor))
-        pieces += pieces_of(writer.finish({}))
+        pieces += pieces_of(staging.finish(len(notes), writer.note({})))
     scales = {
         line["tensor"]: note["report"]["scales"][name]
         for note in notes

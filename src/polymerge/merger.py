@@ -1,7 +1,7 @@
 """The merge: plan, compress tensor by tensor, put the bundle together, move it into place.
 
-Knows the order of the work, the workers, progress and resuming. The arithmetic is in `polymerge.compress`, the files in
-`polymerge.staging` and `polymerge.assemble`.
+Knows the order of the work, progress and resuming. Who does the tensors is the executor's, the arithmetic is in
+`polymerge.compress`, the files in `polymerge.staging` and `polymerge.assemble`.
 """
 
 from __future__ import annotations
@@ -10,20 +10,15 @@ import hashlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from . import __version__, assemble
 from .bundle import Bundle, BundleLayer, ExpertRecord, FileEntry, Manifest, Method, dtype_name, version_of
-from .codes import code_of
-from .compress import Settings, TensorReport, compress_tensor
-from .errors import ErrorBudgetExceeded, RecipeError
+from .errors import ErrorBudgetExceeded
+from .executor import Executor, Note, in_threads, pick_device
 from .plan import MergePlan, TensorTask, plan_merge
 from .recipe import Recipe, load_recipe
 from .staging import FileRecord, Staging, check_free_space, check_output, disk_errors, half_done, pieces_of
@@ -60,16 +55,18 @@ def merge(
     *,
     overwrite: bool = False,
     resume: bool = False,
+    executor: Executor = in_threads,
     progress: OnProgress | None = None,
 ) -> Bundle:
     """Merges the recipe's experts into a bundle at `output`.
 
-    The result depends only on the recipe and the sources: not on the number of workers, and not on whether the
-    merge was killed and resumed. Nothing appears at `output` before the bundle is whole.
+    The result depends only on the recipe and the sources: not on the workers or where they run, and not on whether
+    the merge was killed and resumed. Nothing appears at `output` before the bundle is whole.
 
     Args:
         recipe: a Recipe, its dict, or a YAML file.
         resume: go on with the half-done work of the same merge, if there is any.
+        executor: who does the tensors: this process, or a cluster (`polymerge.on_ray`).
         progress: called after every tensor.
 
     Raises:
@@ -77,7 +74,8 @@ def merge(
         OutputExistsError, DiskSpaceError: before any tensor is read.
         ErrorBudgetExceeded: the bundle is whole, but a tensor's relative error is over `max_error`.
     """
-    return run_plan(plan_merge(load_recipe(recipe)), output, overwrite=overwrite, resume=resume, progress=progress)
+    plan = plan_merge(load_recipe(recipe))
+    return run_plan(plan, output, overwrite=overwrite, resume=resume, executor=executor, progress=progress)
 
 
 def run_plan(
@@ -86,6 +84,7 @@ def run_plan(
     *,
     overwrite: bool = False,
     resume: bool = False,
+    executor: Executor = in_threads,
     progress: OnProgress | None = None,
 ) -> Bundle:
     """`merge` for a plan that is already made."""
@@ -96,7 +95,7 @@ def run_plan(
     check_free_space(output.parent, 2 * plan.write_bytes - (half_done(output) if resume else 0))
     with disk_errors(output):
         staging = Staging(output, fingerprint(plan), resume=resume, overwrite=overwrite)
-        notes = _compress_all(plan, staging, progress)
+        notes = _compress_all(plan, staging, executor, progress)
         folder = staging.folder / "bundle"
         _assemble(plan, staging, notes, folder)
         staging.publish(folder)
@@ -106,8 +105,10 @@ def run_plan(
 
 
 def fingerprint(plan: MergePlan) -> dict[str, Any]:
-    """What must be equal for half-done work to be gone on with. Workers and device may differ."""
-    recipe = plan.recipe.model_dump(mode="json", exclude={"workers", "max_error"})
+    """What must be equal for half-done work to be gone on with. Workers, device and how the bundle will answer may
+    differ."""
+    answering = {"config", "thinker", "staged", "memory_limit"}
+    recipe = plan.recipe.model_dump(mode="json", exclude={"workers", "max_error", *answering})
     return {
         "polymerge": __version__,
         "recipe": recipe,
@@ -115,47 +116,6 @@ def fingerprint(plan: MergePlan) -> dict[str, Any]:
         "configs": {name: checkpoint.config for name, checkpoint in plan.checkpoints.items()},
         "tasks": [[task.name, task.treatment, task.rank] for task in plan.tasks],
     }
-
-
-def settings_of(plan: MergePlan) -> Settings:
-    """The arithmetic's part of a plan."""
-    recipe = plan.recipe
-    return Settings(
-        dtype=plan.dtype,
-        code=code_of(recipe.code, plan.dtype),
-        device=pick_device(recipe.device),
-        per_expert_scale=recipe.scale == "per_expert",
-        seed=recipe.seed,
-        n_oversamples=recipe.n_oversamples,
-        n_iter=recipe.n_iter,
-    )
-
-
-def pick_device(device: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises RecipeError for a device that this machine lacks."""
-    if device != "auto":
-        chosen = torch.device(device)
-        try:
-            torch.empty(0, device=chosen)
-        except (RuntimeError, AssertionError):  # torch raises either, by how it was built
-            raise RecipeError(f"device {device!r}: this machine or this torch has no such device; try auto") from None
-        return chosen
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def compress_task(plan: MergePlan, staging: Staging, index: int, settings: Settings) -> dict[str, Any]:
-    """One tensor, from its checkpoints to its finished pieces. Independent of every other tensor."""
-    task = plan.tasks[index]
-
-    def read(expert: str, tensor: str, start: int, stop: int) -> Tensor:
-        checkpoint = plan.checkpoints[expert]
-        info = checkpoint.tensors[tensor]
-        whole = not info.shape or (start == 0 and stop >= info.shape[0])
-        return checkpoint.read(tensor) if whole else checkpoint.read_rows(tensor, start, stop)
-
-    with staging.tensor(index) as writer, torch.no_grad():
-        report: TensorReport = compress_tensor(task, settings, read, writer.emit)
-        return writer.finish(asdict(report))
 
 
 def peak_memory() -> int:
@@ -168,12 +128,13 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _compress_all(plan: MergePlan, staging: Staging, progress: OnProgress | None) -> list[dict[str, Any]]:
+def _compress_all(plan: MergePlan, staging: Staging, executor: Executor, progress: OnProgress | None) -> list[Note]:
     weights = [_work(task) for task in plan.tasks]
-    notes: list[dict[str, Any] | None] = [staging.finished(index) for index in range(len(plan.tasks))]
+    notes: list[Note | None] = [staging.finished(index) for index in range(len(plan.tasks))]
     resumed = sum(weight for weight, note in zip(weights, notes, strict=True) if note)
     done, began = resumed, time.monotonic()
-    for index, note in _in_parallel(plan, staging, [i for i, note in enumerate(notes) if note is None]):
+    todo = [index for index, note in enumerate(notes) if note is None]
+    for index, note in executor(plan, staging, todo):
         notes[index] = note
         done += weights[index]
         if progress:
@@ -187,25 +148,7 @@ def _work(task: TensorTask) -> int:
     return task.numel * len(task.sources) * 4
 
 
-def _in_parallel(plan: MergePlan, staging: Staging, todo: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-    settings = settings_of(plan)
-    if plan.recipe.workers == 1:
-        for index in todo:
-            yield index, compress_task(plan, staging, index, settings)
-        return
-    # The arithmetic releases the interpreter's lock, and every thread uses the same number of cores for a product, so
-    # that its result does not depend on how many threads there are.
-    with ThreadPoolExecutor(plan.recipe.workers) as pool:
-        futures = {pool.submit(compress_task, plan, staging, index, settings): index for index in todo}
-        try:
-            for future, index in futures.items():
-                yield index, future.result()
-        finally:
-            for future in futures:
-                future.cancel()
-
-
-def _assemble(plan: MergePlan, staging: Staging, notes: list[dict[str, Any]], folder: Path) -> None:
+def _assemble(plan: MergePlan, staging: Staging, notes: list[Note], folder: Path) -> None:
     assemble.clear(folder)
     pieces = [piece for note in notes for piece in pieces_of(note)]
     layers = tuple(bundle_layer(task, note["report"]) for task, note in zip(plan.tasks, notes, strict=True))
@@ -242,13 +185,13 @@ def bundle_layer(task: TensorTask, report: dict[str, Any]) -> BundleLayer:
     )
 
 
-def _scales_of(plan: MergePlan, notes: list[dict[str, Any]], expert: str) -> dict[str, float]:
+def _scales_of(plan: MergePlan, notes: list[Note], expert: str) -> dict[str, float]:
     pairs = zip(plan.tasks, notes, strict=True)
     return {t.name: n["report"]["scales"][expert] for t, n in pairs if expert in n["report"]["scales"]}
 
 
 def _manifest(
-    plan: MergePlan, notes: list[dict[str, Any]], layers: tuple[BundleLayer, ...], files: dict[str, FileRecord]
+    plan: MergePlan, notes: list[Note], layers: tuple[BundleLayer, ...], files: dict[str, FileRecord]
 ) -> Manifest:
     recipe = plan.recipe
     ratios = [ratio for note in notes for ratio in note["report"]["scales"].values()]
@@ -272,7 +215,7 @@ def _manifest(
     )
 
 
-def _digest(plan: MergePlan, notes: list[dict[str, Any]], expert: str) -> str:
+def _digest(plan: MergePlan, notes: list[Note], expert: str) -> str:
     lines = (
         f"{task.sources[expert]} {note['report']['digests'][expert]}\n"
         for task, note in zip(plan.tasks, notes, strict=True)

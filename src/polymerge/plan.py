@@ -15,7 +15,8 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .codes import Code, code_of
 from .errors import SourceError
 from .layers import LayerMap, LayerRecord, map_layers
-from .recipe import Recipe
+from .outline import OutlineCheckpoint, outline
+from .recipe import Recipe, Source
 from .rsvd import factors_are_smaller, rank_for_rate
 
 Treatment = Literal["low_rank", "full", "average", "keep", "copy"]
@@ -170,19 +171,27 @@ class MergePlan:
         }
 
 
-def plan_merge(recipe: Recipe) -> MergePlan:
+def plan_merge(recipe: Recipe, *, weights: bool = True) -> MergePlan:
     """Opens every source, checks that they fit each other and decides each tensor's treatment.
+
+    Args:
+        weights: off, hub ids are not downloaded: their tensors are taken from their configuration, or from the
+            recipe's `config`. Such a plan says sizes; it cannot be merged.
 
     Raises:
         SourceError: naming the first tensors or settings that differ.
     """
-    checkpoints = {name: open_checkpoint(source) for name, source in recipe.experts.items()}
+    checkpoints = {name: _opened(recipe, source, weights) for name, source in recipe.experts.items()}
     maps = {
         name: map_layers(checkpoint, trust_remote_code=recipe.trust_remote_code)
         for name, checkpoint in checkpoints.items()
     }
     first = next(iter(checkpoints))
     notes = list(maps[first].notes)
+    outlined = [name for name, checkpoint in checkpoints.items() if isinstance(checkpoint, OutlineCheckpoint)]
+    if outlined:
+        shown = recipe.config or "the hub's config.json"
+        notes.append(f"sizes of {', '.join(outlined)} are from {shown} alone; no weight was looked at")
     for name in list(checkpoints)[1:]:
         notes += _check_settings(first, checkpoints[first], name, checkpoints[name])
     tied = all(layer_map.tied for layer_map in maps.values())
@@ -197,6 +206,11 @@ def plan_merge(recipe: Recipe) -> MergePlan:
     return MergePlan(
         recipe, checkpoints, maps[reference], tasks, _dtype(recipe, checkpoints, tasks), tied, tuple(notes)
     )
+
+
+def _opened(recipe: Recipe, source: Source, weights: bool) -> Checkpoint:
+    found = None if weights else outline(source.source, recipe.config, revision=source.revision)
+    return found or open_checkpoint(source)
 
 
 def with_differences(tasks: Sequence[TensorTask]) -> list[TensorTask]:

@@ -1,23 +1,30 @@
 """The recipe of a merge: what a YAML file or a dict may say, checked before any tensor is read.
 
-Knows the recipe's keys, their defaults and where in the file a mistake stands. Does not know checkpoints:
+Knows the recipe's keys, their defaults and where in the file a mistake stands; other YAML files of the user's are read
+by the same functions. Does not know checkpoints:
 whether a source exists is found out by `polymerge.checkpoint`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from .errors import RecipeError
+from .response import StageSettings, ThinkerSettings
 
 KeepOrAverage = Literal["keep", "average"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 CodeName = Literal["factors", "int8", "int4"]
+DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+# A key's path in a YAML file -> its line.
+Lines = dict[tuple[str, ...], int]
+Model = TypeVar("Model", bound=BaseModel)
 
 # An expert's name becomes a folder's name, a route's name and an HTTP header's value.
 EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -43,6 +50,18 @@ def _source_from_text(value: Any) -> Any:
     return {"source": value} if isinstance(value, str) else value
 
 
+def parse_size(value: Any) -> Any:
+    """Bytes of `48 GB`, `512 MB` or a plain number (decimal, as disks and GPUs are sold)."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", value) if isinstance(value, str) else None
+    if isinstance(value, str) and not found:
+        raise ValueError(f"{value!r} is not a size; write it as 48 GB or 512 MB")
+    return round(float(found[1]) * 1000 ** " kMGT".index(found[2] or " ")) if found else value
+
+
+# A source as a recipe writes it: one text, or a mapping of Source's keys.
+WrittenSource = Annotated[Source, BeforeValidator(_source_from_text)]
+
+
 class Recipe(BaseModel):
     """Everything that a merge is told. Unknown keys are refused.
 
@@ -63,11 +82,14 @@ class Recipe(BaseModel):
         n_oversamples, n_iter: the randomized SVD's (Halko, Martinsson and Tropp, 2011).
         max_error: largest relative error of a tensor that is accepted; above it the command exits with 3.
         trust_remote_code: allow a source's own modelling code to run. Off.
+        config: folder with the experts' config.json, for `polymerge plan` where the sources are not here.
+        thinker, staged: how the bundle answers; the merge does not look at them.
+        memory_limit: bytes that bundle, thinker and their caches may take together (`48 GB`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    experts: dict[str, Annotated[Source, BeforeValidator(_source_from_text)]]
+    experts: dict[str, WrittenSource]
     compress_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.95
     code: CodeName = "factors"
     scale: Literal["per_expert", "shared"] = "per_expert"
@@ -75,25 +97,33 @@ class Recipe(BaseModel):
     lm_head: KeepOrAverage = "keep"
     norms: KeepOrAverage = "keep"
     dtype: DTypeName | None = None
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    device: DeviceName = "auto"
     workers: Annotated[int, Field(ge=1, le=64)] = 1
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     n_oversamples: Annotated[int, Field(ge=0, le=256)] = 16
     n_iter: Annotated[int, Field(ge=0, le=8)] = 2
     max_error: Annotated[float, Field(gt=0.0)] | None = None
     trust_remote_code: bool = False
+    config: str | None = None
+    thinker: ThinkerSettings | None = None
+    staged: StageSettings | None = None
+    memory_limit: Annotated[int, BeforeValidator(parse_size), Field(gt=0)] | None = None
 
     @field_validator("experts")
     @classmethod
     def _names_are_safe(cls, experts: dict[str, Source]) -> dict[str, Source]:
-        for name in experts:
-            check_expert_name(name)
-        folded = {name.casefold() for name in experts}
-        if len(folded) < len(experts):
-            raise ValueError("two experts have the same name (upper and lower case do not tell them apart)")
+        check_expert_names(experts)
         if len(experts) < 2:
             raise ValueError(f"a merge needs at least two experts, found {len(experts)}")
         return experts
+
+
+def check_expert_names(names: Collection[str]) -> None:
+    """Raises ValueError unless all names are safe and no two are one."""
+    for name in names:
+        check_expert_name(name)
+    if len({name.casefold() for name in names}) < len(names):
+        raise ValueError("two experts have the same name (upper and lower case do not tell them apart)")
 
 
 def check_expert_name(name: str) -> None:
@@ -117,17 +147,31 @@ def load_recipe(source: Recipe | dict[str, Any] | str | Path) -> Recipe:
     if isinstance(source, Recipe):
         return source
     if isinstance(source, dict):
-        return _validated(source, where="recipe", lines={})
+        return validated(Recipe, source, where="recipe", lines={})
     path = Path(source)
-    data, lines = _read_yaml(path)
-    recipe = _validated(data, where=str(path), lines=lines)
-    experts = {name: _anchored(item, path.parent) for name, item in recipe.experts.items()}
-    return recipe.model_copy(update={"experts": experts})
+    data, lines = read_yaml(path)
+    recipe = validated(Recipe, data, where=str(path), lines=lines)
+    experts = {name: anchored(item, path.parent) for name, item in recipe.experts.items()}
+    updates: dict[str, Any] = {"experts": experts, "config": _inside(recipe.config, path.parent)}
+    if recipe.thinker:
+        thinker = recipe.thinker
+        own = {"source": _anchor(thinker.source, path.parent), "config": _inside(thinker.config, path.parent)}
+        updates["thinker"] = thinker.model_copy(update=own)
+    if recipe.staged:
+        templates = _inside(recipe.staged.templates, path.parent)
+        updates["staged"] = recipe.staged.model_copy(update={"templates": templates})
+    return recipe.model_copy(update=updates)
 
 
-def _validated(data: Any, *, where: str, lines: dict[tuple[str, ...], int]) -> Recipe:
+def validated(model: type[Model], data: Any, *, where: str, lines: Lines) -> Model:
+    """`data` as a model, or a RecipeError of one line.
+
+    Args:
+        where: the file's name.
+        lines: of its keys, as `read_yaml` returns them.
+    """
     try:
-        return Recipe.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         keys = tuple(str(part) for part in first["loc"] if part != "[key]")
@@ -135,24 +179,26 @@ def _validated(data: Any, *, where: str, lines: dict[tuple[str, ...], int]) -> R
         place = f"{where}, line {line}" if line else where
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            message = f"unknown key; known keys: {', '.join(sorted(_fields_at(keys)))}"
+            message = f"unknown key; known keys: {', '.join(sorted(_fields_at(model, keys)))}"
         name = ".".join(keys) or "the whole file"
         raise RecipeError(f"{place}: {name}: {message}") from None
 
 
-def _fields_at(keys: tuple[str, ...]) -> set[str]:
-    return set(Source.model_fields if len(keys) > 1 else Recipe.model_fields)
+def _fields_at(model: type[BaseModel], keys: tuple[str, ...]) -> set[str]:
+    """The keys that are known where `keys` ends: the model's own, or further in those of a section or a source."""
+    sections: dict[str, type[BaseModel]] = {"thinker": ThinkerSettings, "staged": StageSettings}
+    return set((sections.get(keys[0], Source) if len(keys) > 1 else model).model_fields)
 
 
-def _read_yaml(path: Path) -> tuple[Any, dict[tuple[str, ...], int]]:
-    """The file's content and the line of every key (counted from 1)."""
+def read_yaml(path: Path) -> tuple[Any, Lines]:
+    """The file's content and the line of every key (counted from 1). Raises RecipeError."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot read the recipe: {getattr(error, 'strerror', None) or error}") from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        lines: dict[tuple[str, ...], int] = {}
+        lines: Lines = {}
         if node is not None:
             _collect_lines(node, (), lines, path)
         return yaml.safe_load(text), lines
@@ -165,7 +211,7 @@ def _read_yaml(path: Path) -> tuple[Any, dict[tuple[str, ...], int]]:
         raise RecipeError(f"{path}: nested too deeply, or it holds itself") from None
 
 
-def _collect_lines(node: yaml.Node, at: tuple[str, ...], lines: dict[tuple[str, ...], int], path: Path) -> None:
+def _collect_lines(node: yaml.Node, at: tuple[str, ...], lines: Lines, path: Path) -> None:
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:
@@ -177,14 +223,21 @@ def _collect_lines(node: yaml.Node, at: tuple[str, ...], lines: dict[tuple[str, 
         _collect_lines(value, here, lines, path)
 
 
-def _anchored(source: Source, folder: Path) -> Source:
-    def anchor(text: str | None) -> str | None:
-        if text is None or text.startswith("package:"):
-            return text
-        candidate = folder / Path(text).expanduser()
-        looks_local = text.startswith((".", "/", "~")) or candidate.exists()
-        if not looks_local:
-            return text
-        return str(candidate) if candidate.is_absolute() else f"./{candidate}"  # never to be taken for a hub id
+def anchored(source: Source, folder: Path) -> Source:
+    """A source whose relative paths are taken from a folder; hub ids and packages stay as they are."""
+    return source.model_copy(update={"source": _anchor(source.source, folder), "base": _anchor(source.base, folder)})
 
-    return source.model_copy(update={"source": anchor(source.source), "base": anchor(source.base)})
+
+def _anchor(text: str | None, folder: Path) -> str | None:
+    if text is None or text.startswith("package:"):
+        return text
+    candidate = folder / Path(text).expanduser()
+    looks_local = text.startswith((".", "/", "~")) or candidate.exists()
+    if not looks_local:
+        return text
+    return str(candidate) if candidate.is_absolute() else f"./{candidate}"  # never to be taken for a hub id
+
+
+def _inside(text: str | None, folder: Path) -> str | None:
+    """A path that can only be local."""
+    return None if text is None else str(folder / Path(text).expanduser())

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,7 +116,21 @@ class Staging:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         with disk_errors(self.folder):
-            yield PieceWriter(self.folder, folder, self._note(index))
+            yield PieceWriter(self.folder, folder)
+
+    def finish(self, index: int, note: dict[str, Any]) -> dict[str, Any]:
+        """Notes that a tensor is whole. The pieces that the note lists lie in this folder."""
+        with disk_errors(self.folder):
+            _write_text(self._note(index), json.dumps(note))
+        return note
+
+    def take(self, index: int, note: dict[str, Any], contents: Mapping[str, bytes]) -> dict[str, Any]:
+        """Notes that a tensor is whole whose pieces were written elsewhere: file -> bytes, as the note lists them."""
+        with disk_errors(self.folder):
+            for file, data in contents.items():
+                (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
+                (self.folder / file).write_bytes(data)
+        return self.finish(index, note)
 
     def write_safetensors(self, target: Path, pieces: Sequence[Piece]) -> FileRecord:
         """Joins pieces into one safetensors file, in the order given. Written whole or not at all."""
@@ -155,10 +169,15 @@ class Staging:
 
 
 class PieceWriter:
-    """Writes one tensor's pieces. `emit` has the signature that `polymerge.compress` asks for."""
+    """Writes one tensor's pieces. `emit` has the signature that `polymerge.compress` asks for.
 
-    def __init__(self, root: Path, folder: Path, note: Path) -> None:
-        self._root, self._folder, self._note = root, folder, note
+    Args:
+        root: what the pieces' names are relative to.
+        folder: an empty folder in it, of this writer alone.
+    """
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        self._root, self._folder = root, folder
         self._pieces: list[Piece] = []
 
     def emit(self, owner: str | None, key: str, tensor: Tensor) -> None:
@@ -177,11 +196,9 @@ class PieceWriter:
             )
         )
 
-    def finish(self, report: dict[str, Any]) -> dict[str, Any]:
-        """Notes that the tensor is whole."""
-        note = {"pieces": [asdict(piece) for piece in self._pieces], "report": report}
-        _write_text(self._note, json.dumps(note))
-        return note
+    def note(self, report: dict[str, Any]) -> dict[str, Any]:
+        """What there is to know of the tensor, once all its pieces are written."""
+        return {"pieces": [asdict(piece) for piece in self._pieces], "report": report}
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

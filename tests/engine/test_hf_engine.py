@@ -13,6 +13,7 @@ from polymerge import export_dense, load_model
 from polymerge.engine import GenerateRequest, ScoreRequest
 from polymerge.engine.hf_engine import HFEngine, _backing_off
 from polymerge.errors import ModelError
+from polymerge.recipe import Source
 from tests.conftest import Merged
 from tests.tiny import tiny_tokenizer
 
@@ -149,3 +150,22 @@ def test_a_batch_that_runs_out_of_memory_runs_as_halves() -> None:
 
     with pytest.raises(ModelError, match="out of memory on one request"):
         _backing_off([1], never)
+
+
+def test_an_adapter_as_a_plain_model_is_what_peft_makes_of_it(
+    checkpoints: Callable[[str], dict[str, Path]], tokenizer: Any, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_pretrained(checkpoints("llama")["e0"])
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"]))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    engine = HFEngine.from_checkpoint(Source(source=str(tmp_path / "adapter"), base=str(tmp_path / "base")))
+    with torch.no_grad():
+        expected = model(torch.tensor([[5, 6, 7]])).logits[0, -1].log_softmax(-1)
+    score = engine.loglikelihood([ScoreRequest([5, 6, 7], [20])])[0]
+    assert score.log_likelihood == pytest.approx(float(expected[20]), abs=1e-3)

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from ..assess import Assessment, AssessProgress
+    from ..assess.run import OnAssess
     from ..demo.run import DemoResult, Listeners
     from ..demo.train import TrainProgress
+    from ..engine.cached import OnRequests
+    from ..evaluate import Comparison
+    from ..export import PeftExport
     from ..merger import OnProgress
     from ..merger import Progress as MergeProgress
 
@@ -52,15 +58,20 @@ def print_json(data: Any) -> None:
     sys.stdout.write("\n")
 
 
+def say(text: str) -> None:
+    """A line of results that is not broken at the terminal's width."""
+    out.print(text, markup=False, soft_wrap=True)
+
+
 @contextmanager
-def merge_progress(quiet: bool) -> Iterator[OnProgress | None]:
+def merge_progress(quiet: bool, work: str = "merging") -> Iterator[OnProgress | None]:
     """A progress line with rate, time left and peak memory; plain lines where there is no terminal."""
     if quiet:
         yield None
     elif not err.is_terminal:
-        yield _PlainProgress()
+        yield _PlainProgress(work)
     else:
-        columns = (TextColumn("merging"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[note]}"))
+        columns = (TextColumn(work), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[note]}"))
         bar = Progress(*columns, console=err, transient=True)
         task = bar.add_task("merge", total=None, note="")
 
@@ -77,19 +88,30 @@ def merge_progress(quiet: bool) -> Iterator[OnProgress | None]:
 
 
 class _PlainProgress:
-    def __init__(self) -> None:
-        self._next = 0.0
+    def __init__(self, work: str) -> None:
+        self._work, self._next = work, 0.0
 
     def __call__(self, step: MergeProgress) -> None:
         share = step.done / step.total
         if share >= self._next or step.done == step.total:
             self._next = share + PLAIN_STEP
-            err.print(f"merging: {share:4.0%}  {_note(step)}", soft_wrap=True)
+            err.print(f"{self._work}: {share:4.0%}  {_note(step)}", soft_wrap=True)
 
 
 def _note(step: MergeProgress) -> str:
     rate = (step.done - step.resumed) / step.seconds if step.seconds else 0.0
     return f"{size(rate)}/s, {duration(step.seconds_left)} left, peak memory {size(step.peak_memory)}"
+
+
+def print_peft_export(written: PeftExport, bundle: Path) -> None:
+    """Where a PEFT adapter is, and what plain PEFT leaves out of it."""
+    say(f'{written.folder}: opens with PeftModel.from_pretrained(base, "{written.folder}") over {bundle}')
+    if written.dropped_ratio_error:
+        say(
+            f"plain PEFT has no place for the expert's scale ratios: without them a tensor is off by up to "
+            f"{written.dropped_ratio_error:.2g} of its norm ({written.worst_tensor}), where compression lost "
+            f"up to {written.compression_error:.2g}. Merge with `scale: shared` for an exact adapter."
+        )
 
 
 def hush_libraries() -> None:
@@ -98,6 +120,118 @@ def hush_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def log_to_stderr(level: str) -> None:
+    """polymerge's own log lines, with their times."""
+    import logging
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level="WARNING")
+    logging.getLogger("polymerge").setLevel(level)
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """What is imported inside belongs to an extra.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    from ..errors import MissingExtraError
+
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f"{error.name} is not installed; pip install 'polymerge[{extra}]'") from None
+
+
+def hush_harness() -> None:
+    """lm-evaluation-harness logs every step and draws a bar for each; the command line has its own words. Called
+    before any library is imported that draws bars."""
+    import logging
+    import os
+
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+    hush_libraries()
+    for name in ("lm_eval", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def request_progress(quiet: bool, what: str = "asked") -> Iterator[OnRequests | None]:
+    """A line of requests done and time left, for every pass over them."""
+    began = [0.0, 0.0]  # seconds and requests when this pass began
+
+    def show(done: int, total: int) -> None:
+        if done == total and not began[1]:
+            return  # a pass of one step
+        now = time.monotonic()
+        if not began[1] or done < began[1]:
+            began[:] = [now, done]
+        left = (now - began[0]) * (total - done) / (done - began[1]) if done > began[1] else None
+        line = f"{what}: {done} of {total}, {duration(left)} left"
+        if err.is_terminal:
+            err.print(line.ljust(60), end="\n" if done == total else "\r")
+        else:
+            err.print(line, soft_wrap=True)
+
+    yield None if quiet else show
+
+
+def print_evaluation(found: Comparison) -> None:
+    """Accuracy by task and mode, and what answered where the mode chose."""
+    table = Table("accuracy", *map(escape, found.results))
+    for task, row in found.accuracies.items():
+        table.add_row(escape(task), *("-" if value is None else f"{value:.1%}" for value in row.values()))
+    if len(found.accuracies) > 1:
+        table.add_section()
+        table.add_row("mean", *("-" if value is None else f"{value:.1%}" for value in found.means.values()))
+    out.print(table)
+    for mode, results in found.results.items():
+        for task, counts in results["polymerge"]["answered_by"].items():
+            if mode in ("routed", "oracle"):
+                shares = ", ".join(f"{expert} {count}" for expert, count in sorted(counts.items()))
+                out.print(f"{mode}, {task}: {shares}", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def assess_progress(quiet: bool) -> Iterator[OnAssess | None]:
+    """A line for every candidate and task, and for every chunk of questions."""
+
+    def show(step: AssessProgress) -> None:
+        if step.total and step.done == step.total:
+            return
+        done = f": {step.done} of {step.total}" if step.total else ""
+        line = f"{step.step} of {step.steps}  {step.candidate} on {_task_name(step.task)}{done}"
+        err.print(line, markup=False, soft_wrap=True)
+
+    yield None if quiet else show
+
+
+def _task_name(task: str) -> str:
+    """A file's folder and name without the rest of its path."""
+    return "/".join(Path(task).parts[-2:]) if task.endswith((".jsonl", ".yaml", ".yml")) else task
+
+
+def print_assessment(found: Assessment) -> None:
+    """Accuracy by model and field, what each costs, why one has no figure, and the proposal."""
+    table = Table("model", *map(escape, found.fields), "peak memory", "tokens/s")
+    for row in found.candidates:
+        reached = row.accuracies(found.fields)
+        cells = [f"{reached[name]:.1%}" if name in reached else "-" for name in found.fields]
+        rate = f"{row.tokens_per_second:.0f}" if row.tokens_per_second else "-"
+        name = f"{row.name} (thinker)" if row.role == "thinker" else row.name
+        table.add_row(name, *cells, size(row.peak_memory) if row.peak_memory else "-", rate)
+    out.print(table)
+    for row in found.candidates:
+        for name, reason in row.failed.items():
+            out.print(f"{row.name}: {name or 'not measured'}: {reason}", markup=False, soft_wrap=True)
+    if found.proposals is not None:
+        search = "all" if found.proposals.exhaustive else "the best of a growing search among"
+        out.print(f"proposal: {found.proposals.why}", markup=False, soft_wrap=True)
+        out.print(f"compared: {search} {found.proposals.sets} sets", markup=False)
+        for note in found.proposals.notes:
+            out.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -151,6 +285,18 @@ def print_demo(result: DemoResult) -> None:
     first = result.rows[0].skill
     prompt = "An order for Olga: 12 stamps."
     out.print(f'try: polymerge generate {result.bundle} --expert {first} "{prompt}"', markup=False, soft_wrap=True)
+
+
+@contextmanager
+def progress_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar that is told (done, total)."""
+    with Progress(console=err, transient=True, disable=quiet) as bar:
+        task = bar.add_task(what, total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield show
 
 
 def print_sweep(points: Sequence[Mapping[str, Any]], page: Path) -> None:

@@ -1,4 +1,4 @@
-"""`polymerge export`: one expert out of the bundle."""
+"""`polymerge export`: one expert out of the bundle, or all of them for vLLM."""
 
 from __future__ import annotations
 
@@ -11,49 +11,54 @@ import typer
 
 
 class Form(StrEnum):
-    """What an expert can be exported as."""
+    """What a bundle can be exported as."""
 
     dense = "dense"
     peft = "peft"
+    vllm = "vllm"
 
 
 def export(
     bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
-    expert: Annotated[str, typer.Option(help="The expert's name.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    to: Annotated[Form, typer.Option(help="A dense checkpoint, or an adapter for plain PEFT.")] = Form.dense,
+    expert: Annotated[str | None, typer.Option(help="The expert's name; vLLM gets all of them.")] = None,
+    to: Annotated[
+        Form, typer.Option(help="A dense checkpoint, an adapter for plain PEFT, or a folder that vLLM serves.")
+    ] = Form.dense,
     dtype: Annotated[str | None, typer.Option(help="Of a dense checkpoint; by default the bundle's.")] = None,
+    max_rank: Annotated[int | None, typer.Option(help="vLLM's --max-lora-rank; by default what fits.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Prompts to measure a vLLM export on: one a line, or JSON lines.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Write one expert as a dense checkpoint or as a PEFT adapter."""
+    """Write one expert as a dense checkpoint or a PEFT adapter, or all experts as a folder that vLLM serves."""
     from ..export import export_dense, export_peft
-    from .console import out, print_json
+    from .console import print_json, print_peft_export, say
+    from .export_vllm import export_for_vllm
 
+    if to is Form.vllm:
+        if expert is not None or dtype is not None:
+            raise typer.BadParameter(
+                "--to vllm takes all experts in the bundle's dtype; leave --expert and --dtype out"
+            )
+        export_for_vllm(bundle, output, max_rank, calibration, overwrite=overwrite, quiet=quiet, as_json=as_json)
+        return
+    if max_rank is not None or calibration is not None:
+        raise typer.BadParameter("--max-rank and --calibration belong to --to vllm")
+    if expert is None:
+        raise typer.BadParameter(f"--to {to.value} needs --expert NAME")
     if to is Form.dense:
         folder = export_dense(bundle, expert, output, dtype=dtype, overwrite=overwrite)
         if as_json:
             print_json({"folder": str(folder), "form": "dense"})
         elif not quiet:
-            out.print(
-                f'{folder}: opens with AutoModelForCausalLM.from_pretrained("{folder}")', markup=False, soft_wrap=True
-            )
+            say(f'{folder}: opens with AutoModelForCausalLM.from_pretrained("{folder}")')
         return
     written = export_peft(bundle, expert, output, overwrite=overwrite)
     if as_json:
         print_json({**asdict(written), "folder": str(written.folder), "form": "peft"})
     elif not quiet:
-        out.print(
-            f'{output}: opens with PeftModel.from_pretrained(base, "{output}") over {bundle}',
-            markup=False,
-            soft_wrap=True,
-        )
-        if written.dropped_ratio_error:
-            out.print(
-                f"plain PEFT has no place for the expert's scale ratios: without them a tensor is off by up to "
-                f"{written.dropped_ratio_error:.2g} of its norm ({written.worst_tensor}), where compression lost "
-                f"up to {written.compression_error:.2g}. Merge with `scale: shared` for an exact adapter.",
-                markup=False,
-                soft_wrap=True,
-            )
+        print_peft_export(written, bundle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -11,13 +12,20 @@ import typer
 from .. import __version__
 from ..errors import PolymergeError
 from .add import add
+from .assess import assess
+from .compete import compete
 from .demo import demo
+from .eval import eval
 from .export import export
 from .generate import generate
 from .inspect import inspect
 from .merge import merge
 from .plan import plan
 from .remove import remove
+from .route import route
+from .router import router
+from .serve import serve
+from .stages import stages
 from .sweep import sweep
 from .verify import verify
 
@@ -28,8 +36,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (demo, plan, merge, inspect, verify, generate, add, remove, export, sweep):
-    app.command()(verb)
+VERBS: dict[str, list[Callable[..., None]]] = {
+    "The bundle": [demo, plan, merge, inspect, verify, add, remove, export],
+    "Answers": [generate, route, stages, serve],
+    "Measuring": [assess, eval, compete, sweep],
+}
+for panel, verbs in VERBS.items():
+    for verb in verbs:
+        app.command(rich_help_panel=panel)(verb)
+app.add_typer(router, name="router", rich_help_panel="Answers")
 
 
 def _version(asked: bool) -> None:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+
+class Where(StrEnum):
+    """Who does the tensors."""
+
+    threads = "threads"
+    ray = "ray"
 
 
 def merge(
@@ -15,18 +24,26 @@ def merge(
     code: Annotated[str | None, typer.Option(help="Instead of the recipe's: factors, int8, int4.")] = None,
     workers: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
     device: Annotated[str | None, typer.Option(help="Instead of the recipe's: auto, cpu, cuda, cuda:1 ...")] = None,
+    executor: Annotated[Where, typer.Option(help="This process, or the machines of a Ray cluster.")] = Where.threads,
+    address: Annotated[
+        str | None, typer.Option(help="Of the Ray cluster, host:port; by default RAY_ADDRESS or this machine.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a merge that was interrupted.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle at the output.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Merge the recipe's experts into one bundle."""
+    from ..executor import in_threads
     from ..inspection import inspect_bundle
     from ..merger import run_plan
+    from ..on_ray import ray_cluster
     from ..plan import plan_merge
     from ..recipe import load_recipe
     from .console import err, merge_progress, out, print_json, size
 
+    if address is not None and executor is not Where.ray:
+        raise typer.BadParameter("--address belongs to --executor ray")
     changed: dict[str, Any] = {"compress_rate": compress_rate, "code": code, "workers": workers, "device": device}
     changed = {key: value for key, value in changed.items() if value is not None}
     parsed = load_recipe(recipe)
@@ -34,8 +51,9 @@ def merge(
     if not quiet:
         for note in plan.notes:
             err.print(f"note: {note}", markup=False)
-    with merge_progress(quiet or as_json) as progress:
-        bundle = run_plan(plan, output, overwrite=overwrite, resume=resume, progress=progress)
+    cluster = ray_cluster(address) if executor is Where.ray else nullcontext(in_threads)
+    with cluster as tasks, merge_progress(quiet or as_json) as progress:
+        bundle = run_plan(plan, output, overwrite=overwrite, resume=resume, executor=tasks, progress=progress)
     sizes = bundle.sizes()
     if as_json:
         print_json({"bundle": str(output), **inspect_bundle(bundle).to_json()})

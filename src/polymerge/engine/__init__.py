@@ -2,6 +2,12 @@
 
 base.py        the contract: requests, results, Engine
 hf_engine.py   a bundle or a plain checkpoint, run by transformers in this process
+vllm_engine.py an exported bundle, run by a vLLM server
+vllm_server.py the server, started and ended
+vllm_folder.py what vLLM is told of an exported bundle, and what it must answer
+vllm_api.py    the server over HTTP
+cached.py      an engine that remembers its answers in a file
+metered.py     an engine that counts its tokens and seconds
 """
 
 from .base import Engine, GenerateRequest, Generation, Message, Prompt, Score, ScoreRequest

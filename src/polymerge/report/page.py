@@ -13,9 +13,11 @@ from typing import Any
 from ..bundle import Bundle
 from ..inspection import Inspection, inspect_bundle
 from ..staging import write_bytes
+from . import assessment
 from .blocks import cards, html_page, size
 from .demo import demo_section
 from .merge import merge_sections
+from .router import router_sections
 
 
 def write_report(bundle: Bundle | str | Path, path: str | Path, *, demo: Sequence[Mapping[str, Any]] = ()) -> Path:
@@ -25,12 +27,13 @@ def write_report(bundle: Bundle | str | Path, path: str | Path, *, demo: Sequenc
         demo: rows of a demo (`polymerge.demo.run.SkillRow` as dicts), shown first.
 
     Raises:
-        BundleError: not a bundle. MissingExtraError: plotly is not installed.
+        BundleError: not a bundle, or one with an unusable assessment. MissingExtraError: plotly is not installed.
     """
     bundle, path = Bundle.open(bundle), Path(path)
     found = inspect_bundle(bundle)
     sections = [demo_section(demo)] if demo else []
-    sections += merge_sections(found, bundle.stats())
+    sections += [*router_sections(bundle.path), *merge_sections(found, bundle.stats())]
+    sections += assessment.bundle_sections(bundle)
     write_bytes(path, _page(bundle, found, sections).encode())
     return path
 

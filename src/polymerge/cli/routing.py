@@ -1,0 +1,95 @@
+"""What the verbs around routing share: opening a router with its engine, and printing how good it is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from .console import err, out
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
+    from ..engine import Engine
+    from ..router.evaluation import RouterEvaluation
+    from ..router.fit import Fitted
+    from ..router.router import Router
+    from ..router.samples import Sample
+
+
+def open_engine(bundle: Bundle | Path, model: str | None, device: str | None) -> Engine:
+    """The bundle's own engine, or another model's."""
+    from ..engine.hf_engine import HFEngine
+
+    if model is not None:
+        return HFEngine.from_checkpoint(model, device=device)
+    return HFEngine.from_bundle(bundle, device=device)
+
+
+def open_router(bundle: Path, device: str | None) -> Router:
+    """The bundle's router with the engine that embeds for it. Says at once where there is none."""
+    from ..bundle import Bundle
+    from ..router.record import read_record, router_folder
+    from ..router.router import Router
+
+    opened = Bundle.open(bundle)
+    record = read_record(router_folder(opened.path))
+    return Router.load(opened, open_engine(opened, record.model, device))
+
+
+def known_samples(router: Router, samples: Sequence[Sample]) -> list[Sample]:
+    """Samples of the router's fields and of none; says how many others were left out."""
+    from ..router.samples import OUTSIDE
+
+    left = Counter(sample.field for sample in samples if sample.field not in (*router.record.fields, OUTSIDE))
+    if left:
+        names = ", ".join(f"{count} of {name}" for name, count in sorted(left.items()))
+        err.print(f"left out, because the router does not know their field: {names}", markup=False, soft_wrap=True)
+    return [sample for sample in samples if sample.field not in left]
+
+
+def print_fit(bundle: Path, fitted: Fitted) -> None:
+    """The learning curve and what the threshold does."""
+    report, record = fitted.report, fitted.router.record
+    if report["learning_curve"]:
+        curve = Table("samples a field", "accuracy", "lowest draw", "highest draw", title="learning curve (validation)")
+        for point in report["learning_curve"]:
+            shares = (f"{point[name]:.1%}" for name in ("accuracy", "lowest", "highest"))
+            curve.add_row(str(point["samples"]), *shares)
+        out.print(curve)
+    goes = ", ".join(f"{field} → {expert}" for field, expert in record.experts.items())
+    out.print(f"fields       {goes}", markup=False, soft_wrap=True)
+    out.print(f"accuracy     {report['accuracy']:.1%} ({report['measured_on']})")
+    error, before = report["calibration_error"], report["calibration_error_before"]
+    out.print(f"calibration  error {error:.3f} ({before:.3f} before), temperature {record.temperature:.3g}")
+    kept, right = report["coverage"], report["accuracy_over_threshold"]
+    said = "" if right is None else f", {right:.1%} of them right"
+    out.print(f"threshold    {record.threshold:.3f}: {kept:.1%} of known requests stay over it{said}")
+    out.print(f"fallback     {record.fallback}")
+    out.print(f'try: polymerge route {bundle} "a request"', markup=False, soft_wrap=True)
+
+
+def print_evaluation(found: RouterEvaluation) -> None:
+    """The confusion matrix and the figures below it."""
+    fields = list(next(iter(found.confusion.values())))
+    confusion = Table("right field", *fields, "accuracy", title="likeliest field")
+    for row, counts in found.confusion.items():
+        share = f"{found.by_field[row]:.1%}" if row in found.by_field else ""
+        confusion.add_row(row, *(str(counts[name]) for name in fields), share)
+    out.print(confusion)
+    lines = [
+        ("accuracy", found.accuracy, "of the likeliest field"),
+        ("kept", found.kept, f"of known requests over the threshold {found.threshold:.3f}"),
+        ("right", found.accuracy_kept, "of those"),
+        ("fallback", found.outside_to_fallback, "of requests out of domain"),
+    ]
+    for title, part, of in lines:
+        if part is not None:
+            out.print(f"{title:<12} {part:.1%} {of}")
+    if found.calibration_error is not None:
+        out.print(f"calibration  error {found.calibration_error:.3f}")
+    if found.auroc is not None:
+        out.print(f"AUROC        {found.auroc:.3f}, confidence of known requests against those out of domain")

@@ -1,0 +1,188 @@
+"""Runs lm-evaluation-harness on an engine, and says what it found as plain data.
+
+Knows the harness's own function and its settings; the model's side is `polymerge.evaluate.harness_model`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..engine.base import Engine
+from ..errors import MissingExtraError, ModelError, PolymergeError, RecipeError
+from .modes import Choose
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Where a task measures several things, the first of these is its accuracy.
+ACCURACIES = ("acc", "exact_match", "acc_norm", "pass@1", "em", "f1")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HarnessSettings:
+    """The harness's settings under its own names (`lm_eval run --help`).
+
+    Attributes:
+        bootstrap_iters: of the standard errors that need resampling; 0 leaves them out.
+    """
+
+    num_fewshot: int | None = None
+    limit: float | None = None
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = False
+    system_instruction: str | None = None
+    gen_kwargs: str | None = None
+    log_samples: bool = False
+    predict_only: bool = False
+    bootstrap_iters: int = 1000
+    seed: int = 0
+
+
+def evaluate(
+    engine: Engine,
+    tasks: Sequence[str | Mapping[str, Any]],
+    choose: Choose | None = None,
+    *,
+    include_path: str | Path | None = None,
+    settings: HarnessSettings | None = None,
+    tokenizer: Any = None,
+    about: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The harness's results on an engine.
+
+    Args:
+        tasks: names, patterns (`mmlu_*`), YAML files, or whole configurations (`polymerge.evaluate.tasks`).
+        choose: a mode (`polymerge.evaluate.modes`); by default no expert answers.
+        include_path: a folder with task YAML files of one's own, known under their names.
+        tokenizer: for `apply_chat_template`.
+        about: written into the results beside the fingerprint: the mode, the router's hash.
+
+    Returns:
+        The harness's own results, and under `polymerge` the fingerprint, the settings and which expert answered how
+        many questions of each task.
+
+    Raises:
+        MissingExtraError: lm-eval is not installed. RecipeError: an unknown task, or one that cannot be loaded.
+        ModelError: the mode, the template or a task's settings do not fit the engine.
+    """
+    _require_harness()
+    from lm_eval import simple_evaluate
+
+    from .harness_model import PolymergeLM
+
+    settings = settings or HarnessSettings()
+    model = PolymergeLM(engine, choose, tokenizer=tokenizer)
+    if settings.apply_chat_template:
+        model.chat_template(True)  # refuses early
+    manager, loaded = _load_tasks(tasks, include_path)
+    options = {key: value for key, value in asdict(settings).items() if key != "seed"}
+    limit = options["limit"]
+    options["limit"] = int(limit) if limit is not None and limit >= 1 else limit
+    with _harness_errors():
+        found: dict[str, Any] = simple_evaluate(
+            model=model,
+            tasks=loaded,
+            task_manager=manager,
+            random_seed=settings.seed,
+            numpy_random_seed=settings.seed,
+            torch_random_seed=settings.seed,
+            fewshot_random_seed=settings.seed,
+            **options,
+        )
+    found["polymerge"] = {
+        "version": __version__,
+        "fingerprint": engine.fingerprint,
+        "settings": asdict(settings),
+        "answered_by": {task: dict(counts) for task, counts in model.chosen.items()},
+        **(about or {}),
+    }
+    return found
+
+
+def accuracy(metrics: Mapping[str, Any]) -> float | None:
+    """The accuracy among a task's metrics ({"acc,none": 0.5, ...}), None where it measures something else."""
+    for name in ACCURACIES:
+        for key, value in metrics.items():
+            if key.partition(",")[0] == name and isinstance(value, int | float):
+                return float(value)
+    return None
+
+
+def _load_tasks(tasks: Sequence[str | Mapping[str, Any]], include_path: str | Path | None) -> tuple[Any, list[Any]]:
+    """The harness's task manager and the tasks in its form; patterns are replaced by the names that they match."""
+    if not tasks:
+        raise RecipeError("no tasks given")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise RecipeError(f"{include_path}: no such folder of tasks")
+    for task in tasks:
+        if _is_file(task) and not Path(str(task)).is_file():
+            raise RecipeError(f"{task}: no such task file")
+    folder = str(include_path) if include_path else None
+    names = [task for task in tasks if isinstance(task, str) and not _is_file(task)]
+    manager = _manager(folder, False)
+    if not all(manager.match_tasks([name]) for name in names):
+        manager = _manager(folder, True)
+    loaded: list[Any] = []
+    for task in tasks:
+        if isinstance(task, str) and not _is_file(task):
+            loaded += _known(task, manager)
+        else:
+            loaded.append(task if isinstance(task, str) else dict(task))
+    return manager, loaded
+
+
+@lru_cache
+def _manager(folder: str | None, defaults: bool) -> Any:
+    """The harness's index of tasks. With its own thousands of tasks it takes some seconds, so it is made once."""
+    from lm_eval.tasks import TaskManager
+
+    with _harness_errors():
+        return TaskManager(include_path=folder, include_defaults=defaults)
+
+
+def _is_file(task: str | Mapping[str, Any]) -> bool:
+    return isinstance(task, str) and Path(task).suffix in (".yaml", ".yml")
+
+
+def _known(task: str, manager: Any) -> list[str]:
+    names: list[str] = manager.match_tasks([task])
+    if not names:
+        near = difflib.get_close_matches(task, manager.all_tasks, n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise RecipeError(f"unknown task {task!r}{hint}")
+    return names
+
+
+@contextmanager
+def _harness_errors() -> Iterator[None]:
+    """Whatever the harness raises, as one line."""
+    try:
+        yield
+    except PolymergeError:
+        raise
+    except (ConnectionError, FileNotFoundError) as error:
+        raise RecipeError(f"a task's data cannot be loaded: {_one_line(error)}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        log.debug("the harness's own error", exc_info=True)
+        raise ModelError(f"lm-evaluation-harness: {type(error).__name__}: {_one_line(error)}") from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+def _require_harness() -> None:
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("evaluation needs lm-eval; run `pip install polymerge[eval]`") from None

@@ -1,0 +1,114 @@
+"""Texts as vectors: the alignment prompt around a text, and where in the LLM its hidden state is read.
+
+Knows prompts, tokens and cutting; does not know fields. The engine sorts the texts by length and runs them in batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from ..engine.base import Engine, FloatArray, Pooling
+from ..errors import RouterError
+
+# As published by the competition's winning team; its spelling and its full stop are part of it.
+ALIGNMENT_PROMPT = (
+    "{input} Let's think about what task these questions belong to. These questions belong to the field of"
+)
+# Asks what the text wants, as a chat in the ChatML format, for models that know it (SmolLM2, Qwen). With few
+# samples a field it is ahead of the published one (docs/log-router.md).
+TASK_PROMPT = (
+    "<|im_start|>user\n{input}\n\nWhat kind of request is this, and what should be done with it? Answer in one word."
+    "<|im_end|>\n<|im_start|>assistant\nThis is a request to"
+)
+# Names that stand for a template.
+PROMPTS = {"published": ALIGNMENT_PROMPT, "task": TASK_PROMPT, "none": "{input}"}
+INPUT = "{input}"
+# Chosen on validation samples of five fields (docs/log-router.md): the last quarter of the LLM but its very end, and
+# the mean over all tokens, the prompt's own among them, which have read the text.
+LAYERS = (-7, -5, -3)
+
+
+class EmbedSettings(BaseModel):
+    """How a text becomes a vector.
+
+    Attributes:
+        template: the alignment prompt; {input} is the text's place, and alone the bare text. See PROMPTS.
+        layers: hidden states to take, as the engine counts them; several are set side by side, each of length 1.
+        pooling: the last token's state or the mean over all tokens.
+        max_tokens: longer texts are cut in the middle; the context's own limit holds too.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    template: str = ALIGNMENT_PROMPT
+    layers: tuple[int, ...] = Field(default=LAYERS, min_length=1)
+    pooling: Pooling = "mean"
+    max_tokens: int = Field(default=1024, ge=2)
+
+    @field_validator("template")
+    @classmethod
+    def _one_input(cls, template: str) -> str:
+        if template.count(INPUT) != 1:
+            raise ValueError(f"the template must hold {INPUT} once")
+        return template
+
+
+class Embedded(NamedTuple):
+    """vectors [n, dimensions], float32, and how many tokens were cut out of every text."""
+
+    vectors: FloatArray
+    truncated: list[int]
+
+
+class Embedder:
+    """Texts to vectors with one engine. The prompt around the text is turned into tokens once."""
+
+    def __init__(self, engine: Engine, settings: EmbedSettings) -> None:
+        self.engine, self.settings = engine, settings
+        head, tail = settings.template.split(INPUT)
+        self._head = engine.encode(head)  # with the tokenizer's special tokens, which begin the text
+        self._tail = engine.encode(tail, special=False) if tail else []
+        room = engine.max_length - len(self._head) - len(self._tail)
+        if room < 2:
+            raise RouterError(f"the alignment prompt leaves {room} of {engine.max_length} tokens for the text")
+        self.room = min(room, settings.max_tokens)
+
+    def embed(self, texts: Sequence[str]) -> Embedded:
+        """Vectors of non-empty texts.
+
+        Raises:
+            RouterError: a text is empty, a layer is not there, or a vector is not finite.
+        """
+        prompts, truncated = [], []
+        for number, text in enumerate(texts, 1):
+            if not text.strip():
+                raise RouterError(f"text {number} of {len(texts)} is empty; there is nothing to route by")
+            ids, cut = cut_middle(self.engine.encode(text, special=False), self.room)
+            prompts.append([*self._head, *ids, *self._tail])
+            truncated.append(cut)
+        try:
+            states = self.engine.embed(prompts, layers=self.settings.layers, pooling=self.settings.pooling)
+        except IndexError:
+            raise RouterError(f"layers {self.settings.layers}: the model has fewer; -1 is always there") from None
+        if len(self.settings.layers) > 1:
+            states = states / np.maximum(np.linalg.norm(states, axis=-1, keepdims=True), 1e-12)
+        vectors = states.reshape(len(texts), -1)
+        if not np.isfinite(vectors).all():
+            raise RouterError("the model's hidden states are not finite; load it in float32 or bfloat16")
+        return Embedded(vectors, truncated)
+
+
+def cut_middle(ids: Sequence[int], room: int) -> tuple[list[int], int]:
+    """At most `room` tokens, the same number from both ends, and how many were left out.
+
+    A request's task is most often said at its beginning or its end.
+    """
+    cut = len(ids) - room
+    if cut <= 0:
+        return list(ids), 0
+    first = (room + 1) // 2
+    return [*ids[:first], *ids[len(ids) - (room - first) :]], cut

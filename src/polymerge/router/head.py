@@ -1,0 +1,81 @@
+"""Everything that is learned from the training vectors: how to compare, which field, and what is unlike all of them.
+
+Knows vectors and numbers of fields; does not know texts, models or files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..engine.base import FloatArray
+from .calibrate import Floats, Ints
+from .classify import Arrays, Classifier, Kind, fit_classifier
+from .outside import Outside, fit_outside
+from .space import Space, fit_space
+
+
+@dataclass(frozen=True)
+class Head:
+    """Fitted to the training samples' raw vectors.
+
+    Attributes:
+        vectors: [n, d], the training samples in the space, of length 1.
+        outside: what is unlike all of them; finds nothing unknown until it is calibrated.
+    """
+
+    space: Space
+    classifier: Classifier
+    vectors: FloatArray
+    outside: Outside
+
+    def logits(self, raw: FloatArray) -> Floats:
+        """[m, fields] of raw vectors [m, d]."""
+        return self.classifier.logits(self.space(raw))
+
+    def known(self, raw: FloatArray) -> Floats:
+        """[m], probability that raw vectors [m, d] belong to any field."""
+        return self.outside.known(self.signs(raw))
+
+    def signs(self, raw: FloatArray) -> Floats:
+        """[m, 2], the signs of being unlike all training samples."""
+        return self.outside.signs(self.space(raw), self.vectors)
+
+    def nearest(self, raw: FloatArray, count: int) -> tuple[Ints, Floats]:
+        """Numbers of the nearest training samples and their cosines, each [m, count], the nearest first."""
+        cosines = self.space(raw).astype(np.float64) @ self.vectors.T.astype(np.float64)
+        order = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
+        return order, np.take_along_axis(cosines, order, axis=1)
+
+    def calibrated(self, mix: tuple[float, float], middle: float, slope: float) -> Head:
+        """The same head with calibrated signs."""
+        return replace(self, outside=replace(self.outside, mix=mix, middle=middle, slope=slope))
+
+    def to_arrays(self) -> dict[str, FloatArray]:
+        """Everything as named arrays, for a file."""
+        outside = self.outside
+        return {
+            "mean": self.space.mean,
+            "scale": self.space.scale,
+            "vectors": self.vectors,
+            "outside.weights": outside.weights,
+            "outside.bias": outside.bias,
+            "outside.calibration": np.array([*outside.mix, outside.middle, outside.slope]),  # float64
+            **{f"classifier.{name}": array for name, array in self.classifier.arrays.items()},
+        }
+
+    @classmethod
+    def from_arrays(cls, kind: Kind, arrays: Arrays) -> Head:
+        """The head that `to_arrays` wrote. Raises KeyError where an array is missing."""
+        own = {name.removeprefix("classifier."): a for name, a in arrays.items() if name.startswith("classifier.")}
+        first, second, middle, slope = map(float, arrays["outside.calibration"])
+        outside = Outside(arrays["outside.weights"], arrays["outside.bias"], (first, second), middle, slope)
+        return cls(Space(arrays["mean"], arrays["scale"]), Classifier(kind, own), arrays["vectors"], outside)
+
+
+def fit_head(kind: Kind, raw: FloatArray, labels: Ints) -> Head:
+    """Fits space and classifier to raw vectors [n, d] with the numbers of their fields [n]."""
+    space = fit_space(raw)
+    vectors = space(raw)
+    return Head(space, fit_classifier(kind, vectors, labels), vectors, fit_outside(vectors, labels))

@@ -1,0 +1,143 @@
+"""What a fitted router keeps on disk, in the bundle's folder router/: settings in JSON, numbers in safetensors.
+
+    router.json              the settings, the bundle's digest, and the names of the two files below
+    weights-HASH.safetensors the classifier, the calibration of distances and the training samples' vectors
+    samples-HASH.jsonl       the training samples' texts and fields
+
+Files are named by their content and router.json is written last, so a kill leaves the previous router whole. The
+bundle's manifest does not list the folder: fitting a router does not change the bundle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from ..engine.base import FloatArray
+from ..errors import RouterError
+from ..staging import write_bytes
+from .classify import Kind
+from .embed import EmbedSettings
+from .samples import Sample
+
+FOLDER = "router"
+RECORD = "router.json"
+FORMAT_VERSION = 1
+
+
+class RouterRecord(BaseModel):
+    """router.json.
+
+    Attributes:
+        bundle: digest of the bundle that the router was fitted for.
+        model: source of the model that embeds; None for the bundle's own average.
+        fingerprint: of that model.
+        experts: field -> the expert that answers it ("average" is one).
+        fallback: "average", an expert's name, or "mixture": the experts weighted by their fields' probability.
+        temperature: the classifier's logits are divided by it.
+        threshold: of the confidence; under it the fallback answers.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["polymerge-router"] = "polymerge-router"
+    format_version: Literal[1] = 1
+    polymerge_version: str
+    bundle: str
+    model: str | None
+    fingerprint: str
+    embed: EmbedSettings
+    classifier: Kind
+    fields: tuple[str, ...]
+    experts: dict[str, str]
+    fallback: str
+    temperature: float
+    threshold: float
+    weights: str = ""
+    samples: str = ""
+
+
+def router_folder(bundle: Path) -> Path:
+    """Where a bundle's router lies."""
+    return bundle / FOLDER
+
+
+def write_record(
+    folder: Path, record: RouterRecord, arrays: Mapping[str, FloatArray], samples: Sequence[Sample]
+) -> RouterRecord:
+    """Writes a router and removes the files of the one before it. Returns the record with the files' names."""
+    folder.mkdir(exist_ok=True)
+    weights = save(dict(arrays), metadata={"format": "np"})
+    texts = "".join(json.dumps({"prompt": s.text, "field": s.field}, ensure_ascii=False) + "\n" for s in samples)
+    named = {
+        "weights": _write_named(folder, "weights", ".safetensors", weights),
+        "samples": _write_named(folder, "samples", ".jsonl", texts.encode()),
+    }
+    record = record.model_copy(update=named)
+    write_bytes(folder / RECORD, (record.model_dump_json(indent=1) + "\n").encode())
+    for file in [*folder.glob("weights-*.safetensors"), *folder.glob("samples-*.jsonl")]:
+        if file.name not in named.values():
+            file.unlink()
+    return record
+
+
+def _write_named(folder: Path, stem: str, suffix: str, data: bytes) -> str:
+    name = f"{stem}-{hashlib.sha256(data).hexdigest()[:16]}{suffix}"
+    write_bytes(folder / name, data)
+    return name
+
+
+def read_record(folder: Path) -> RouterRecord:
+    """router.json, checked. Raises RouterError where there is none or it is damaged."""
+    file = folder / RECORD
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RouterError(
+            f"{folder.parent}: no router in this bundle; run `polymerge router fit {folder.parent} --data DIR`"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RouterError(f"{file}: cannot be read ({error}); run `polymerge router fit` again") from None
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if version != FORMAT_VERSION:
+        raise RouterError(f"{file}: format version {version!r}; this polymerge reads version {FORMAT_VERSION}")
+    try:
+        return RouterRecord.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RouterError(f"{file}: {where}: {first['msg']}; run `polymerge router fit` again") from None
+
+
+def read_arrays(folder: Path, record: RouterRecord) -> dict[str, FloatArray]:
+    """The numbers, whole and unchanged. Raises RouterError otherwise."""
+    data = _read_named(folder, record.weights)
+    try:
+        found: dict[str, FloatArray] = load(data)
+        return found
+    except SafetensorError as error:
+        raise RouterError(f"{folder / record.weights}: {error}; run `polymerge router fit` again") from None
+
+
+def read_texts(folder: Path, record: RouterRecord) -> list[Sample]:
+    """The training samples. Raises RouterError where the file is missing or changed."""
+    lines = _read_named(folder, record.samples).decode().split("\n")  # a text may hold other line ends
+    return [Sample(row["prompt"], row["field"]) for row in (json.loads(line) for line in lines if line)]
+
+
+def _read_named(folder: Path, name: str) -> bytes:
+    file = folder / Path(name).name
+    try:
+        data = file.read_bytes()
+    except OSError:
+        raise RouterError(f"{file}: missing; run `polymerge router fit` again") from None
+    if hashlib.sha256(data).hexdigest()[:16] not in name:
+        raise RouterError(f"{file}: its content is not what its name says; run `polymerge router fit` again")
+    return data

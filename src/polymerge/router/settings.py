@@ -1,0 +1,53 @@
+"""How a router is fitted, as checked settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import RouterError
+from .classify import Kind
+from .embed import PROMPTS, EmbedSettings
+
+
+class FitSettings(BaseModel):
+    """How a router is fitted.
+
+    Attributes:
+        coverage: share of known texts that stay over the threshold.
+        accuracy: instead, share of right fields wanted among the texts over the threshold.
+        fallback: what answers under the threshold: "average", an expert's name, or "mixture".
+        seed: of the draws for the learning curve and of the cross-validation.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    embed: EmbedSettings = EmbedSettings()
+    classifier: Kind = "logistic"
+    coverage: float = Field(default=0.96, gt=0, le=1)
+    accuracy: float | None = Field(default=None, gt=0, le=1)
+    fallback: str = "average"
+    seed: int = Field(default=0, ge=0)
+
+
+def fit_settings(
+    *, template: str | None = None, layers: str | Sequence[int] | None = None, pooling: str | None = None, **others: Any
+) -> FitSettings:
+    """FitSettings from loose values; None takes the default. `layers` may be "4,-1" and
+    `template` a name of PROMPTS.
+
+    Raises:
+        RouterError: a value that cannot be used, in one line.
+    """
+    given = {"template": PROMPTS.get(template or "", template), "pooling": pooling}
+    embed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if layers is not None:
+        embed["layers"] = layers.split(",") if isinstance(layers, str) else layers
+    try:
+        return FitSettings.model_validate({"embed": embed, **others})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RouterError(f"{where}: {first['msg']} (got {first['input']!r})") from None

@@ -1,0 +1,50 @@
+"""A server that speaks as much of vLLM's API as the engine needs, without a model: for tests of the client."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+# complete(body of /v1/completions) -> the first choice, or an error (status, message)
+Complete = Callable[[dict[str, Any]], dict[str, Any] | tuple[int, str]]
+
+
+@contextmanager
+def fake_vllm(models: list[str], complete: Complete, *, max_model_len: int = 32) -> Iterator[str]:
+    """Its address for as long as the context lasts."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            listed = [{"id": name, "max_model_len": max_model_len} for name in models]
+            self._send(200, {"data": listed} if self.path == "/v1/models" else {})
+
+        def do_POST(self) -> None:
+            found = complete(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            if isinstance(found, tuple):
+                self._send(found[0], {"error": {"message": found[1]}})
+            else:
+                self._send(200, {"choices": [found]})
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def _send(self, status: int, data: dict[str, Any]) -> None:
+            body = json.dumps(data).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

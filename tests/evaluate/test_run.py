@@ -1,0 +1,187 @@
+"""The harness on scripted engines: which expert answers, what it is asked, and what counts."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lm_eval")
+
+from lm_eval.api.instance import Instance
+
+from polymerge.errors import ModelError, RecipeError
+from polymerge.evaluate import HarnessSettings, accuracy, chooser, evaluate, jsonl_tasks
+from polymerge.evaluate.harness_model import PolymergeLM
+from tests.scripted import ScriptedEngine, ScriptedRouter
+
+EXPERTS = ["math", "shell"]
+ROUTER = {"add": "math", "list": "shell", "count": "shell"}
+
+
+def answer(expert: Any, prompt: str) -> str:
+    """Each expert knows its own kind of question; the average knows nothing."""
+    if expert == "math" and prompt.startswith("add"):
+        return f"= {sum(int(word) for word in prompt.split()[1:])}"
+    if expert == "shell" and prompt.startswith(("list", "count")):
+        return prompt.split()[1]
+    return "no idea"
+
+
+@pytest.fixture
+def engine() -> ScriptedEngine:
+    return ScriptedEngine(answer, EXPERTS)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    rows = {
+        "math": [{"prompt": f"add {n} 1", "answer": f"{n} + 1 = {n + 1}", "final": str(n + 1)} for n in range(4)],
+        "shell": [{"prompt": f"list {x}", "answer": x, "choices": ["a", "bb", "ccc"]} for x in ("a", "bb", "ccc")],
+    }
+    found = {}
+    for name, own in rows.items():
+        found[name] = tmp_path / f"{name}.jsonl"
+        found[name].write_text("".join(json.dumps(row) + "\n" for row in own))
+    return found
+
+
+def accuracies(found: dict[str, Any]) -> dict[str, float | None]:
+    return {task: accuracy(metrics) for task, metrics in found["results"].items()}
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("average", {"math": 0.0, "shell": 0.0}),
+        ("expert:math", {"math": 1.0, "shell": 0.0}),
+        ("routed", {"math": 1.0, "shell": 1.0}),
+        ("oracle", {"math": 1.0, "shell": 1.0}),
+    ],
+)
+def test_a_mode_decides_what_is_right(
+    engine: ScriptedEngine, files: dict[str, Path], mode: str, expected: dict[str, float]
+) -> None:
+    choose = chooser(mode, EXPERTS, router=ScriptedRouter(ROUTER))
+    found = evaluate(engine, jsonl_tasks(files, ending="\n"), choose)
+    if mode == "average":  # the shortest choice is the likeliest of three that nobody knows
+        expected = {"math": 0.0, "shell": pytest.approx(1 / 3)}
+    if mode == "expert:math":
+        expected = {"math": 1.0, "shell": pytest.approx(1 / 3)}
+    assert accuracies(found) == expected
+    assert found["polymerge"]["fingerprint"] == "scripted"
+    assert sum(found["polymerge"]["answered_by"]["shell"].values()) == 3
+
+
+def test_all_choices_of_a_question_meet_the_expert_that_its_context_chose(engine: ScriptedEngine) -> None:
+    router = ScriptedRouter(ROUTER)
+    model = PolymergeLM(engine, chooser("routed", EXPERTS, router=router))
+    pairs = [("list a", " add"), ("list a", " list"), ("", " add"), ("add 1 1", " list")]
+    places = [("t", 0, 1), ("t", 0, 1), ("t", 0, 1), ("t", 1, 1)]
+    model.loglikelihood(
+        [Instance("loglikelihood", {}, pair, 0, place) for pair, place in zip(pairs, places, strict=True)]
+    )
+    assert [request.expert for request in engine.asked] == ["shell", "shell", "shell", "math"]
+    assert router.seen == ["list a", "add 1 1"]
+    assert {task: dict(counts) for task, counts in model.chosen.items()} == {"t": {"shell": 1, "math": 1}}
+
+
+def test_white_space_between_context_and_continuation_belongs_to_the_continuation(engine: ScriptedEngine) -> None:
+    model = PolymergeLM(engine)
+    before, after = model.encode_pair("Question: \n", "yes")
+    assert (engine.decode(before), engine.decode(after)) == ("Question:", " \nyes")
+    assert model.encode_pair("", " yes") == ([], engine.encode(" yes", special=False))
+    assert model.encode_pair(" \n", "yes")[0] == []
+
+
+def test_the_first_token_stands_once_and_twice_is_refused() -> None:
+    model = PolymergeLM(ScriptedEngine(answer, bos=True))
+    assert model.encode_pair("ab", "c") == ([1, 97, 98], [99])
+    assert model.encode_pair("¤ab", "c") == ([1, 97, 98], [99])  # ¤ is the first token as text
+    with pytest.raises(ModelError, match="first token twice"):
+        model.encode_pair("¤¤ab", "c")
+
+
+class Template:
+    """A tokenizer that has nothing but a chat template."""
+
+    chat_template = "[user]content[model]"
+
+    def apply_chat_template(self, history: list[dict[str, str]], **_: Any) -> str:
+        return "".join(f"[{message['role']}]{message['content']}" for message in history) + "[model]"
+
+
+def test_a_router_sees_the_users_words_and_the_engine_the_chat_template(
+    engine: ScriptedEngine, files: dict[str, Path]
+) -> None:
+    router = ScriptedRouter(ROUTER)
+    settings = HarnessSettings(apply_chat_template=True, system_instruction="Be brief.", limit=2)
+    choose = chooser("routed", EXPERTS, router=router)
+    found = evaluate(engine, jsonl_tasks({"math": files["math"]}), choose, settings=settings, tokenizer=Template())
+    assert router.seen == ["add 0 1", "add 1 1"]
+    assert engine.decode(engine.asked[0].prompt) == "[system]Be brief.[user]add 0 1[model]"  # type: ignore[union-attr]
+    assert found["polymerge"]["answered_by"] == {"math": {"math": 2}}
+
+
+def test_a_chat_template_that_is_not_there_is_refused(engine: ScriptedEngine, files: dict[str, Path]) -> None:
+    with pytest.raises(ModelError, match="no chat template"):
+        evaluate(engine, jsonl_tasks(files), settings=HarnessSettings(apply_chat_template=True))
+
+
+def test_a_rolling_log_likelihood_counts_every_token_once() -> None:
+    engine = ScriptedEngine(answer)
+    engine.max_length = 9
+    model = PolymergeLM(engine)
+    model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("abcdefghijklmnopqrst",), 0, ("t", 0, 1))])
+    assert "".join(engine.decode(request.continuation) for request in engine.asked) == "abcdefghijklmnopqrst"  # type: ignore[union-attr]
+    assert all(len(r.context) + len(r.continuation) <= 9 for r in engine.asked)  # type: ignore[union-attr]
+
+
+def test_stop_texts_budgets_and_sampling_reach_the_engine_and_unknown_settings_do_not(engine: ScriptedEngine) -> None:
+    model = PolymergeLM(engine)
+    settings = {"until": ["\n", ""], "max_gen_toks": 5, "do_sample": True, "temperature": 0.5, "top_p": 0.9}
+    ask: Callable[..., Instance] = lambda kw: Instance("generate_until", {}, ("add 1 2", kw), 0, ("t", 0, 1))  # noqa: E731
+    model.generate_until([ask(settings)])
+    request: Any = engine.asked[0]
+    assert (request.stop, request.max_new_tokens, request.temperature, request.top_p) == (("\n",), 5, 0.5, 0.9)
+    with pytest.raises(ModelError, match="top_k is not one of"):
+        model.generate_until([ask({"top_k": 3})])
+
+
+def test_a_yaml_task_of_a_folder_runs_with_no_network(
+    engine: ScriptedEngine, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "sums.yaml").write_text(
+        f"task: my_sums\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {files['shell']}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{prompt}}'\ndoc_to_choice: '{{choices}}'\n"
+        "doc_to_target: '{{choices.index(answer)}}'\nmetric_list: [{metric: acc}]\n"
+    )
+    choose = chooser("expert:shell", EXPERTS)
+    found = evaluate(engine, ["my_su*"], choose, include_path=tmp_path / "tasks")
+    assert accuracies(found) == {"my_sums": 1.0}
+    by_path = evaluate(engine, [str(tmp_path / "tasks" / "sums.yaml")], choose)
+    assert accuracies(by_path) == {"my_sums": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "path", "message"),
+    [
+        pytest.param(["helaswag"], None, "did you mean hellaswag", marks=pytest.mark.slow),
+        (["nothing.yaml"], None, "no such task file"),
+        (["x"], "/nowhere", "no such folder"),
+        ([], None, "no tasks given"),
+    ],
+)
+def test_an_unknown_task_is_one_line(engine: ScriptedEngine, tasks: list[str], path: str | None, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        evaluate(engine, tasks, include_path=path)
+
+
+def test_rows_of_two_forms_in_one_file_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": "q", "answer": "a"}\n{"prompt": "q", "answer": "a", "choices": ["a", "b"]}\n')
+    with pytest.raises(RecipeError, match="put them into two files"):
+        jsonl_tasks({"a": file})

@@ -1,0 +1,270 @@
+"""Routers fitted, stored, loaded and asked, on scripted vectors: what is kept, what is refused, what falls back."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import numpy as np
+import pytest
+
+from polymerge import Bundle
+from polymerge.errors import RouterError
+from polymerge.router.classify import KINDS
+from polymerge.router.embed import ALIGNMENT_PROMPT, TASK_PROMPT
+from polymerge.router.evaluation import evaluate_router, save_evaluation
+from polymerge.router.fit import Fitted, fit_router
+from polymerge.router.record import router_folder
+from polymerge.router.router import Router
+from polymerge.router.samples import Sample
+from polymerge.router.settings import FitSettings, fit_settings
+from tests.conftest import Merged
+from tests.router.scripted import ScriptedEngine, make_samples, strangers
+
+EXPERTS = {"math": "e0", "shell": "e1", "json": "e2"}
+TRAIN, HELD, TEST = make_samples(24), make_samples(16, seed=7), make_samples(20, seed=8)
+
+
+@pytest.fixture
+def bundle(merged: Merged, tmp_path: Path) -> Bundle:
+    """A copy of a tiny bundle, whose router folder is this test's own."""
+    made, _ = merged("llama")
+    return Bundle.open(copytree(made.path, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def engine() -> ScriptedEngine:
+    return ScriptedEngine(("e0", "e1", "e2"))
+
+
+def fit(bundle: Bundle, engine: Any, held: Any = HELD, **settings: Any) -> Fitted:
+    return fit_router(bundle, engine, TRAIN, held, settings=FitSettings(**settings), experts=EXPERTS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_router_answers_the_same_after_it_was_stored(bundle: Bundle, engine: Any, kind: Any) -> None:
+    router = fit(bundle, engine, classifier=kind).router
+    texts = [sample.text for sample in [*TEST, *strangers(10)]]
+    before = router.route(texts)
+    router.save(bundle)
+    assert Router.load(bundle, engine).route(texts) == before
+    assert Router.load(bundle, engine).fingerprint == router.fingerprint
+    assert not [file for file in router_folder(bundle.path).rglob("*") if file.suffix in (".pkl", ".joblib", ".pt")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_known_texts_meet_their_expert_and_strangers_the_fallback(bundle: Bundle, engine: Any, kind: Any) -> None:
+    router = fit(bundle, engine, classifier=kind, coverage=0.9).router
+    found = evaluate_router(router, [*TEST, *strangers(40)])
+    assert found.accuracy is not None and found.accuracy > 0.95
+    assert found.auroc is not None and found.auroc > 0.9
+    assert found.outside_to_fallback is not None and found.outside_to_fallback > 0.6
+    for sample, route in zip(TEST, router.route([sample.text for sample in TEST]), strict=True):
+        assert sum(route.scores.values()) == pytest.approx(1)
+        assert route.fallback == (route.confidence < router.record.threshold)
+        if not route.fallback:
+            assert route.expert == EXPERTS[route.field]
+        assert [n.similarity for n in route.neighbours] == sorted(
+            (n.similarity for n in route.neighbours), reverse=True
+        )
+        assert route.to_json()["field"] == route.field and sample.text
+
+
+def test_writing_a_router_does_not_change_the_bundle(bundle: Bundle, engine: Any) -> None:
+    digest = bundle.digest
+    fit(bundle, engine).router.save(bundle)
+    assert Bundle.open(bundle.path).digest == digest
+    assert not list(Bundle.open(bundle.path).damaged_files())
+
+
+def test_a_second_fit_leaves_one_router(bundle: Bundle, engine: Any) -> None:
+    for kind in KINDS:
+        fit(bundle, engine, classifier=kind).router.save(bundle)
+    names = sorted(file.suffix for file in router_folder(bundle.path).iterdir())
+    assert names == [".json", ".jsonl", ".safetensors"]
+    assert Router.load(bundle, engine).record.classifier == KINDS[-1]
+
+
+def test_a_kill_between_two_files_leaves_the_router_before(
+    bundle: Bundle, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(bundle, engine).router.save(bundle)
+    before = Router.load(bundle, engine).route(["sum n1"])
+    from polymerge.router import record
+
+    real, written = record.write_bytes, []
+
+    def dies(target: Path, data: bytes) -> Any:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(target)
+        return real(target, data)
+
+    monkeypatch.setattr(record, "write_bytes", dies)
+    with pytest.raises(KeyboardInterrupt):
+        fit(bundle, engine, classifier="knn").router.save(bundle)
+    assert Router.load(bundle, engine).route(["sum n1"]) == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "router.json").unlink(), "run `polymerge router fit"),
+        (lambda folder: (folder / "router.json").write_text("{"), "cannot be read"),
+        (lambda folder: _edit(folder, bundle="0" * 64), "fitted for another bundle"),
+        (lambda folder: _edit(folder, experts={"math": "gone"}), "routes to 'gone'"),
+        (lambda folder: _edit(folder, temperature="warm"), "temperature"),
+        (lambda folder: _edit(folder, surprise=1), "surprise"),
+        (lambda folder: _edit(folder, format_version=2), "format version 2"),
+        (lambda folder: _edit(folder, weights="../../elsewhere"), "missing"),
+        (lambda folder: next(folder.glob("*.safetensors")).unlink(), "missing"),
+        (lambda folder: next(folder.glob("*.safetensors")).write_bytes(b"x"), "not what its name says"),
+        (lambda folder: next(folder.glob("*.jsonl")).write_text(""), "not what its name says"),
+    ],
+)
+def test_a_router_that_is_not_this_bundles_or_not_whole_is_one_line(
+    bundle: Bundle, engine: Any, damage: Callable[[Path], object], message: str
+) -> None:
+    fit(bundle, engine).router.save(bundle)
+    damage(router_folder(bundle.path))
+    with pytest.raises(RouterError, match=message) as raised:
+        Router.load(bundle, engine)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def _edit(folder: Path, **changes: Any) -> None:
+    file = folder / "router.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_another_model_that_embeds_must_be_the_one_of_the_fit(bundle: Bundle, engine: Any) -> None:
+    fit_router(bundle, engine, TRAIN, HELD, experts=EXPERTS, model="some/encoder").router.save(bundle)
+    assert Router.load(bundle, engine).record.model == "some/encoder"
+    engine.fingerprint = "other"
+    with pytest.raises(RouterError, match="that model has changed"):
+        Router.load(bundle, engine)
+
+
+@pytest.mark.parametrize(
+    ("training", "held", "options", "message"),
+    [
+        ([], [], {}, "no training samples"),
+        (make_samples(4, fields=["math"]), [], {}, "only one field"),
+        ([*make_samples(4, fields=["math"]), Sample("grep", "shell")], [], {}, "'shell' has one training sample"),
+        ([*TRAIN, Sample("n1", "none")], [], {}, "cannot be called 'none'"),
+        (TRAIN, [Sample("n1", "law")], {}, "'law' has validation samples but no training"),
+        ([*TRAIN, Sample("  ", "math")], [], {}, "is empty"),
+        (TRAIN, HELD, {"experts": {}}, "no expert's name"),
+        (TRAIN, HELD, {"experts": {**EXPERTS, "math": "e9"}}, "no expert 'e9' in the bundle"),
+        (TRAIN, HELD, {"experts": {**EXPERTS, "law": "e0"}}, "'law' is given an expert but has no samples"),
+        (TRAIN, HELD, {"table": {"math": {"e7": 0.5}}}, "no expert 'e7' in the bundle"),
+        (TRAIN, HELD, {"settings": FitSettings(fallback="e5")}, "the fallback: no expert 'e5'"),
+    ],
+)
+def test_samples_and_names_that_cannot_be_used_are_one_line(
+    bundle: Bundle, engine: Any, training: Any, held: Any, options: Any, message: str
+) -> None:
+    with pytest.raises(RouterError, match=message) as raised:
+        fit_router(bundle, engine, training, held, **{"experts": EXPERTS, **options})
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_two_samples_a_field_and_no_validation_are_enough(bundle: Bundle, engine: Any) -> None:
+    few = make_samples(2)
+    fitted = fit_router(bundle, engine, few, experts=EXPERTS)
+    assert fitted.report["measured_on"] == "cross-validation"
+    assert [route.field for route in fitted.router.route([s.text for s in few])] == [s.field for s in few]
+
+
+def test_two_fields_are_enough(bundle: Bundle, engine: Any) -> None:
+    fields = ["math", "shell"]
+    router = fit_router(bundle, engine, make_samples(12, fields=fields), experts={f: EXPERTS[f] for f in fields}).router
+    routes = router.route(["sum plus", "grep files"])
+    assert [route.field for route in routes] == fields
+    assert all(set(route.scores) == set(fields) for route in routes)
+
+
+def test_the_table_sends_a_field_to_its_best_expert(bundle: Bundle, engine: Any) -> None:
+    table = {
+        "math": {"e0": 0.2, "e1": 0.9, "average": 0.3},
+        "shell": {"e0": 0.4, "e2": 0.4},
+        "json": {"e0": 0.1, "average": 0.6},
+    }
+    router = fit_router(bundle, engine, TRAIN, HELD, table=table).router
+    assert router.record.experts == {"math": "e1", "shell": "e0", "json": "average"}
+    assert router.route(["object key nested"])[0].expert is None
+
+
+@pytest.mark.parametrize(("fallback", "expected"), [("average", None), ("e1", "e1"), ("mixture", {"e0", "e1", "e2"})])
+def test_the_fallback_is_the_one_that_was_chosen(bundle: Bundle, engine: Any, fallback: str, expected: Any) -> None:
+    router = fit(bundle, engine, fallback=fallback).router
+    route = router.route(["n1 n2 n3"])[0]
+    assert route.fallback
+    if isinstance(expected, set):
+        assert isinstance(route.expert, dict) and set(route.expert) == expected
+        assert sum(route.expert.values()) == pytest.approx(1)
+    else:
+        assert route.expert == expected
+    assert "under the threshold" in route.reason
+
+
+def test_the_learning_curve_grows_with_the_samples(bundle: Bundle, engine: Any) -> None:
+    curve = fit(bundle, engine).report["learning_curve"]
+    assert [point["samples"] for point in curve] == [4, 8, 16, 24]
+    assert curve[0]["accuracy"] <= curve[-1]["accuracy"] + 0.01
+    assert all(point["lowest"] <= point["accuracy"] <= point["highest"] for point in curve)
+
+
+def test_the_same_samples_give_the_same_router(bundle: Bundle, engine: Any) -> None:
+    first, again = (fit(bundle, engine).router for _ in range(2))
+    for one, two in zip(first.head.to_arrays().values(), again.head.to_arrays().values(), strict=True):
+        assert np.array_equal(one, two)
+    assert first.record == again.record
+
+
+def test_an_evaluation_is_stored_beside_the_router(bundle: Bundle, engine: Any) -> None:
+    router = fit(bundle, engine).router
+    found = evaluate_router(router, [*TEST, *strangers(5)])
+    stored = json.loads(save_evaluation(bundle, found).read_text())
+    assert stored["samples"] == len(TEST) and stored["outside"] == 5
+    assert sum(sum(row.values()) for row in stored["confusion"].values()) == len(TEST) + 5
+    assert {point["field"] for point in stored["picture"]} == {"math", "shell", "json", "none"}
+
+
+@pytest.mark.parametrize(("samples", "message"), [([], "no samples"), ([Sample("a", "law")], "'law' is none of")])
+def test_an_evaluation_on_nothing_or_on_other_fields_is_one_line(
+    bundle: Bundle, engine: Any, samples: Any, message: str
+) -> None:
+    with pytest.raises(RouterError, match=message):
+        evaluate_router(fit(bundle, engine).router, samples)
+
+
+def test_no_text_gives_no_route_and_an_empty_one_is_refused(bundle: Bundle, engine: Any) -> None:
+    router = fit(bundle, engine).router
+    assert router.route([]) == []
+    with pytest.raises(RouterError, match="text 2 of 2 is empty"):
+        router.route(["sum", " \n"])
+
+
+def test_an_engine_of_another_width_is_one_line(bundle: Bundle, engine: Any) -> None:
+    router = fit(bundle, engine).router
+    with pytest.raises(RouterError, match=r"have \d+ dimensions, the router was fitted to"):
+        router.judge(router.embedder.embed(["sum"]).vectors[:, 1:])
+
+
+def test_settings_that_cannot_be_used_are_one_line() -> None:
+    for given in (
+        {"template": "no place"},
+        {"layers": "x"},
+        {"pooling": "max"},
+        {"coverage": 0},
+        {"classifier": "svm"},
+    ):
+        with pytest.raises(RouterError) as raised:
+            fit_settings(**given)  # type: ignore[arg-type]
+        assert len(str(raised.value).splitlines()) == 1
+    assert fit_settings(layers="4,-1").embed.layers == (4, -1)
+    assert fit_settings(template="none").embed.template == "{input}"
+    assert fit_settings(template="task").embed.template == TASK_PROMPT
+    assert fit_settings().embed.template == ALIGNMENT_PROMPT
