@@ -82,4 +82,6 @@ def test_an_expert_without_prompts_is_one_line_before_any_work(folder: Path, tmp
     examples = {"e0": read_examples(folder / "prompts.jsonl", 1)}
     with pytest.raises(RecipeError, match="expert 'e1': no held-out prompts"):
         sweep(folder / "recipe.yaml", examples, tmp_path / "out")
+    with pytest.raises(RecipeError, match="no such expert; the recipe has e0, e1"):
+        sweep(folder / "recipe.yaml", {"e0": examples["e0"], "e2": examples["e0"]}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
