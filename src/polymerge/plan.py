@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from .checkpoint import Checkpoint, open_checkpoint
+from .codes import Code, code_of
 from .errors import SourceError
 from .layers import LayerMap, LayerRecord, map_layers
 from .outline import OutlineCheckpoint, outline
@@ -79,11 +80,11 @@ class TensorTask:
         rows, columns = self.shape
         return (columns, rows) if self.record.transposed else (rows, columns)
 
-    def expert_numel(self) -> int:
-        """Numbers that one expert's adapter stores for this tensor, at most."""
+    def expert_bytes(self, dtype: torch.dtype, code: Code) -> int:
+        """What one expert's adapter stores for this tensor, at most."""
         if self.treatment in ("full", "keep"):
-            return self.numel
-        return self.rank * sum(self.shape) if self.treatment == "low_rank" else 0
+            return self.numel * dtype.itemsize
+        return code.bytes(*self.matrix_shape, self.rank) if self.treatment == "low_rank" else 0
 
 
 @dataclass(frozen=True)
@@ -109,18 +110,23 @@ class MergePlan:
         return self.layer_map.records[tensor].module if tensor else None
 
     @property
+    def code(self) -> Code:
+        """How residuals are stored."""
+        return code_of(self.recipe.code, self.dtype)
+
+    @property
     def base_bytes(self) -> int:
         return sum(task.numel for task in self.tasks) * self.dtype.itemsize
 
     @property
     def residual_bytes(self) -> int:
         """Of one expert's low-rank factors."""
-        return sum(t.expert_numel() for t in self.tasks if t.treatment == "low_rank") * self.dtype.itemsize
+        return sum(t.expert_bytes(self.dtype, self.code) for t in self.tasks if t.treatment == "low_rank")
 
     @property
     def own_bytes(self) -> int:
         """Of one expert's own whole tensors, at most."""
-        return sum(t.expert_numel() for t in self.tasks if t.treatment != "low_rank") * self.dtype.itemsize
+        return sum(t.expert_bytes(self.dtype, self.code) for t in self.tasks if t.treatment != "low_rank")
 
     @property
     def write_bytes(self) -> int:
@@ -149,6 +155,7 @@ class MergePlan:
             "architecture": (self.first.config.get("architectures") or ["unknown"])[0],
             "layers_from": self.layer_map.layers_from,
             "compress_rate": self.recipe.compress_rate,
+            "code": self.recipe.code,
             "dtype": str(self.dtype).removeprefix("torch."),
             "tensors": len(self.tasks),
             "compressed_tensors": sum(t.treatment == "low_rank" for t in self.tasks),
@@ -285,9 +292,9 @@ def _task(
         setting = {"embedding": recipe.embeddings, "lm_head": recipe.lm_head}.get(record.role, recipe.norms)
         return TensorTask(record, shape, setting, 0, sources)
     rows, columns = shape
-    rank = rank_for_rate(rows, columns, recipe.compress_rate)
-    if not factors_are_smaller(rows, columns, rank):
+    if not factors_are_smaller(rows, columns, rank_for_rate(rows, columns, recipe.compress_rate)):
         return TensorTask(record, shape, "full", 0, sources)
+    rank = code_of(recipe.code, torch.float32).rank(rows, columns, recipe.compress_rate)
     return TensorTask(record, shape, "low_rank" if rank else "average", rank, sources)
 
 

@@ -20,6 +20,7 @@ from .response import StageSettings, ThinkerSettings
 
 KeepOrAverage = Literal["keep", "average"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
+CodeName = Literal["factors", "int8", "int4"]
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 # A key's path in a YAML file -> its line.
 Lines = dict[tuple[str, ...], int]
@@ -68,6 +69,8 @@ class Recipe(BaseModel):
         experts: name -> source, in the order in which experts are listed everywhere.
         compress_rate: share of a residual's parameters that is dropped, in [0, 1]. 0 keeps every expert
             exactly, 1 is the plain normalised average. The published setting is 0.95.
+        code: how residuals are stored: `factors` (published) in the bundle's dtype, or `int8` and `int4`, whole numbers
+            with scales at a larger rank, in at most the bytes of 16-bit factors.
         scale: `per_expert` (published: each expert keeps its own norm per tensor) or `shared` (the norms are
             folded into the residuals, so that a plain PEFT loader is exact).
         embeddings, lm_head, norms: `keep` each expert's own tensor or `average` them into one. `norms`
@@ -88,6 +91,7 @@ class Recipe(BaseModel):
 
     experts: dict[str, WrittenSource]
     compress_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.95
+    code: CodeName = "factors"
     scale: Literal["per_expert", "shared"] = "per_expert"
     embeddings: KeepOrAverage = "keep"
     lm_head: KeepOrAverage = "keep"

@@ -26,6 +26,7 @@ from .route import route
 from .router import router
 from .serve import serve
 from .stages import stages
+from .sweep import sweep
 from .verify import verify
 
 app = typer.Typer(
@@ -38,7 +39,7 @@ app = typer.Typer(
 VERBS: dict[str, list[Callable[..., None]]] = {
     "The bundle": [demo, plan, merge, inspect, verify, add, remove, export],
     "Answers": [generate, route, stages, serve],
-    "Measuring": [assess, eval, compete],
+    "Measuring": [assess, eval, compete, sweep],
 }
 for panel, verbs in VERBS.items():
     for verb in verbs:

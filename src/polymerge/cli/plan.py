@@ -45,7 +45,7 @@ def plan(
         f"({written / separate:.0%} of {size(separate)} apart)"
     )
     out.print(f"  average    {size(summary['base_bytes'])}")
-    out.print(f"  an expert  {size(summary['residual_bytes_per_expert'])} of residuals", end="")
+    out.print(f"  an expert  {size(summary['residual_bytes_per_expert'])} of residuals ({summary['code']})", end="")
     out.print(f", {size(summary['own_bytes_per_expert'])} of its own tensors (embeddings, norms ...)")
     out.print(f"disk         {size(2 * written)} while it runs")
     out.print(f"reads        {size(summary['read_bytes'])}")
