@@ -182,13 +182,12 @@ def open_router(bundle: Bundle, engine: BatchingEngine, device: str | None = Non
     Raises:
         RouterError: it is damaged, or was fitted for another bundle.
     """
-    from ..router.record import read_record, router_folder
+    from ..router.record import has_router, read_record, router_folder
     from ..router.router import Router
 
-    folder = router_folder(bundle.path)
-    if not folder.exists():
+    if not has_router(bundle.path):
         return None
-    model = read_record(folder).model
+    model = read_record(router_folder(bundle.path)).model
     return Router.load(bundle, BatchingEngine(HFEngine.from_checkpoint(model, device=device)) if model else engine)
 
 
