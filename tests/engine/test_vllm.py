@@ -24,7 +24,7 @@ from polymerge.engine.vllm_engine import VllmEngine, vllm_engine
 from polymerge.engine.vllm_folder import NOTE, read_note
 from polymerge.errors import ModelError
 from polymerge.export import VllmExport, export_vllm, plan_vllm
-from polymerge.export.calibrate import Sample
+from polymerge.export.samples import Sample
 from polymerge.gguf import package_gguf, unpack
 
 PYTHON = os.environ.get("POLYMERGE_VLLM_PYTHON")
