@@ -296,11 +296,17 @@ class ExpertReader:
         if layer.role != "linear":
             return base
         weight = base * self._scales.get(tensor, 1.0)
-        a, b = self._get(f"{layer.module}.lora_A.weight"), self._get(f"{layer.module}.lora_B.weight")
-        if a is None or b is None:
+        factors = self.factors(tensor)
+        if factors is None:
             return weight
-        update = b.float() @ a.float()  # [out, in]
+        update = factors[0] @ factors[1]  # [out, in]
         return weight.add_(update.T if layer.transposed else update)
+
+    def factors(self, tensor: str) -> tuple[Tensor, Tensor] | None:
+        """B [out, r] and A [r, in] of a linear weight, float32; None where the expert has none."""
+        module = self._bundle.layers[tensor].module
+        b, a = self._get(f"{module}.lora_B.weight"), self._get(f"{module}.lora_A.weight")
+        return None if a is None or b is None else (b.float(), a.float())
 
     def _get(self, key: str) -> Tensor | None:
         stored = self._stored.get(key)
