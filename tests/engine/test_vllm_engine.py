@@ -234,9 +234,7 @@ with VllmServer({str(folder)!r}, python={python!r}) as server:
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode == -signal.SIGKILL
     assert has_ended(int(found.stdout))
-    os.kill(
-        int(notes.read_text().split()[0]), signal.SIGKILL
-    )  # the fake one's worker
+    os.kill(int(notes.read_text().split()[0]), signal.SIGKILL)  # the fake one's worker
 
 
 def test_a_server_that_fails_shows_its_log_and_one_line(folder: Path, tmp_path: Path) -> None:
