@@ -28,13 +28,18 @@ if TYPE_CHECKING:
     from .router.router import Router as Router
     from .router.samples import Sample as Sample
     from .router.settings import FitSettings as FitSettings
+    from .staged import Pipeline as Pipeline
+    from .staged import Question as Question
+    from .staged.opening import open_pipeline as open_pipeline
     from .verification import verify as verify
 
 _HOME = {
     "Bundle": "bundle",
     "FitSettings": "router.settings",
     "MixedModel": "model",
+    "Pipeline": "staged",
     "PolymergeError": "errors",
+    "Question": "staged",
     "Recipe": "recipe",
     "Route": "router.route",
     "Router": "router.router",
@@ -46,6 +51,7 @@ _HOME = {
     "load_model": "model",
     "load_recipe": "recipe",
     "merge": "merger",
+    "open_pipeline": "staged.opening",
     "plan_merge": "plan",
     "remove_expert": "grow",
     "verify": "verification",

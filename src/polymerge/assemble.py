@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from .bundle import ADAPTER_FILE, MANIFEST, PEFT_PREFIX, SCALES_FILE, STATS, TIED_ROWS, BundleLayer
+from .bundle import ADAPTER_FILE, CODED_FILE, MANIFEST, PEFT_PREFIX, SCALES_FILE, STATS, TIED_ROWS, BundleLayer
 from .checkpoint import SAFETENSORS_INDEX, natural_key
+from .recipe import CodeName
 from .staging import Entry, FileRecord, Piece, Staging, write_bytes, write_json, write_safetensors, zeros_piece
 
 SHARD_BYTES = 5 * 10**9
@@ -84,24 +85,52 @@ def write_expert(
     scales: Mapping[str, float],
     layers: Sequence[BundleLayer],
     *,
+    code: CodeName,
     tied_embedding: str | None,
 ) -> dict[str, FileRecord]:
     """One expert as a PEFT adapter, with its ratios beside it. Returns paths relative to `folder`.
+
+    With a code that PEFT does not know, it is a folder that PEFT, and whatever reads its adapters, refuses.
+
+    Args:
+        pieces: keys are names of the model, without PEFT's prefix.
+    """
+    home = f"experts/{expert}"
+    if code == "factors":
+        config, pieces = peft_adapter(expert, pieces, layers, tied_embedding=tied_embedding)
+        file = f"{home}/{ADAPTER_FILE}"
+    else:
+        config, file = coded_config(code), f"{home}/{CODED_FILE}"
+        pieces = [replace(p, key=PEFT_PREFIX + p.key) for p in sorted(pieces, key=lambda p: natural_key(p.key))]
+    written = {
+        f"{home}/adapter_config.json": write_json(folder / home / "adapter_config.json", config),
+        file: staging.write_safetensors(folder / file, pieces),
+    }
+    if scales:
+        written[f"{home}/{SCALES_FILE}"] = write_scales(folder / home / SCALES_FILE, scales)
+    return written
+
+
+def peft_adapter(
+    expert: str, pieces: Sequence[Piece], layers: Sequence[BundleLayer], *, tied_embedding: str | None
+) -> tuple[dict[str, Any], list[Piece]]:
+    """adapter_config.json, and the pieces of the adapter file under PEFT's names, with what PEFT needs beside them.
 
     Args:
         pieces: keys are names of the model, without PEFT's prefix.
     """
     pieces = sorted(_with_bias_everywhere(expert, pieces, layers), key=lambda piece: natural_key(piece.key))
     config = adapter_config([(p.key, p.shape) for p in pieces], layers, tied_embedding=tied_embedding)
-    pieces = [replace(piece, key=_stored_name(piece.key, tied_embedding)) for piece in pieces]
-    home = f"experts/{expert}"
-    written = {
-        f"{home}/adapter_config.json": write_json(folder / home / "adapter_config.json", config),
-        f"{home}/{ADAPTER_FILE}": staging.write_safetensors(folder / home / ADAPTER_FILE, pieces),
-    }
-    if scales:
-        written[f"{home}/{SCALES_FILE}"] = write_scales(folder / home / SCALES_FILE, scales)
-    return written
+    return config, [replace(piece, key=_stored_name(piece.key, tied_embedding)) for piece in pieces]
+
+
+def coded_config(code: CodeName) -> dict[str, Any]:
+    """adapter_config.json of an expert whose residuals have a code that PEFT does not know.
+
+    PEFT looks the type up and stops with it in its message, so the type says what to do; vLLM and others look for
+    the keys of a LoRA and for its weights' file, and find neither.
+    """
+    return {"peft_type": f"POLYMERGE_{code.upper()}: make a PEFT adapter of it with `polymerge export --to peft`"}
 
 
 def write_scales(file: Path, scales: Mapping[str, float]) -> FileRecord:

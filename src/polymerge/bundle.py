@@ -7,25 +7,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .checkpoint import Checkpoint, open_folder
+from .codes import Code, code_of
 from .errors import BundleError, SourceError
+from .recipe import CodeName
 
 FORMAT = "polymerge-bundle"
-FORMAT_VERSION = 1
+# Version 1 holds residuals as published; version 2 differs only in that they have a code.
+FORMAT_VERSIONS = (1, 2)
 MANIFEST = "polymerge.json"
 STATS = "merge_stats.jsonl"
 ADAPTER_FILE = "adapter_model.safetensors"
+# An expert whose residuals have a code that PEFT does not know. No reader of adapters looks for a file of this name.
+CODED_FILE = "coded_expert.safetensors"
 SCALES_FILE = "scales.safetensors"
 PEFT_PREFIX = "base_model.model."
 # Where PEFT keeps an expert's own rows of an embedding that the output head is tied to.
@@ -40,6 +45,7 @@ class Method(_Strict):
     """How the bundle was merged."""
 
     compress_rate: float
+    code: CodeName = "factors"
     scale: Literal["per_expert", "shared"]
     embeddings: Literal["keep", "average"]
     lm_head: Literal["keep", "average"]
@@ -75,6 +81,12 @@ class BundleLayer(_Strict):
     rank: int
     mean_scale: float | None = None
 
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in) of a linear weight."""
+        rows, columns = self.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
 
 class FileEntry(_Strict):
     """Size and hash of one file of the bundle."""
@@ -91,7 +103,7 @@ class Manifest(_Strict):
     """
 
     format: Literal["polymerge-bundle"] = "polymerge-bundle"
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 1
     polymerge_version: str
     method: Method
     dtype: str
@@ -106,7 +118,16 @@ class Manifest(_Strict):
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> str:
-        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+        data = self.model_dump(mode="json")
+        if self.format_version == 1:
+            del data["method"]["code"]  # which readers of version 1 alone do not know
+        return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+    @model_validator(mode="after")
+    def _version_fits_the_code(self) -> Manifest:
+        if self.format_version != version_of(self.method.code):
+            raise ValueError(f"format version {self.format_version} does not fit code {self.method.code!r}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -209,19 +230,75 @@ class Bundle:
             raise BundleError(f"{self.path}: no expert {expert!r}; this bundle holds {known}")
         return self.path / "experts" / expert
 
+    @cached_property
+    def code(self) -> Code:
+        """How residuals are stored."""
+        return code_of(self.manifest.method.code, getattr(torch, self.manifest.dtype))
+
+    def expert_file(self, expert: str) -> Path:
+        """The file that holds an expert's tensors."""
+        return self.expert_folder(expert) / (ADAPTER_FILE if self.code.name == "factors" else CODED_FILE)
+
     def base_tensor(self, tensor: str) -> Tensor:
         """One tensor of the average, as stored."""
         return self.base.read(tensor)
 
     def adapter(self, expert: str) -> dict[str, Tensor]:
-        """All tensors of an expert's adapter, keys without PEFT's prefix."""
-        with _opened(self.expert_folder(expert) / ADAPTER_FILE) as handle:
-            return {adapter_name(key): handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        """All tensors of an expert's adapter, keys without PEFT's prefix.
+
+        Coded factors come decoded, as `lora_A.weight` and `lora_B.weight` in the bundle's dtype.
+        """
+        with _opened(self.expert_file(expert)) as handle:
+            found = {adapter_name(key): handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        if self.code.name == "factors":
+            return found
+        dtype = getattr(torch, self.manifest.dtype)
+        for layer in self._linear:
+            factors = self.factors(expert, layer, found.get)
+            for suffix in self.code.suffixes:
+                found.pop(f"{layer.module}.{suffix}", None)
+            if factors:
+                b, a = factors
+                found |= {f"{layer.module}.lora_A.weight": a.to(dtype), f"{layer.module}.lora_B.weight": b.to(dtype)}
+        return found
 
     def adapter_shapes(self, expert: str) -> dict[str, tuple[int, ...]]:
-        """Shapes of an expert's adapter tensors, from the file's header alone; keys without PEFT's prefix."""
-        with _opened(self.expert_folder(expert) / ADAPTER_FILE) as handle:
-            return {adapter_name(key): tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+        """Shapes of what `adapter` gives, from the file's header alone."""
+        with _opened(self.expert_file(expert)) as handle:
+            found = {adapter_name(key): tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+        if self.code.name == "factors":
+            return found
+        for layer in self._linear:
+            stored = [found.pop(f"{layer.module}.{suffix}", None) for suffix in self.code.suffixes]
+            if stored[0]:
+                out_features, in_features = layer.matrix_shape
+                found[f"{layer.module}.lora_A.weight"] = (stored[0][0], in_features)
+                found[f"{layer.module}.lora_B.weight"] = (out_features, stored[0][0])
+        return found
+
+    def factors(
+        self, expert: str, layer: BundleLayer, get: Callable[[str], Tensor | None]
+    ) -> tuple[Tensor, Tensor] | None:
+        """B [out, r] and A [r, in] of a residual in float32, decoded; None where the expert has none in this layer.
+
+        Args:
+            get: the expert's stored tensor of that key (without PEFT's prefix), or None.
+
+        Raises:
+            BundleError: only some of the residual's tensors are there, or one has not the code's shape.
+        """
+        stored = {suffix: get(f"{layer.module}.{suffix}") for suffix in self.code.suffixes}
+        whole = {suffix: tensor for suffix, tensor in stored.items() if tensor is not None}
+        if not whole:
+            return None
+        place = f"{self.expert_file(expert)}: {layer.module}"
+        if len(whole) < len(stored):
+            missing = next(suffix for suffix in stored if suffix not in whole)
+            raise BundleError(f"{place}: has {next(iter(whole))} but no {missing}; copy the bundle again")
+        try:
+            return self.code.decode(whole, *layer.matrix_shape)
+        except ValueError as error:
+            raise BundleError(f"{place}: {error}; copy the bundle again") from None
 
     def scales(self, expert: str) -> dict[str, float]:
         """Checkpoint name -> rho_i. A tensor that is not listed has rho 1."""
@@ -230,6 +307,10 @@ class Bundle:
             return {}
         with _opened(file) as handle:
             return {key: float(handle.get_tensor(key)) for key in handle.keys()}  # noqa: SIM118
+
+    @property
+    def _linear(self) -> list[BundleLayer]:
+        return [layer for layer in self.manifest.layers if layer.role == "linear"]
 
     def stats(self) -> list[dict[str, Any]]:
         """The lines of merge_stats.jsonl."""
@@ -274,7 +355,7 @@ class ExpertReader:
     def __init__(self, bundle: Bundle, expert: str) -> None:
         self._bundle = bundle
         self._scales = bundle.scales(expert)
-        self._file = bundle.expert_folder(expert) / ADAPTER_FILE
+        self._expert, self._file = expert, bundle.expert_file(expert)
         with _opened(self._file) as handle:
             self._stored = {adapter_name(key): key for key in handle.keys()}  # noqa: SIM118
 
@@ -303,10 +384,8 @@ class ExpertReader:
         return weight.add_(update.T if layer.transposed else update)
 
     def factors(self, tensor: str) -> tuple[Tensor, Tensor] | None:
-        """B [out, r] and A [r, in] of a linear weight, float32; None where the expert has none."""
-        module = self._bundle.layers[tensor].module
-        b, a = self._get(f"{module}.lora_B.weight"), self._get(f"{module}.lora_A.weight")
-        return None if a is None or b is None else (b.float(), a.float())
+        """B [out, r] and A [r, in] of a linear weight, float32, decoded; None where the expert has none."""
+        return self._bundle.factors(self._expert, self._bundle.layers[tensor], self._get)
 
     def _get(self, key: str) -> Tensor | None:
         stored = self._stored.get(key)
@@ -321,6 +400,11 @@ def adapter_name(stored: str) -> str:
     """A key of an adapter file under the model's own name: without PEFT's prefix, tied rows as the weight they are."""
     name = stored.removeprefix(PEFT_PREFIX)
     return f"{name.removesuffix(TIED_ROWS)}.weight" if name.endswith(TIED_ROWS) else name
+
+
+def version_of(code: CodeName) -> Literal[1, 2]:
+    """The format version of a bundle whose residuals have this code."""
+    return 1 if code == "factors" else 2
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -341,8 +425,9 @@ def _read_manifest(path: Path) -> Manifest:
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{file}: cannot be read: {error}") from None
     version = data.get("format_version") if isinstance(data, dict) else None
-    if version != FORMAT_VERSION:
-        raise BundleError(f"{file}: format version {version!r}; this polymerge reads version {FORMAT_VERSION}")
+    if version not in FORMAT_VERSIONS:
+        known = " and ".join(map(str, FORMAT_VERSIONS))
+        raise BundleError(f"{file}: format version {version!r}; this polymerge reads versions {known}")
     try:
         return Manifest.model_validate(data)
     except ValidationError as error:

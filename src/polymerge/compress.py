@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .codes import Code
 from .errors import SourceError
 from .plan import TensorTask
 from .rsvd import rsvd, sketch_seed
@@ -40,6 +41,7 @@ class Settings:
     """How to compress; the part of a recipe that the arithmetic needs."""
 
     dtype: torch.dtype
+    code: Code
     device: torch.device
     per_expert_scale: bool
     seed: int
@@ -135,10 +137,11 @@ def compress_residual(
         matrix = residual.T if task.record.transposed else residual  # [out, in]
         seed = sketch_seed(settings.seed, task.name, expert)
         b, a = rsvd(matrix, task.rank, n_oversamples=settings.n_oversamples, n_iter=settings.n_iter, seed=seed)
-        b, a = b.to(settings.dtype), a.to(settings.dtype)
-        emit(expert, adapter_key(task, "lora_A.weight"), a)
-        emit(expert, adapter_key(task, "lora_B.weight"), b)
-        error = frobenius_norm(matrix.addmm_(b.float(), a.float(), alpha=-1.0))
+        coded = settings.code.encode(b, a)
+        for suffix, part in coded.items():
+            emit(expert, adapter_key(task, suffix), part)
+        b, a = settings.code.decode(coded, *matrix.shape)
+        error = frobenius_norm(matrix.addmm_(b, a, alpha=-1.0))
     return _measures(norm, residual_norm, error)
 
 

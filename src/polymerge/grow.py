@@ -78,8 +78,7 @@ def add_expert(
     checkpoint = open_checkpoint(source)
     tasks = _tasks(bundle, name, checkpoint, trust_remote_code=trust_remote_code)
     settings = _settings(bundle, device)
-    numbers = sum(task.expert_numel() for task in tasks)
-    check_free_space(bundle.path, 2 * numbers * settings.dtype.itemsize)
+    check_free_space(bundle.path, 2 * sum(task.expert_bytes(settings.dtype, settings.code) for task in tasks))
     shutil.rmtree(bundle.path / "experts" / name, ignore_errors=True)  # left by a kill before the manifest was written
     staging = Staging(bundle.path / "experts" / name, {}, resume=False, overwrite=False)
     notes = []
@@ -159,6 +158,7 @@ def _settings(bundle: Bundle, device: str) -> Settings:
     method = bundle.manifest.method
     return Settings(
         dtype=DTYPES[bundle.manifest.dtype],
+        code=bundle.code,
         device=pick_device(device),
         per_expert_scale=method.scale == "per_expert",
         seed=method.seed,
@@ -229,7 +229,8 @@ def _write(staging: Staging, bundle: Bundle, name: str, notes: list[dict[str, An
     folder = staging.folder / "bundle"
     assemble.clear(folder)
     tied = bundle.manifest.tied_embedding
-    files = assemble.write_expert(staging, folder, name, pieces, scales, layers, tied_embedding=tied)
+    code = bundle.manifest.method.code
+    files = assemble.write_expert(staging, folder, name, pieces, scales, layers, code=code, tied_embedding=tied)
     staging.publish(folder / "experts" / name)
     return {file: FileEntry(**asdict(record)) for file, record in files.items()}
 
@@ -303,4 +304,5 @@ def _fresh_error(bundle: Bundle, name: str, checkpoint: Checkpoint, task: Tensor
     residual = weight - average * (norm / len(bundle.experts))
     matrix = residual.T if task.record.transposed else residual
     u, v = rsvd(matrix, task.rank, n_oversamples=settings.n_oversamples, n_iter=settings.n_iter, seed=settings.seed)
+    u, v = settings.code.decode(settings.code.encode(u, v), *matrix.shape)
     return float((matrix - u @ v).norm()) / norm

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from .bundle import ADAPTER_FILE, PEFT_PREFIX, Bundle
+from .bundle import PEFT_PREFIX, Bundle
 
 WORST = 10
 
@@ -48,6 +48,7 @@ class Inspection:
     architecture: str
     dtype: str
     compress_rate: float
+    code: str
     scale: str
     layers_from: str
     base_bytes: int
@@ -88,6 +89,7 @@ def inspect_bundle(bundle: Bundle | str | Path) -> Inspection:
         architecture=manifest.architecture,
         dtype=manifest.dtype,
         compress_rate=manifest.method.compress_rate,
+        code=manifest.method.code,
         scale=manifest.method.scale,
         layers_from=manifest.layers_from,
         base_bytes=sizes.base,
@@ -138,14 +140,14 @@ def layer_number(module: str) -> int:
 
 def _expert(bundle: Bundle, name: str, stats: list[dict[str, Any]]) -> ExpertSummary:
     residual = own = 0
-    with safe_open(bundle.expert_folder(name) / ADAPTER_FILE, framework="pt") as handle:
+    with safe_open(bundle.expert_file(name), framework="pt") as handle:
         for key in handle.keys():  # noqa: SIM118
             part = handle.get_slice(key)
             if ".lora_" in key.removeprefix(PEFT_PREFIX):
                 count = 1
                 for size in part.get_shape():
                     count *= size
-                residual += count * {"F32": 4, "F16": 2, "BF16": 2}[part.get_dtype()]
+                residual += count * {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}[part.get_dtype()]
             else:
                 own += 1
     ratios = list(bundle.scales(name).values()) or [1.0]

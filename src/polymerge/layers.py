@@ -98,6 +98,18 @@ def meta_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedMo
         return None
 
 
+def stored_names(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors that a checkpoint of this architecture stores; a tied head is not stored."""
+    names: dict[str, tuple[int, ...]] = {}
+    head = _name_of(model, model.get_output_embeddings())
+    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    for name, tensor in model.state_dict().items():
+        if not (tied and name == f"{head}.weight"):
+            stored = _stored_form(model, name, tensor) or {name: tensor}
+            names |= {stored_name: tuple(part.shape) for stored_name, part in stored.items()}
+    return names
+
+
 def _map_by_architecture(checkpoint: Checkpoint, model: PreTrainedModel) -> LayerMap:
     known, forms, shapes = _known_names(model)
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""

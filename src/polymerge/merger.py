@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, assemble
-from .bundle import Bundle, BundleLayer, ExpertRecord, FileEntry, Manifest, Method, dtype_name
+from .bundle import Bundle, BundleLayer, ExpertRecord, FileEntry, Manifest, Method, dtype_name, version_of
 from .errors import ErrorBudgetExceeded
 from .executor import Executor, Note, in_threads, pick_device
 from .plan import MergePlan, TensorTask, plan_merge
@@ -105,8 +105,10 @@ def run_plan(
 
 
 def fingerprint(plan: MergePlan) -> dict[str, Any]:
-    """What must be equal for half-done work to be gone on with. Workers and device may differ."""
-    recipe = plan.recipe.model_dump(mode="json", exclude={"workers", "max_error"})
+    """What must be equal for half-done work to be gone on with. Workers, device and how the bundle will answer may
+    differ."""
+    answering = {"config", "thinker", "staged", "memory_limit"}
+    recipe = plan.recipe.model_dump(mode="json", exclude={"workers", "max_error", *answering})
     return {
         "polymerge": __version__,
         "recipe": recipe,
@@ -161,7 +163,9 @@ def _assemble(plan: MergePlan, staging: Staging, notes: list[Note], folder: Path
             own.append(replace(base[layer.tensor], owner=expert, key=f"{layer.module}.{layer.parameter}"))
         scales = _scales_of(plan, notes, expert)
         tied = plan.tied_embedding
-        files |= assemble.write_expert(staging, folder, expert, own, scales, layers, tied_embedding=tied)
+        files |= assemble.write_expert(
+            staging, folder, expert, own, scales, layers, code=plan.recipe.code, tied_embedding=tied
+        )
     assemble.write_stats(folder, (line for note in notes for line in note["report"]["stats"]))
     assemble.write_manifest(folder, _manifest(plan, notes, layers, files).to_json())
 
@@ -192,6 +196,7 @@ def _manifest(
     recipe = plan.recipe
     ratios = [ratio for note in notes for ratio in note["report"]["scales"].values()]
     return Manifest(
+        format_version=version_of(recipe.code),
         polymerge_version=__version__,
         method=Method(**recipe.model_dump(include=set(Method.model_fields))),
         dtype=dtype_name(plan.dtype),

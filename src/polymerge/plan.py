@@ -12,9 +12,11 @@ from typing import Any, Literal
 import torch
 
 from .checkpoint import Checkpoint, open_checkpoint
+from .codes import Code, code_of
 from .errors import SourceError
 from .layers import LayerMap, LayerRecord, map_layers
-from .recipe import Recipe
+from .outline import OutlineCheckpoint, outline
+from .recipe import Recipe, Source
 from .rsvd import factors_are_smaller, rank_for_rate
 
 Treatment = Literal["low_rank", "full", "average", "keep", "copy"]
@@ -78,11 +80,11 @@ class TensorTask:
         rows, columns = self.shape
         return (columns, rows) if self.record.transposed else (rows, columns)
 
-    def expert_numel(self) -> int:
-        """Numbers that one expert's adapter stores for this tensor, at most."""
+    def expert_bytes(self, dtype: torch.dtype, code: Code) -> int:
+        """What one expert's adapter stores for this tensor, at most."""
         if self.treatment in ("full", "keep"):
-            return self.numel
-        return self.rank * sum(self.shape) if self.treatment == "low_rank" else 0
+            return self.numel * dtype.itemsize
+        return code.bytes(*self.matrix_shape, self.rank) if self.treatment == "low_rank" else 0
 
 
 @dataclass(frozen=True)
@@ -108,18 +110,23 @@ class MergePlan:
         return self.layer_map.records[tensor].module if tensor else None
 
     @property
+    def code(self) -> Code:
+        """How residuals are stored."""
+        return code_of(self.recipe.code, self.dtype)
+
+    @property
     def base_bytes(self) -> int:
         return sum(task.numel for task in self.tasks) * self.dtype.itemsize
 
     @property
     def residual_bytes(self) -> int:
         """Of one expert's low-rank factors."""
-        return sum(t.expert_numel() for t in self.tasks if t.treatment == "low_rank") * self.dtype.itemsize
+        return sum(t.expert_bytes(self.dtype, self.code) for t in self.tasks if t.treatment == "low_rank")
 
     @property
     def own_bytes(self) -> int:
         """Of one expert's own whole tensors, at most."""
-        return sum(t.expert_numel() for t in self.tasks if t.treatment != "low_rank") * self.dtype.itemsize
+        return sum(t.expert_bytes(self.dtype, self.code) for t in self.tasks if t.treatment != "low_rank")
 
     @property
     def write_bytes(self) -> int:
@@ -148,6 +155,7 @@ class MergePlan:
             "architecture": (self.first.config.get("architectures") or ["unknown"])[0],
             "layers_from": self.layer_map.layers_from,
             "compress_rate": self.recipe.compress_rate,
+            "code": self.recipe.code,
             "dtype": str(self.dtype).removeprefix("torch."),
             "tensors": len(self.tasks),
             "compressed_tensors": sum(t.treatment == "low_rank" for t in self.tasks),
@@ -163,19 +171,27 @@ class MergePlan:
         }
 
 
-def plan_merge(recipe: Recipe) -> MergePlan:
+def plan_merge(recipe: Recipe, *, weights: bool = True) -> MergePlan:
     """Opens every source, checks that they fit each other and decides each tensor's treatment.
+
+    Args:
+        weights: off, hub ids are not downloaded: their tensors are taken from their configuration, or from the
+            recipe's `config`. Such a plan says sizes; it cannot be merged.
 
     Raises:
         SourceError: naming the first tensors or settings that differ.
     """
-    checkpoints = {name: open_checkpoint(source) for name, source in recipe.experts.items()}
+    checkpoints = {name: _opened(recipe, source, weights) for name, source in recipe.experts.items()}
     maps = {
         name: map_layers(checkpoint, trust_remote_code=recipe.trust_remote_code)
         for name, checkpoint in checkpoints.items()
     }
     first = next(iter(checkpoints))
     notes = list(maps[first].notes)
+    outlined = [name for name, checkpoint in checkpoints.items() if isinstance(checkpoint, OutlineCheckpoint)]
+    if outlined:
+        shown = recipe.config or "the hub's config.json"
+        notes.append(f"sizes of {', '.join(outlined)} are from {shown} alone; no weight was looked at")
     for name in list(checkpoints)[1:]:
         notes += _check_settings(first, checkpoints[first], name, checkpoints[name])
     tied = all(layer_map.tied for layer_map in maps.values())
@@ -190,6 +206,11 @@ def plan_merge(recipe: Recipe) -> MergePlan:
     return MergePlan(
         recipe, checkpoints, maps[reference], tasks, _dtype(recipe, checkpoints, tasks), tied, tuple(notes)
     )
+
+
+def _opened(recipe: Recipe, source: Source, weights: bool) -> Checkpoint:
+    found = None if weights else outline(source.source, recipe.config, revision=source.revision)
+    return found or open_checkpoint(source)
 
 
 def with_differences(tasks: Sequence[TensorTask]) -> list[TensorTask]:
@@ -271,9 +292,9 @@ def _task(
         setting = {"embedding": recipe.embeddings, "lm_head": recipe.lm_head}.get(record.role, recipe.norms)
         return TensorTask(record, shape, setting, 0, sources)
     rows, columns = shape
-    rank = rank_for_rate(rows, columns, recipe.compress_rate)
-    if not factors_are_smaller(rows, columns, rank):
+    if not factors_are_smaller(rows, columns, rank_for_rate(rows, columns, recipe.compress_rate)):
         return TensorTask(record, shape, "full", 0, sources)
+    rank = code_of(recipe.code, torch.float32).rank(rows, columns, recipe.compress_rate)
     return TensorTask(record, shape, "low_rank" if rank else "average", rank, sources)
 
 

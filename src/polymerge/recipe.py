@@ -16,9 +16,11 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from .errors import RecipeError
+from .response import StageSettings, ThinkerSettings
 
 KeepOrAverage = Literal["keep", "average"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
+CodeName = Literal["factors", "int8", "int4"]
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 # A key's path in a YAML file -> its line.
 Lines = dict[tuple[str, ...], int]
@@ -48,6 +50,14 @@ def _source_from_text(value: Any) -> Any:
     return {"source": value} if isinstance(value, str) else value
 
 
+def parse_size(value: Any) -> Any:
+    """Bytes of `48 GB`, `512 MB` or a plain number (decimal, as disks and GPUs are sold)."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", value) if isinstance(value, str) else None
+    if isinstance(value, str) and not found:
+        raise ValueError(f"{value!r} is not a size; write it as 48 GB or 512 MB")
+    return round(float(found[1]) * 1000 ** " kMGT".index(found[2] or " ")) if found else value
+
+
 # A source as a recipe writes it: one text, or a mapping of Source's keys.
 WrittenSource = Annotated[Source, BeforeValidator(_source_from_text)]
 
@@ -59,6 +69,8 @@ class Recipe(BaseModel):
         experts: name -> source, in the order in which experts are listed everywhere.
         compress_rate: share of a residual's parameters that is dropped, in [0, 1]. 0 keeps every expert
             exactly, 1 is the plain normalised average. The published setting is 0.95.
+        code: how residuals are stored: `factors` (published) in the bundle's dtype, or `int8` and `int4`, whole numbers
+            with scales at a larger rank, in at most the bytes of 16-bit factors.
         scale: `per_expert` (published: each expert keeps its own norm per tensor) or `shared` (the norms are
             folded into the residuals, so that a plain PEFT loader is exact).
         embeddings, lm_head, norms: `keep` each expert's own tensor or `average` them into one. `norms`
@@ -70,12 +82,16 @@ class Recipe(BaseModel):
         n_oversamples, n_iter: the randomized SVD's (Halko, Martinsson and Tropp, 2011).
         max_error: largest relative error of a tensor that is accepted; above it the command exits with 3.
         trust_remote_code: allow a source's own modelling code to run. Off.
+        config: folder with the experts' config.json, for `polymerge plan` where the sources are not here.
+        thinker, staged: how the bundle answers; the merge does not look at them.
+        memory_limit: bytes that bundle, thinker and their caches may take together (`48 GB`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     experts: dict[str, WrittenSource]
     compress_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.95
+    code: CodeName = "factors"
     scale: Literal["per_expert", "shared"] = "per_expert"
     embeddings: KeepOrAverage = "keep"
     lm_head: KeepOrAverage = "keep"
@@ -88,6 +104,10 @@ class Recipe(BaseModel):
     n_iter: Annotated[int, Field(ge=0, le=8)] = 2
     max_error: Annotated[float, Field(gt=0.0)] | None = None
     trust_remote_code: bool = False
+    config: str | None = None
+    thinker: ThinkerSettings | None = None
+    staged: StageSettings | None = None
+    memory_limit: Annotated[int, BeforeValidator(parse_size), Field(gt=0)] | None = None
 
     @field_validator("experts")
     @classmethod
@@ -132,7 +152,15 @@ def load_recipe(source: Recipe | dict[str, Any] | str | Path) -> Recipe:
     data, lines = read_yaml(path)
     recipe = validated(Recipe, data, where=str(path), lines=lines)
     experts = {name: anchored(item, path.parent) for name, item in recipe.experts.items()}
-    return recipe.model_copy(update={"experts": experts})
+    updates: dict[str, Any] = {"experts": experts, "config": _inside(recipe.config, path.parent)}
+    if recipe.thinker:
+        thinker = recipe.thinker
+        own = {"source": _anchor(thinker.source, path.parent), "config": _inside(thinker.config, path.parent)}
+        updates["thinker"] = thinker.model_copy(update=own)
+    if recipe.staged:
+        templates = _inside(recipe.staged.templates, path.parent)
+        updates["staged"] = recipe.staged.model_copy(update={"templates": templates})
+    return recipe.model_copy(update=updates)
 
 
 def validated(model: type[Model], data: Any, *, where: str, lines: Lines) -> Model:
@@ -157,8 +185,9 @@ def validated(model: type[Model], data: Any, *, where: str, lines: Lines) -> Mod
 
 
 def _fields_at(model: type[BaseModel], keys: tuple[str, ...]) -> set[str]:
-    """The keys that are known where `keys` ends: the model's own, or a source's further in."""
-    return set(Source.model_fields if len(keys) > 1 else model.model_fields)
+    """The keys that are known where `keys` ends: the model's own, or further in those of a section or a source."""
+    sections: dict[str, type[BaseModel]] = {"thinker": ThinkerSettings, "staged": StageSettings}
+    return set((sections.get(keys[0], Source) if len(keys) > 1 else model).model_fields)
 
 
 def read_yaml(path: Path) -> tuple[Any, Lines]:
@@ -196,14 +225,19 @@ def _collect_lines(node: yaml.Node, at: tuple[str, ...], lines: Lines, path: Pat
 
 def anchored(source: Source, folder: Path) -> Source:
     """A source whose relative paths are taken from a folder; hub ids and packages stay as they are."""
+    return source.model_copy(update={"source": _anchor(source.source, folder), "base": _anchor(source.base, folder)})
 
-    def anchor(text: str | None) -> str | None:
-        if text is None or text.startswith("package:"):
-            return text
-        candidate = folder / Path(text).expanduser()
-        looks_local = text.startswith((".", "/", "~")) or candidate.exists()
-        if not looks_local:
-            return text
-        return str(candidate) if candidate.is_absolute() else f"./{candidate}"  # never to be taken for a hub id
 
-    return source.model_copy(update={"source": anchor(source.source), "base": anchor(source.base)})
+def _anchor(text: str | None, folder: Path) -> str | None:
+    if text is None or text.startswith("package:"):
+        return text
+    candidate = folder / Path(text).expanduser()
+    looks_local = text.startswith((".", "/", "~")) or candidate.exists()
+    if not looks_local:
+        return text
+    return str(candidate) if candidate.is_absolute() else f"./{candidate}"  # never to be taken for a hub id
+
+
+def _inside(text: str | None, folder: Path) -> str | None:
+    """A path that can only be local."""
+    return None if text is None else str(folder / Path(text).expanduser())

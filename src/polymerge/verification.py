@@ -10,13 +10,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .assemble import adapter_config
+from .assemble import adapter_config, coded_config
 from .bundle import Bundle, BundleLayer
 from .checkpoint import Checkpoint, open_checkpoint, read_json
-from .errors import PolymergeError, SourceError
+from .errors import BundleError, PolymergeError, SourceError
 from .layers import map_layers
 from .recipe import Source
 
@@ -113,7 +114,11 @@ def _base_problems(bundle: Bundle) -> Iterator[str]:
 
 
 def _adapter_problems(bundle: Bundle, expert: str) -> Iterator[str]:
-    adapter = bundle.adapter(expert)
+    try:
+        adapter = bundle.adapter(expert)
+    except BundleError as error:  # a code that cannot be decoded
+        yield f"expert {expert!r}: {error}"
+        return
     allowed: dict[str, tuple[int, ...] | None] = {}
     for layer in bundle.layers.values():
         allowed |= _allowed_keys(layer, adapter)
@@ -130,11 +135,18 @@ def _adapter_problems(bundle: Bundle, expert: str) -> Iterator[str]:
         elif not (math.isfinite(ratio) and ratio >= 0):
             yield f"expert {expert!r}: scale {ratio} of {tensor_name!r} is not a ratio"
     config = read_json(bundle.expert_folder(expert) / "adapter_config.json")
-    shapes = [(key, tuple(tensor.shape)) for key, tensor in adapter.items()]
-    expected = adapter_config(shapes, bundle.layers.values(), tied_embedding=bundle.manifest.tied_embedding)
+    expected = _expected_config(bundle, adapter)
     for key in CHECKED_SETTINGS:
-        if config.get(key) != expected[key]:
+        if config.get(key) != expected.get(key):
             yield f"expert {expert!r}: adapter_config.json's {key!r} does not fit the adapter's tensors"
+
+
+def _expected_config(bundle: Bundle, adapter: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    manifest = bundle.manifest
+    if manifest.method.code != "factors":
+        return coded_config(manifest.method.code)
+    shapes = [(key, tuple(tensor.shape)) for key, tensor in adapter.items()]
+    return adapter_config(shapes, bundle.layers.values(), tied_embedding=manifest.tied_embedding)
 
 
 def _allowed_keys(layer: BundleLayer, adapter: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...] | None]:

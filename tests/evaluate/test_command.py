@@ -73,6 +73,26 @@ def test_some_data_sets_and_a_label_of_the_rows(bundle: Path, data: Path, capsys
     assert "oracle, other: e1 2" in out
 
 
+def test_routed_and_mixture_go_by_the_bundles_own_router(
+    bundle: Path, data: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    for name, words in (("e0", range(5, 15)), ("other", range(60, 70))):
+        rows = [json.dumps({"prompt": f"w{n} w{n + 1}", "answer": "w7"}) for n in words]
+        (data / name / "train.jsonl").write_text("\n".join(rows) + "\n")
+    code, _, err = run(
+        capsys, monkeypatch, "router", "fit", bundle, "--data", data, "--assign", "other=e1", "--layers=-1", "--quiet"
+    )
+    assert code == 0, err
+    modes = ["--mode", "routed", "--mode", "mixture"]
+    code, out, err = run(capsys, monkeypatch, "eval", bundle, "--data", data, *modes, "--json")
+    assert code == 0, err
+    found = {mode: results["polymerge"] for mode, results in json.loads(out)["modes"].items()}
+    assert sum(found["routed"]["answered_by"]["e0"].values()) == 4
+    assert set(found["routed"]["answered_by"]["e0"]) <= {"e0", "e1", "average"}
+    assert found["mixture"]["answered_by"]["other"] == {"mixture": 3}
+    assert len(found["routed"]["router"]) == 64
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,6 +120,29 @@ def hush_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def log_to_stderr(level: str) -> None:
+    """polymerge's own log lines, with their times."""
+    import logging
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level="WARNING")
+    logging.getLogger("polymerge").setLevel(level)
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """What is imported inside belongs to an extra.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    from ..errors import MissingExtraError
+
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f"{error.name} is not installed; pip install 'polymerge[{extra}]'") from None
 
 
 def hush_harness() -> None:
@@ -274,3 +297,25 @@ def progress_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]
             bar.update(task, completed=done, total=total)
 
         yield show
+
+
+def print_sweep(points: Sequence[Mapping[str, Any]], page: Path) -> None:
+    """A sweep's points, those on the front in bold."""
+    table = Table(title="KL to the original experts on held-out prompts (nats a token)")
+    for column in ("code", "rate", "bundle", "of one model", "residuals", "KL", "top-1", "merge"):
+        table.add_column(column, justify="left" if column == "code" else "right")
+    for point in points:
+        table.add_row(
+            point["code"],
+            f"{point['compress_rate']:g}",
+            size(point["total_bytes"]),
+            f"{point['share_of_one_model']:.2f}",
+            size(point["residual_bytes"]),
+            f"{point['kl']:.2g}",
+            f"{point['top1']:.2%}",
+            duration(point["seconds"]),
+            style="bold" if point["on_front"] else None,
+        )
+    out.print(table)
+    out.print("bold: no other point is smaller and nearer")
+    out.print(f"report: {page}", markup=False, soft_wrap=True)

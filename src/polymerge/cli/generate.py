@@ -24,6 +24,17 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Use the chat template, if there is one.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...; by default the GPU where there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when done.")] = False,
+    staged: Annotated[bool, typer.Option("--staged", help="Let a thinker reason first, as the policy says.")] = False,
+    show_thoughts: Annotated[bool, typer.Option("--show-thoughts", help="Print the thought as well.")] = False,
+    choice: Annotated[list[str] | None, typer.Option(help="With --staged: one of the answers to choose from.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="With --staged: take thinker and stages from it.")] = None,
+    thinker: Annotated[str | None, typer.Option(help="With --staged: a source or the URL of an endpoint.")] = None,
+    endpoint_model: Annotated[str | None, typer.Option("--model", help="The endpoint's name for the model.")] = None,
+    key_env: Annotated[str | None, typer.Option(help="Environment variable with the endpoint's key.")] = None,
+    policy: Annotated[str | None, typer.Option(help="With --staged: always, never or auto.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="With --staged: v1 or v2.")] = None,
+    thought_tokens: Annotated[int | None, typer.Option(help="With --staged: at most so many a thought.")] = None,
+    low_memory: Annotated[bool, typer.Option("--low-memory", help="Unload the thinker before the answer.")] = False,
 ) -> None:
     """Answer a prompt with one expert (or the average), streamed to the terminal."""
     import torch
@@ -31,9 +42,22 @@ def generate(
     from transformers import TextStreamer
 
     from ..model import load_model
+    from .answering import answer_staged, refuse_without_staged
     from .console import err, hush_libraries, print_json
 
     hush_libraries()
+    if staged:
+        answer_staged(
+            bundle, prompt, choices=choice or [], max_new_tokens=max_new_tokens, temperature=temperature,
+            low_memory=low_memory, show_thoughts=show_thoughts, as_json=as_json, recipe=recipe, thinker=thinker,
+            model=endpoint_model, key_env=key_env, expert=expert, device=device, chat=chat, use=policy, prompts=prompts,
+            thought_tokens=thought_tokens,
+        )  # fmt: skip
+        return
+    refuse_without_staged(
+        show_thoughts=show_thoughts, choice=choice, recipe=recipe, thinker=thinker, model=endpoint_model,
+        key_env=key_env, policy=policy, prompts=prompts, thought_tokens=thought_tokens, low_memory=low_memory,
+    )  # fmt: skip
     model = load_model(bundle, device=device)
     chosen: RowExpert = expert
     if expert == "auto":

@@ -34,7 +34,7 @@ def inspect(
     )
     out.print(
         f"compressed   rate {found.compress_rate:g}, rank {found.rank_range[0]} to {found.rank_range[1]}, "
-        f"scale {found.scale}"
+        f"code {found.code}, scale {found.scale}"
     )
     out.print(f"tensors      {found.tensors}; linear: " + ", ".join(f"{n} {kind}" for kind, n in found.storage.items()))
     kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in found.energy_by_kind.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -12,6 +13,7 @@ from .. import __version__
 from ..errors import PolymergeError
 from .add import add
 from .assess import assess
+from .compete import compete
 from .demo import demo
 from .eval import eval
 from .export import export
@@ -22,6 +24,9 @@ from .plan import plan
 from .remove import remove
 from .route import route
 from .router import router
+from .serve import serve
+from .stages import stages
+from .sweep import sweep
 from .verify import verify
 
 app = typer.Typer(
@@ -31,9 +36,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (demo, assess, plan, merge, inspect, verify, generate, route, eval, add, remove, export):
-    app.command()(verb)
-app.add_typer(router, name="router")
+VERBS: dict[str, list[Callable[..., None]]] = {
+    "The bundle": [demo, plan, merge, inspect, verify, add, remove, export],
+    "Answers": [generate, route, stages, serve],
+    "Measuring": [assess, eval, compete, sweep],
+}
+for panel, verbs in VERBS.items():
+    for verb in verbs:
+        app.command(rich_help_panel=panel)(verb)
+app.add_typer(router, name="router", rich_help_panel="Answers")
 
 
 def _version(asked: bool) -> None:

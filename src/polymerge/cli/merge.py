@@ -21,6 +21,7 @@ def merge(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")],
     compress_rate: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
+    code: Annotated[str | None, typer.Option(help="Instead of the recipe's: factors, int8, int4.")] = None,
     workers: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
     device: Annotated[str | None, typer.Option(help="Instead of the recipe's: auto, cpu, cuda, cuda:1 ...")] = None,
     executor: Annotated[Where, typer.Option(help="This process, or the machines of a Ray cluster.")] = Where.threads,
@@ -43,7 +44,7 @@ def merge(
 
     if address is not None and executor is not Where.ray:
         raise typer.BadParameter("--address belongs to --executor ray")
-    changed: dict[str, Any] = {"compress_rate": compress_rate, "workers": workers, "device": device}
+    changed: dict[str, Any] = {"compress_rate": compress_rate, "code": code, "workers": workers, "device": device}
     changed = {key: value for key, value in changed.items() if value is not None}
     parsed = load_recipe(recipe)
     plan = plan_merge(load_recipe({**parsed.model_dump(), **changed}) if changed else parsed)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from ..footprint import Footprint
 
 
 def plan(
@@ -13,11 +16,14 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what a merge will write, read and need in memory, without reading a weight."""
+    from ..footprint import footprint
     from ..plan import plan_merge
     from ..recipe import load_recipe
     from .console import out, print_json, size
 
-    summary = plan_merge(load_recipe(recipe)).summary()
+    planned = plan_merge(load_recipe(recipe), weights=False)
+    needs = footprint(planned)
+    summary = planned.summary() | {"answering": needs.to_json()}
     if as_json:
         print_json(summary)
         return
@@ -39,10 +45,25 @@ def plan(
         f"({written / separate:.0%} of {size(separate)} apart)"
     )
     out.print(f"  average    {size(summary['base_bytes'])}")
-    out.print(f"  an expert  {size(summary['residual_bytes_per_expert'])} of residuals", end="")
+    out.print(f"  an expert  {size(summary['residual_bytes_per_expert'])} of residuals ({summary['code']})", end="")
     out.print(f", {size(summary['own_bytes_per_expert'])} of its own tensors (embeddings, norms ...)")
     out.print(f"disk         {size(2 * written)} while it runs")
     out.print(f"reads        {size(summary['read_bytes'])}")
     out.print(f"memory       about {size(summary['memory_bytes'])} beside the program itself")
+    _print_footprint(needs)
     for note in summary["notes"]:
         out.print(f"note: {note}", markup=False)
+
+
+def _print_footprint(needs: Footprint) -> None:
+    """What answering needs in memory, part by part, against the limit."""
+    from .console import out, size
+
+    out.print(f"answering    about {size(needs.total)} in memory, activations apart", end="")
+    if needs.limit is not None:
+        out.print(f", of {size(needs.limit)}: {'it fits' if needs.fits else '[red]it does not fit[/]'}", end="")
+    out.print()
+    out.print(f"  bundle     {size(needs.bundle)}, cache {size(needs.bundle_cache)} ({needs.bundle_tokens} tokens)")
+    if needs.thinker:
+        cache = f"cache {size(needs.thinker_cache)} ({needs.thinker_tokens} tokens)"
+        out.print(f"  thinker    {size(needs.thinker)}, {cache}")

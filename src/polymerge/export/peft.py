@@ -5,13 +5,24 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from .. import assemble
 from ..bundle import ADAPTER_FILE, Bundle
 from ..checkpoint import read_json
 from ..errors import ModelError
-from ..staging import check_free_space, disk_errors, write_bytes, write_json
+from ..staging import (
+    DTYPE_NAMES,
+    Piece,
+    check_free_space,
+    disk_errors,
+    raw_bytes,
+    write_bytes,
+    write_json,
+    write_safetensors,
+)
 from .place import fresh, publish
 
 
@@ -33,12 +44,14 @@ class PeftExport:
 
 
 def export_peft(bundle: Bundle | str | Path, expert: str, output: str | Path, *, overwrite: bool = False) -> PeftExport:
-    """Writes an expert's adapter for plain PEFT over the bundle's average, and measures what dropping rho costs."""
+    """Writes an expert's adapter for plain PEFT over the bundle's average, and measures what dropping rho costs.
+
+    Factors that have a code are decoded, in the bundle's dtype, an expert's at once.
+    """
     bundle, output = Bundle.open(bundle), Path(output).expanduser()
-    folder = bundle.expert_folder(expert)
-    check_free_space(output.parent, (folder / ADAPTER_FILE).stat().st_size)
+    bundle.expert_folder(expert)
     staged = fresh(output, overwrite=overwrite)
-    config = read_json(folder / "adapter_config.json")
+    config = _write_adapter(bundle, expert, staged)
     if config["peft_type"] != "LORA":
         shutil.rmtree(staged)
         raise ModelError(
@@ -47,13 +60,33 @@ def export_peft(bundle: Bundle | str | Path, expert: str, output: str | Path, *,
         )
     config["base_model_name_or_path"] = str(bundle.path.resolve())
     write_json(staged / "adapter_config.json", config)
-    with disk_errors(output.parent):
-        shutil.copyfile(folder / ADAPTER_FILE, staged / ADAPTER_FILE)
     for file in sorted(bundle.path.glob("token*.json")):
         write_bytes(staged / file.name, file.read_bytes())
     error, worst = _cost_of_dropping_ratios(bundle, expert)
     lost = max((s["relative_error"] for s in bundle.stats() if s["expert"] == expert), default=0.0)
     return PeftExport(publish(staged, output), error, worst, lost)
+
+
+def _write_adapter(bundle: Bundle, expert: str, staged: Path) -> dict[str, Any]:
+    """The adapter's weights as PEFT reads them. Returns its configuration."""
+    file = bundle.expert_file(expert)
+    if bundle.code.name == "factors":
+        check_free_space(staged, file.stat().st_size)
+        with disk_errors(staged):
+            shutil.copyfile(file, staged / ADAPTER_FILE)
+        return read_json(file.with_name("adapter_config.json"))
+    tensors = bundle.adapter(expert)
+    pieces = [
+        Piece(expert, key, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes, file=key)
+        for key, tensor in tensors.items()
+    ]
+    layers, tied = list(bundle.layers.values()), bundle.manifest.tied_embedding
+    config, pieces = assemble.peft_adapter(expert, pieces, layers, tied_embedding=tied)
+    check_free_space(staged, sum(piece.bytes for piece in pieces))
+    entries = [(piece.key, piece.dtype, piece.shape, piece.bytes) for piece in pieces]
+    contents = (bytes(raw_bytes(tensors[p.file])) if p.file else bytes(p.bytes) for p in pieces)
+    write_safetensors(staged / ADAPTER_FILE, entries, contents)
+    return config
 
 
 def _cost_of_dropping_ratios(bundle: Bundle, expert: str) -> tuple[float, str | None]:

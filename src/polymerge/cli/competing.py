@@ -1,0 +1,42 @@
+"""How `polymerge compete` tells of a run: its progress and its summary."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .console import duration, err, out, size
+
+if TYPE_CHECKING:
+    from ..compete.clock import OnProgress, Progress
+    from ..compete.run import Summary
+
+
+def compete_progress(quiet: bool) -> OnProgress | None:
+    """A line for every piece of a competition's run, with the time left of the work and of the limit."""
+    if quiet:
+        return None
+    end = "\r" if err.is_terminal else "\n"
+
+    def show(step: Progress) -> None:
+        memory = f", peak memory {size(step.peak_memory)}"
+        memory += f" of {size(step.memory_limit)}" if step.memory_limit else ""
+        limit = f"{duration(max(0.0, step.time_limit - step.seconds))} of the limit"
+        line = f"{step.phase}: {step.done} of {step.total} rows, {duration(step.seconds_left)} left, {limit}{memory}"
+        err.print(line.ljust(100), end="\n" if step.done == step.total else end, soft_wrap=True)
+
+    return show
+
+
+def print_summary(found: Summary) -> None:
+    """What a competition's run did."""
+    late = " [red](over the limit)[/]" if found.seconds > found.time_limit else ""
+    out.print(f"{found.rows} rows in {duration(found.seconds)} of {duration(found.time_limit)}{late}, ", end="")
+    out.print(f"peak memory {size(found.peak_memory)}")
+    out.print(f"experts: {', '.join(f'{name} {rows}' for name, rows in found.experts.items()) or 'none'}", markup=False)
+    out.print(f"staged: {found.staged} rows", markup=False)
+    for reason, rows in found.direct.items():
+        out.print(f"direct: {rows} rows: {reason}", markup=False, soft_wrap=True)
+    for name, value in found.scores.items():
+        out.print(f"{name}: {value:.4f}")
+    for line in found.skipped:
+        err.print(f"skipped: {line}", markup=False, soft_wrap=True)

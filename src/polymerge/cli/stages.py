@@ -1,0 +1,54 @@
+"""`polymerge stages`: where does thinking help?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def stages(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    data: Annotated[list[str], typer.Argument(help="FIELD=FILE: validation rows as JSON lines (prompt, answer).")],
+    recipe: Annotated[Path | None, typer.Option(help="Take thinker and stages from this recipe.")] = None,
+    thinker: Annotated[str | None, typer.Option(help="A source or the URL of an endpoint.")] = None,
+    model: Annotated[str | None, typer.Option(help="The endpoint's name for the model.")] = None,
+    key_env: Annotated[str | None, typer.Option(help="Environment variable with the endpoint's key.")] = None,
+    thought_tokens: Annotated[int | None, typer.Option(help="At most so many a thought.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first rows of every field.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Of an answer in free text.")] = 64,
+    chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Use the chat template, if there is one.")] = True,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ...; by default the GPU where there is one.")] = None,
+    save: Annotated[bool, typer.Option("--save/--no-save", help="Note it in the bundle, for the policy auto.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Measure on validation data where a thinker helps: direct answers against both versions of the prompts."""
+    from ..errors import PolymergeError
+    from ..staged.evidence import FILE
+    from ..staged.opening import open_pipeline
+    from ..staged.validation import read_samples, validate
+    from ..staging import write_bytes
+    from .answering import print_evidence
+    from .console import err, hush_libraries, print_json
+
+    hush_libraries()
+    wrong = next((pair for pair in data if "=" not in pair), None)
+    if wrong is not None:
+        raise PolymergeError(f"{wrong}: write FIELD=FILE")
+    pairs = dict(pair.split("=", 1) for pair in data)
+    fields = {f: read_samples(file, limit=limit, max_new_tokens=max_new_tokens) for f, file in pairs.items()}
+    pipeline = open_pipeline(
+        bundle, recipe=recipe, thinker=thinker, model=model, key_env=key_env, device=device, expert="average",
+        thought_tokens=thought_tokens,
+    )  # fmt: skip
+    assert pipeline.thinker  # open_pipeline gives one unless told otherwise
+    say = None if quiet else lambda field, way, rows: err.print(f"{field}: {way}, {rows} rows", soft_wrap=True)
+    found = validate(pipeline.engine, pipeline.thinker, fields, settings=pipeline.settings, chat=chat, progress=say)
+    if save:
+        write_bytes(bundle / FILE, found.to_bytes())
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+    else:
+        print_evidence(found)

@@ -1,0 +1,47 @@
+"""`polymerge sweep`: which rate and code give how much for how many bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def sweep(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    prompts: Annotated[list[str], typer.Option(help="NAME=FILE.jsonl for every expert: rows of prompt and answer.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="For sweep.json and sweep.html.")] = Path("sweep"),
+    rates: Annotated[str, typer.Option(help="Compress rates, separated by commas.")] = "0.9,0.95,0.98",
+    codes: Annotated[str, typer.Option(help="Codes, separated by commas.")] = "factors,int8,int4",
+    limit: Annotated[int, typer.Option(min=1, help="Rows of each file that are used.")] = 32,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Merge at every rate with every code and measure each bundle against the original experts."""
+    from ..report.blocks import plotly
+    from ..report.sweep import write_sweep
+    from ..sweep import read_examples, to_json
+    from ..sweep import sweep as run
+    from .console import err, hush_libraries, print_json, print_sweep
+    from .verify import named_sources
+
+    hush_libraries()
+    plotly()  # missing, it should be missed now and not after the work
+    try:
+        numbers = [float(rate) for rate in rates.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--rates {rates!r} are not numbers separated by commas") from None
+    examples = {name: read_examples(file, limit) for name, file in named_sources(prompts).items()}
+
+    def say(text: str) -> None:
+        if not (quiet or as_json):
+            err.print(text, markup=False)
+
+    points = run(recipe, examples, output, rates=numbers, codes=codes.split(","), progress=say)
+    found = [to_json(point, points) for point in points]
+    page = write_sweep(found, output / "sweep.html", footer=f"polymerge sweep {recipe}")
+    if as_json:
+        print_json({"points": found, "report": str(page)})
+    else:
+        print_sweep(found, page)

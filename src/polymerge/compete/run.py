@@ -1,0 +1,304 @@
+"""The run: a file in, a submission out, against the clock.
+
+All thoughts come first, then all answers, in pieces of like rows (route, kind, length). Every finished piece is in the
+journal, and the pieces do not depend on where a run was stopped: killed and started again, it ends in the same bytes.
+When time or memory runs short, what is left is answered directly, which is cheap, rather than lost.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .. import __version__
+from ..errors import OutputExistsError, PolymergeError
+from ..staged.formatter import Question
+from ..staged.pipeline import Pipeline, Response, Step
+from ..staged.thinker import Thought
+from ..staging import write_bytes
+from .clock import TIME_LIMIT, Clock, OnProgress, Progress, cost_of, peak_bytes
+from .journal import Journal
+from .scoring import check_scorable, score
+from .table import BadRow, Row, Table, read_table, submission
+
+OnError = Literal["fail", "skip"]
+PIECE = 32  # rows between two notes in the journal
+THOUGHT_SHARE = 0.5  # of the time limit; what is thought of by then is used, the rest is answered directly
+MAX_NEW_TOKENS = 64  # the kit's
+SHORT_OF_TIME, SHORT_OF_MEMORY = "time ran short", "memory ran short"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did.
+
+    Attributes:
+        skipped: the bad rows, as lines of text; their prediction is empty.
+        staged: rows whose answer has a thought behind it.
+        direct: reason -> rows that were answered directly.
+        experts: expert -> rows.
+        scores: where the input has targets.
+    """
+
+    rows: int
+    skipped: list[str]
+    staged: int
+    direct: dict[str, int]
+    experts: dict[str, int]
+    seconds: float
+    time_limit: float
+    peak_memory: int
+    scores: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compete(
+    pipeline: Pipeline,
+    source: str | Path,
+    output: str | Path,
+    *,
+    limit: int | None = None,
+    time_limit: float = TIME_LIMIT,
+    memory_limit: int | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    on_error: OnError = "fail",
+    overwrite: bool = False,
+    progress: OnProgress | None = None,
+) -> Summary:
+    """Answers a file of the competition and writes the submission.
+
+    Args:
+        pipeline: with `chat=False` its direct answers are those of the kit: bare prompts, summed log-likelihoods.
+        limit: only the first rows.
+        time_limit: seconds; also those of a run that was killed count.
+        memory_limit: bytes; over it the thinker is unloaded and the rest answered directly.
+        max_new_tokens: of a generated answer.
+        on_error: `fail` refuses a file with bad rows before any work, `skip` leaves their prediction empty.
+        overwrite: replace an earlier submission.
+
+    Raises:
+        PolymergeError: a file that cannot be read, or, with `fail`, has bad rows. OutputExistsError.
+    """
+    output = Path(output)
+    if output.exists() and not overwrite:
+        raise OutputExistsError(f"{output}: exists; give --overwrite to replace it, or another --output")
+    table = read_table(source, limit=limit)
+    if table.bad and on_error == "fail":
+        more = f" and {len(table.bad) - 1} more" if len(table.bad) > 1 else ""
+        raise PolymergeError(f"{source}, {table.bad[0]}{more}; give --on-error skip to go on without")
+    check_scorable(table.good)
+    questions = [Question(row.text, row.choices, max_new_tokens) for row in table.good]
+    journal = Journal(output, _identity(pipeline, table, limit, max_new_tokens, on_error), overwrite=overwrite)
+    run = _Run(pipeline, questions, journal, time_limit, memory_limit, on_error, progress)
+    answers = run.answers()
+    summary = _summary(table, answers, run)
+    write_bytes(output, submission(_predictions(table, answers)))
+    journal.remove()
+    return summary
+
+
+class _Run:
+    """One run's state: what is known of every row so far."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        questions: Sequence[Question],
+        journal: Journal,
+        time_limit: float,
+        memory_limit: int | None,
+        on_error: OnError,
+        progress: OnProgress | None,
+    ) -> None:
+        self.pipeline, self.questions, self.journal = pipeline, questions, journal
+        self.memory_limit, self.on_error, self.progress = memory_limit, on_error, progress
+        used = max((entry["seconds"] for entry in journal.lines), default=0.0)
+        self.clock = Clock(time_limit, used)
+
+    def answers(self) -> list[dict[str, Any]]:
+        """One note a question: prediction, stage, reason and expert."""
+        steps = self._steps()
+        pieces = _pieces(steps)
+        thoughts = self._think(steps, pieces)
+        if self.pipeline.thinker:  # its memory is of more use to the answers
+            self.pipeline.thinker.unload()
+        return self._answer(steps, pieces, thoughts)
+
+    def _done(self, kind: str) -> dict[int, Any]:
+        return {entry["piece"]: entry[kind] for entry in self.journal.lines if kind in entry}
+
+    def _note(self, kind: str, piece: int, value: Any) -> None:
+        self.journal.add({"piece": piece, kind: value, "seconds": round(self.clock.seconds, 3)})
+
+    def _steps(self) -> list[Step]:
+        done, steps = self._done("steps"), list[Step]()
+        for number, start in enumerate(range(0, len(self.questions), PIECE)):
+            questions = self.questions[start : start + PIECE]
+            if number not in done:
+                found = self.pipeline.steps(questions)
+                done[number] = [[step.expert, step.field, step.version, step.reason] for step in found]
+                self._note("steps", number, done[number])
+                done_rows, all_rows = start + len(questions), len(self.questions)
+                self._show("routing", done_rows, all_rows, 0.0 if done_rows == all_rows else None)
+            for question, (expert, area, version, reason) in zip(questions, done[number], strict=True):
+                steps.append(Step(question, expert, area, None, version, reason))
+        return steps
+
+    def _think(self, steps: Sequence[Step], pieces: Sequence[Sequence[int]]) -> list[Thought | None]:
+        thoughts: list[Thought | None] = [None] * len(steps)
+        wanted = [number for number, piece in enumerate(pieces) if any(steps[row].version for row in piece)]
+        done, began, deadline = self._done("thoughts"), time.monotonic(), self._deadline()
+        total, finished, resumed = sum(len(pieces[n]) for n in wanted), 0, 0
+        for number in wanted:
+            rows = pieces[number]
+            if number in done:
+                found = [Thought(**thought) if thought else None for thought in done[number]]
+                resumed += len(rows)
+            else:
+                found = self._thoughts([steps[row] for row in rows], deadline)
+                self._note("thoughts", number, [asdict(thought) if thought else None for thought in found])
+            finished += len(rows)
+            for row, thought in zip(rows, found, strict=True):
+                thoughts[row] = thought
+            rate = (time.monotonic() - began) / max(1, finished - resumed)
+            self._show("thinking", finished, total, rate * (total - finished))
+        return thoughts
+
+    def _thoughts(self, steps: Sequence[Step], deadline: float) -> list[Thought | None]:
+        if self._short_of_memory() and self.pipeline.thinker:
+            self.pipeline.thinker.unload()
+            return [Thought("", finish="failed", error=SHORT_OF_MEMORY) if step.version else None for step in steps]
+        return self.pipeline.think(steps, deadline=deadline)
+
+    def _deadline(self) -> float:
+        own = self.pipeline.settings.thought_seconds or float("inf")
+        return time.monotonic() + min(self.clock.limit * THOUGHT_SHARE, own) - self.clock.seconds
+
+    def _answer(
+        self, steps: Sequence[Step], pieces: Sequence[Sequence[int]], thoughts: Sequence[Thought | None]
+    ) -> list[dict[str, Any]]:
+        notes: dict[int, dict[str, Any]] = {}
+        done, finished = self._done("answers"), 0
+        costs = [cost_of(step.question, None) for step in steps]
+        left = sum(costs)
+        for number, rows in enumerate(pieces):
+            left -= sum(costs[row] for row in rows)
+            if number not in done:
+                done[number] = self._piece([steps[row] for row in rows], [thoughts[row] for row in rows], left)
+                self._note("answers", number, done[number])
+            notes |= dict(zip(rows, done[number], strict=True))
+            finished += len(rows)
+            self._show("answering", finished, len(steps), self.clock.needs(left))
+        return [notes[row] for row in range(len(steps))]
+
+    def _piece(self, steps: Sequence[Step], thoughts: Sequence[Thought | None], left: float) -> list[dict[str, Any]]:
+        cost = sum(cost_of(s.question, t) for s, t in zip(steps, thoughts, strict=True))
+        if not self.clock.allows(cost + left):
+            steps = [step.direct(SHORT_OF_TIME) if step.version else step for step in steps]
+            cost = sum(cost_of(step.question, None) for step in steps)
+        began = time.monotonic()
+        found = self._respond(steps, thoughts)
+        self.clock.note(cost, time.monotonic() - began)
+        return found
+
+    def _respond(self, steps: Sequence[Step], thoughts: Sequence[Thought | None]) -> list[dict[str, Any]]:
+        """A piece that fails is tried row by row, so that one row cannot take the others with it."""
+        try:
+            return [_noted(response) for response in self.pipeline.answer(steps, thoughts)]
+        except PolymergeError as error:
+            if self.on_error == "fail":
+                raise
+            if len(steps) == 1:
+                return [{"failed": str(error), "text": "", "index": None}]
+        pairs = zip(steps, thoughts, strict=True)
+        return [note for step, thought in pairs for note in self._respond([step], [thought])]
+
+    def _short_of_memory(self) -> bool:
+        return self.memory_limit is not None and peak_bytes() > self.memory_limit
+
+    def _show(self, phase: Any, done: int, total: int, left: float | None) -> None:
+        if self.progress:
+            clock = self.clock
+            self.progress(
+                Progress(phase, done, total, clock.seconds, left, clock.limit, peak_bytes(), self.memory_limit)
+            )
+
+
+def _identity(pipeline: Pipeline, table: Table, limit: int | None, tokens: int, on_error: str) -> dict[str, Any]:
+    found = {
+        "polymerge": __version__,
+        "input": table.sha256,
+        "limit": limit,
+        "max_new_tokens": tokens,
+        "on_error": on_error,
+        "pipeline": pipeline.identity(),
+        "seconds": 0.0,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
+
+
+def _pieces(steps: Sequence[Step]) -> list[list[int]]:
+    """Rows of like route, kind and length, the longest first; a piece never holds two routes or kinds."""
+    groups: dict[tuple[str, bool], list[int]] = {}
+    for row, step in enumerate(steps):
+        groups.setdefault((json.dumps(step.expert, sort_keys=True), bool(step.question.choices)), []).append(row)
+    pieces = []
+    for _, rows in sorted(groups.items()):
+        rows.sort(key=lambda row: (-len(steps[row].question.text), row))
+        pieces += [rows[start : start + PIECE] for start in range(0, len(rows), PIECE)]
+    return pieces
+
+
+def _noted(response: Response) -> dict[str, Any]:
+    return {
+        "text": response.text,
+        "index": response.index,
+        "stage": response.stage,
+        "reason": response.reason,
+        "expert": response.expert,
+    }
+
+
+def _predictions(table: Table, answers: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    found = iter(answers)
+    return [(row.id, "" if isinstance(row, BadRow) else _prediction(next(found))) for row in table.rows]
+
+
+def _prediction(answer: dict[str, Any]) -> str:
+    return str(answer["text"] if answer["index"] is None else answer["index"])
+
+
+def _summary(table: Table, answers: Sequence[dict[str, Any]], run: _Run) -> Summary:
+    whole = [(row, answer) for row, answer in zip(table.good, answers, strict=True) if "failed" not in answer]
+    skipped = [str(row) for row in table.bad]
+    skipped += [
+        str(BadRow(row.line, row.id, answer["failed"]))
+        for row, answer in zip(table.good, answers, strict=True)
+        if "failed" in answer
+    ]
+    rows: list[Row] = [row for row, _ in whole]
+    reasons = Counter(answer["reason"] for _, answer in whole if answer["stage"] == "direct")
+    experts = Counter(_name(answer["expert"]) for _, answer in whole)
+    return Summary(
+        rows=len(table.rows),
+        skipped=skipped,
+        staged=sum(answer["stage"] == "staged" for _, answer in whole),
+        direct=dict(reasons.most_common()),
+        experts=dict(experts.most_common()),
+        seconds=run.clock.seconds,
+        time_limit=run.clock.limit,
+        peak_memory=peak_bytes(),
+        scores=score(rows, [_prediction(answer) for _, answer in whole]),
+    )
+
+
+def _name(expert: Any) -> str:
+    return expert if isinstance(expert, str) else "average" if expert is None else json.dumps(expert, sort_keys=True)

