@@ -5,6 +5,9 @@ PolymergeError                  a user's mistake or bad input; the command line 
 ├── SourceError                 a checkpoint: missing, truncated, hostile, not finite, other architecture
 ├── BundleError                 a bundle: missing or changed files, wrong format version
 ├── ModelError                  a request to a loaded bundle: unknown expert, wrong batch length
+├── EngineBusyError             a running engine whose queue is full; the request may come again later
+├── EngineDownError             a running engine that restarts or has stopped
+├── DeadlineError               an answer that was not whole in time
 ├── OutputExistsError           the output is already there
 ├── DiskSpaceError              too little room for what would be written
 └── MissingExtraError           an optional dependency that is not installed
@@ -34,6 +37,18 @@ class BundleError(PolymergeError):
 
 class ModelError(PolymergeError):
     """A loaded bundle was asked for something that it does not hold."""
+
+
+class EngineBusyError(PolymergeError):
+    """The engine's queue is full. The same request may be taken later."""
+
+
+class EngineDownError(PolymergeError):
+    """The engine is restarting or has stopped."""
+
+
+class DeadlineError(PolymergeError):
+    """The answer was not whole within the time that it was given."""
 
 
 class OutputExistsError(PolymergeError):

@@ -117,6 +117,29 @@ def hush_libraries() -> None:
     logging.disable_progress_bar()
 
 
+def log_to_stderr(level: str) -> None:
+    """polymerge's own log lines, with their times."""
+    import logging
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level="WARNING")
+    logging.getLogger("polymerge").setLevel(level)
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """What is imported inside belongs to an extra.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    from ..errors import MissingExtraError
+
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f"{error.name} is not installed; pip install 'polymerge[{extra}]'") from None
+
+
 @contextmanager
 def demo_listeners(quiet: bool) -> Iterator[Listeners]:
     """A demo's progress: its steps as lines, training and merging as bars."""

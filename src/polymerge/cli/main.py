@@ -18,6 +18,7 @@ from .inspect import inspect
 from .merge import merge
 from .plan import plan
 from .remove import remove
+from .serve import serve
 from .verify import verify
 
 app = typer.Typer(
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (demo, plan, merge, inspect, verify, generate, add, remove, export):
+for verb in (demo, plan, merge, inspect, verify, generate, add, remove, export, serve):
     app.command()(verb)
 
 

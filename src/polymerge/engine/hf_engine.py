@@ -43,7 +43,8 @@ class HFEngine:
         self.model, self.tokenizer, self.fingerprint = model, tokenizer, fingerprint
         self.batch_tokens = batch_tokens
         self._mixed = isinstance(model, MixedModel)
-        self._hf: Any = model.hf if self._mixed else model
+        self.hf: Any = model.hf if self._mixed else model
+        self._vocabulary = int(self.hf.config.get_text_config().vocab_size)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle | str | Path, *, batch_tokens: int = BATCH_TOKENS, **load: Any) -> HFEngine:
@@ -91,13 +92,13 @@ class HFEngine:
     @property
     def max_length(self) -> int:
         """The context, in tokens."""
-        text_config = self._hf.config.get_text_config()
+        text_config = self.hf.config.get_text_config()
         return int(getattr(text_config, "max_position_embeddings", 0) or self.tokenizer.model_max_length)
 
     @property
     def device(self) -> torch.device:
         """Where the model lies."""
-        return torch.device(self._hf.device)
+        return torch.device(self.hf.device)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text."""
@@ -105,8 +106,13 @@ class HFEngine:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        """The text of token ids, without special tokens. Raises ModelError for ids outside the vocabulary."""
+        text: str = self.tokenizer.decode(self.checked(ids), skip_special_tokens=True)
+        return text
+
+    def token_text(self, token: int) -> str:
+        """One token alone, special tokens too; it may be a part of a character."""
+        text: str = self.tokenizer.decode([token], skip_special_tokens=False)
         return text
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -170,11 +176,18 @@ class HFEngine:
             return self._embed_batch(rows, layers, pooling)
 
         found = self._in_batches(encoded, [len(ids) for ids in encoded], batch)
-        width = self._hf.config.get_text_config().hidden_size
+        width = self.hf.config.get_text_config().hidden_size
         return np.stack(found) if found else np.zeros((0, len(layers), width), dtype=np.float32)
 
     def _ids(self, prompt: Prompt) -> list[int]:
-        return self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return self.encode(prompt) if isinstance(prompt, str) else self.checked(prompt)
+
+    def checked(self, ids: Sequence[int]) -> list[int]:
+        """Token ids as they are. Raises ModelError for one outside the vocabulary."""
+        if ids and not (min(ids) >= 0 and max(ids) < self._vocabulary):
+            wrong = next(token for token in ids if not 0 <= token < self._vocabulary)
+            raise ModelError(f"token {wrong}: the vocabulary ends at {self._vocabulary - 1}")
+        return list(ids)
 
     def _pair(self, request: ScoreRequest) -> tuple[list[int], list[int]]:
         context = self._ids(request.context)
@@ -199,7 +212,8 @@ class HFEngine:
         elif expert not in (None, "average"):
             raise ModelError(f"a plain model has no experts; the request asks for {expert!r}")
 
-    def _assigned(self, experts: Any, rows: int) -> AbstractContextManager[None]:
+    def assigned(self, experts: Any, rows: int) -> AbstractContextManager[None]:
+        """Everything that runs inside uses these experts, one a row. Raises ModelError as `generate` does."""
         return self.model.assigned(experts, rows) if self._mixed else nullcontext()
 
     def _in_batches(
@@ -213,7 +227,7 @@ class HFEngine:
                 results[number] = result
         return results  # type: ignore[return-value]
 
-    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """ids and attention mask [B, T], padded on the left."""
         width = max(len(row) for row in rows)
         ids = torch.full((len(rows), width), int(self.tokenizer.pad_token_id))
@@ -226,7 +240,7 @@ class HFEngine:
     @torch.inference_mode()
     def _generate_batch(self, rows: Sequence[tuple[GenerateRequest, list[int]]]) -> list[Generation]:
         requests = [request for request, _ in rows]
-        ids, mask = self._padded([own for _, own in rows])
+        ids, mask = self.padded([own for _, own in rows])
         first, width = requests[0], ids.shape[1]
         options: dict[str, Any] = {"do_sample": False}
         if first.temperature > 0:
@@ -251,7 +265,7 @@ class HFEngine:
         ]
 
     def _generation(self, request: GenerateRequest, prompt_tokens: int, new: list[int]) -> Generation:
-        ends = self._end_tokens()
+        ends = self.end_tokens()
         new = new[: request.max_new_tokens]
         end = next((place for place, token in enumerate(new) if token in ends), None)
         kept = new if end is None else new[:end]
@@ -260,21 +274,22 @@ class HFEngine:
         tokens = len(kept) + (end is not None)
         return Generation(text, prompt_tokens, tokens, "stop" if finished else "length")
 
-    def _end_tokens(self) -> set[int]:
-        ends = self._hf.generation_config.eos_token_id
+    def end_tokens(self) -> set[int]:
+        """Tokens after which an answer is over."""
+        ends = self.hf.generation_config.eos_token_id
         listed = ends if isinstance(ends, list) else [ends]
         return {int(token) for token in (*listed, self.tokenizer.eos_token_id) if token is not None}
 
     @torch.inference_mode()
     def _score_batch(self, rows: Sequence[tuple[list[int], Any, list[list[int]]]]) -> list[list[Score]]:
         """Contexts once, then every continuation after its context's cache."""
-        ids, mask = self._padded([context for context, _, _ in rows])
+        ids, mask = self.padded([context for context, _, _ in rows])
         counts = [len(continuations) for _, _, continuations in rows]
-        with self._assigned([expert for _, expert, _ in rows], len(rows)):
-            read = self._hf(
+        with self.assigned([expert for _, expert, _ in rows], len(rows)):
+            read = self.hf(
                 input_ids=ids,
                 attention_mask=mask,
-                position_ids=_positions(mask),
+                position_ids=positions(mask),
                 use_cache=True,
                 logits_to_keep=1,
             )
@@ -299,11 +314,11 @@ class HFEngine:
         for number, row in enumerate(flat):
             ids[number, : len(row) - 1] = torch.tensor(row[:-1])
         whole = torch.cat([mask, torch.ones_like(ids).to(mask)], dim=1)
-        with self._assigned(experts, len(flat)):
-            logits: Tensor = self._hf(
+        with self.assigned(experts, len(flat)):
+            logits: Tensor = self.hf(
                 input_ids=ids.to(self.device),
                 attention_mask=whole,
-                position_ids=_positions(whole)[:, -width:],
+                position_ids=positions(whole)[:, -width:],
                 past_key_values=cache,
                 use_cache=True,
             ).logits
@@ -320,12 +335,12 @@ class HFEngine:
 
     @torch.inference_mode()
     def _embed_batch(self, rows: Sequence[list[int]], layers: Sequence[int], pooling: Pooling) -> list[FloatArray]:
-        ids, mask = self._padded(rows)
-        with self._assigned(None, len(rows)):
-            found = self._hf.base_model(
+        ids, mask = self.padded(rows)
+        with self.assigned(None, len(rows)):
+            found = self.hf.base_model(
                 input_ids=ids,
                 attention_mask=mask,
-                position_ids=_positions(mask),
+                position_ids=positions(mask),
                 use_cache=False,
                 output_hidden_states=True,
             )
@@ -338,7 +353,7 @@ class HFEngine:
         return list(pooled.cpu().numpy())
 
 
-def _positions(mask: Tensor) -> Tensor:
+def positions(mask: Tensor) -> Tensor:
     """Positions that padding on the left does not shift. [B, T]"""
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
 

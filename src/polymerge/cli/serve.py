@@ -1,0 +1,69 @@
+"""`polymerge serve`: the bundle behind the OpenAI API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Names = Annotated[list[str] | None, typer.Option(help="May be asked by this host name too; repeat for several.")]
+Origins = Annotated[list[str] | None, typer.Option(help="Let web pages of this origin ask; repeat for several.")]
+
+
+def serve(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    api_key_file: Annotated[Path | None, typer.Option(help="A file with a line KEY or NAME KEY for each key.")] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Listen to other machines without keys.")] = False,
+    rate_limit: Annotated[int | None, typer.Option(help="Requests a minute for each key.", min=1)] = None,
+    allow_host: Names = None,
+    cors_origin: Origins = None,
+    max_tokens: Annotated[int, typer.Option(help="Of one answer.", min=1)] = 2048,
+    max_body: Annotated[int, typer.Option(help="Bytes of one request.", min=1)] = 2**20,
+    max_rows: Annotated[int, typer.Option(help="Answers that are made at the same time.", min=1)] = 32,
+    max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more are refused (429).", min=1)] = 256,
+    cache_tokens: Annotated[int, typer.Option(help="Tokens in the caches of all answers.", min=1)] = 32768,
+    timeout: Annotated[float, typer.Option(help="Seconds for one answer.", min=0)] = 600.0,
+    drain: Annotated[float, typer.Option(help="Seconds to finish what runs when the server ends.", min=0)] = 60.0,
+    margin: Annotated[float, typer.Option(help="How much likelier a new field must be to change the expert.")] = 0.2,
+    probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Check every expert first.")] = True,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ...; by default the GPU where there is one.")] = None,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers to the log.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Log warnings only.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when the server listens.")] = False,
+) -> None:
+    """Serve a bundle: OpenAI's API, a playground at /, metrics. SIGTERM finishes what runs."""
+    from .console import err, hush_libraries, log_to_stderr, needs_extra, out, print_json
+
+    with needs_extra("serve"):
+        from ..serve.run import Running
+        from ..serve.run import serve as run
+        from ..serve.settings import ServeSettings, read_keys
+
+    hush_libraries()
+    log_to_stderr("WARNING" if quiet else "INFO")
+
+    def ready(running: Running) -> None:
+        if as_json:
+            print_json(running.to_json())
+        else:
+            out.print(f"{running.url}  models: {', '.join(running.models)}", markup=False, soft_wrap=True)
+
+    settings = ServeSettings(
+        keys=read_keys(api_key_file) if api_key_file else {},
+        requests_per_minute=rate_limit,
+        max_body_bytes=max_body,
+        max_tokens=max_tokens,
+        seconds=timeout,
+        margin=margin,
+        cors_origins=tuple(cors_origin or ()),
+        hosts=tuple(name.lower() for name in allow_host or ()),
+        log_prompts=log_prompts,
+    )  # fmt: skip
+    run(
+        bundle, host=host, port=port, settings=settings, everyone=open_, device=device, max_rows=max_rows,
+        max_waiting=max_waiting, cache_tokens=cache_tokens, probe=probe, drain=drain,
+        say=lambda text: None if quiet else err.print(text, markup=False), on_ready=ready,
+    )  # fmt: skip

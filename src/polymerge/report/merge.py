@@ -1,0 +1,169 @@
+"""The report's sections of the merge: sizes, experts, errors, energy and ranks.
+
+Knows how to draw them; every number comes from `polymerge.inspection`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from ..inspection import Inspection, layer_number, module_kind
+from .blocks import COLOURS, mean, plot, plotly, section, size, table
+
+
+def merge_sections(found: Inspection, stats: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every section of a merge; without statistics only the sizes and the experts."""
+    sections = [_sizes(found), _experts(found)]
+    if stats:
+        sections += [_errors(stats), _energy(stats), _ranks(stats), _worst(found)]
+    return sections
+
+
+def _sizes(found: Inspection) -> str:
+    go, _ = plotly()
+    residuals = sum(e.residual_bytes for e in found.experts)
+    own = sum(e.bytes for e in found.experts) - residuals
+    figure = go.Figure()
+    labels = ["separate models", "one model", "this bundle"]
+    one = found.base_bytes
+    parts = {
+        "whole models": [found.separate_bytes, one, 0],
+        "average": [0, 0, one],
+        "residuals": [0, 0, residuals],
+        "experts' own tensors": [0, 0, own],
+    }
+    for (part, values), colour in zip(parts.items(), ("#b9c2cf", *COLOURS), strict=False):
+        texts = [size(v) if v else "" for v in values]
+        figure.add_bar(
+            y=labels,
+            x=[v / 1e6 for v in values],
+            name=part,
+            orientation="h",
+            marker_color=colour,
+            customdata=texts,
+            hovertemplate="%{customdata}<extra>" + part + "</extra>",
+        )
+    figure.update_layout(barmode="stack", xaxis_title="MB", yaxis={"autorange": "reversed"})
+    return section(
+        "Size", "Bytes of weights on disk, which is also what a loaded bundle holds in memory.", plot(figure, 260)
+    )
+
+
+def _experts(found: Inspection) -> str:
+    head = (
+        "expert",
+        "size",
+        "own tensors",
+        "scale ratio",
+        "energy kept",
+        "error",
+        "error of the average alone",
+        "source",
+    )
+    rows = [
+        (
+            e.name,
+            size(e.bytes),
+            str(e.own_tensors),
+            f"1 ± {max(abs(ratio - 1) for ratio in e.scale_ratio_range):.1g}",
+            f"{e.energy_kept:.1%}",
+            f"{e.relative_error:.2g}",
+            f"{e.lost_by_averaging:.2g}",
+            e.source,
+        )
+        for e in found.experts
+    ]
+    text = "Errors are relative Frobenius norms over all compressed tensors of an expert."
+    return section("Experts", text, table(head, rows, last_is_source=True))
+
+
+def _errors(stats: Sequence[Mapping[str, Any]]) -> str:
+    """Per layer, what averaging loses and what is left after the residuals."""
+    go, _ = plotly()
+    figure = go.Figure()
+    experts = list(dict.fromkeys(line["expert"] for line in stats))
+    for expert, colour in zip(experts, COLOURS * len(experts), strict=False):
+        lines = [line for line in stats if line["expert"] == expert]
+        numbers = sorted({layer_number(line["module"]) for line in lines})
+        for key, dash, label in (("residual_norm", "dot", "average alone"), ("relative_error", "solid", "bundle")):
+            means = [mean([x[key] for x in lines if layer_number(x["module"]) == n]) for n in numbers]
+            figure.add_scatter(
+                x=numbers,
+                y=means,
+                name=f"{expert}, {label}",
+                mode="lines+markers",
+                line={"color": colour, "dash": dash},
+                marker={"size": 5},
+            )
+    figure.update_layout(xaxis_title="layer", yaxis_title="relative error", yaxis={"rangemode": "tozero"})
+    text = "Mean relative error of a layer's weights: dotted with nothing but the average, solid with the residual."
+    return section("Error by layer", text, plot(figure, 380))
+
+
+def _energy(stats: Sequence[Mapping[str, Any]]) -> str:
+    """A heatmap of layer by module kind for every expert."""
+    go, _ = plotly()
+    kinds = sorted({module_kind(line["module"]) for line in stats})
+    numbers = sorted({layer_number(line["module"]) for line in stats})
+    plots = []
+    for expert in dict.fromkeys(line["expert"] for line in stats):
+        cells: dict[tuple[str, int], list[float]] = {}
+        for line in (line for line in stats if line["expert"] == expert):
+            cells.setdefault((module_kind(line["module"]), layer_number(line["module"])), []).append(
+                line["energy_kept"]
+            )
+        grid = [[mean(cells.get((kind, n), [])) for n in numbers] for kind in kinds]
+        figure = go.Figure(
+            go.Heatmap(
+                z=grid,
+                x=numbers,
+                y=kinds,
+                zmin=0,
+                zmax=1,
+                colorscale="Viridis",
+                colorbar={"tickformat": ".0%", "title": "kept"},
+                hovertemplate="layer %{x}, %{y}: %{z:.1%}<extra></extra>",
+            )
+        )
+        figure.update_layout(title={"text": escape(expert), "font": {"size": 15}}, xaxis_title="layer")
+        plots.append(plot(figure, 150 + 26 * len(kinds)))
+    text = "Share of a residual's squared norm that its factors keep. A higher rank would help most where it is dark."
+    return section("Energy kept by layer and kind of module", text, "".join(plots))
+
+
+def _ranks(stats: Sequence[Mapping[str, Any]]) -> str:
+    go, _ = plotly()
+    by_kind: dict[str, dict[str, Any]] = {}
+    for line in stats:
+        by_kind.setdefault(module_kind(line["module"]), dict(line))
+    kinds = sorted(by_kind)
+    figure = go.Figure(
+        go.Bar(
+            x=kinds,
+            y=[by_kind[kind]["rank"] for kind in kinds],
+            marker_color=COLOURS[0],
+            customdata=["{} x {}".format(*by_kind[kind]["shape"]) for kind in kinds],
+            hovertemplate="%{x} (%{customdata}): rank %{y}<extra></extra>",
+        )
+    )
+    figure.update_layout(yaxis_title="rank")
+    text = "Rank 0 means that the experts' matrices are kept whole, or that the average alone is."
+    return section("Rank by kind of module", text, plot(figure, 300))
+
+
+def _worst(found: Inspection) -> str:
+    head = ("tensor", "expert", "shape", "rank", "error", "energy kept")
+    rows = [
+        (
+            line["tensor"],
+            line["expert"],
+            "{} x {}".format(*line["shape"]),
+            str(line["rank"]),
+            f"{line['relative_error']:.3g}",
+            f"{line['energy_kept']:.1%}",
+        )
+        for line in found.worst
+    ]
+    return section("Tensors that lost most", "By relative error of the rebuilt weight.", table(head, rows))

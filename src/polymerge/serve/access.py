@@ -1,0 +1,181 @@
+"""Who may ask, how often and how much: keys, rates, hosts, body sizes. Stands before every route but /health.
+
+Plain ASGI: knows headers and bytes, not routes or requests' meaning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import logging
+import time
+import uuid
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .errors import ApiError, told
+from .metrics import Metrics
+from .settings import ServeSettings
+
+logger = logging.getLogger("polymerge.serve")
+
+OPEN = "/health"
+BODY_SECONDS = 60  # a body must be there so long after its headers
+
+
+class Buckets:
+    """A token bucket for every key: `per_minute` requests at once, then as they flow back."""
+
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate, self._size, self._clock = per_minute / 60, float(per_minute), clock
+        self._levels: dict[str, tuple[float, float]] = {}
+
+    def take(self, name: str) -> float:
+        """Takes one request. Returns 0, or the seconds until there is one."""
+        now = self._clock()
+        level, then = self._levels.get(name, (self._size, now))
+        level = min(self._size, level + (now - then) * self._rate)
+        allowed = level >= 1
+        self._levels[name] = (level - allowed, now)
+        return 0.0 if allowed else (1 - level) / self._rate
+
+
+class Access:
+    """The middleware. What it refuses, it answers itself."""
+
+    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics) -> None:
+        self._app, self._settings, self._metrics = app, settings, metrics
+        self._digests = {name: hashlib.sha256(key.encode()).digest() for name, key in settings.keys.items()}
+        self._buckets = Buckets(settings.requests_per_minute) if settings.requests_per_minute else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, status = time.monotonic(), 0
+        request = uuid.uuid4().hex
+        scope.setdefault("state", {}).update(began=began, key=None)
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = list(message.get("headers", []))
+                message["headers"] = [*headers, (b"x-request-id", request.encode())]
+            await send(message)
+
+        try:
+            if scope["path"] != OPEN:
+                self._admit(scope)
+                receive = await self._read(scope, receive)
+            await self._app(scope, receive, noted)
+        except ApiError as error:
+            await _answer(error, noted)
+        except Exception as error:
+            logger.exception("request %s failed", request)
+            if status:
+                raise
+            await _answer(told(error), noted)
+        finally:
+            self._note(scope, status, time.monotonic() - began, request)
+
+    def _note(self, scope: Scope, status: int, seconds: float, request: str) -> None:
+        route = scope.get("route")
+        endpoint = getattr(route, "path", "other")
+        # a client that has gone before the answer began: nginx's number for it
+        self._metrics.requests.labels(endpoint, status or 499).inc()
+        self._metrics.seconds.labels(endpoint).observe(seconds)
+        state = scope["state"]
+        logger.info(
+            "%s %s %d %.3f s key=%s expert=%s request=%s",
+            scope["method"], endpoint, status or 499, seconds, state.get("key"), state.get("expert"), request,
+        )  # fmt: skip
+
+    def _admit(self, scope: Scope) -> None:
+        headers = _headers(scope)
+        host = (
+            headers.get("host", "").rsplit(":", 1)[0] if not headers.get("host", "").endswith("]") else headers["host"]
+        )
+        if self._settings.hosts and host.lower() not in self._settings.hosts:
+            raise ApiError(421, "this server is not asked by that name; start it with --allow-host to allow it")
+        name = self._name(headers.get("authorization", ""))
+        scope["state"]["key"] = name
+        wait = self._buckets.take(name or "") if self._buckets else 0.0
+        if wait:
+            raise ApiError(429, "too many requests with this key", code="rate_limit", retry_after=int(wait) + 1)
+
+    def _name(self, authorization: str) -> str | None:
+        """The name of the key that was sent. All keys are compared, each in constant time."""
+        if not self._digests:
+            return None
+        sent = hashlib.sha256(_key(authorization).encode()).digest()
+        matches = [name for name, digest in self._digests.items() if hmac.compare_digest(sent, digest)]
+        if not matches:
+            raise ApiError(401, "no valid API key; send `Authorization: Bearer KEY`", code="invalid_api_key")
+        return matches[0]
+
+    async def _read(self, scope: Scope, receive: Receive) -> Receive:
+        """Takes the whole body, as far as it is allowed; what follows (the client's going) is heard as before."""
+        if scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            return receive
+        kind = _headers(scope).get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # the others are what a web page may send anywhere without being asked
+            raise ApiError(415, "the body must be application/json")
+        try:
+            body = await asyncio.wait_for(self._body(scope, receive), BODY_SECONDS)
+        except TimeoutError:
+            raise ApiError(408, "the body did not come in time") from None
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return messages.pop() if messages else await receive()
+
+        return replay
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        limit = self._settings.max_body_bytes
+        error = ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+        said = _headers(scope).get("content-length", "")
+        if said.isdigit() and int(said) > limit:
+            raise error
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ApiError(400, "the client has gone")
+            body += message.get("body", b"")
+            if len(body) > limit:
+                raise error
+            if not message.get("more_body"):
+                return bytes(body)
+
+
+def _headers(scope: MutableMapping[str, Any]) -> dict[str, str]:
+    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+def _key(authorization: str) -> str:
+    """The key of `Bearer KEY`, or the password of `Basic ...`, which a browser asks for."""
+    kind, _, value = authorization.partition(" ")
+    if kind.lower() == "bearer":
+        return value.strip()
+    if kind.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).decode().partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError):
+            return ""
+    return ""
+
+
+async def _answer(error: ApiError, send: Send) -> None:
+    body = json.dumps(error.body).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+    encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": encoded})
+    await send({"type": "http.response.body", "body": body})

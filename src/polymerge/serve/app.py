@@ -1,0 +1,86 @@
+"""`create_app(engine, router)`: the server as an ASGI application. Nothing happens when this module is imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from .. import __version__
+from ..engine.streaming import StreamingEngine
+from ..errors import PolymergeError
+from ..router.route import Routes
+from .access import Access
+from .completions import completion_routes
+from .errors import ApiError, invalid, told
+from .others import other_routes
+from .service import Service
+from .settings import ServeSettings
+from .stages import Responds
+
+
+def create_app(
+    engine: StreamingEngine,
+    router: Routes | None = None,
+    pipeline: Responds | None = None,
+    settings: ServeSettings | None = None,
+) -> FastAPI:
+    """The application.
+
+    Args:
+        engine: stays the caller's, who closes it when the server has ended.
+        router: without one there is no model `auto`.
+        pipeline: a `polymerge.staged.Pipeline`; without one there is no model `staged`.
+
+    Returns:
+        An application whose `state.service` is the `Service` behind it.
+    """
+    settings = settings or ServeSettings()
+    service = Service(engine, router, pipeline, settings)
+    app = FastAPI(
+        title="polymerge",
+        version=__version__,
+        description="A bundle's experts behind the OpenAI API.",
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.service = service
+    app.include_router(completion_routes(service))
+    app.include_router(other_routes(service, router))
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http)
+    for known in (ApiError, PolymergeError):
+        app.add_exception_handler(known, _on_error)
+    app.add_middleware(Access, settings=settings, metrics=service.metrics)
+    if settings.cors_origins:
+        from starlette.middleware.cors import CORSMiddleware
+
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+            expose_headers=["x-polymerge-expert", "x-polymerge-field", "x-polymerge-confidence", "x-request-id"],
+        )
+    return app
+
+
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    known = told(error)
+    if known.status == 500:
+        raise error  # logged and answered by `Access`, as whatever else nobody expected
+    return JSONResponse(known.body, status_code=known.status, headers=known.headers)
+
+
+async def _on_invalid(request: Request, error: Any) -> JSONResponse:
+    return await _on_error(request, invalid(error.errors()))
+
+
+async def _on_http(request: Request, error: Any) -> JSONResponse:
+    """No such route, a method that it has not, or a body that is not JSON."""
+    messages = {404: f"no route {request.url.path}", 405: f"{request.method} is not a method of this route"}
+    known = ApiError(error.status_code, messages.get(error.status_code, str(error.detail)))
+    return JSONResponse(known.body, status_code=known.status, headers=dict(error.headers or {}))

@@ -1,0 +1,76 @@
+"""Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}, without paths, stacks or keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import DeadlineError, EngineBusyError, EngineDownError, ModelError
+
+RETRY_SECONDS = 2  # what a client that has to come again is told
+
+
+class ApiError(Exception):
+    """An error that a client is told.
+
+    Args:
+        param: the field of the request that is wrong, as a path: `messages.0.content`.
+        retry_after: seconds after which it may work.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = _KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        headers = {"retry-after": str(self.retry_after)} if self.retry_after is not None else {}
+        if self.status == 401:
+            headers["www-authenticate"] = 'Basic realm="polymerge: any name, an API key as password", charset="UTF-8"'
+        return headers
+
+
+_KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def told(error: Exception) -> ApiError:
+    """What a client is told about an error. Only what is about its own request is told in words."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ModelError):
+        return ApiError(400, str(error))
+    if isinstance(error, EngineBusyError):
+        return ApiError(429, str(error), code="queue_full", retry_after=RETRY_SECONDS)
+    if isinstance(error, EngineDownError):
+        return ApiError(503, str(error), code="engine_down", retry_after=RETRY_SECONDS)
+    if isinstance(error, DeadlineError):
+        return ApiError(504, str(error), code="timeout")
+    return ApiError(500, "the server failed on this request; its log says why", code="internal_error")
+
+
+def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """The first of pydantic's errors, with the field that it is about."""
+    first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
+    path = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
+    # an alternative of a union (`messages.0.content.str`) is no field
+    field = ".".join(part for part in path if part.isidentifier() or part.isdigit()) or None
+    if first["type"] == "extra_forbidden":
+        message = f"{field}: not a field of this request, or one that this server does not support"
+        return ApiError(400, message, param=field, code="unknown_parameter")
+    if first["type"] == "json_invalid":
+        return ApiError(400, "the body is not JSON")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return ApiError(400, f"{field}: {message}" if field else message, param=field)

@@ -1,0 +1,154 @@
+"""Which expert answers a request: a model's name, or the router's choice over a conversation.
+
+The server keeps no conversations. With `auto` every request brings all its turns, so the same walk over them finds the
+same expert: the first user turn chooses, and a later one changes the expert only where its field is likelier than the
+conversation's by a margin. Routes are remembered by a hash of their text, so only the newest turn is embedded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from ..engine.base import Engine
+from ..router.route import Route, Routes
+from .errors import ApiError
+
+if TYPE_CHECKING:
+    from ..model.assignment import RowExpert
+
+AUTO, AVERAGE, STAGED = "auto", "average", "staged"
+REMEMBERED = 4096  # routes
+# Turns of a conversation that are looked at, the latest ones: an older turn's field has no say in a long one.
+TURNS = 8
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The expert of one answer, and why.
+
+    Attributes:
+        expert: what the engine is asked for.
+        route: None where the request named the expert.
+        kept: whether the conversation's expert was kept against the last turn's own route.
+        stage, thoughts: of the staged response.
+    """
+
+    expert: RowExpert
+    route: Route | None = None
+    kept: bool = False
+    stage: str = "direct"
+    reason: str = ""
+    thoughts: str | None = None
+
+    @property
+    def name(self) -> str:
+        """For people and labels; a mixture as JSON."""
+        if self.expert is None:
+            return AVERAGE
+        return self.expert if isinstance(self.expert, str) else json.dumps(dict(self.expert), sort_keys=True)
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """`response.polymerge`."""
+        expert = self.expert if isinstance(self.expert, Mapping) else self.name
+        route = self.route
+        return {
+            "expert": dict(expert) if isinstance(expert, Mapping) else expert,
+            "field": route.field if route else None,
+            "confidence": round(route.confidence, 4) if route else None,
+            "fallback": route.fallback if route else False,
+            "kept": self.kept,
+            "reason": self.reason or (route.reason if route else "the request named it"),
+            "stage": self.stage,
+        } | ({"thoughts": self.thoughts} if self.thoughts is not None else {})
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Header values are percent-encoded where they are not plain ASCII."""
+        found = {"x-polymerge-expert": quote(self.name, safe=' {}":,.')}
+        if self.route:
+            found["x-polymerge-field"] = quote(self.route.field, safe=" ")
+            found["x-polymerge-confidence"] = f"{self.route.confidence:.4f}"
+        return found
+
+
+class Chooser:
+    """Names and texts to experts. Blocks while the router embeds; called from threads.
+
+    Args:
+        margin: how much likelier a new turn's field must be than the conversation's.
+    """
+
+    def __init__(self, engine: Engine, router: Routes | None, *, staged: bool = False, margin: float = 0.2) -> None:
+        self._engine, self._router, self._margin = engine, router, margin
+        self.models = [*([AUTO] if router else []), *engine.experts, AVERAGE, *([STAGED] if staged else [])]
+        self._known: OrderedDict[bytes, Route] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def choose(self, model: str, turns: Sequence[str], *, sticky: bool = True) -> Choice:
+        """The expert for a conversation of these user turns; a plain text is one turn.
+
+        Raises:
+            ApiError: there is no such model.
+        """
+        self.check(model)
+        if model != AUTO:
+            return Choice(None if model == AVERAGE else model)
+        texts = [turn for turn in turns if turn.strip()]
+        if not texts:
+            return Choice(None, reason="there is no text to route by")
+        routes = self.routes(texts[-TURNS:] if sticky else texts[-1:])
+        return self._walk(routes)
+
+    def check(self, model: str) -> None:
+        """Raises ApiError unless the model is there."""
+        if model in self.models:
+            return
+        near = difflib.get_close_matches(model, self.models, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(self.models)}"
+        if model == AUTO:
+            hint = "; this bundle has no router, name an expert"
+        raise ApiError(404, f"no model {model!r}{hint}", param="model", code="model_not_found")
+
+    def routes(self, texts: Sequence[str]) -> list[Route]:
+        """One route a text; only those not remembered are embedded."""
+        if self._router is None:
+            raise ApiError(404, "this bundle has no router", code="model_not_found")
+        keys = [hashlib.sha256(text.encode()).digest() for text in texts]
+        with self._lock:
+            found = {key: self._known[key] for key in keys if key in self._known}
+        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in found}
+        if new:
+            found |= dict(zip(new, self._router.route(list(new.values())), strict=True))
+        with self._lock:
+            for key in keys:
+                self._known[key] = found[key]
+                self._known.move_to_end(key)
+            while len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
+        return [found[key] for key in keys]
+
+    def _walk(self, routes: Sequence[Route]) -> Choice:
+        kept = routes[0]
+        for route in routes[1:]:
+            if kept.fallback or self._changes(kept, route):
+                kept = route
+        last = routes[-1]
+        if kept is last or kept.expert == last.expert:
+            return Choice(last.expert, last)
+        reason = f"the conversation is about {kept.field}; its last turn alone would go to {last.field}"
+        return Choice(kept.expert, kept, kept=True, reason=reason)
+
+    def _changes(self, kept: Route, route: Route) -> bool:
+        """An unsure turn changes nothing, nor does one that fits the conversation's field almost as well."""
+        if route.fallback:
+            return False
+        return route.field == kept.field or route.confidence - route.scores.get(kept.field, 0.0) >= self._margin

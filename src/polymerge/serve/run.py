@@ -1,0 +1,165 @@
+"""`serve(bundle)`: load, check, listen, answer, and end without cutting anybody off."""
+
+from __future__ import annotations
+
+import ipaddress
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from ..bundle import Bundle
+from ..engine.batching import CACHE_TOKENS, MAX_ROWS, MAX_WAITING, BatchingEngine
+from ..engine.hf_engine import HFEngine
+from ..errors import PolymergeError
+from ..router.route import Routes
+from .app import create_app
+from .probe import probe as check
+from .settings import LOCAL_HOSTS, ServeSettings
+from .stages import Responds
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Running:
+    """What is served, told when it listens."""
+
+    url: str
+    models: list[str]
+    keys: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"url": self.url, "models": self.models, "keys": self.keys}
+
+
+def serve(
+    bundle: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    settings: ServeSettings | None = None,
+    everyone: bool = False,
+    device: str | None = None,
+    max_rows: int = MAX_ROWS,
+    max_waiting: int = MAX_WAITING,
+    cache_tokens: int = CACHE_TOKENS,
+    probe: bool = True,
+    drain: float = 60.0,
+    say: Say = lambda text: None,
+    on_ready: Callable[[Running], None] = lambda running: None,
+) -> None:
+    """Serves a bundle until SIGTERM or SIGINT; then finishes what runs, for `drain` seconds at most.
+
+    Args:
+        everyone: listen to other machines although there are no keys.
+        probe: check every expert first.
+        say: told what is being done before the server listens.
+
+    Raises:
+        PolymergeError: it cannot listen there, or may not; BundleError, ModelError: the bundle is not whole.
+    """
+    settings = guarded(settings or ServeSettings(), host, everyone=everyone)
+    place = listener(host, port)
+    opened = Bundle.open(bundle)
+    say(f"loading {opened.path}")
+    loaded = HFEngine.from_bundle(opened, device=device)
+    if probe:
+        check(loaded, opened, progress=lambda expert: say(f"checking expert {expert}"))
+    engine = BatchingEngine(loaded, max_rows=max_rows, max_waiting=max_waiting, cache_tokens=cache_tokens)
+    try:
+        router = open_router(opened, engine)
+        app = create_app(engine, router, _pipeline(), settings)
+        shown = f"[{host}]" if ":" in host else host
+        url = f"http://{shown}:{place.getsockname()[1]}"
+        models = app.state.service.chooser.models
+        _run(app, place, drain, lambda: on_ready(Running(url, models, len(settings.keys))))
+    finally:
+        engine.close(5.0)
+
+
+def guarded(settings: ServeSettings, host: str, *, everyone: bool = False) -> ServeSettings:
+    """The settings with the names under which a local server may be asked.
+
+    Raises:
+        PolymergeError: other machines could ask without a key.
+    """
+    if _local(host):
+        return replace(settings, hosts=(*LOCAL_HOSTS, *settings.hosts))
+    if not settings.keys and not everyone:
+        raise PolymergeError(
+            f"{host}: other machines could use this server without a key; give --api-key-file, or --open if they may"
+        )
+    return settings
+
+
+def open_router(bundle: Bundle, engine: BatchingEngine) -> Routes | None:
+    """The bundle's router, or None where it has none."""
+    return None
+
+
+def _pipeline() -> Responds | None:
+    return None
+
+
+class _Server(uvicorn.Server):
+    """Tells when it listens, and lets /ready say when it ends."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._app, self._on_ready = app, on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self._app.state.service.ready = False
+        super().handle_exit(sig, frame)
+
+
+def _run(app: FastAPI, place: socket.socket, drain: float, on_ready: Callable[[], None]) -> None:
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, int(drain)),
+        timeout_keep_alive=75,
+    )
+    # uvicorn raises the signal that ended it once more when it is done; by then it has been obeyed
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        _Server(config, app, on_ready).run(sockets=[place])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _local(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def listener(host: str, port: int) -> socket.socket:
+    """A socket that is bound but does not listen yet: a port that is taken is known before the model is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        place = socket.socket(family, kind, protocol)
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        place.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a token waits for no acknowledgement
+        place.bind(address)
+    except (OSError, OverflowError) as error:
+        raise PolymergeError(
+            f"{host}:{port}: cannot listen there ({getattr(error, 'strerror', None) or error})"
+        ) from None
+    return place

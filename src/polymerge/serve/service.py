@@ -1,0 +1,213 @@
+"""What the endpoints share: from a checked request to submitted answers, and from these to a response."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from anyio.to_thread import run_sync
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from ..engine.base import GenerateRequest
+from ..engine.streaming import Finish, Piece, StreamingEngine, StreamRequest
+from ..router.route import Routes
+from .answers import Gathered, Run, while_connected
+from .errors import ApiError, told
+from .metrics import Metrics
+from .routing import Choice, Chooser
+from .schema import ChatRequest, Generating
+from .settings import ServeSettings
+from .shapes import ChatShape, Shape, event, usage
+from .stages import Responds, Stages, question_of
+
+logger = logging.getLogger("polymerge.serve")
+Result = TypeVar("Result")
+SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+class Service:
+    """The parts of a running server.
+
+    Attributes:
+        ready: whether new requests are welcome; turned off while the server ends.
+    """
+
+    def __init__(
+        self, engine: StreamingEngine, router: Routes | None, pipeline: Responds | None, settings: ServeSettings
+    ) -> None:
+        self.engine, self.settings = engine, settings
+        self.stages = Stages(pipeline, settings.seconds) if pipeline else None
+        self.metrics = Metrics(lambda: engine.state)
+        self.chooser = Chooser(engine, router, staged=pipeline is not None, margin=settings.margin)
+        self.ready = True
+
+    async def choose(self, request: Request, model: str, turns: Sequence[str], *, sticky: bool = True) -> Choice:
+        """The expert, counted and noted for the log."""
+        began = time.monotonic()
+        choice = await in_thread(lambda: self.chooser.choose(model, turns, sticky=sticky))
+        if choice.route is not None:
+            self.metrics.route_seconds.observe(time.monotonic() - began)
+        self.metrics.routed(choice)
+        request.state.expert = choice.name
+        return choice
+
+    async def tokens(self, make: Callable[[], list[int]], param: str) -> list[int]:
+        """Token ids of a request's text, off the event loop."""
+        try:
+            ids = await in_thread(make)
+        except ApiError:
+            raise
+        except Exception as error:  # chat templates raise what they like for turns that they do not know
+            logger.info("a prompt could not be made", exc_info=error)
+            raise ApiError(400, f"{param}: the model's chat template cannot write these turns", param=param) from None
+        if not ids:
+            raise ApiError(400, f"{param}: is empty", param=param)
+        return ids
+
+    def stream_requests(
+        self,
+        body: Generating,
+        prompts: Sequence[list[int]],
+        choices: Sequence[Choice],
+        *,
+        tokens: int | None,
+        logprobs: int | None,
+        score_prompt: bool = False,
+    ) -> list[StreamRequest]:
+        """`n` requests a prompt. The k-th answer of a seeded request has the seed plus k.
+
+        Raises:
+            ApiError: more tokens or answers than the server or the model's context allow.
+        """
+        count = body.n or 1
+        if count * len(prompts) > self.settings.max_choices:
+            raise ApiError(400, f"n: at most {self.settings.max_choices} answers a request", param="n")
+        found = []
+        for prompt, choice in zip(prompts, choices, strict=True):
+            asked = GenerateRequest(
+                prompt,
+                choice.expert,
+                max_new_tokens=self._budget(len(prompt), tokens),
+                temperature=1.0 if body.temperature is None else body.temperature,
+                top_p=1.0 if body.top_p is None else body.top_p,
+                seed=body.seed,
+                stop=body.stops,
+            )
+            seeds = [None if body.seed is None else body.seed + k for k in range(count)]
+            found += [
+                StreamRequest(replace(asked, seed=seed), logprobs, score_prompt, self.settings.seconds)
+                for seed in seeds
+            ]
+        return found
+
+    async def respond(
+        self,
+        request: Request,
+        body: Generating,
+        shape: Shape,
+        requests: Sequence[StreamRequest],
+        choices: Sequence[Choice],
+    ) -> Response:
+        """Submits and answers, whole or as a stream. `choices` has one entry a prompt."""
+        run = Run(self.engine, requests, self.metrics, began=request.state.began)
+        count = len(requests) // len(choices)
+        read = sum(run.prompt_tokens[::count])
+        self.metrics.tokens.labels("prompt").inc(read)
+        extra: dict[str, Any] = {"polymerge": choices[0].body}
+        if body.stream:
+            source = _events(run, shape, extra, read, body.usage_at_the_end)
+            return StreamingResponse(source, media_type="text/event-stream", headers=SSE_HEADERS | choices[0].headers)
+        try:
+            answers = await while_connected(request, run.whole())
+        finally:
+            run.close()
+        self._log(requests, answers)
+        found = [shape.choice(number, answer) for number, answer in enumerate(answers)]
+        if len(choices) > 1:
+            found = [one | {"polymerge": choices[n // count].body} for n, one in enumerate(found)]
+        spent = usage(read, sum(answer.tokens for answer in answers))
+        return JSONResponse(shape.head() | {"choices": found, "usage": spent} | extra, headers=choices[0].headers)
+
+    async def respond_in_stages(self, request: Request, body: ChatRequest) -> Response:
+        """The answer of the model `staged`; as a stream, it comes in one piece."""
+        stages = self.stages
+        if stages is None:
+            raise ApiError(404, "this server has no thinker", param="model", code="model_not_found")
+        question = question_of(body, self.settings.max_tokens)
+        response = await while_connected(request, in_thread(lambda: stages.ask(question)))
+        thoughts = response.thought if body.polymerge.thoughts else None
+        choice = Choice(
+            response.expert, response.route, stage=response.stage, reason=response.reason, thoughts=thoughts
+        )
+        self.metrics.routed(choice)
+        self.metrics.tokens.labels("prompt").inc(response.prompt_tokens)
+        self.metrics.tokens.labels("completion").inc(response.tokens)
+        request.state.expert = choice.name
+        written = response.tokens - response.thinker_tokens
+        finish: Finish = "length" if written >= question.max_new_tokens else "stop"
+        piece = Piece(response.text, response.tokens, finish)
+        shape = ChatShape(body.model, self.engine.fingerprint, scored=False, stream=bool(body.stream))
+        spent = usage(response.prompt_tokens, response.tokens)
+        head = shape.head() | {"polymerge": choice.body}
+        if not body.stream:
+            answer = Gathered(piece.text, piece.tokens, finish)
+            whole = head | {"choices": [shape.choice(0, answer)], "usage": spent}
+            return JSONResponse(whole, headers=choice.headers)
+        blank = {"usage": None} if body.usage_at_the_end else {}
+        chunks = [head | {"choices": [one]} | blank for one in (*shape.opening(0), shape.delta(0, piece))]
+        if body.usage_at_the_end:
+            chunks.append(shape.head() | {"choices": [], "usage": spent})
+        content = b"".join(map(event, chunks)) + event("[DONE]")
+        return Response(content, media_type="text/event-stream", headers=SSE_HEADERS | choice.headers)
+
+    def _budget(self, prompt: int, tokens: int | None) -> int:
+        """Tokens that an answer may have."""
+        room = self.engine.max_length - prompt
+        if tokens is None:
+            tokens = max(1, min(room, self.settings.max_tokens))
+        if tokens > self.settings.max_tokens:
+            raise ApiError(400, f"max_tokens: this server gives at most {self.settings.max_tokens}", param="max_tokens")
+        if tokens > room:
+            message = (
+                f"the prompt has {prompt} tokens and the answer up to {tokens}; the context is {self.engine.max_length}"
+            )
+            raise ApiError(400, message, param="max_tokens", code="context_length_exceeded")
+        return tokens
+
+    def _log(self, requests: Sequence[StreamRequest], answers: Sequence[Gathered]) -> None:
+        if self.settings.log_prompts:
+            for request, answer in zip(requests, answers, strict=True):
+                logger.info("prompt %r answer %r", self.engine.decode(request.generate.prompt), answer.text)  # type: ignore[arg-type]
+
+
+async def in_thread(call: Callable[[], Result]) -> Result:
+    """Runs what blocks (tokenizers, the router) beside the event loop."""
+    return await run_sync(call)
+
+
+async def _events(run: Run, shape: Shape, extra: dict[str, Any], read: int, with_usage: bool) -> AsyncIterator[bytes]:
+    """The chunks of a stream; an error in the middle is an event of its own, and no [DONE] follows it."""
+    blank = {"usage": None} if with_usage else {}
+    head = shape.head()
+    try:
+        for number in range(len(run.answers)):
+            for opening in shape.opening(number):
+                yield event(head | {"choices": [opening]} | blank | extra)
+        async for number, piece in run:
+            last = extra if piece.finish else {}
+            yield event(head | {"choices": [shape.delta(number, piece)]} | blank | last)
+        if with_usage:
+            spent = usage(read, sum(answer.tokens for answer in run.answers))
+            yield event(head | {"choices": [], "usage": spent})
+        yield event("[DONE]")
+    except Exception as error:
+        known = told(error)
+        if known.status == 500:
+            logger.exception("an answer failed")
+        yield event(known.body)
+    finally:
+        run.close()

@@ -1,0 +1,114 @@
+"""The model `staged`: conversations to the pipeline's questions, one batch of them at a time.
+
+Knows what a pipeline is asked and answers (`polymerge.staged.Pipeline`); does not know thinkers or prompts.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..engine.jobs import Jobs
+from ..errors import EngineBusyError
+from ..router.route import Route
+from .errors import ApiError
+from .schema import ChatRequest
+
+if TYPE_CHECKING:
+    from ..model.assignment import RowExpert
+
+MOST_WAITING = 64
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a pipeline is asked, in the shape of its own questions."""
+
+    text: str
+    choices: tuple[str, ...] = ()
+    max_new_tokens: int = 64
+
+
+class Response(Protocol):
+    """What it answers; see `polymerge.staged.Response`."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def stage(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def thought(self) -> str: ...
+    @property
+    def expert(self) -> RowExpert: ...
+    @property
+    def route(self) -> Route | None: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def thinker_tokens(self) -> int: ...
+
+
+class Responds(Protocol):
+    """Anything that answers in stages; `polymerge.staged.Pipeline` does."""
+
+    def respond(self, questions: Sequence[Any], *, deadline: float | None = None) -> Sequence[Response]:
+        """One response a question, in their order."""
+
+
+class Stages:
+    """Questions that wait at the same time are one batch of the pipeline, in a thread of its own.
+
+    Args:
+        seconds: no thought is begun so long after its batch was.
+    """
+
+    def __init__(self, pipeline: Responds, seconds: float) -> None:
+        self._pipeline, self._seconds = pipeline, seconds
+        self._jobs, self._turn = Jobs(), threading.Lock()
+
+    def ask(self, question: Question) -> Response:
+        """Blocks until the answer is there. Raises EngineBusyError where too many wait."""
+        if len(self._jobs) >= MOST_WAITING:
+            raise EngineBusyError(f"{MOST_WAITING} questions are waiting for the thinker; try again later")
+        future: Future[list[Any]] = self._jobs.put("question", [question], self._respond)
+        with self._turn:  # whoever comes first answers for all who wait by then
+            if not future.done():
+                self._jobs.run()
+        response: Response = future.result()[0]
+        return response
+
+    def _respond(self, questions: Sequence[Question]) -> list[Response]:
+        return list(self._pipeline.respond(questions, deadline=time.monotonic() + self._seconds))
+
+
+def question_of(body: ChatRequest, most_tokens: int) -> Question:
+    """The question of a conversation: the user's only turn, or all turns written below each other.
+
+    Raises:
+        ApiError: an option that a staged response does not have.
+    """
+    refused = {
+        "temperature": bool(body.temperature),
+        "top_p": body.top_p is not None and body.top_p < 1,
+        "n": (body.n or 1) > 1,
+        "stop": bool(body.stops),
+        "logprobs": bool(body.logprobs),
+    }
+    for name, given in refused.items():
+        if given:
+            raise ApiError(400, f"{name}: a staged response is greedy and whole; leave it out", param=name)
+    tokens = body.wanted_tokens or most_tokens
+    if tokens > most_tokens:
+        raise ApiError(400, f"max_tokens: this server gives at most {most_tokens}", param="max_tokens")
+    if len(body.messages) == 1:
+        return Question(body.messages[0].text, max_new_tokens=tokens)
+    turns = [f"{message.role.capitalize()}: {message.text}" for message in body.messages]
+    return Question("\n\n".join(turns), max_new_tokens=tokens)

@@ -1,0 +1,106 @@
+"""Which expert answers a conversation."""
+
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+
+from polymerge.router import Route
+from polymerge.serve.errors import ApiError
+from polymerge.serve.routing import REMEMBERED, Choice, Chooser
+from tests.serve.conftest import KEY, ScriptedRouter, Server
+
+AUTH = {"authorization": f"Bearer {KEY}"}
+
+
+class Experts:
+    experts = ("e0", "e1", "e2")
+
+
+def chooser(router: Any = None, **options: Any) -> Chooser:
+    return Chooser(Experts(), router, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("turns", "sticky", "expert"),
+    [
+        (["w10"], True, "e0"),
+        (["w10", "w11"], True, "e1"),  # sure of the new field: the expert changes
+        (["w10", "w11 w13"], True, "e0"),  # not sure enough
+        (["w10", "w11 w13"], False, "e1"),
+        (["w10", "w5"], True, "e0"),  # says nothing: the conversation stays where it is
+        (["w10", "w5"], False, None),
+        (["w5", "w11 w13"], True, "e1"),  # nothing was known before
+        (["w10", "w11", "w12 w13"], True, "e1"),
+        (["w10", "w10 w13"], True, "e0"),
+        (["w10", "  "], True, "e0"),
+        ([" "], True, None),
+        ([], True, None),
+    ],
+)
+def test_a_conversation_changes_its_expert_only_for_a_clearly_likelier_field(
+    turns: list[str], sticky: bool, expert: str | None
+) -> None:
+    assert chooser(ScriptedRouter()).choose("auto", turns, sticky=sticky).expert == expert
+
+
+def test_only_new_turns_are_embedded_and_few_are_remembered() -> None:
+    router = ScriptedRouter()
+    choose = chooser(router)
+    choose.choose("auto", ["w10"])
+    choose.choose("auto", ["w10", "w11"])
+    choose.choose("auto", ["w10", "w11", "w11"])
+    assert router.asked == ["w10", "w11"]
+    for number in range(REMEMBERED + 10):
+        choose.choose("auto", [f"text {number}"])
+    assert len(choose._known) == REMEMBERED
+
+
+def test_without_a_router_there_is_no_auto() -> None:
+    choose = chooser()
+    assert choose.models == ["e0", "e1", "e2", "average"]
+    with pytest.raises(ApiError, match="no router") as raised:
+        choose.choose("auto", ["w10"])
+    assert raised.value.status == 404 and raised.value.param == "model"
+
+
+def test_headers_are_ascii_whatever_fields_and_mixtures_are_called() -> None:
+    route = Route({"müh": 0.5, "e1": 0.5}, "Größe\r\nx: y", 0.5, {})
+    headers = Choice(route.expert, route).headers
+    assert all(value.isascii() and "\n" not in value for value in headers.values())
+    assert Choice(route.expert, route).body["expert"] == {"müh": 0.5, "e1": 0.5}
+
+
+def test_the_route_endpoint_tells_routes_and_makes_no_tokens(server: Server) -> None:
+    def ask(body: Any) -> Any:
+        answer = httpx2.post(f"{server.url}/v1/route", json=body, headers=AUTH)
+        return answer.json() | {"status": answer.status_code}
+
+    one = ask({"input": "w11"})
+    assert one["data"][0]["expert"] == "e1" and one["data"][0]["scores"]["one"] == 0.9
+    assert [route["expert"] for route in ask({"input": ["w10", "w12"]})["data"]] == ["e0", "e2"]
+    turns = [{"role": "user", "content": "w10"}, {"role": "user", "content": "w5"}]
+    kept = ask({"messages": turns})
+    assert kept["polymerge"]["expert"] == "e0" and kept["polymerge"]["kept"] and kept["route"]["field"] == "zero"
+    alone = ask({"messages": turns, "polymerge": {"sticky": False}})
+    assert alone["polymerge"]["expert"] == "average" and alone["polymerge"]["fallback"]
+    for body in ({}, {"input": " "}, {"input": "w5", "messages": turns}, {"input": []}):
+        assert ask(body)["status"] == 400
+
+
+def test_embeddings_are_the_routers_where_it_has_some(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Embedder:
+        def embed(self, texts: list[str]) -> Any:
+            return type("Embedded", (), {"vectors": np.ones((len(texts), 2), dtype=np.float32)})
+
+    from polymerge.serve.app import create_app
+    from tests.serve.conftest import running
+
+    router = ScriptedRouter()
+    router.embedder = Embedder()  # type: ignore[attr-defined]
+    with running(create_app(server.engine, router), server.engine) as other:
+        body = {"model": "auto", "input": ["w5", "w6"]}
+        found = httpx2.post(f"{other.url}/v1/embeddings", json=body).json()
+        assert [one["embedding"] for one in found["data"]] == [[1.0, 1.0]] * 2
+        assert httpx2.post(f"{other.url}/v1/embeddings", json=body | {"input": " "}).status_code == 400
