@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import LlamaConfig
 
-from polymerge import merge
+from polymerge import Bundle, merge
+from polymerge.cli.main import main
 from polymerge.errors import PolymergeError, SourceError
 from polymerge.merger import Progress
 from polymerge.on_ray import ray_cluster
@@ -42,8 +44,8 @@ def local(recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> d
     return content(merge(recipe, tmp_path_factory.mktemp("local") / "b").path)
 
 
-@pytest.fixture
-def cluster() -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def cluster(one_thread: None) -> Iterator[Any]:
     """A head that runs no tasks and two workers with one CPU each."""
     from ray.cluster_utils import Cluster
 
@@ -57,25 +59,9 @@ def cluster() -> Iterator[Any]:
         found.shutdown()
 
 
-def test_a_lost_machine_costs_time_and_no_byte(
-    cluster: Any, recipe: dict[str, Any], local: dict[str, bytes], tmp_path: Path
-) -> None:
-    lost = next(iter(cluster.worker_nodes))
-    seen: list[Progress] = []
-
-    def kill_one(step: Progress) -> None:
-        seen.append(step)
-        if len(seen) == 5:
-            raylet = lost.all_processes["raylet"][0].process
-            raylet.send_signal(signal.SIGKILL)
-
-    with ray_cluster(cluster.address) as executor:
-        bundle = merge(recipe, tmp_path / "b", executor=executor, progress=kill_one)
-        alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    assert len(alive) == 1
-    assert len(seen) > 40 and seen[-1].done == seen[-1].total
-    assert content(bundle.path) == local
-    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+def machines() -> int:
+    """That live and take tasks."""
+    return sum(node["Alive"] and bool(node["Resources"].get("CPU")) for node in ray.nodes())
 
 
 def test_machines_without_the_shared_folder_hand_their_bytes_back(
@@ -137,3 +123,44 @@ def test_a_cluster_that_cannot_be_reached_is_one_line() -> None:
             pass
         assert len(str(raised.value).splitlines()) == 1
     assert time.monotonic() - began < 30
+
+
+def test_the_command_merges_on_a_cluster(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experts = make_experts("llama", tmp_path, count=2)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"experts": {n: f"./{p.name}" for n, p in experts.items()}}))
+    monkeypatch.chdir(tmp_path)  # a worker has another working folder
+    there = ["--executor", "ray", "--address", cluster.address]
+    for options, code, said in ((there, 0, "2 experts in"), (there[2:], 2, "--address belongs to --executor ray")):
+        monkeypatch.setattr("sys.argv", ["polymerge", "merge", "recipe.yaml", "-o", "b", "--overwrite", *options])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code == code
+        printed = capsys.readouterr()
+        assert said in printed.out + printed.err
+    assert not list(Bundle.open("b").damaged_files())
+
+
+# The last one, because a machine stays lost.
+def test_a_lost_machine_costs_time_and_no_byte(
+    cluster: Any, recipe: dict[str, Any], local: dict[str, bytes], tmp_path: Path
+) -> None:
+    lost = next(iter(cluster.worker_nodes))
+    seen: list[Progress] = []
+
+    def kill_one(step: Progress) -> None:
+        seen.append(step)
+        if len(seen) == 5:
+            raylet = lost.all_processes["raylet"][0].process
+            raylet.send_signal(signal.SIGKILL)
+
+    with ray_cluster(cluster.address) as executor:
+        bundle = merge(recipe, tmp_path / "b", executor=executor, progress=kill_one)
+        until = time.monotonic() + 30  # the head notices some seconds later
+        while machines() > 1 and time.monotonic() < until:
+            time.sleep(0.2)
+        assert machines() == 1
+    assert len(seen) > 40 and seen[-1].done == seen[-1].total
+    assert content(bundle.path) == local
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]

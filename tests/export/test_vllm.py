@@ -18,6 +18,7 @@ from polymerge.export import export_vllm, plan_vllm
 from polymerge.export.calibrate import Sample, applied, read_adapter, read_samples
 from polymerge.export.norms import gain_ratio, norm_modules, norm_readers
 from polymerge.model import MixedModel
+from tests.conftest import Merged
 from tests.tiny import make_experts, tiny_tokenizer
 
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8]])
@@ -126,7 +127,9 @@ def test_what_vllm_has_no_place_for_is_listed_with_the_reason(bundles: Any) -> N
     assert "e0: model.layers.1.post_feedforward_layernorm.weight: not only linear layers read it" in gemma3
     averaged = {"embeddings": "average", "lm_head": "average", "norms": "average"}
     assert not plan_vllm(bundles("qwen2", **averaged)).lost
-    assert "cut to rank 1" in plan_vllm(bundles("llama"), max_rank=1).lost[-1]
+    cut = plan_vllm(bundles("llama"), max_rank=8).lost
+    assert "e2: lm_head.weight: 2 whole tensors beyond rank 8" in cut
+    assert "cut to rank 8" in cut[-1]
 
 
 def test_a_dense_bundle_is_factorised_and_a_plain_average_has_no_factors(bundles: Any, tmp_path: Path) -> None:
@@ -146,6 +149,14 @@ def test_fused_blocks_and_unknown_ranks_are_refused(bundles: Any) -> None:
     with pytest.raises(ModelError, match="rank 20: vLLM takes one of 1, 8, 16"):
         plan_vllm(bundles("llama"), max_rank=20)
     assert [padded_rank(rank) for rank in (1, 2, 33, 257, 512, 9999)] == [1, 8, 64, 320, 512, LORA_RANKS[-1]]
+
+
+def test_a_bundle_without_a_tokenizer_is_one_line(merged: Merged, tmp_path: Path) -> None:
+    bundle, _ = merged("llama", compress_rate=0.6)
+    with pytest.raises(ModelError, match="no usable tokenizer") as raised:
+        export_vllm(plan_vllm(bundle), tmp_path / "v")
+    assert len(str(raised.value).splitlines()) == 1
+    assert not (tmp_path / "v").exists()
 
 
 def test_the_export_depends_on_the_bundle_alone(bundles: Any, tmp_path: Path) -> None:

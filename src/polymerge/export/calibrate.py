@@ -116,6 +116,17 @@ def calibrate(
     return found
 
 
+def check_tokenizer(bundle: Bundle) -> None:
+    """Raises ModelError for a bundle whose tokenizer cannot be used."""
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(bundle.path, local_files_only=True)
+    except Exception as error:  # transformers raises many types for one unusable folder
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{bundle.path}: no usable tokenizer, which vLLM needs too ({reason})") from None
+
+
 def read_adapter(tensors: Mapping[str, Tensor]) -> Adapter:
     """The pairs of factors in an adapter's tensors; whole tensors and biases are left out, as vLLM does."""
     named = {adapter_name(key).removesuffix(".weight"): value for key, value in tensors.items()}

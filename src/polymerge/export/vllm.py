@@ -36,7 +36,7 @@ from ..staging import (
     write_json,
     write_safetensors,
 )
-from .calibrate import Measured, Sample, builtin_samples, calibrate
+from .calibrate import Measured, Sample, builtin_samples, calibrate, check_tokenizer
 from .norms import gain_ratio, norm_modules
 from .place import fresh, publish
 from .vllm_plan import Factored, VllmPlan
@@ -72,7 +72,7 @@ def export_vllm(
 
     Raises:
         ModelError, OutputExistsError, DiskSpaceError: before anything is written. The first for an expert that is the
-            average as far as vLLM can tell them apart.
+            average as far as vLLM can tell them apart, and for a bundle without a tokenizer.
     """
     bundle, output = plan.bundle, Path(output).expanduser()
     place = pick_device(device)
@@ -81,6 +81,7 @@ def export_vllm(
         raise ModelError(
             f"{bundle.path}: expert {empty[0]!r} has nothing that an adapter could hold; serve the bundle as it is"
         )
+    check_tokenizer(bundle)
     check_free_space(output.parent, bundle.sizes().base + plan.adapter_bytes)
     staged = fresh(output, overwrite=overwrite)
     assemble.copy_model_files(bundle.path, staged, read_json(bundle.path / "config.json"), code=True)

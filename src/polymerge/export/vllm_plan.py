@@ -156,15 +156,20 @@ class _Expressed:
         """An expert's factors, in the order of an adapter's file."""
         stored, scales = self.bundle.adapter_shapes(expert), self.bundle.scales(expert)
         folded = self._own_small(expert)
-        found = []
+        found, whole = [], []
         for layer in self.bundle.layers.values():
             norm = folded.get(layer.module)
             own = f"{layer.module}.{layer.parameter}" in stored
+            takes = layer.role == "linear" or (layer.role in ("embedding", "lm_head") and self._takes_embeddings)
+            if own and takes and min(layer.shape) > self.rank:
+                whole.append(layer.tensor)
             factored = f"{layer.module}.lora_A.weight" in stored
             if layer.role == "linear" and (own or factored or norm or scales.get(layer.tensor, 1.0) != 1.0):
                 found.append(self._task(layer, layer.module, norm))
             elif layer.role in ("embedding", "lm_head"):
                 found += self._ends(expert, layer, own, folded.get(HEAD))
+        if whole:
+            self.lost.append(f"{expert}: {whole[0]}: {len(whole)} whole tensors beyond rank {self.rank}")
         return sorted(found, key=lambda task: natural_key(task.module))
 
     def _task(self, layer: BundleLayer, module: str, norm: str | None, *, embedding: bool = False) -> Factored:
