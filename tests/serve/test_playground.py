@@ -1,4 +1,4 @@
-"""The playground, driven as people do. Needs Chromium (`apt-get install chromium`, or `playwright install chromium`)."""
+"""The playground, driven as people do. Needs Chromium: `apt-get install chromium` or `playwright install chromium`."""
 
 import re
 import shutil

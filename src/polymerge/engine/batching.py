@@ -256,8 +256,9 @@ class BatchingEngine:
         return found
 
     def _recover(self, error: Exception) -> None:
-        """After a broken step every answer goes on from the tokens that it has. One that fails a second time runs alone,
-        and only what fails alone, and not for the first time, is given up.
+        """After a broken step every answer goes on from the tokens that it has.
+
+        After two failures an answer runs alone, and one that fails again alone is given up.
         """
         logger.error("a step of the engine failed; the running answers start again where they are", exc_info=error)
         self._status = "restarting"

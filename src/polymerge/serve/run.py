@@ -78,7 +78,7 @@ def serve(
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{place.getsockname()[1]}"
         models = app.state.service.chooser.models
-        _run(app, place, drain, lambda: on_ready(Running(url, models, len(settings.keys))))
+        run_app(app, place, drain, lambda: on_ready(Running(url, models, len(settings.keys))))
     finally:
         engine.close(5.0)
 
@@ -123,7 +123,8 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def _run(app: FastAPI, place: socket.socket, drain: float, on_ready: Callable[[], None]) -> None:
+def run_app(app: FastAPI, place: socket.socket, drain: float, on_ready: Callable[[], None]) -> None:
+    """Answers on a bound socket until a signal; then finishes what runs, for `drain` seconds at most."""
     config = uvicorn.Config(
         app,
         log_config=None,

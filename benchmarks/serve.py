@@ -1,0 +1,269 @@
+"""Serving three experts to 1, 8 and 32 clients at once: ours against two other ways to serve the same answers.
+
+    polymerge          one server with the bundle: rows of all experts in one running batch
+    one at a time      the same server with room for one answer
+    three servers      the dense experts, each behind a server of its own (the same one), and clients that know which
+
+The demo's experts and held-out requests; greedy answers, compared with those of the offline engine. Every server is a
+process of its own, whose peak memory is read when the load is over. `--peer NAME=URL` adds a server that runs already
+(vLLM with the same adapters, say) whose models have the experts' names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from rich.console import Console
+from rich.table import Table
+
+from polymerge import export_dense, merge
+from polymerge.demo.run import BASE_PACKAGE
+from polymerge.demo.skills import demo_skills
+from polymerge.demo.train import TrainSettings, fine_tune, format_prompt
+from polymerge.engine import GenerateRequest
+from polymerge.engine.hf_engine import HFEngine
+from polymerge.gguf import cache_folder, package_gguf, unpack
+
+OURS, ALONE, DENSE = "polymerge", "one at a time", "three servers"
+TOKENS = 48
+LONGEST_START = 180
+# expert -> where it is asked, and under which name
+Models = dict[str, tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request of the load. `expert` is the model's name."""
+
+    expert: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What came back. Seconds since the request was sent."""
+
+    text: str
+    tokens: int
+    first: float
+    whole: float
+
+
+def bundle_folder() -> Path:
+    """The demo's bundle, and its dense experts beside it (trained where the cache lacks them)."""
+    settings = TrainSettings()
+    base = unpack(package_gguf(BASE_PACKAGE), label=f"package:{BASE_PACKAGE}")
+    skills = demo_skills(train=settings.steps * settings.batch, test=64)
+    experts = {skill.name: str(fine_tune(base, skill, settings, None)) for skill in skills}
+    folder = cache_folder() / "bench-serve"
+    merge({"experts": experts, "embeddings": "average"}, folder / "bundle", overwrite=True)
+    for name in experts:
+        export_dense(folder / "bundle", name, folder / name, overwrite=True)
+    return folder
+
+
+def load(count: int) -> list[Asked]:
+    """Held-out requests of all skills in turn."""
+    skills = demo_skills(train=1, test=count)
+    rows = [Asked(skill.name, format_prompt(skill.test[n].prompt)) for n in range(count) for skill in skills]
+    return rows[:count]
+
+
+@contextmanager
+def server(arguments: Sequence[str], threads: int) -> Iterator[tuple[str, int]]:
+    """A server process: its URL and its process number."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a server did not start: {' '.join(arguments)}")
+        yield json.loads(line)["url"], process.pid
+    finally:
+        process.terminate()
+        process.wait(LONGEST_START)
+
+
+@contextmanager
+def system(name: str, folder: Path, experts: Sequence[str], cores: int) -> Iterator[tuple[Models, list[int]]]:
+    """A way to serve, and the processes behind it."""
+    command = [sys.executable, "-m", "polymerge", "serve", str(folder / "bundle"), "--port", "0", "--json", "--quiet"]
+    with ExitStack() as stack:
+        if name == DENSE:
+            own = [sys.executable, __file__, "--dense"]
+            each = max(1, cores // len(experts))
+            started = [stack.enter_context(server([*own, str(folder / name)], each)) for name in experts]
+            models = {name: (url, "average") for name, (url, _) in zip(experts, started, strict=True)}
+            yield models, [pid for _, pid in started]
+        else:
+            more = ["--max-rows", "1", "--max-waiting", "1000"] if name == ALONE else []
+            url, pid = stack.enter_context(server([*command, *more], cores))
+            yield {name: (url, name) for name in experts}, [pid]
+
+
+async def ask(client: httpx2.AsyncClient, url: str, model: str, asked: Asked) -> Answered:
+    """One streamed answer."""
+    body = {
+        "model": model, "prompt": asked.prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True,
+        "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    began, first, text, tokens = time.perf_counter(), 0.0, "", 0
+    async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            chunk = json.loads(line[6:])
+            tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
+            for choice in chunk["choices"]:
+                text += choice["text"]
+                first = first or time.perf_counter() - began
+    return Answered(text, tokens, first, time.perf_counter() - began)
+
+
+async def drive(models: Models, rows: Sequence[Asked], clients: int) -> tuple[list[Answered], float]:
+    """The rows, asked by so many clients that each wait for their answer. Returns the answers and the seconds."""
+    found: dict[int, Answered] = {}
+    left = iter(enumerate(rows))
+
+    async def one(client: httpx2.AsyncClient) -> None:
+        for number, row in left:
+            found[number] = await ask(client, *models[row.expert], row)
+
+    limits = httpx2.Limits(max_connections=None)
+    async with httpx2.AsyncClient(timeout=600, limits=limits) as client:
+        began = time.perf_counter()
+        await asyncio.gather(*[one(client) for _ in range(clients)])
+        seconds = time.perf_counter() - began
+    return [found[number] for number in range(len(rows))], seconds
+
+
+def offline(folder: Path, rows: Sequence[Asked], dense: bool) -> list[str]:
+    """Greedy answers of the offline engine, of the bundle or of every dense expert."""
+    if not dense:
+        requests = [GenerateRequest(row.prompt, row.expert, TOKENS) for row in rows]
+        return [found.text for found in HFEngine.from_bundle(folder / "bundle").generate(requests)]
+    texts = [""] * len(rows)
+    for expert in {row.expert for row in rows}:
+        engine = HFEngine.from_checkpoint(str(folder / expert))
+        own = [number for number, row in enumerate(rows) if row.expert == expert]
+        found = engine.generate([GenerateRequest(rows[number].prompt, None, TOKENS) for number in own])
+        for number, answer in zip(own, found, strict=True):
+            texts[number] = answer.text
+    return texts
+
+
+def measured(answers: Sequence[Answered], seconds: float, expected: Sequence[str]) -> dict[str, Any]:
+    """What a table row needs. Milliseconds."""
+    first, whole = [answer.first * 1e3 for answer in answers], [answer.whole * 1e3 for answer in answers]
+    return {
+        "tokens_per_second": sum(answer.tokens for answer in answers) / seconds,
+        "first_token_ms": {"p50": statistics.median(first), "p95": _p95(first)},
+        "answer_ms": {"p50": statistics.median(whole), "p95": _p95(whole)},
+        "same_as_offline": sum(a.text == b for a, b in zip(answers, expected, strict=True)) / len(answers),
+    }
+
+
+def _p95(values: Sequence[float]) -> float:
+    return sorted(values)[min(len(values) - 1, int(0.95 * len(values)))]
+
+
+def peak_memory(processes: Sequence[int]) -> int:
+    """Bytes: the largest resident sizes of the processes, added."""
+    total = 0
+    for pid in processes:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        total += next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return total
+
+
+def serve_dense(folder: str) -> None:
+    """One dense expert behind the same server; any model name is it."""
+    from polymerge.cli.console import hush_libraries
+    from polymerge.engine.batching import BatchingEngine
+    from polymerge.serve.app import create_app
+    from polymerge.serve.run import listener, run_app
+
+    hush_libraries()
+    engine = BatchingEngine(HFEngine.from_checkpoint(folder))
+    app = create_app(engine)  # its only model is "average", a plain model itself
+    place = listener("127.0.0.1", 0)
+    run_app(app, place, 5, lambda: print(json.dumps({"url": f"http://127.0.0.1:{place.getsockname()[1]}"}), flush=True))
+    engine.close(5)
+
+
+def print_table(result: dict[str, Any]) -> None:
+    table = Table(
+        title=f"{result['requests']} requests, experts mixed, greedy, up to {TOKENS} tokens; times are p50 / p95"
+    )
+    for column in ("system", "clients", "tokens/s", "first token, ms", "answer, ms", "as offline", "peak memory"):
+        table.add_column(column, justify="left" if column == "system" else "right")
+    for name, found in result["systems"].items():
+        for clients, row in found["clients"].items():
+            table.add_row(
+                name, str(clients), f"{row['tokens_per_second']:.1f}",
+                f"{row['first_token_ms']['p50']:.0f} / {row['first_token_ms']['p95']:.0f}",
+                f"{row['answer_ms']['p50']:.0f} / {row['answer_ms']['p95']:.0f}",
+                f"{row['same_as_offline']:.1%}",
+                f"{found['peak_memory'] / 1e9:.2f} GB" if found["peak_memory"] else "",
+            )  # fmt: skip
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--systems", nargs="+", default=[OURS, ALONE, DENSE], choices=[OURS, ALONE, DENSE])
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=URL")
+    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="threads of one server")
+    parser.add_argument("--output", type=Path, default=Path("benchmark-serve.json"))
+    parser.add_argument("--dense", metavar="FOLDER", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.dense:
+        serve_dense(options.dense)
+        return
+    folder, rows = bundle_folder(), load(options.requests)
+    experts = sorted({row.expert for row in rows})
+    expected = {dense: offline(folder, rows, dense) for dense in (False, True)}
+    systems: dict[str, Any] = {}
+    for name in options.systems:
+        with system(name, folder, experts, options.cores) as (models, processes):
+            systems[name] = _loaded(models, rows, options.clients, expected[name == DENSE])
+            systems[name]["peak_memory"] = peak_memory(processes)
+    for peer in options.peer:
+        name, _, url = peer.partition("=")
+        systems[name] = _loaded({expert: (url, expert) for expert in experts}, rows, options.clients, expected[False])
+        systems[name]["peak_memory"] = None
+    result = {
+        "requests": len(rows),
+        "systems": systems,
+        "cores": options.cores,
+        "versions": {name: version(name) for name in ("polymerge", "torch", "transformers", "uvicorn")},
+    }
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    print_table(result)
+
+
+def _loaded(models: Models, rows: Sequence[Asked], clients: Sequence[int], expected: Sequence[str]) -> dict[str, Any]:
+    asyncio.run(drive(models, rows[:3], 3))  # the first requests warm caches and allocators
+    return {"clients": {count: measured(*asyncio.run(drive(models, rows, count)), expected) for count in clients}}
+
+
+if __name__ == "__main__":
+    main()
