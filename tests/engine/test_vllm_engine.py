@@ -18,7 +18,7 @@ from polymerge.engine.vllm_api import VllmApi
 from polymerge.engine.vllm_engine import VllmEngine, vllm_engine
 from polymerge.engine.vllm_folder import NOTE, Probe, ServedExpert, VllmNote
 from polymerge.engine.vllm_server import VllmServer
-from polymerge.errors import BundleError, MissingExtraError, ModelError
+from polymerge.errors import BundleError, EngineDownError, MissingExtraError, ModelError
 from tests.engine.fake_vllm import Complete, fake_vllm
 from tests.tiny import tiny_tokenizer
 
@@ -153,14 +153,14 @@ def test_requests_that_cannot_be_served_are_one_line(folder: Path) -> None:
             with pytest.raises(ModelError, match=message):
                 call()
         assert engine.generate([]) == [] and engine.loglikelihood([]) == []
-    with pytest.raises(ModelError, match="does not answer"):
+    with pytest.raises(EngineDownError, match="does not answer"):
         engine.generate([GenerateRequest([5], "a")])
 
 
 def test_an_address_that_is_no_vllm_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="begins with http"):
         VllmApi("localhost:8000")
-    with pytest.raises(ModelError, match="does not answer"):
+    with pytest.raises(EngineDownError, match="does not answer"):
         VllmEngine.connect(folder, "http://127.0.0.1:1")
     with pytest.raises(BundleError, match="export BUNDLE --to vllm"):
         VllmEngine.connect(tmp_path, "http://127.0.0.1:1")
