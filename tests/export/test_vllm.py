@@ -16,8 +16,9 @@ from polymerge.cli.main import main
 from polymerge.engine.vllm_folder import LORA_RANKS, padded_rank, read_note, serve_arguments
 from polymerge.errors import BundleError, ModelError, OutputExistsError, RecipeError
 from polymerge.export import export_vllm, plan_vllm
-from polymerge.export.calibrate import Sample, applied, read_adapter, read_samples
+from polymerge.export.calibrate import applied, read_adapter
 from polymerge.export.norms import gain_ratio, norm_modules, norm_readers
+from polymerge.export.samples import Sample, read_samples
 from polymerge.model import MixedModel
 from tests.conftest import Merged
 from tests.tiny import make_experts, tiny_tokenizer

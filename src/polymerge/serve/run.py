@@ -129,18 +129,18 @@ def serve_vllm(
 ) -> None:
     """Serves what `polymerge export --to vllm` wrote, from a vLLM server that is started or, with `url`, runs already.
 
-    vLLM tells no hidden states, so there is no router; its answers come in one piece. Other arguments are `serve`'s.
+    vLLM tells no hidden states, so there is no router. Other arguments are `serve`'s.
 
     Raises:
         PolymergeError: as `serve`; ModelError: vLLM does not start or does not answer as the export says.
     """
-    from ..engine.pooled import PooledEngine
     from ..engine.vllm_engine import vllm_engine
+    from ..engine.vllm_streaming import VllmStreaming
 
     settings = guarded(settings or ServeSettings(), host, everyone=everyone)
     place = listener(host, port)
-    with vllm_engine(folder, url=url, say=say) as found:
-        engine = PooledEngine(found, max_waiting=max_waiting)
+    with vllm_engine(folder, url=url, say=say, kind=VllmStreaming) as engine:
+        engine.max_waiting = max_waiting
         try:
             _listen(create_app(engine, settings=settings), place, host, settings, drain, on_ready)
         finally:
