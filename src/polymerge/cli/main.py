@@ -67,6 +67,7 @@ def main() -> None:
     # transformers prints advice and progress bars of its own; the command line has its own words
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app()
     except PolymergeError as error:
