@@ -19,7 +19,6 @@ from polymerge.export.calibrate import applied, read_adapter
 from polymerge.export.norms import gain_ratio, norm_modules, norm_readers
 from polymerge.export.samples import Sample, read_samples
 from polymerge.model import MixedModel
-from tests.conftest import Merged
 from tests.tiny import make_experts, tiny_tokenizer
 
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8]])
