@@ -377,11 +377,15 @@ class ExpertReader:
         if layer.role != "linear":
             return base
         weight = base * self._scales.get(tensor, 1.0)
-        factors = self._bundle.factors(self._expert, layer, self._get)
+        factors = self.factors(tensor)
         if factors is None:
             return weight
         update = factors[0] @ factors[1]  # [out, in]
         return weight.add_(update.T if layer.transposed else update)
+
+    def factors(self, tensor: str) -> tuple[Tensor, Tensor] | None:
+        """B [out, r] and A [r, in] of a linear weight, float32, decoded; None where the expert has none."""
+        return self._bundle.factors(self._expert, self._bundle.layers[tensor], self._get)
 
     def _get(self, key: str) -> Tensor | None:
         stored = self._stored.get(key)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -23,11 +24,31 @@ def fake_vllm(models: list[str], complete: Complete, *, max_model_len: int = 32)
             self._send(200, {"data": listed} if self.path == "/v1/models" else {})
 
         def do_POST(self) -> None:
-            found = complete(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            found = complete(asked)
             if isinstance(found, tuple):
                 self._send(found[0], {"error": {"message": found[1]}})
+            elif "token_ids" in found and asked.get("stream"):
+                self._stream(found)
             else:
                 self._send(200, {"choices": [found]})
+
+        def _stream(self, found: dict[str, Any]) -> None:
+            """A token an event; what is beside the token ids comes with the last one."""
+            self.send_response(200)
+            self.end_headers()
+            *first, last = found["token_ids"] or [None]
+            with suppress(OSError):  # the client may go
+                for token in first:
+                    self._event({"token_ids": [token], "finish_reason": None})
+                    time.sleep(found.get("pause", 0.0))
+                if not found.get("broken"):
+                    self._event({**found, "token_ids": [last]})
+                    self.wfile.write(b"data: [DONE]\n\n")
+
+        def _event(self, choice: dict[str, Any]) -> None:
+            self.wfile.write(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
+            self.wfile.flush()
 
         def log_message(self, *_: Any) -> None:
             pass

@@ -20,12 +20,15 @@ from polymerge.demo.skills import Skill
 from polymerge.demo.train import encode, fine_tune, format_prompt
 from polymerge.engine import GenerateRequest, ScoreRequest
 from polymerge.engine.hf_engine import HFEngine
+from polymerge.engine.streaming import StreamRequest
 from polymerge.engine.vllm_engine import VllmEngine, vllm_engine
 from polymerge.engine.vllm_folder import NOTE, read_note
+from polymerge.engine.vllm_streaming import VllmStreaming
 from polymerge.errors import ModelError
 from polymerge.export import VllmExport, export_vllm, plan_vllm
-from polymerge.export.calibrate import Sample
+from polymerge.export.samples import Sample
 from polymerge.gguf import package_gguf, unpack
+from tests.engine.test_vllm_streaming import Heard
 
 PYTHON = os.environ.get("POLYMERGE_VLLM_PYTHON")
 PROMPTS = 60
@@ -114,6 +117,42 @@ def test_scores_are_those_of_the_embedded_engine(bundle: Bundle, engine: VllmEng
         # what folding could not hold is some thousandths a token
         assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=0.02 * other.tokens, rel=0.02)
         assert one.tokens == other.tokens
+
+
+def test_streamed_answers_are_the_whole_ones_and_their_scores_add_up(
+    exported: VllmExport, engine: VllmEngine, requests: dict[str, list[GenerateRequest]]
+) -> None:
+    streaming = VllmStreaming(exported.folder, engine.api)
+    asked = [request for some in requests.values() for request in some[:4]]
+    heard = [Heard() for _ in asked]
+    streaming.submit([StreamRequest(request, logprobs=2, score_prompt=True) for request in asked], heard)
+    assert all(one.over.wait(300) and one.error is None for one in heard)
+    whole = engine.generate(asked)
+    same = sum(one.text == other.text for one, other in zip(heard, whole, strict=True))
+    assert same >= len(asked) - 1
+    for one, other, request in zip(heard, whole, asked, strict=True):
+        scores = [score for piece in one.pieces for score in piece.scores]
+        assert one.pieces[-1].tokens == other.tokens or one.text != other.text
+        assert all(score.logprob == pytest.approx(score.top[0][1], abs=1e-3) for score in scores)  # greedy
+        assert sum(len(piece.prompt_scores) for piece in one.pieces) == len(request.prompt)
+        assert len(one.pieces) > 1
+    streaming.close(5.0)
+
+
+def test_our_server_answers_with_vllm_behind_it(exported: VllmExport, engine: VllmEngine) -> None:
+    from fastapi.testclient import TestClient
+
+    from polymerge.serve.app import create_app
+
+    streaming = VllmStreaming(exported.folder, engine.api)
+    with TestClient(create_app(streaming)) as client:
+        names = [model["id"] for model in client.get("/v1/models").json()["data"]]
+        assert {*engine.experts, "average"} <= set(names)
+        body = {"model": "json", "messages": [{"role": "user", "content": "An order for Olga: 12 stamps."}]}
+        answer = client.post("/v1/chat/completions", json={**body, "max_tokens": 24, "temperature": 0}).json()
+        print("json through the server:", answer["choices"][0]["message"]["content"])
+        assert "Olga" in answer["choices"][0]["message"]["content"]
+    streaming.close(5.0)
 
 
 def test_an_export_whose_adapters_are_swapped_is_refused(

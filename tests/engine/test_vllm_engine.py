@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -15,7 +18,7 @@ from polymerge.engine.vllm_api import VllmApi
 from polymerge.engine.vllm_engine import VllmEngine, vllm_engine
 from polymerge.engine.vllm_folder import NOTE, Probe, ServedExpert, VllmNote
 from polymerge.engine.vllm_server import VllmServer
-from polymerge.errors import BundleError, MissingExtraError, ModelError
+from polymerge.errors import BundleError, EngineDownError, MissingExtraError, ModelError
 from tests.engine.fake_vllm import Complete, fake_vllm
 from tests.tiny import tiny_tokenizer
 
@@ -150,14 +153,14 @@ def test_requests_that_cannot_be_served_are_one_line(folder: Path) -> None:
             with pytest.raises(ModelError, match=message):
                 call()
         assert engine.generate([]) == [] and engine.loglikelihood([]) == []
-    with pytest.raises(ModelError, match="does not answer"):
+    with pytest.raises(EngineDownError, match="does not answer"):
         engine.generate([GenerateRequest([5], "a")])
 
 
 def test_an_address_that_is_no_vllm_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="begins with http"):
         VllmApi("localhost:8000")
-    with pytest.raises(ModelError, match="does not answer"):
+    with pytest.raises(EngineDownError, match="does not answer"):
         VllmEngine.connect(folder, "http://127.0.0.1:1")
     with pytest.raises(BundleError, match="export BUNDLE --to vllm"):
         VllmEngine.connect(tmp_path, "http://127.0.0.1:1")
@@ -216,6 +219,22 @@ def test_a_server_is_started_with_our_arguments_and_ended_with_its_workers(
     assert f"a={folder}/adapters/a" in arguments
     assert not server.running and has_ended(int(child))
     assert "is ready" in said[-1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's promise is Linux's")
+def test_a_killed_program_leaves_no_vllm_behind(folder: Path, tmp_path: Path) -> None:
+    python, notes = program(tmp_path, "serves")
+    code = f"""
+import os, signal
+from polymerge.engine.vllm_server import VllmServer
+with VllmServer({str(folder)!r}, python={python!r}) as server:
+    print(server._process.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == -signal.SIGKILL
+    assert has_ended(int(found.stdout))
+    os.kill(int(notes.read_text().split()[0]), signal.SIGKILL)  # the fake one's worker
 
 
 def test_a_server_that_fails_shows_its_log_and_one_line(folder: Path, tmp_path: Path) -> None:

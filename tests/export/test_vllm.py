@@ -1,6 +1,7 @@
 """Exports for vLLM: what cannot be expressed is said before, folded where it can be, and measured after."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from polymerge.cli.main import main
 from polymerge.engine.vllm_folder import LORA_RANKS, padded_rank, read_note, serve_arguments
 from polymerge.errors import BundleError, ModelError, OutputExistsError, RecipeError
 from polymerge.export import export_vllm, plan_vllm
-from polymerge.export.calibrate import Sample, applied, read_adapter, read_samples
+from polymerge.export.calibrate import applied, read_adapter
 from polymerge.export.norms import gain_ratio, norm_modules, norm_readers
+from polymerge.export.samples import Sample, read_samples
 from polymerge.model import MixedModel
 from tests.conftest import Merged
 from tests.tiny import make_experts, tiny_tokenizer
@@ -153,8 +155,10 @@ def test_fused_blocks_and_unknown_ranks_are_refused(bundles: Any) -> None:
 
 def test_a_bundle_without_a_tokenizer_is_one_line(merged: Merged, tmp_path: Path) -> None:
     bundle, _ = merged("llama", compress_rate=0.6)
+    bare = tmp_path / "bare"  # other tests give the shared bundle a tokenizer
+    shutil.copytree(bundle.path, bare, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens_map.json"))
     with pytest.raises(ModelError, match="no usable tokenizer") as raised:
-        export_vllm(plan_vllm(bundle), tmp_path / "v")
+        export_vllm(plan_vllm(Bundle.open(bare)), tmp_path / "v")
     assert len(str(raised.value).splitlines()) == 1
     assert not (tmp_path / "v").exists()
 

@@ -84,6 +84,9 @@ def test_the_bundles_router_chooses_where_there_is_one(folders: tuple[str, str],
         run("generate", bundle, "w5", "--staged", "--recipe", recipe, "--expert", "auto")
     routed = tmp_path / "bundle"
     shutil.copytree(bundle, routed)
+    (routed / "router").mkdir(exist_ok=True)
+    (routed / "router" / "assessment.json").write_text("{}")  # an assessment is no router
+    assert open_pipeline(routed, recipe=recipe).steps([Question("w20")])[0].route is None
     samples = [Sample(f"w{number} w{number + 1}", "e1" if number < 40 else "e2") for number in range(10, 70)]
     fitted = fit_router(routed, HFEngine.from_bundle(routed), samples, settings=fit_settings(layers="-1"))
     fitted.router.save(routed)

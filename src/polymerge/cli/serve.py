@@ -28,6 +28,13 @@ def serve(
     timeout: Annotated[float, typer.Option(help="Seconds for one answer.", min=0)] = 600.0,
     drain: Annotated[float, typer.Option(help="Seconds to finish what runs when the server ends.", min=0)] = 60.0,
     margin: Annotated[float, typer.Option(help="How much likelier a new field must be to change the expert.")] = 0.2,
+    recipe: Annotated[Path | None, typer.Option(help="Its thinker and stages make the model `staged`.")] = None,
+    thinker: Annotated[str | None, typer.Option(help="The same by a source or the URL of an endpoint.")] = None,
+    thinker_model: Annotated[str | None, typer.Option("--model", help="The endpoint's name for the model.")] = None,
+    key_env: Annotated[str | None, typer.Option(help="Environment variable with the endpoint's key.")] = None,
+    policy: Annotated[str | None, typer.Option(help="When `staged` thinks: always, never or auto.")] = None,
+    vllm: Annotated[bool, typer.Option("--vllm", help="BUNDLE is an export for vLLM, which is started.")] = False,
+    vllm_url: Annotated[str | None, typer.Option(help="The same with a vLLM server that runs already.")] = None,
     probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Check every expert first.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...; by default the GPU where there is one.")] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers to the log.")] = False,
@@ -38,7 +45,7 @@ def serve(
     from .console import err, hush_libraries, log_to_stderr, needs_extra, out, print_json
 
     with needs_extra("serve"):
-        from ..serve.run import Running
+        from ..serve.run import Running, ThinkerChoice, serve_vllm
         from ..serve.run import serve as run
         from ..serve.settings import ServeSettings, read_keys
 
@@ -62,8 +69,20 @@ def serve(
         hosts=tuple(name.lower() for name in allow_host or ()),
         log_prompts=log_prompts,
     )  # fmt: skip
+
+    def say(text: str) -> None:
+        if not quiet:
+            err.print(text, markup=False)
+
+    if vllm or vllm_url:
+        serve_vllm(
+            bundle, url=vllm_url, host=host, port=port, settings=settings, everyone=open_, max_waiting=max_waiting,
+            drain=drain, say=say, on_ready=ready,
+        )  # fmt: skip
+        return
+    stages = ThinkerChoice(recipe, thinker, thinker_model, key_env, policy) if recipe or thinker else None
     run(
         bundle, host=host, port=port, settings=settings, everyone=open_, device=device, max_rows=max_rows,
-        max_waiting=max_waiting, cache_tokens=cache_tokens, probe=probe, drain=drain,
-        say=lambda text: None if quiet else err.print(text, markup=False), on_ready=ready,
+        max_waiting=max_waiting, cache_tokens=cache_tokens, stages=stages, probe=probe, drain=drain, say=say,
+        on_ready=ready,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 base.py        the contract: requests, results, Engine
 hf_engine.py   a bundle or a plain checkpoint, run by transformers in this process
 vllm_engine.py an exported bundle, run by a vLLM server
+vllm_streaming.py the same for a server: requests at any time, answers in pieces
 vllm_server.py the server, started and ended
 vllm_folder.py what vLLM is told of an exported bundle, and what it must answer
 vllm_api.py    the server over HTTP

@@ -6,9 +6,12 @@ import http.client
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Generator
 from typing import Any
 
-from ..errors import ModelError
+from ..errors import EngineDownError, ModelError, PolymergeError
+
+HEALTH_SECONDS = 5.0
 
 
 class VllmApi:
@@ -38,24 +41,60 @@ class VllmApi:
         """One call of /v1/completions.
 
         Raises:
-            ModelError: the server refuses, fails or does not answer.
+            ModelError: the server refuses or fails. EngineDownError: it does not answer.
         """
         return self._ask("/v1/completions", body)
 
+    def stream(self, body: dict[str, Any], *, timeout: float | None = None) -> Generator[dict[str, Any], None, None]:
+        """The choices of one streamed call of /v1/completions, as they come. Closing it makes the server stop.
+
+        Raises:
+            ModelError: the server refuses or fails. EngineDownError: it does not answer.
+        """
+        with self._opened("/v1/completions", body, timeout or self._timeout) as answer:
+            try:
+                for line in answer:
+                    data = line.strip().removeprefix(b"data:").strip()
+                    if not data or data == b"[DONE]":
+                        continue
+                    found = json.loads(data)
+                    if "error" in found:
+                        raise ModelError(f"vLLM at {self.url}: {found['error'].get('message', 'an error')}")
+                    yield from found["choices"]
+            except (OSError, http.client.HTTPException) as error:
+                raise EngineDownError(f"vLLM at {self.url} broke off ({_short(error)})") from None
+
+    def healthy(self) -> bool:
+        """Whether the server answers."""
+        try:
+            with self._opened("/health", None, HEALTH_SECONDS) as answer:
+                return bool(answer.status == 200)
+        except PolymergeError:
+            return False
+
     def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        with self._opened(path, body, self._timeout) as answer:
+            try:
+                found: dict[str, Any] = json.load(answer)
+                return found
+            except ValueError:
+                raise ModelError(f"{self.url}{path}: the answer is not JSON; is it vLLM's address?") from None
+            except (OSError, http.client.HTTPException) as error:
+                raise EngineDownError(f"vLLM at {self.url} broke off ({_short(error)})") from None
+
+    def _opened(self, path: str, body: dict[str, Any] | None, timeout: float) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, self._headers)
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout) as answer:
-                found: dict[str, Any] = json.load(answer)
-                return found
+            return urllib.request.urlopen(request, timeout=timeout)
         except urllib.error.HTTPError as error:
             raise ModelError(f"vLLM at {self.url}: {error.code}: {_reason(error)}") from None
         except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", None) or str(error) or type(error).__name__
-            raise ModelError(f"vLLM at {self.url} does not answer ({reason})") from None
-        except ValueError:
-            raise ModelError(f"{self.url}{path}: the answer is not JSON; is it vLLM's address?") from None
+            raise EngineDownError(f"vLLM at {self.url} does not answer ({_short(error)})") from None
+
+
+def _short(error: Exception) -> str:
+    return str(getattr(error, "reason", None) or error or type(error).__name__)
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from ..errors import ModelError
 from .base import FloatArray, GenerateRequest, Generation, Message, Pooling, Prompt, Score, ScoreRequest
@@ -25,8 +25,8 @@ from .vllm_server import VllmServer
 
 logger = logging.getLogger(__name__)
 
-# Requests in flight: vLLM's own batches are made of what has arrived (its default is 256 sequences).
-CONCURRENCY = 64
+# Requests in flight: vLLM's own batches are made of what has arrived, by default of 256 sequences at most.
+CONCURRENCY = 256
 # A served model may be so far from its reference, in nats a token: bfloat16 rounds these by some hundredths.
 PROBE_TOLERANCE = 0.05
 # And no further than this share of the way from the average to the expert.
@@ -52,7 +52,7 @@ class VllmEngine:
     @classmethod
     def connect(
         cls, folder: str | Path, url: str, *, api_key: str | None = None, concurrency: int = CONCURRENCY
-    ) -> VllmEngine:
+    ) -> Self:
         """An engine on a server that runs already.
 
         Raises:
@@ -184,25 +184,28 @@ class VllmEngine:
 
     def _generate(self, item: tuple[GenerateRequest, list[int]]) -> Generation:
         request, ids = item
-        body = {
+        choice = self.api.complete(self._body(request, ids, stop=True))["choices"][0]
+        made: list[int] = choice["token_ids"]
+        # decoded here, so that the text is what the embedded engine makes of the same tokens
+        text, _ = first_stop(self.decode(made), request.stop)
+        return Generation(text, len(ids), len(made), "stop" if choice["finish_reason"] == "stop" else "length")
+
+    def _body(self, request: GenerateRequest, ids: Sequence[int], *, stop: bool) -> dict[str, Any]:
+        """A call of /v1/completions, with or without vLLM looking for the stop texts itself."""
+        return {
             "model": self._model(request.expert),
-            "prompt": ids,
+            "prompt": list(ids),
             "max_tokens": min(request.max_new_tokens, self.max_length - len(ids)),
             "temperature": request.temperature,
             "top_p": request.top_p if request.temperature > 0 else 1.0,
             "seed": request.seed,
-            "stop": list(request.stop) or None,
+            "stop": (list(request.stop) or None) if stop else None,
             # what a generation_config.json may have changed: the contract knows none of it
             "top_k": 0,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
             "return_token_ids": True,
         }
-        choice = self.api.complete(body)["choices"][0]
-        made: list[int] = choice["token_ids"]
-        # decoded here, so that the text is what the embedded engine makes of the same tokens
-        text, _ = first_stop(self.decode(made), request.stop)
-        return Generation(text, len(ids), len(made), "stop" if choice["finish_reason"] == "stop" else "length")
 
     def _score(self, item: tuple[str, list[int], list[int]]) -> Score:
         model, context, continuation = item
@@ -230,9 +233,10 @@ class VllmEngine:
         places = self._prompt_scores(self._model(expert), ids)[1:]
         return [float(place[str(token)]["logprob"]) for place, token in zip(places, ids[1:], strict=True)]
 
-    def _prompt_scores(self, model: str, ids: Sequence[int]) -> list[Any]:
-        """For every token of a prompt but the first: token id (as text) -> log-probability and rank."""
-        body = {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+    def _prompt_scores(self, model: str, ids: Sequence[int], count: int = 0) -> list[Any]:
+        """For every token of a prompt but the first: token id (as text) -> log-probability and rank, with so many of
+        the likeliest tokens."""
+        body = {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": count}
         found = self.api.complete(body)["choices"][0].get("prompt_logprobs")
         if not isinstance(found, list) or len(found) != len(ids):
             raise ModelError(f"{self.api.url}: the server gives no prompt_logprobs; is it vLLM?")
@@ -259,6 +263,9 @@ class VllmEngine:
             return list(pool.map(call, items))
 
 
+Kind = TypeVar("Kind", bound=VllmEngine)
+
+
 @contextmanager
 def vllm_engine(
     folder: str | Path,
@@ -268,17 +275,19 @@ def vllm_engine(
     python: str | None = None,
     api_key: str | None = None,
     say: Callable[[str], None] | None = None,
-) -> Iterator[VllmEngine]:
+    kind: type[Kind] = VllmEngine,  # type: ignore[assignment]
+) -> Iterator[Kind]:
     """An engine for as long as the context lasts, on a server of its own or, with a url, on one that runs already.
 
     Args:
         folder, extra, python, say: as for `VllmServer`.
+        kind: VllmEngine, or `polymerge.engine.vllm_streaming.VllmStreaming` for a server.
 
     Raises:
         ModelError: the server does not start or does not answer as the export says.
     """
     if url is not None:
-        yield VllmEngine.connect(folder, url, api_key=api_key)
+        yield kind.connect(folder, url, api_key=api_key)
         return
     with VllmServer(folder, extra=extra, python=python, say=say) as server:
-        yield VllmEngine.connect(folder, server.url, api_key=api_key)
+        yield kind.connect(folder, server.url, api_key=api_key)

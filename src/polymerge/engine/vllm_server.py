@@ -5,6 +5,7 @@ Knows processes, ports and logs. What vLLM is told is `vllm_folder`'s, and whate
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import re
@@ -12,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -31,11 +33,12 @@ STOP_SECONDS = 30.0
 LOG_LINES = 25
 # Only numbers of vLLM's own would go out; and a folder needs no hub.
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ERROR = re.compile(r"(\w*(?:Error|Exception): .+)")
 
 
 class VllmServer:
-    """`vllm serve` on an exported folder, as a context manager.
+    """`vllm serve` on an exported folder, as a context manager. It ends with the thread that enters it, at the latest.
 
     Args:
         folder: made by `polymerge export --to vllm`.
@@ -90,6 +93,7 @@ class VllmServer:
                     stdin=subprocess.DEVNULL,
                     env={**QUIET, **os.environ},
                     start_new_session=True,
+                    preexec_fn=_end_with_parent,
                 )
             except OSError as error:
                 raise ModelError(f"{self._program[0]}: cannot be run: {error.strerror}") from None
@@ -151,6 +155,12 @@ class VllmServer:
         found = [match[1] for line in self.last_lines(400) if (match := _ERROR.search(line))]
         reason = f": {found[0][:300]}" if found else ""
         raise ModelError(f"{what}{reason}; its log is {self._log}")
+
+
+def _end_with_parent() -> None:
+    """In the new process: the kernel ends it when this one is killed (Linux; elsewhere it would live on)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _vllm_command() -> str:

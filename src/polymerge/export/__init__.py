@@ -5,7 +5,8 @@ peft.py       one expert as an adapter for plain PEFT
 vllm_plan.py  what vLLM can express of a bundle
 vllm.py       all experts as adapters that vLLM serves, over the average
 norms.py      which linear layers can take an expert's norm in
-calibrate.py  what an export changed, in the model's own predictions
+calibrate.py  what the layers see, and what an export changed in the model's own predictions
+samples.py    prompts to measure on
 place.py      where an export is written
 """
 

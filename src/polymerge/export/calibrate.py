@@ -1,13 +1,12 @@
-"""What an export changed, in the model's own words: KL between a bundle's expert and its exported adapter.
+"""What the layers of an expert see, and what an export changed: KL between a bundle's expert and its exported adapter.
 
 Runs both on one loaded bundle: the expert as `polymerge.model` computes it, and the average with the adapter's products
-added where vLLM (and PEFT) add them. Knows nothing of how the adapter was made.
+added where vLLM (and PEFT) add them. Knows nothing of how the adapter is made.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,30 +20,15 @@ from torch import Tensor, nn
 from ..bundle import ADAPTER_FILE, Bundle, adapter_name
 from ..engine.hf_engine import HFEngine
 from ..engine.vllm_folder import Probe, distance
-from ..errors import ModelError, RecipeError
+from ..errors import ModelError
+from .samples import Sample
 
 # Tokens of an answer that the expert writes itself where the calibration has none.
 ANSWER_TOKENS = 24
-BUILTIN = (
-    "What is the capital of Norway, and what is it known for?",
-    "Tom has 14 pens and buys 9 more. How many pens does he have?",
-    "Write a Python function that reverses a list.",
-    "List the files in the folder logs that are larger than 10 MB.",
-    "An order for Mia: 3 lamps and 12 candles.",
-    "Rewrite this sentence so that it is polite: Send me the report now.",
-    "My card was charged twice for the same purchase. What should I do?",
-    "Translate to French: The train leaves at seven in the morning.",
-)
+# No column counts for less than this share of the middle one, so that dividing by its size is harmless.
+SMALLEST_SIZE = 0.05
 # Module -> (A, B); an embedding's A is looked up, every other one multiplied.
 Adapter = dict[str, tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A prompt to measure on. Without an answer, the expert's own greedy one is used."""
-
-    prompt: str
-    answer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,61 +43,60 @@ class Measured:
     probe: Probe
 
 
-def builtin_samples() -> list[Sample]:
-    """A handful of prompts of different kinds."""
-    return [Sample(prompt) for prompt in BUILTIN]
-
-
-def read_samples(file: Path) -> list[Sample]:
-    """Prompts from a file: one a line, or JSON lines with `prompt` and perhaps `answer`.
-
-    Raises:
-        RecipeError: no such file, or a line that is neither.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file}: cannot read the calibration prompts: {error}") from None
-    samples = [_sample(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not samples:
-        raise RecipeError(f"{file}: holds no calibration prompts; write one a line")
-    return samples
-
-
-def _sample(file: Path, number: int, line: str) -> Sample:
-    if not line.lstrip().startswith("{"):
-        return Sample(line.strip())
-    try:
-        row = json.loads(line)
-        return Sample(str(row["prompt"]), str(row["answer"]) if row.get("answer") else None)
-    except (ValueError, KeyError, TypeError):
-        raise RecipeError(f"{file}, line {number}: not a JSON object with `prompt`") from None
-
-
-@torch.inference_mode()
-def calibrate(
-    bundle: Bundle,
-    adapters: Mapping[str, Path],
-    samples: Sequence[Sample],
-    device: torch.device,
-    progress: Callable[[str], None] | None = None,
-) -> dict[str, Measured]:
-    """Measures every exported adapter on the answers' tokens.
+class Calibration:
+    """A loaded bundle and the answers that its experts are measured on.
 
     Args:
-        adapters: expert -> folder of its exported adapter.
-        progress: called with every expert that is done.
+        samples: prompts; an expert writes the answers that they lack itself.
     """
-    engine = HFEngine.from_bundle(bundle, device=str(device))
-    found = {}
-    for expert, folder in adapters.items():
+
+    def __init__(self, bundle: Bundle, samples: Sequence[Sample], device: torch.device) -> None:
+        self.bundle, self._samples = bundle, samples
+        self._engine = HFEngine.from_bundle(bundle, device=str(device))
+        self._rows: dict[str, list[tuple[list[int], int]]] = {}
+
+    @torch.inference_mode()
+    def input_sizes(self, expert: str, modules: Collection[str]) -> dict[str, Tensor]:
+        """How large every column of a layer's input is: module -> root mean square [in], float32 on the CPU.
+
+        Every token counts the same, however large its state is: the first of a text can be a thousand times larger.
+        """
+        sums: dict[str, Tensor] = {}
+        hooks = [
+            self._engine.model.hf.get_submodule(name).register_forward_pre_hook(_summing(sums, name))
+            for name in modules
+        ]
+        try:
+            for ids, _ in self._answers(expert):
+                _log_probabilities(self._engine, ids, expert)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        sizes = {name: total.sqrt().cpu() for name, total in sums.items()}
+        return {name: size.clamp(min=float(size.median()) * SMALLEST_SIZE) for name, size in sizes.items()}
+
+    @torch.inference_mode()
+    def measure(self, expert: str, folder: Path) -> Measured:
+        """Compares an expert with its exported adapter on the answers' tokens."""
         exported = read_adapter(load_file(folder / ADAPTER_FILE))
-        unfolded = read_adapter(bundle.adapter(expert))
-        rows = [_row(engine, expert, sample) for sample in samples]
-        found[expert] = _measured(engine, expert, rows, exported, unfolded)
-        if progress:
-            progress(expert)
-    return found
+        unfolded = read_adapter(self.bundle.adapter(expert))
+        return _measured(self._engine, expert, self._answers(expert), exported, unfolded)
+
+    def _answers(self, expert: str) -> list[tuple[list[int], int]]:
+        if expert not in self._rows:
+            self._rows[expert] = [_row(self._engine, expert, sample) for sample in self._samples]
+        return self._rows[expert]
+
+
+def _summing(sums: dict[str, Tensor], name: str) -> Any:
+    """A hook that adds up the squares of a module's inputs, every token scaled to the same size."""
+
+    def hook(module: nn.Module, inputs: Any) -> None:
+        x = F.normalize(inputs[0].float().flatten(0, -2), dim=-1)  # [tokens, in]
+        total = x.square().sum(0)
+        sums[name] = sums[name] + total if name in sums else total
+
+    return hook
 
 
 def check_tokenizer(bundle: Bundle) -> None:

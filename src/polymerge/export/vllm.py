@@ -1,17 +1,18 @@
 """All experts of a bundle as a folder that `vllm serve` takes: the average, and one LoRA adapter an expert.
 
 What vLLM cannot express is folded into the factors: rho_i W̄ + B_i A_i, with the gains of the expert's own norm in its
-columns, is taken against W̄ again and factorised at the rank to which vLLM pads all adapters anyway. What is left is in
-the plan (`vllm_plan`) before anything is written, and what the whole costs is measured (`calibrate`).
+columns, is taken against W̄ again and factorised at the rank to which vLLM pads all adapters anyway, for the inputs that
+the layers see. What is left is in the plan (`vllm_plan`) before anything is written, and what the whole costs is
+measured (`calibrate`).
 
-Holds one tensor of one expert at a time, and the running model while it measures.
+Holds the running model, and one tensor of one expert at a time.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +37,10 @@ from ..staging import (
     write_json,
     write_safetensors,
 )
-from .calibrate import Measured, Sample, builtin_samples, calibrate, check_tokenizer
+from .calibrate import Calibration, Measured, check_tokenizer
 from .norms import gain_ratio, norm_modules
 from .place import fresh, publish
+from .samples import Sample, builtin_samples
 from .vllm_plan import Factored, VllmPlan
 
 
@@ -88,12 +90,13 @@ def export_vllm(
     with disk_errors(output.parent):
         for file in (name for name in bundle.manifest.files if "/" not in name and ".safetensors" in name):
             shutil.copyfile(bundle.path / file, staged / file)
-    clock = _Clock(plan, progress)
-    writer = _Writer(plan, place, clock)
-    folders = {expert: staged / _adapter(expert) for expert in plan.experts}
-    for expert, folder in folders.items():
-        writer.write(expert, folder)
-    measured = calibrate(bundle, folders, samples or builtin_samples(), place, progress=clock.measured)
+    clock, calibration = _Clock(plan, progress), Calibration(bundle, samples or builtin_samples(), place)
+    writer, measured = _Writer(plan, place, clock), {}
+    for expert, tasks in plan.experts.items():
+        sizes = calibration.input_sizes(expert, {task.module for task in tasks if not task.embedding})
+        writer.write(expert, staged / _adapter(expert), sizes)
+        measured[expert] = calibration.measure(expert, staged / _adapter(expert))
+        clock.measured(expert)
     note = _note(plan, measured)
     write_bytes(staged / NOTE, note.to_json().encode())
     folder = publish(staged, output)
@@ -107,7 +110,8 @@ class _Writer:
         self.plan, self.device, self.clock = plan, device, clock
         self._norms = norm_modules(plan.bundle.path)
 
-    def write(self, expert: str, folder: Path) -> None:
+    def write(self, expert: str, folder: Path, sizes: Mapping[str, Tensor]) -> None:
+        """One expert's adapter. `sizes` are those of the layers' inputs, by module: [in]."""
         tasks, dtype = self.plan.experts[expert], self.plan.dtype
         shapes = {key: shape for task in tasks for key, shape in task.shapes.items()}
         entries: list[Entry] = [
@@ -118,27 +122,51 @@ class _Writer:
         ranks = [(f"{task.module}.lora_A.weight", (task.rank, task.shape[1])) for task in tasks]
         config = assemble.adapter_config(ranks, self.plan.bundle.layers.values(), tied_embedding=None)
         write_json(folder / "adapter_config.json", config)
-        write_safetensors(folder / ADAPTER_FILE, entries, self._contents(expert))
+        write_safetensors(folder / ADAPTER_FILE, entries, self._contents(expert, sizes))
 
-    def _contents(self, expert: str) -> Iterator[bytes]:
+    def _contents(self, expert: str, sizes: Mapping[str, Tensor]) -> Iterator[bytes]:
         reader = self.plan.bundle.expert_reader(expert)
         for task in self.plan.experts[expert]:
-            b, a = self._factors(expert, task, reader)
+            b, a = self._factors(expert, task, reader, sizes.get(task.module))
             for factor in (a, b):
                 yield bytes(raw_bytes(factor.to(self.plan.dtype).cpu()))
             self.clock.factored(expert, task)
 
-    def _factors(self, expert: str, task: Factored, reader: ExpertReader) -> tuple[Tensor, Tensor]:
-        """B [out, r] and A [r, in]: W̄ + B A is as near as this rank comes to the expert's matrix."""
-        method, tensor = self.plan.bundle.manifest.method, task.layer.tensor
-        weight = reader.read(tensor).to(self.device)
+    def _factors(self, expert: str, task: Factored, reader: ExpertReader, size: Tensor | None) -> tuple[Tensor, Tensor]:
+        """B [out, r] and A [r, in]: W̄ + B A is as near to the expert's matrix as this rank allows.
+
+        The bundle's own factors stay as they are, and what is folded in gets the rank that is left. To fit both
+        together would be nearer in every norm and was worse in every measurement: a norm's gains change all columns a
+        little, which no low rank holds, and would push out directions that were trained.
+        """
+        tensor = task.layer.tensor
+        target = self._target(task, reader)
+        stored = reader.factors(tensor)
+        seed = sketch_seed(self.plan.bundle.manifest.method.seed, tensor, expert, task.module)
+        if stored is None or task.rank == min(task.shape) or stored[1].shape[0] > task.rank:
+            return self._fitted(target, task.rank, size, seed)
+        b, a = (factor.to(self.device) for factor in stored)
+        spare = task.rank - a.shape[0]
+        if not spare:
+            return b, a
+        more_b, more_a = self._fitted(target.addmm_(b, a, alpha=-1.0), spare, size, seed)
+        return torch.cat([b, more_b], dim=1), torch.cat([a, more_a])
+
+    def _target(self, task: Factored, reader: ExpertReader) -> Tensor:
+        """What the factors are to add to the average: [out, in], float32."""
+        weight = reader.read(task.layer.tensor).to(self.device)
         if task.norm:
             ratio = self._ratio(task.norm, reader).to(weight)
             weight.mul_(ratio[:, None] if task.layer.transposed else ratio)
-        residual = weight.sub_(self.plan.bundle.base_tensor(tensor).to(weight))
-        matrix = residual.T if task.layer.transposed or task.embedding else residual  # [out, in]
-        seed = sketch_seed(method.seed, tensor, expert, task.module)
-        return rsvd(matrix, task.rank, n_oversamples=method.n_oversamples, n_iter=method.n_iter, seed=seed)
+        weight.sub_(self.plan.bundle.base_tensor(task.layer.tensor).to(weight))
+        return weight.T if task.layer.transposed or task.embedding else weight
+
+    def _fitted(self, matrix: Tensor, rank: int, size: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
+        """min ||(matrix - B A) diag(size)||: columns count by the size of what they are multiplied with."""
+        method = self.plan.bundle.manifest.method
+        scale = torch.ones(matrix.shape[1]).to(matrix) if size is None else size.to(matrix)
+        b, a = rsvd(matrix * scale, rank, n_oversamples=method.n_oversamples, n_iter=method.n_iter, seed=seed)
+        return b, a / scale
 
     def _ratio(self, norm: str, reader: ExpertReader) -> Tensor:
         tensor = self.plan.norms[norm]

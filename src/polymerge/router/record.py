@@ -69,6 +69,11 @@ def router_folder(bundle: Path) -> Path:
     return bundle / FOLDER
 
 
+def has_router(bundle: Path) -> bool:
+    """Whether a router was fitted. The folder alone does not say so: an assessment may lie in it."""
+    return (router_folder(bundle) / RECORD).exists()
+
+
 def write_record(
     folder: Path, record: RouterRecord, arrays: Mapping[str, FloatArray], samples: Sequence[Sample]
 ) -> RouterRecord:

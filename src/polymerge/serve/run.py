@@ -38,6 +38,38 @@ class Running:
         return {"url": self.url, "models": self.models, "keys": self.keys}
 
 
+@dataclass(frozen=True)
+class ThinkerChoice:
+    """Where the thinker and its settings come from: a recipe, and single values over it.
+
+    Attributes:
+        thinker: a source or the URL of an endpoint, with `model` and `key_env`.
+        use: always, never or auto, in the place of the recipe's.
+    """
+
+    recipe: Path | None = None
+    thinker: str | None = None
+    model: str | None = None
+    key_env: str | None = None
+    use: str | None = None
+
+    def open(self, bundle: Bundle, engine: BatchingEngine, router: Routes | None) -> Responds:
+        """The pipeline. A thinker of this process is loaded when it is first asked.
+
+        Raises:
+            RecipeError: the recipe or a value cannot be used.
+        """
+        from ..recipe import load_recipe
+        from ..staged import Evidence, Pipeline, open_thinker
+        from ..staged.opening import stage_settings, thinker_settings
+
+        read = load_recipe(self.recipe) if self.recipe else None
+        chosen = stage_settings(read.staged if read else None, use=self.use)
+        named = thinker_settings(read.thinker if read else None, self.thinker, model=self.model, key_env=self.key_env)
+        thinker, evidence = open_thinker(named), Evidence.load(bundle.path)
+        return Pipeline(engine, chosen, thinker=thinker, router=router, evidence=evidence)
+
+
 def serve(
     bundle: str | Path,
     *,
@@ -49,6 +81,7 @@ def serve(
     max_rows: int = MAX_ROWS,
     max_waiting: int = MAX_WAITING,
     cache_tokens: int = CACHE_TOKENS,
+    stages: ThinkerChoice | None = None,
     probe: bool = True,
     drain: float = 60.0,
     say: Say = lambda text: None,
@@ -58,6 +91,7 @@ def serve(
 
     Args:
         everyone: listen to other machines although there are no keys.
+        stages: the thinker of the model `staged`; None leaves that model out.
         probe: check every expert first.
         say: told what is being done before the server listens.
 
@@ -73,13 +107,58 @@ def serve(
         check(loaded, opened, progress=lambda expert: say(f"checking expert {expert}"))
     engine = BatchingEngine(loaded, max_rows=max_rows, max_waiting=max_waiting, cache_tokens=cache_tokens)
     try:
-        app = create_app(engine, open_router(opened, engine, device), _pipeline(), settings)
-        shown = f"[{host}]" if ":" in host else host
-        url = f"http://{shown}:{place.getsockname()[1]}"
-        models = app.state.service.chooser.models
-        run_app(app, place, drain, lambda: on_ready(Running(url, models, len(settings.keys))))
+        router = open_router(opened, engine, device)
+        app = create_app(engine, router, stages.open(opened, engine, router) if stages else None, settings)
+        _listen(app, place, host, settings, drain, on_ready)
     finally:
         engine.close(5.0)
+
+
+def serve_vllm(
+    folder: str | Path,
+    *,
+    url: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    settings: ServeSettings | None = None,
+    everyone: bool = False,
+    max_waiting: int = MAX_WAITING,
+    drain: float = 60.0,
+    say: Say = lambda text: None,
+    on_ready: Callable[[Running], None] = lambda running: None,
+) -> None:
+    """Serves what `polymerge export --to vllm` wrote, from a vLLM server that is started or, with `url`, runs already.
+
+    vLLM tells no hidden states, so there is no router. Other arguments are `serve`'s.
+
+    Raises:
+        PolymergeError: as `serve`; ModelError: vLLM does not start or does not answer as the export says.
+    """
+    from ..engine.vllm_engine import vllm_engine
+    from ..engine.vllm_streaming import VllmStreaming
+
+    settings = guarded(settings or ServeSettings(), host, everyone=everyone)
+    place = listener(host, port)
+    with vllm_engine(folder, url=url, say=say, kind=VllmStreaming) as engine:
+        engine.max_waiting = max_waiting
+        try:
+            _listen(create_app(engine, settings=settings), place, host, settings, drain, on_ready)
+        finally:
+            engine.close(5.0)
+
+
+def _listen(
+    app: FastAPI,
+    place: socket.socket,
+    host: str,
+    settings: ServeSettings,
+    drain: float,
+    on_ready: Callable[[Running], None],
+) -> None:
+    shown = f"[{host}]" if ":" in host else host
+    url = f"http://{shown}:{place.getsockname()[1]}"
+    models = app.state.service.chooser.models
+    run_app(app, place, drain, lambda: on_ready(Running(url, models, len(settings.keys))))
 
 
 def guarded(settings: ServeSettings, host: str, *, everyone: bool = False) -> ServeSettings:
@@ -103,18 +182,13 @@ def open_router(bundle: Bundle, engine: BatchingEngine, device: str | None = Non
     Raises:
         RouterError: it is damaged, or was fitted for another bundle.
     """
-    from ..router.record import read_record, router_folder
+    from ..router.record import has_router, read_record, router_folder
     from ..router.router import Router
 
-    folder = router_folder(bundle.path)
-    if not folder.exists():
+    if not has_router(bundle.path):
         return None
-    model = read_record(folder).model
+    model = read_record(router_folder(bundle.path)).model
     return Router.load(bundle, BatchingEngine(HFEngine.from_checkpoint(model, device=device)) if model else engine)
-
-
-def _pipeline() -> Responds | None:
-    return None
 
 
 class _Server(uvicorn.Server):

@@ -9,12 +9,12 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..engine.jobs import Jobs
 from ..errors import EngineBusyError
 from ..router.route import Route
+from ..staged import Question
 from .errors import ApiError
 from .schema import ChatRequest
 
@@ -22,15 +22,6 @@ if TYPE_CHECKING:
     from ..model.assignment import RowExpert
 
 MOST_WAITING = 64
-
-
-@dataclass(frozen=True)
-class Question:
-    """What a pipeline is asked, in the shape of its own questions."""
-
-    text: str
-    choices: tuple[str, ...] = ()
-    max_new_tokens: int = 64
 
 
 class Response(Protocol):
@@ -59,7 +50,7 @@ class Response(Protocol):
 class Responds(Protocol):
     """Anything that answers in stages; `polymerge.staged.Pipeline` does."""
 
-    def respond(self, questions: Sequence[Any], *, deadline: float | None = None) -> Sequence[Response]:
+    def respond(self, questions: Sequence[Question], *, deadline: float | None = None) -> Sequence[Response]:
         """One response a question, in their order."""
 
 

@@ -109,13 +109,12 @@ def open_router(bundle: str | Path, engine: Engine, *, needed: bool = False) -> 
         RouterError: there is none, it is damaged, or it belongs to another bundle.
     """
     from ..engine.hf_engine import HFEngine
-    from ..router.record import read_record, router_folder
+    from ..router.record import has_router, read_record, router_folder
     from ..router.router import Router
 
-    folder = router_folder(Path(bundle))
-    if not needed and not folder.exists():
+    if not needed and not has_router(Path(bundle)):
         return None
-    other = read_record(folder).model
+    other = read_record(router_folder(Path(bundle))).model
     routes: Routes = Router.load(bundle, HFEngine.from_checkpoint(other) if other else engine)
     return routes
 

@@ -1,0 +1,60 @@
+"""The model `staged` with the real pipeline: the formatter writes in the running batch, the thinker is scripted."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from polymerge.engine.batching import BatchingEngine
+from polymerge.errors import RecipeError
+from polymerge.serve.app import create_app
+from polymerge.serve.run import ThinkerChoice
+from polymerge.staged import Thought
+from tests.conftest import Merged
+from tests.serve.conftest import ScriptedRouter, running
+
+
+class Thinker:
+    name = fingerprint = "scripted"
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def think(self, prompts: Sequence[str], *, max_tokens: int, deadline: float | None = None) -> list[Thought]:
+        self.batches.append(len(prompts))
+        return [Thought("w20 w21", 5, 2) for _ in prompts]
+
+    def unload(self) -> None: ...
+
+
+def test_many_ask_the_thinker_at_once_and_get_their_own_answers(
+    engine: BatchingEngine, merged: Merged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thinker = Thinker()
+    monkeypatch.setattr("polymerge.staged.open_thinker", lambda settings: thinker)
+    bundle, router = merged("llama")[0], ScriptedRouter()
+    pipeline = ThinkerChoice(thinker="https://host/v1", model="big", use="always").open(bundle, engine, router)
+    with running(create_app(engine, router, pipeline), engine) as server, ThreadPoolExecutor(6) as pool:
+
+        def ask(number: int) -> Any:
+            text = ("w10", "w11", "w12")[number % 3] + f" w{30 + number}"
+            return server.client().chat.completions.create(
+                model="staged",
+                messages=[{"role": "user", "content": text}],
+                max_tokens=4,
+                extra_body={"polymerge": {"thoughts": True}},
+            )
+
+        for number, answer in enumerate(pool.map(ask, range(6))):
+            told = answer.polymerge
+            assert (told["expert"], told["stage"], told["thoughts"]) == (f"e{number % 3}", "staged", "w20 w21")
+            assert answer.usage.completion_tokens <= 2 + 4
+    assert sum(thinker.batches) == 6
+
+
+def test_a_thinker_that_cannot_be_is_a_line(engine: BatchingEngine, merged: Merged) -> None:
+    with pytest.raises(RecipeError):
+        ThinkerChoice(thinker="https://host/v1").open(merged("llama")[0], engine, None)  # an endpoint needs a model
+    with pytest.raises(RecipeError):
+        ThinkerChoice(use="sometimes").open(merged("llama")[0], engine, None)
