@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .. import __version__
 from ..errors import PolymergeError
 from ..gguf import cache_folder
-from .base import Engine, FloatArray, GenerateRequest, Generation, Message, Pooling, Prompt, Score, ScoreRequest
+from .base import Engine, GenerateRequest, Generation, Score, ScoreRequest
+from .forwarding import ForwardingEngine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +33,7 @@ Result = TypeVar("Result", Generation, Score)
 OnRequests = Callable[[int, int], None]
 
 
-class CachedEngine:
+class CachedEngine(ForwardingEngine):
     """Wraps an engine.
 
     Args:
@@ -49,45 +50,13 @@ class CachedEngine:
         salt: Mapping[str, str] | None = None,
         progress: OnRequests | None = None,
     ) -> None:
-        self._engine, self._file, self._progress = engine, file, progress
+        super().__init__(engine)
+        self._file, self._progress = file, progress
         self._salt = [engine.fingerprint, __version__, dict(salt or {})]
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             with self._open() as database:
                 database.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
-
-    @property
-    def experts(self) -> list[str]:
-        """The engine's."""
-        return self._engine.experts
-
-    @property
-    def max_length(self) -> int:
-        """The engine's."""
-        return self._engine.max_length
-
-    @property
-    def fingerprint(self) -> str:
-        """The engine's."""
-        return self._engine.fingerprint
-
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """The engine's."""
-        return self._engine.encode(text, special=special)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The engine's."""
-        return self._engine.decode(ids)
-
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The engine's."""
-        return self._engine.chat_prompt(messages)
-
-    def embed(
-        self, prompts: Sequence[Prompt], *, layers: Sequence[int] = (-1,), pooling: Pooling = "last"
-    ) -> FloatArray:
-        """The engine's, never remembered."""
-        return self._engine.embed(prompts, layers=layers, pooling=pooling)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """As in the contract. Answers that were sampled without a seed are never remembered."""

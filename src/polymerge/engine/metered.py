@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from .base import Engine, FloatArray, GenerateRequest, Generation, Message, Pooling, Prompt, Score, ScoreRequest
+from .base import Engine, GenerateRequest, Generation, Score, ScoreRequest
+from .forwarding import ForwardingEngine
 
 
-class MeteredEngine:
+class MeteredEngine(ForwardingEngine):
     """Wraps an engine.
 
     Attributes:
@@ -19,7 +20,7 @@ class MeteredEngine:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self.reset()
 
     def reset(self) -> None:
@@ -30,39 +31,6 @@ class MeteredEngine:
     def tokens_per_second(self) -> float | None:
         """Tokens read and written for every second; None before there was anything to do."""
         return (self.read + self.written) / self.seconds if self.seconds else None
-
-    @property
-    def experts(self) -> list[str]:
-        """The engine's."""
-        return self._engine.experts
-
-    @property
-    def max_length(self) -> int:
-        """The engine's."""
-        return self._engine.max_length
-
-    @property
-    def fingerprint(self) -> str:
-        """The engine's."""
-        return self._engine.fingerprint
-
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """The engine's."""
-        return self._engine.encode(text, special=special)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The engine's."""
-        return self._engine.decode(ids)
-
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The engine's."""
-        return self._engine.chat_prompt(messages)
-
-    def embed(
-        self, prompts: Sequence[Prompt], *, layers: Sequence[int] = (-1,), pooling: Pooling = "last"
-    ) -> FloatArray:
-        """The engine's, not counted."""
-        return self._engine.embed(prompts, layers=layers, pooling=pooling)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """As in the contract."""
