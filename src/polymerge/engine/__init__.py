@@ -4,7 +4,6 @@ base.py            the contract: requests, results, Engine
 streaming.py       the contract of an engine that answers many at once
 hf_engine.py       a bundle or a plain checkpoint, run by transformers in this process
 batching.py        the same with a running batch; answer, running, cache, jobs, text are its parts
-pooled.py          any engine behind the server, one piece an answer
 vllm_engine.py     an exported bundle, run by a vLLM server
 vllm_streaming.py  the same for a server: requests at any time, answers in pieces
 vllm_server.py     the server, started and ended
