@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from polymerge.engine import GenerateRequest, ScoreRequest
 from polymerge.engine.vllm_api import VllmApi
 from polymerge.engine.vllm_engine import VllmEngine, vllm_engine
-from polymerge.engine.vllm_folder import NOTE, Probe, ServedExpert, VllmNote
+from polymerge.engine.vllm_folder import NOTE, Probe, ServedExpert, VllmNote, read_note
 from polymerge.engine.vllm_server import VllmServer
 from polymerge.errors import BundleError, EngineDownError, MissingExtraError, ModelError
 from tests.engine.fake_vllm import Complete, fake_vllm
@@ -46,6 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bundle="0",
         dtype="float32",
         max_lora_rank=8,
+        target_modules=("q_proj",),
+        head_adapters=False,
         base_bytes=1,
         slot_bytes=1,
         calibration_tokens=3,
@@ -102,6 +105,31 @@ def test_scores_are_the_continuations_own(folder: Path) -> None:
         one, two = engine.loglikelihood([ScoreRequest([5, 6], [7, 8], "a"), ScoreRequest("w5 w6 w7", " w8", "b")])
         assert (one.log_likelihood, one.is_greedy, one.tokens) == (-5.0, False, 2)
         assert (two.log_likelihood, two.is_greedy, two.tokens) == (-1.5, True, 1)
+
+
+def test_beside_an_adapter_on_the_head_every_token_is_a_call_of_its_own(folder: Path, tmp_path: Path) -> None:
+    """One call for a whole prompt would end the server."""
+    note = read_note(folder).model_copy(update={"head_adapters": True})
+    shutil.copytree(folder, tmp_path / "v")
+    (tmp_path / "v" / NOTE).write_text(note.to_json())
+
+    def by_token(body: dict[str, Any]) -> dict[str, Any]:
+        assert "prompt_logprobs" not in body and body["max_tokens"] == 1
+        (asked,) = body["logprob_token_ids"]
+        value = ANSWERS[body["model"]][len(body["prompt"]) - 1]
+        likeliest = asked if value >= -2 else 99
+        return {"token_ids": [likeliest], "logprobs": {"top_logprobs": [{f"token_id:{asked}": value}]}}
+
+    with fake_vllm(MODELS, by_token) as url:
+        engine = VllmEngine.connect(tmp_path / "v", url)
+        one, two = engine.loglikelihood([ScoreRequest([5, 6], [7, 8], "a"), ScoreRequest([5], [6], "b")])
+    assert (one.log_likelihood, one.is_greedy, one.tokens) == (-5.0, False, 2)
+    assert (two.log_likelihood, two.is_greedy, two.tokens) == (-4.0, False, 1)
+    with (
+        fake_vllm(MODELS, lambda body: {"token_ids": [5], "logprobs": None}) as url,
+        pytest.raises(ModelError, match="does not tell a token's log-probability"),
+    ):
+        VllmEngine.connect(tmp_path / "v", url)
 
 
 def swapped(body: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ vllm_engine.py     an exported bundle, run by a vLLM server
 vllm_streaming.py  the same for a server: requests at any time, answers in pieces
 vllm_server.py     the server, started and ended
 vllm_folder.py     what vLLM is told of an exported bundle, and what it must answer
+vllm_scores.py     how likely its models find tokens
 vllm_api.py        the server over HTTP
 cached.py          an engine that remembers its answers in a file
 metered.py         an engine that counts its tokens and seconds

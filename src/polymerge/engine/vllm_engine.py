@@ -21,6 +21,7 @@ from .base import FloatArray, GenerateRequest, Generation, Message, Pooling, Pro
 from .sampling import first_stop
 from .vllm_api import VllmApi
 from .vllm_folder import AVERAGE, VllmNote, distance, read_note
+from .vllm_scores import Place, Scored, score_text, score_token
 from .vllm_server import VllmServer
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,9 @@ class VllmEngine:
 
     def loglikelihood(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         """As in the contract. One token less of the context fits: vLLM always makes one."""
-        return self._all(self._score, [(self._model(request.expert), *self._pair(request)) for request in requests])
+        pairs = [(self._model(request.expert), *self._pair(request)) for request in requests]
+        found = self._scores([(model, [*context, *ids], len(context)) for model, context, ids in pairs])
+        return [Score(sum(s.logprob for s in own), all(s.is_likeliest for s in own), len(own)) for own in found]
 
     def embed(
         self, prompts: Sequence[Prompt], *, layers: Sequence[int] = (-1,), pooling: Pooling = "last"
@@ -142,13 +145,17 @@ class VllmEngine:
                 f"{self.api.url} does not serve {', '.join(missing)}; start vLLM with the arguments that "
                 "`polymerge export --to vllm` prints"
             )
-        self._all(self._probe, self.experts)
-        self._all(self._probe_average, self.experts)
+        probes = {expert: served.probe.ids for expert, served in self.note.experts.items()}
+        experts = self._scores([(expert, ids, 1) for expert, ids in probes.items()])
+        for expert, found in zip(probes, experts, strict=True):
+            self._compare(expert, [score.logprob for score in found])
+        # the average last: by then every slot that will be taken is taken
+        for expert, found in zip(probes, self._scores([(AVERAGE, ids, 1) for ids in probes.values()]), strict=True):
+            self._compare_average(expert, [score.logprob for score in found])
 
-    def _probe(self, expert: str) -> None:
+    def _compare(self, expert: str, found: Sequence[float]) -> None:
         probe = self.note.experts[expert].probe
         apart = distance(probe.expert, probe.average)
-        found = self._log_probabilities(expert, probe.ids)
         off, from_average = distance(found, probe.expert), distance(found, probe.average)
         if apart <= PROBE_TOLERANCE:
             logger.warning("expert %r answers its probe like the average (%.2g nats); it tells little", expert, apart)
@@ -164,9 +171,9 @@ class VllmEngine:
             f"run {self.folder}?"
         )
 
-    def _probe_average(self, expert: str) -> None:
+    def _compare_average(self, expert: str, found: Sequence[float]) -> None:
         probe = self.note.experts[expert].probe
-        off = distance(self._log_probabilities(None, probe.ids), probe.average)
+        off = distance(found, probe.average)
         if off > max(PROBE_TOLERANCE, PROBE_SHARE * distance(probe.expert, probe.average)):
             raise ModelError(
                 f"{self.api.url}: the average is {off:.2g} nats a token from the exported one; does the server run "
@@ -207,11 +214,13 @@ class VllmEngine:
             "return_token_ids": True,
         }
 
-    def _score(self, item: tuple[str, list[int], list[int]]) -> Score:
-        model, context, continuation = item
-        places = self._prompt_scores(model, [*context, *continuation])[len(context) :]
-        own = [place[str(token)] for place, token in zip(places, continuation, strict=True)]
-        return Score(sum(p["logprob"] for p in own), all(p["rank"] == 1 for p in own), len(own))
+    def _scores(self, items: Sequence[tuple[str, Sequence[int], int]]) -> list[list[Scored]]:
+        """Every token of the texts from `start` on: (model, ids, start)."""
+        if not self.note.head_adapters:
+            return self._all(lambda item: score_text(self.api, *item), items)
+        places = [Place(model, ids[:n], ids[n]) for model, ids, start in items for n in range(start, len(ids))]
+        found = iter(self._all(lambda place: score_token(self.api, place), places))
+        return [[next(found) for _ in range(start, len(ids))] for _, ids, start in items]
 
     def _pair(self, request: ScoreRequest) -> tuple[list[int], list[int]]:
         context, continuation = self._ids(request.context), request.continuation
@@ -228,19 +237,6 @@ class VllmEngine:
             if token is not None:
                 return int(token)
         raise ModelError("loglikelihood: the context is empty and the tokenizer has no first token to stand for it")
-
-    def _log_probabilities(self, expert: str | None, ids: Sequence[int]) -> list[float]:
-        places = self._prompt_scores(self._model(expert), ids)[1:]
-        return [float(place[str(token)]["logprob"]) for place, token in zip(places, ids[1:], strict=True)]
-
-    def _prompt_scores(self, model: str, ids: Sequence[int], count: int = 0) -> list[Any]:
-        """For every token of a prompt but the first: token id (as text) -> log-probability and rank, with so many of
-        the likeliest tokens."""
-        body = {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": count}
-        found = self.api.complete(body)["choices"][0].get("prompt_logprobs")
-        if not isinstance(found, list) or len(found) != len(ids):
-            raise ModelError(f"{self.api.url}: the server gives no prompt_logprobs; is it vLLM?")
-        return found
 
     def _ids(self, prompt: Prompt) -> list[int]:
         return self.encode(prompt) if isinstance(prompt, str) else list(prompt)

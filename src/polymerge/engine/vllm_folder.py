@@ -70,6 +70,8 @@ class VllmNote(_Strict):
 
     Attributes:
         bundle: digest of the bundle that was exported.
+        target_modules: last names of the modules that any adapter changes; vLLM reserves room for no others.
+        head_adapters: an adapter changes the output head, beside which vLLM cannot score prompts (`vllm_scores`).
         slot_bytes: what vLLM reserves for one loaded adapter, every rank padded to `max_lora_rank`.
         lost: one line for everything that could not be expressed.
     """
@@ -80,6 +82,8 @@ class VllmNote(_Strict):
     bundle: str
     dtype: str
     max_lora_rank: int
+    target_modules: tuple[str, ...]
+    head_adapters: bool
     base_bytes: int
     slot_bytes: int
     calibration_tokens: int
@@ -134,5 +138,6 @@ def serve_arguments(folder: str | Path, note: VllmNote) -> list[str]:
         "--enable-lora",
         *("--max-lora-rank", str(note.max_lora_rank)),
         *("--max-loras", str(len(note.experts) + SPARE_SLOTS)),
+        *("--lora-target-modules", *note.target_modules),
         *("--lora-modules", *modules),
     ]

@@ -107,8 +107,12 @@ class VllmServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        died = not self.running
         self.stop()
-        self._log.unlink(missing_ok=True)
+        if died:
+            self._say(f"vLLM had ended by itself; its log is {self._log}")
+        else:
+            self._log.unlink(missing_ok=True)
 
     @property
     def running(self) -> bool:

@@ -23,12 +23,12 @@ from .answer import Answer
 from .streaming import EngineState, Listener, Stream, StreamRequest, TokenScore
 from .vllm_api import VllmApi
 from .vllm_engine import CONCURRENCY, VllmEngine
+from .vllm_scores import TOKEN_ID, prompt_scores
 
 logger = logging.getLogger(__name__)
 
 MAX_WAITING = 1024
 HEALTH_SECONDS = 1.0
-TOKEN_ID = "token_id:"
 
 
 class VllmStreaming(VllmEngine):
@@ -100,6 +100,11 @@ class VllmStreaming(VllmEngine):
         if room < 1:  # vLLM makes a token even where only scores are wanted
             raise ModelError(f"generate: the prompt has {len(prompt)} tokens, the model's context {self.max_length}")
         self._model(asked.expert)
+        if request.score_prompt and self.note.head_adapters:
+            raise ModelError(
+                "vLLM cannot score prompts of experts with heads (or tied embeddings) of their own; "
+                "merge with `embeddings: average` and `lm_head: average`"
+            )
         request = replace(request, generate=replace(asked, max_new_tokens=min(asked.max_new_tokens, room)))
         return Answer(request, prompt, listener, ends=self.ends, decode=self.decode)
 
@@ -157,7 +162,7 @@ class VllmStreaming(VllmEngine):
 
     def _scored_prompt(self, answer: Answer) -> list[TokenScore]:
         count = answer.request.logprobs or 0
-        places = self._prompt_scores(self._model(answer.request.generate.expert), answer.prompt, count)
+        places = prompt_scores(self.api, self._model(answer.request.generate.expert), answer.prompt, count)
         found = [TokenScore(self._text(answer.prompt[0]), None)]
         for token, place in zip(answer.prompt[1:], places[1:], strict=True):
             values = {int(key): float(value["logprob"]) for key, value in place.items()}

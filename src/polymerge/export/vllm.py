@@ -41,7 +41,7 @@ from .calibrate import Calibration, Measured, check_tokenizer
 from .norms import gain_ratio, norm_modules
 from .place import fresh, publish
 from .samples import Sample, builtin_samples
-from .vllm_plan import Factored, VllmPlan
+from .vllm_plan import HEAD, Factored, VllmPlan
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,8 @@ def _note(plan: VllmPlan, measured: dict[str, Measured]) -> VllmNote:
         bundle=plan.bundle.digest,
         dtype=plan.bundle.manifest.dtype,
         max_lora_rank=plan.max_lora_rank,
+        target_modules=plan.target_modules,
+        head_adapters=HEAD in plan.target_modules,
         base_bytes=plan.bundle.sizes().base,
         slot_bytes=plan.slot_bytes,
         calibration_tokens=sum(found.tokens for found in measured.values()),

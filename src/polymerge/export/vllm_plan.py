@@ -97,12 +97,17 @@ class VllmPlan:
         return sum(task.numel for tasks in self.experts.values() for task in tasks) * self.dtype.itemsize
 
     @property
+    def target_modules(self) -> tuple[str, ...]:
+        """Last names of the modules that any expert changes."""
+        return tuple(sorted({t.module.rpartition(".")[2] for tasks in self.experts.values() for t in tasks}))
+
+    @property
     def slot_bytes(self) -> int:
-        """What vLLM reserves for one loaded adapter: factors for every linear layer, padded to `max_lora_rank`."""
-        layers = self.bundle.layers.values()
-        widths = [sum(layer.shape) for layer in layers if layer.role == "linear"]
-        if self.bundle.manifest.architecture in EMBEDDING_ARCHITECTURES:  # reserved whether an expert has some or not
-            widths += 2 * [sum(layer.shape) for layer in layers if layer.role == "embedding"]
+        """What vLLM reserves for one loaded adapter: factors for all modules of these names, at `max_lora_rank`."""
+        linear = [layer for layer in self.bundle.layers.values() if layer.role == "linear"]
+        shapes = {layer.module: layer.shape for layer in linear}
+        shapes |= {task.module: task.shape for tasks in self.experts.values() for task in tasks}
+        widths = [sum(s) for module, s in shapes.items() if module.rpartition(".")[2] in self.target_modules]
         return sum(widths) * self.max_lora_rank * self.dtype.itemsize
 
 
@@ -148,18 +153,21 @@ class _Expressed:
         self.lost: list[str] = []
         self._takes_embeddings = bundle.manifest.architecture in EMBEDDING_ARCHITECTURES
         linear = {layer.module for layer in bundle.layers.values() if layer.role == "linear"}
-        self._takes = linear | ({HEAD} if self._takes_embeddings else set())
+        self._takes = linear
         self._readers = norm_readers(bundle.path)
         self._norms = norm_modules(bundle.path)
 
     def tasks(self, expert: str) -> list[Factored]:
         """An expert's factors, in the order of an adapter's file."""
         stored, scales = self.bundle.adapter_shapes(expert), self.bundle.scales(expert)
-        folded = self._own_small(expert)
+        # Its own head takes the last norm in. For that norm alone an adapter on the head gains nothing (the demo's
+        # experts have the same KL to two digits), fills a slot, and keeps vLLM from scoring prompts.
+        own_head = any(self._is_head(layer) and _key(layer) in stored for layer in self.bundle.layers.values())
+        folded = self._own_small(expert, own_head=own_head and self._takes_embeddings)
         found, whole = [], []
         for layer in self.bundle.layers.values():
             norm = folded.get(layer.module)
-            own = f"{layer.module}.{layer.parameter}" in stored
+            own = _key(layer) in stored
             takes = layer.role == "linear" or (layer.role in ("embedding", "lm_head") and self._takes_embeddings)
             if own and takes and min(layer.shape) > self.rank:
                 whole.append(layer.tensor)
@@ -180,16 +188,19 @@ class _Expressed:
         if own and not self._takes_embeddings:
             self.lost.append(f"{expert}: {layer.tensor}: vLLM takes no adapter there with this architecture")
             return []
-        is_head = layer.role == "lm_head" or layer.module == self.bundle.manifest.tied_embedding
         found = []
         if layer.role == "embedding" and own:
             found.append(self._task(layer, layer.module, None, embedding=True))
-        if is_head and (own or norm):
+        if self._is_head(layer) and own:
             found.append(self._task(layer, HEAD, norm))
         return found
 
-    def _own_small(self, expert: str) -> dict[str, str]:
+    def _is_head(self, layer: BundleLayer) -> bool:
+        return layer.role == "lm_head" or layer.module == self.bundle.manifest.tied_embedding
+
+    def _own_small(self, expert: str, *, own_head: bool) -> dict[str, str]:
         """Linear module -> the norm before it that is folded in. Other norms, biases and the like are lost."""
+        takes = self._takes | ({HEAD} if own_head else set())
         reader = self.bundle.expert_reader(expert)
         folded: dict[str, str] = {}
         for layer in self.bundle.layers.values():
@@ -201,13 +212,18 @@ class _Expressed:
             readers = self._readers.get(layer.module, []) if layer.parameter == "weight" else []
             if not readers:
                 self.lost.append(f"{expert}: {layer.tensor}: {_NO_PLACE.get(layer.role, _NO_PLACE['other'])}")
-            elif not self._takes.issuperset(readers):
+            elif not takes.issuperset(readers):
                 self.lost.append(f"{expert}: {layer.tensor}: {', '.join(readers)} cannot take it in")
             elif gain_ratio(self._norms[layer.module], own, base) is None:
                 self.lost.append(f"{expert}: {layer.tensor}: the average's gain is too near 0 to divide by")
             else:
                 folded |= dict.fromkeys(readers, layer.module)
         return folded
+
+
+def _key(layer: BundleLayer) -> str:
+    """Where an expert's own tensor stands in its adapter."""
+    return f"{layer.module}.{layer.parameter}"
 
 
 _NO_PLACE = {
