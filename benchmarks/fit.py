@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from polymerge.engine.vllm_folder import EMBEDDING_ARCHITECTURES, padded_rank, read_note
+from polymerge.engine.vllm_folder import padded_rank, read_note
 from polymerge.rsvd import rank_for_rate
 
 KNOWN = {
@@ -83,12 +83,11 @@ def rows_of_config(name: str, memories: list[float], tokens: int, rates: list[fl
     base, cache = whole * BYTES, cache_bytes(config, tokens)
     tied = bool(config.tie_word_embeddings)
     own = sum(a * b for a, b in ends[: 1 if tied else 2]) * BYTES
-    takes_ends = (config.architectures or [f"{type(config).__name__[:-6]}ForCausalLM"])[0] in EMBEDDING_ARCHITECTURES
     for rate in rates:
         ranks = [rank_for_rate(a, b, rate) for a, b in linear]
         residuals = sum(rank * (a + b) for rank, (a, b) in zip(ranks, linear, strict=True)) * BYTES
         padded = padded_rank(max(ranks))
-        slot = sum(a + b for a, b in [*linear, *(ends if takes_ends else [])]) * padded * BYTES
+        slot = sum(a + b for a, b in linear) * padded * BYTES
         for memory in memories:
             yield {
                 "gpu": memory,

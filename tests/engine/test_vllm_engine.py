@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from polymerge.cli.main import main
 from polymerge.engine import GenerateRequest, ScoreRequest
 from polymerge.engine.vllm_api import VllmApi
 from polymerge.engine.vllm_engine import VllmEngine, vllm_engine
@@ -274,6 +275,19 @@ def test_a_server_that_fails_shows_its_log_and_one_line(folder: Path, tmp_path: 
     ):
         pass
     assert said[-3:] == ["loading", "ValueError: no room for the KV cache", "bye"]
+
+
+def test_the_serve_command_hands_on_what_is_vllms(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("fastapi")
+    python, _ = program(tmp_path, "fails")
+    for argument, message in (("--seed=1", "no room for the KV cache"), ("--port=1", "polymerge sets this argument")):
+        options = ["--vllm", "--vllm-python", python, f"--vllm-arg={argument}", "--port", "0"]
+        monkeypatch.setattr("sys.argv", ["polymerge", "serve", str(folder), *options])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_server_that_never_gets_ready_is_ended(folder: Path, tmp_path: Path) -> None:

@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 
 Names = Annotated[list[str] | None, typer.Option(help="May be asked by this host name too; repeat for several.")]
+Arguments = Annotated[
+    list[str] | None, typer.Option(help="For vLLM, such as --vllm-arg=--tensor-parallel-size=8; repeat for several.")
+]
 Origins = Annotated[list[str] | None, typer.Option(help="Let web pages of this origin ask; repeat for several.")]
 
 
@@ -35,6 +38,8 @@ def serve(
     policy: Annotated[str | None, typer.Option(help="When `staged` thinks: always, never or auto.")] = None,
     vllm: Annotated[bool, typer.Option("--vllm", help="BUNDLE is an export for vLLM, which is started.")] = False,
     vllm_url: Annotated[str | None, typer.Option(help="The same with a vLLM server that runs already.")] = None,
+    vllm_python: Annotated[str | None, typer.Option(help="The python that has vLLM; by default `vllm` is run.")] = None,
+    vllm_arg: Arguments = None,
     probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Check every expert first.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...; by default the GPU where there is one.")] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers to the log.")] = False,
@@ -76,8 +81,8 @@ def serve(
 
     if vllm or vllm_url:
         serve_vllm(
-            bundle, url=vllm_url, host=host, port=port, settings=settings, everyone=open_, max_waiting=max_waiting,
-            drain=drain, say=say, on_ready=ready,
+            bundle, url=vllm_url, python=vllm_python, extra=vllm_arg or (), host=host, port=port, settings=settings,
+            everyone=open_, max_waiting=max_waiting, drain=drain, say=say, on_ready=ready,
         )  # fmt: skip
         return
     stages = ThinkerChoice(recipe, thinker, thinker_model, key_env, policy) if recipe or thinker else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,8 @@ def serve_vllm(
     folder: str | Path,
     *,
     url: str | None = None,
+    python: str | None = None,
+    extra: Sequence[str] = (),
     host: str = "127.0.0.1",
     port: int = 8000,
     settings: ServeSettings | None = None,
@@ -131,6 +133,9 @@ def serve_vllm(
 
     vLLM tells no hidden states, so there is no router. Other arguments are `serve`'s.
 
+    Args:
+        python, extra: as for `polymerge.engine.vllm_server.VllmServer`.
+
     Raises:
         PolymergeError: as `serve`; ModelError: vLLM does not start or does not answer as the export says.
     """
@@ -139,7 +144,7 @@ def serve_vllm(
 
     settings = guarded(settings or ServeSettings(), host, everyone=everyone)
     place = listener(host, port)
-    with vllm_engine(folder, url=url, say=say, kind=VllmStreaming) as engine:
+    with vllm_engine(folder, url=url, python=python, extra=extra, say=say, kind=VllmStreaming) as engine:
         engine.max_waiting = max_waiting
         try:
             _listen(create_app(engine, settings=settings), place, host, settings, drain, on_ready)
