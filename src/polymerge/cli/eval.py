@@ -89,9 +89,7 @@ def eval(
 def _router(bundle: Path, engine: Engine, device: str | None) -> dict[str, Any]:
     """The bundle's router, which embeds with the loaded engine unless it was fitted with another model."""
     from ..engine.hf_engine import HFEngine
-    from ..router.record import read_record, router_folder
-    from ..router.router import Router
+    from ..router.opening import open_router
 
-    record = read_record(router_folder(bundle))
-    router = Router.load(bundle, HFEngine.from_checkpoint(record.model, device=device) if record.model else engine)
-    return {"router": router, "fields": record.experts, "about": {"router": router.fingerprint}}
+    router = open_router(bundle, lambda: engine, lambda model: HFEngine.from_checkpoint(model, device=device))
+    return {"router": router, "fields": router.record.experts, "about": {"router": router.fingerprint}}

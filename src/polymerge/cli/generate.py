@@ -90,12 +90,10 @@ def generate(
 def _routed(model: MixedModel, prompt: str) -> Route:
     """Where the bundle's router sends the prompt. The loaded model embeds for it, unless it was fitted with another."""
     from ..engine.hf_engine import HFEngine
-    from ..router.record import read_record, router_folder
-    from ..router.router import Router
+    from ..router.opening import open_router
 
-    other = read_record(router_folder(model.bundle.path)).model
-    engine = (
-        HFEngine.from_checkpoint(other) if other else HFEngine(model, model.tokenizer, fingerprint=model.bundle.digest)
-    )
-    [found] = Router.load(model.bundle, engine).route([prompt])
+    def own() -> HFEngine:
+        return HFEngine(model, model.tokenizer, fingerprint=model.bundle.digest)
+
+    [found] = open_router(model.bundle, own, HFEngine.from_checkpoint).route([prompt])
     return found

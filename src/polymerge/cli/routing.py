@@ -31,13 +31,9 @@ def open_engine(bundle: Bundle | Path, model: str | None, device: str | None) ->
 
 def open_router(bundle: Path, device: str | None) -> Router:
     """The bundle's router with the engine that embeds for it. Says at once where there is none."""
-    from ..bundle import Bundle
-    from ..router.record import read_record, router_folder
-    from ..router.router import Router
+    from ..router.opening import open_router as opened
 
-    opened = Bundle.open(bundle)
-    record = read_record(router_folder(opened.path))
-    return Router.load(opened, open_engine(opened, record.model, device))
+    return opened(bundle, lambda: open_engine(bundle, None, device), lambda model: open_engine(bundle, model, device))
 
 
 def known_samples(router: Router, samples: Sequence[Sample]) -> list[Sample]:

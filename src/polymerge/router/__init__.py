@@ -3,6 +3,7 @@
 route.py       what a router answers
 router.py      the router
 record.py      a router on disk, in the bundle's folder router/
+opening.py     a router with the engine that embeds for it
 embed.py       texts as vectors: alignment prompt, layer, pooling
 space.py       what is done to a vector before it is compared
 classify.py    vectors to fields: logistic regression, nearest centroid, k nearest neighbours

@@ -187,13 +187,16 @@ def open_router(bundle: Bundle, engine: BatchingEngine, device: str | None = Non
     Raises:
         RouterError: it is damaged, or was fitted for another bundle.
     """
-    from ..router.record import has_router, read_record, router_folder
-    from ..router.router import Router
+    from ..router import opening
+    from ..router.record import has_router
 
     if not has_router(bundle.path):
         return None
-    model = read_record(router_folder(bundle.path)).model
-    return Router.load(bundle, BatchingEngine(HFEngine.from_checkpoint(model, device=device)) if model else engine)
+
+    def other(model: str) -> BatchingEngine:
+        return BatchingEngine(HFEngine.from_checkpoint(model, device=device))
+
+    return opening.open_router(bundle, lambda: engine, other)
 
 
 class _Server(uvicorn.Server):

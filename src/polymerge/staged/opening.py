@@ -109,14 +109,12 @@ def open_router(bundle: str | Path, engine: Engine, *, needed: bool = False) -> 
         RouterError: there is none, it is damaged, or it belongs to another bundle.
     """
     from ..engine.hf_engine import HFEngine
-    from ..router.record import has_router, read_record, router_folder
-    from ..router.router import Router
+    from ..router import opening
+    from ..router.record import has_router
 
     if not needed and not has_router(Path(bundle)):
         return None
-    other = read_record(router_folder(Path(bundle))).model
-    routes: Routes = Router.load(bundle, HFEngine.from_checkpoint(other) if other else engine)
-    return routes
+    return opening.open_router(bundle, lambda: engine, HFEngine.from_checkpoint)
 
 
 def _first(error: ValidationError) -> str:
