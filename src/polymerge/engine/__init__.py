@@ -13,6 +13,7 @@ vllm_api.py        the server over HTTP
 cached.py          an engine that remembers its answers in a file
 metered.py         an engine that counts its tokens and seconds
 forwarding.py      what these two share
+scoring.py         the tokens of a request for a score
 sampling.py        how a token is chosen, and when an answer ends
 """
 

@@ -25,6 +25,7 @@ from ..model import MixedModel, load_model
 from ..recipe import Source
 from .base import FloatArray, GenerateRequest, Generation, Message, Pooling, Prompt, Score, ScoreRequest
 from .sampling import StopTexts, first_stop
+from .scoring import scored_pair
 
 # Tokens of a batch, padding included: wide enough to keep two to sixteen cores busy, small enough for a laptop.
 BATCH_TOKENS = 4096
@@ -195,21 +196,9 @@ class HFEngine:
         return list(ids)
 
     def _pair(self, request: ScoreRequest) -> tuple[list[int], list[int]]:
-        context = self._ids(request.context)
         continuation = request.continuation
-        ids = self.encode(continuation, special=False) if isinstance(continuation, str) else list(continuation)
-        if not ids:
-            raise ModelError("loglikelihood: the continuation is empty")
-        room = self.max_length - len(ids)
-        if room < 1:
-            raise ModelError(f"loglikelihood: a continuation of {len(ids)} tokens does not fit the model's context")
-        return (context or [self._first_token()])[-room:], ids
-
-    def _first_token(self) -> int:
-        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
-        raise ModelError("loglikelihood: the context is empty and the tokenizer has no first token to stand for it")
+        ids = self.encode(continuation, special=False) if isinstance(continuation, str) else self.checked(continuation)
+        return scored_pair(self._ids(request.context), ids, self.tokenizer, self.max_length)
 
     def _check(self, expert: Any) -> None:
         if self._mixed:

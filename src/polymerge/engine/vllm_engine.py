@@ -19,6 +19,7 @@ from typing import Any, Self, TypeVar
 from ..errors import ModelError
 from .base import FloatArray, GenerateRequest, Generation, Message, Pooling, Prompt, Score, ScoreRequest
 from .sampling import first_stop
+from .scoring import scored_pair
 from .vllm_api import VllmApi
 from .vllm_folder import AVERAGE, VllmNote, distance, read_note
 from .vllm_scores import Place, Scored, score_text, score_token
@@ -223,20 +224,10 @@ class VllmEngine:
         return [[next(found) for _ in range(start, len(ids))] for _, ids, start in items]
 
     def _pair(self, request: ScoreRequest) -> tuple[list[int], list[int]]:
-        context, continuation = self._ids(request.context), request.continuation
+        continuation = request.continuation
         ids = self.encode(continuation, special=False) if isinstance(continuation, str) else list(continuation)
-        if not ids:
-            raise ModelError("loglikelihood: the continuation is empty")
-        room = self.max_length - 1 - len(ids)
-        if room < 1:
-            raise ModelError(f"loglikelihood: a continuation of {len(ids)} tokens does not fit the model's context")
-        return (context or [self._first_token()])[-room:], ids
-
-    def _first_token(self) -> int:
-        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
-        raise ModelError("loglikelihood: the context is empty and the tokenizer has no first token to stand for it")
+        # vLLM has to write a token after what it scores
+        return scored_pair(self._ids(request.context), ids, self.tokenizer, self.max_length - 1)
 
     def _ids(self, prompt: Prompt) -> list[int]:
         return self.encode(prompt) if isinstance(prompt, str) else list(prompt)
