@@ -6,11 +6,10 @@ import json
 import random
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
@@ -19,17 +18,9 @@ from polymerge.errors import BundleError, PolymergeError
 from tests.tiny import COMMON, make_experts
 
 INDEX = "model.safetensors.index.json"
+pytestmark = pytest.mark.usefixtures("one_thread")
 WEIGHTS = "model.safetensors"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Hundreds of tiny merges: threads would cost more than they give."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import polymerge
 from polymerge.cli.main import main
 from tests.tiny import COMMON, make_experts
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SOURCE = str(Path(polymerge.__file__).parents[1])
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -355,15 +356,6 @@ WHILE_READING: dict[str, tuple[Callable[[Case], object], list[str]]] = {
     ),
     "weight too large for float32": (lambda c: c.edit_value(Q0, 1e300, torch.float64), ["two", Q0]),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny matrices: threads would cost more than they give."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -30,19 +30,11 @@ from polymerge.cli.main import main
 from polymerge.errors import OutputExistsError
 from tests.tiny import COMMON, make_experts
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SOURCE = str(Path(polymerge.__file__).parents[1])
 TINY = {**COMMON, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48}
 # Enough work for some seconds.
 LONG = {**COMMON, "num_hidden_layers": 8, "hidden_size": 384, "intermediate_size": 1024}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As in the processes that are killed."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
