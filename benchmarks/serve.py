@@ -251,7 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--requests", type=int, default=96)
-    parser.add_argument("--systems", nargs="+", default=[OURS, ALONE, DENSE], choices=[OURS, ALONE, DENSE])
+    parser.add_argument("--systems", nargs="*", default=[OURS, ALONE, DENSE], choices=[OURS, ALONE, DENSE])
     parser.add_argument("--vllm-python", metavar="PATH", help="measure vLLM too, with this python")
     parser.add_argument("--vllm-arg", action="append", default=[], help="a further argument of `vllm serve`")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=URL")
