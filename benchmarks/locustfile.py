@@ -37,13 +37,18 @@ def add_arguments(parser: ArgumentParser) -> None:
 @events.init.add_listener
 def read_rows(environment: Environment, **_: Any) -> None:
     """All users take from one row of requests, so that models stay mixed."""
-    options = environment.parsed_options
-    if options.prompts:
-        rows = [json.loads(line) for line in Path(options.prompts).read_text().splitlines() if line.strip()]
-    else:
-        found = requests.get(f"{environment.host}/v1/models", headers=_headers(), timeout=60).json()["data"]
-        models = [model["id"] for model in found if model["id"] not in OTHERS]
-        rows = [{"model": model, "prompt": question} for question in QUESTIONS for model in models]
+    file, url = environment.parsed_options.prompts, f"{environment.host}/v1/models"
+    try:
+        if file:
+            rows = [json.loads(line) for line in Path(file).read_text().splitlines() if line.strip()]
+        else:
+            found = requests.get(url, headers=_headers(), timeout=60).json()["data"]
+            models = [model["id"] for model in found if model["id"] not in OTHERS]
+            rows = [{"model": model, "prompt": question} for question in QUESTIONS for model in models]
+    except (OSError, ValueError, KeyError) as error:  # requests' own are OSErrors
+        raise SystemExit(f"{file or url}: {error}") from None
+    if not rows:
+        raise SystemExit(f"{file or url}: there is nothing to ask")
     environment.polymerge_rows = itertools.cycle(rows)
 
 
@@ -72,6 +77,9 @@ class Client(User):
             self._fire(ANSWER, time.perf_counter() - began, 0, error)
             return
         ended = time.perf_counter()
+        if not tokens:
+            self._fire(ANSWER, ended - began, 0, RuntimeError("no token came"))
+            return
         self._fire(FIRST, first - began, 1)
         if tokens > 1:
             self._fire(EACH, (ended - first) / (tokens - 1), tokens - 1)
