@@ -49,6 +49,11 @@ def other_models(task: Task, folder: Path) -> int:
     return (len(task.experts) - 1) * one_model(task)
 
 
+def other_models_but_embeddings(task: Task, folder: Path) -> int:
+    shared = sum(task.pretrained.tensors[name].numel for name in task.rest("embedding", "lm_head"))
+    return (len(task.experts) - 1) * (one_model(task) - 2 * shared)
+
+
 def one_model(task: Task) -> int:
     """Bytes of one dense model at two bytes a number."""
     return 2 * sum(info.numel for info in task.pretrained.tensors.values())
@@ -88,7 +93,9 @@ def polymerge_rows(name: str, **recipe: Any) -> list[Method]:
 
 METHODS = [
     Method("the experts themselves", "named", originals.merge, originals.serve, other_models),
-    Method("their embeddings averaged", "named", originals.merge, originals.serve_averaged, other_models),
+    Method(
+        "their embeddings averaged", "named", originals.merge, originals.serve_averaged, other_models_but_embeddings
+    ),
     dense("average (mergekit linear)", "linear", {"weight": 1.0}),
     dense("task arithmetic, 0.4", "task_arithmetic", {"weight": 0.4}),
     dense("task arithmetic, 1.0", "task_arithmetic", {"weight": 1.0}),

@@ -8,15 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
 from peer_methods import adapters, bitdelta, mergekit, ours, smile, twin
 from peer_methods.lowrank import GatedLinear, truncated_svd
 from peer_methods.measure import Held, agreements
 from peer_methods.served import InTurn, Served
 from peer_methods.table import experts_folder
 from peer_methods.task import Cost, Task, run_apart
-from safetensors.torch import load_file
-from torch import Tensor, nn
-
 from polymerge.demo.skills import Example, Skill
 from tests.tiny import make_experts, tiny_tokenizer
 
@@ -235,7 +235,7 @@ def test_a_call_apart_tells_its_memory_and_its_failure(tmp_path: Path) -> None:
     cost = run_apart("json:dumps", [1])
     assert cost.seconds > 0 and cost.peak > 2**20
     assert Cost(1.0, 5) + Cost(2.0, 3) == Cost(3.0, 5)
-    with pytest.raises(SystemExit, match="json:loads failed: json.decoder.JSONDecodeError"):
+    with pytest.raises(SystemExit, match=r"json:loads failed: json\.decoder\.JSONDecodeError"):
         run_apart("json:loads", "{")
 
 
