@@ -41,7 +41,7 @@ class OneModel(Served):
     """A model that is not told which expert a row belongs to."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        self.model, self.tokenizer = model, tokenizer
 
     def logits(self, ids: Tensor, prompt: int, expert: str) -> Tensor:
         found: Tensor = self.model(ids).logits
@@ -58,8 +58,6 @@ class InTurn(Served):
 
     def __init__(self, models: Mapping[str, Any], tokenizer: Any) -> None:
         self.models, self.tokenizer = models, tokenizer
-        for model in models.values():
-            model.eval().requires_grad_(False)
 
     def logits(self, ids: Tensor, prompt: int, expert: str) -> Tensor:
         found: Tensor = self.models[expert](ids).logits
@@ -90,7 +88,7 @@ def load_shared(base: str, folder: Path | None = None) -> tuple[Any, Any]:
     file = folder / "shared.safetensors" if folder else None
     if file and file.exists():
         put(model, load_file(file))
-    return model, tokenizer
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -122,7 +122,6 @@ class Twin(Served):
         self.model, self.tokenizer = load_shared(task.base, folder)
         self.weights = torch.zeros(1, len(task.experts))
         whole = install(self.model, task, folder, lambda a: lambda z: self.weights[:, None, :])
-        self.model.eval().requires_grad_(False)
         self.router = Router(self.model.config.hidden_size, len(task.experts))
         self.router.load_state_dict(load_file(folder / "experts" / "router.safetensors"), strict=False)
         self.router.eval().requires_grad_(False)

@@ -194,12 +194,6 @@ def test_rows_that_run_in_turn_come_back_in_their_order() -> None:
         def __init__(self, token: int, length: int) -> None:
             self.new = torch.full((1, length), token)
 
-        def eval(self) -> "Says":
-            return self
-
-        def requires_grad_(self, _: bool) -> None:
-            pass
-
         def generate(self, ids: Tensor, **_: Any) -> Tensor:
             return torch.cat([ids, self.new.expand(len(ids), -1)], dim=1)
 
@@ -243,3 +237,24 @@ def test_a_task_is_the_same_after_a_file(task: Task, tmp_path: Path) -> None:
     task.save(tmp_path / "task.json")
     assert Task.load(tmp_path / "task.json") == task
     assert json.loads((tmp_path / "task.json").read_text())["rate"] == 0.5
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_named_adapters_answer_the_same_alone_and_together(task: Task, tmp_path: Path, norms: bool) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    own = ["norm", "input_layernorm"] if norms else []
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=own, init_lora_weights=False)
+    for number, name in enumerate(task.experts):
+        adapter = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(task.base), config)
+        for key, parameter in adapter.named_parameters():
+            if "modules_to_save" in key or "lora_B" in key:
+                parameter.data += 0.2 * number
+        adapter.save_pretrained(tmp_path / "experts" / name)
+    served = (adapters.serve if norms else adapters.serve_without_norms)(task, tmp_path)
+    mask, names = torch.ones_like(IDS).repeat(3, 1), list(task.experts)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4}
+    together = served.generate(IDS.repeat(3, 1), mask, names, **options)
+    alone = [served.generate(IDS, mask[:1], [name], **options) for name in names]
+    assert torch.equal(together, torch.cat(alone)) and served.one_batch is not norms
+    assert len({round(float(served.logits(IDS, 2, name).sum()), 3) for name in names}) == 3
