@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from peer_methods import bitdelta
 from polymerge import Bundle, load_model, merge
 from polymerge.bundle import BundleLayer
 from polymerge.cli.console import hush_libraries
@@ -37,10 +38,9 @@ from polymerge.sweep import CODES, Agreement, Example, Reference, read_examples
 Rebuild = Callable[[str, BundleLayer, Tensor, Tensor], tuple[Tensor, int]]
 
 
-def bitdelta(expert: str, layer: BundleLayer, weight: Tensor, base: Tensor) -> tuple[Tensor, int]:
-    """The scale that is nearest for given signs is the mean magnitude (their equation 2)."""
-    delta = weight - base
-    return base + delta.sign() * delta.abs().mean(), -(-delta.numel() // 8) + 2
+def signs_around_average(expert: str, layer: BundleLayer, weight: Tensor, base: Tensor) -> tuple[Tensor, int]:
+    signs, scale = bitdelta.encode(weight - base)
+    return base + bitdelta.decode(signs, scale, weight.shape[1]), signs.nbytes + scale.nbytes
 
 
 def rounded_factors(bundle: Bundle) -> Rebuild:
@@ -144,7 +144,7 @@ def main() -> None:
         rows = [merged(code, sources, references, arguments.rate, path) for code, path in made.items()]
         bundle = Bundle.open(made["factors"])
         rows.append(rebuilt("factors in 16 bits", rounded_factors(bundle), bundle, references))
-        rows.append(rebuilt("BitDelta around the average", bitdelta, bundle, references))
+        rows.append(rebuilt("BitDelta around the average", signs_around_average, bundle, references))
         rows.append(averaged(bundle, references))
         linear = [layer for layer in bundle.layers.values() if layer.role == "linear" and layer.rank]
         numbers = len(sources) * sum(layer.shape[0] * layer.shape[1] for layer in linear)
