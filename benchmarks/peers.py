@@ -1,7 +1,10 @@
 """polymerge against its peers: the same experts, the same held-out requests, one run.
 
     python benchmarks/peers.py --mergekit MERGEKIT/bin/python          # the demo's three experts
-    python benchmarks/peers.py --mergekit ... --bundle BUNDLE --data ../shared/data
+    python benchmarks/peers.py --mergekit ... --bundle BUNDLE --data ../shared/data          # the sources of a bundle
+    python benchmarks/peers.py --mergekit ... --experts NAME=FOLDER ... --data ../shared/data
+
+The experts must come from the demo's base, SmolLM2-135M-Instruct.
 
 Every row of benchmarks/peer_methods/table.py is merged in a process of its own, then loaded and measured here: accuracy
 of greedy answers, KL to the original expert on its own requests, new tokens a second of a batch that mixes all experts.
@@ -42,10 +45,11 @@ ROUTER_TEXTS = 128
 
 def experts_of(options: argparse.Namespace, base: Path) -> tuple[list[Skill], dict[str, str]]:
     """The skills with their held-out requests, and the experts' folders."""
-    if options.bundle:
-        records = Bundle.open(options.bundle).manifest.experts
-        skills = read_skills(options.data, list(records), train=ROUTER_TEXTS, test=options.limit)
-        return skills, {name: record.source for name, record in records.items()}
+    if options.bundle or options.experts:
+        sources = dict(item.split("=", 1) for item in options.experts or ())
+        if options.bundle:
+            sources = {n: record.source for n, record in Bundle.open(options.bundle).manifest.experts.items()}
+        return read_skills(options.data, list(sources), train=ROUTER_TEXTS, test=options.limit), sources
     skills = load_skills(DemoSettings(output=Path()))
     sources = {skill.name: str(fine_tune(base, skill, TrainSettings())) for skill in skills}
     return [Skill(s.name, s.train, s.test[: options.limit]) for s in skills], sources
@@ -119,7 +123,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mergekit", type=Path, help="python of a virtual environment that holds mergekit")
     parser.add_argument("--bundle", type=Path, help="measure the sources of this bundle")
-    parser.add_argument("--data", type=Path, help="with NAME/train.jsonl and test.jsonl for every expert of --bundle")
+    parser.add_argument("--experts", nargs="+", metavar="NAME=FOLDER", help="measure these experts")
+    parser.add_argument("--data", type=Path, help="with NAME/train.jsonl and test.jsonl for every one of these experts")
     parser.add_argument("--rate", type=float, default=0.95, help="polymerge's compress rate, which sets the bytes")
     parser.add_argument("--limit", type=int, default=64, help="held-out requests of each expert; the demo has 64")
     parser.add_argument("--compared", type=int, default=32, help="how many of them KL is measured on")
