@@ -294,7 +294,7 @@ class Bundle:
     def coded_factors(
         self, expert: str, layer: BundleLayer, get: Callable[[str], Tensor | None]
     ) -> dict[str, Tensor] | None:
-        """A residual's tensors as they are stored, by the code's suffixes; None where the expert has none in this layer.
+        """A residual's tensors as stored, by the code's suffixes; None where the expert has none in this layer.
 
         Args:
             get: the expert's stored tensor of that key (without PEFT's prefix), or None.

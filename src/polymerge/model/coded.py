@@ -38,7 +38,7 @@ class CodedLinear(ExpertLinear):
         from .kernel import add_fused, runs_on
 
         flat_x, flat_y = x.reshape(-1, x.shape[-1]).contiguous(), y.view(-1, y.shape[-1])
-        tiles = tiles_of(self.state, x.shape[0], len(flat_x)) if runs_on(x.device) else None
+        tiles = tiles_of(self.state, x) if runs_on(x.device) else None
         if tiles is None:
             add_plain(flat_y, flat_x, self.residuals, self.state)
         else:

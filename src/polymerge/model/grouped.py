@@ -1,8 +1,8 @@
 """Residuals of a layer as they are stored, and the sum y = rho y + B (A x) over a batch that mixes experts.
 
-Rows of one expert are brought together in tiles (as in Punica, arXiv 2310.18547, and S-LoRA, arXiv 2311.03285), so that a
-token meets its own expert's factors alone, whatever the others' ranks. `add_plain` is the sum in torch's own operations:
-it takes mixtures of experts too, and the kernel of kernel.py is held against it.
+Tokens of one expert are brought together in tiles (as in Punica, arXiv 2310.18547, and S-LoRA, arXiv 2311.03285), so
+that a token meets its own expert's factors alone, whatever the others' ranks. `add_plain` is the sum in torch's own
+operations: it takes mixtures of experts too, and the kernel of kernel.py is held against it.
 
 Knows tensors and tokens; does not know modules, bundles or triton.
 """
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ..codes import Code, Quantised, dequantise, unpack
 from .assignment import Assignment
 
-# Tokens of a tile: tensor cores take 16 at least, and more than 64 at a time would not fit the registers.
-TILE_SIZES = (16, 32, 64)
+# Tokens of a tile, by the bytes of an activation: tensor cores take 16 at least, and more would not fit the registers
+# (read off the kernel compiled for an A100 and an H100).
+TILE_SIZES = {2: (16, 32, 64), 4: (16,)}
 
 
 class Rows(nn.Module):
@@ -98,28 +99,27 @@ class Tiles(NamedTuple):
     experts: tuple[int, ...]
 
 
-def tiles_of(state: Assignment, size: int, tokens: int) -> Tiles | None:
-    """The tiles of a layer's input; None where a row is a mixture of experts. Made once for all layers of a batch.
+def tiles_of(state: Assignment, x: Tensor) -> Tiles | None:
+    """The tiles of a layer's input x [B, ..., in]; None where a row of the batch is a mixture of experts.
 
-    Args:
-        size: the input's first dimension.
-        tokens: all its tokens; those of a row lie together.
+    Made once for all layers of a batch.
     """
     if not all(1.0 in weights for weights, _ in state.groups):
         return None
-    each = state.repeats(size) * (tokens // size) if size else 0
-    kept = state.keep(("tiles", each), None)
+    each = state.repeats(x.shape[0]) * x.shape[1:-1].numel()  # tokens of a row, which lie together
+    key = ("tiles", each, x.dtype.itemsize)
+    kept = state.keep(key, None)
     if kept is None:
-        kept = state.keep(("tiles", each), _make_tiles(state, each))
+        kept = state.keep(key, _make_tiles(state, each, TILE_SIZES[x.dtype.itemsize]))
     assert isinstance(kept, Tiles)
     return kept
 
 
-def _make_tiles(state: Assignment, each: int) -> Tiles:
+def _make_tiles(state: Assignment, each: int, sizes: Sequence[int]) -> Tiles:
     average = len(state.names)
     groups = [(weights.index(1.0), rows) for weights, rows in state.groups if weights.index(1.0) != average]
     largest = max((len(rows) for _, rows in groups), default=0) * each
-    size = next((size for size in TILE_SIZES if size >= largest), TILE_SIZES[-1])
+    size = next((size for size in sizes if size >= largest), sizes[-1])
     table, begin = [], 0
     for expert, rows in groups:
         end = begin + len(rows) * each

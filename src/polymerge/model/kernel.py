@@ -1,11 +1,11 @@
-"""Two Triton kernels that add coded residuals to the base's output: y = rho y + B (A x), each token with its own expert.
+"""Two Triton kernels that add coded residuals to the base's output: y = rho y + B (A x), every token with its expert's.
 
-`_shrink` makes z = A x and `_expand` adds B z. Factors are read in their code and become numbers in registers: a level is
-a half of a whole number, which 16-bit floats hold exactly, so products are of levels, and the scales are applied to sums
-in float32. A step covers one group of a component, which has one scale.
+`_shrink` makes z = A x and `_expand` adds B z. Factors are read in their code and become numbers in registers. A level
+is a whole number and a half, which 16-bit floats hold exactly: products are of levels, in steps of one group, whose
+scale is then applied in float32 (to the sum over a group of A's columns; to z for a group of B's rows).
 
-Imported only where the kernel is asked for. Knows how tensors lie in memory; does not know experts by name or modules.
-Nobody has run it on a GPU yet: it was written against Triton's interpreter (docs/codes.md).
+Imported only where the kernel is asked for. Knows how tensors lie in memory; does not know modules or bundles.
+It has been run in Triton's interpreter and compiled for GPUs, but not run on one yet.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from .grouped import Residuals, Rows, Tiles
 
 # Components of a step. A tensor core takes 16 at least.
 BLOCK_RANK = 32
+# float32 on tensor cores, as three products: nearly as exact, and registers suffice, which they do not for "ieee".
+PRECISION = tl.constexpr("tf32x3")
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
 def _levels(numbers, row, column, inside, stride, BITS: tl.constexpr):
-    """Levels at these rows and columns in float32: numbers as they are for BITS 0, and otherwise without their scale."""
+    """Levels at these rows and columns, in float32; for BITS 0 the numbers themselves."""
     if BITS == 0:
         found = tl.load(numbers + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     elif BITS == 8:
@@ -59,7 +61,7 @@ def _shrink(
         within = tl.arange(0, COLUMNS)
         groups = (width + STEP - 1) // STEP
         total = tl.full((TOKENS, RANK), 0.0, tl.float32)
-        for group in range(0, groups):
+        for group in range(groups):
             column = group * STEP + within
             inside = (within < STEP) & (column < width)
             part = tl.load(
@@ -68,7 +70,7 @@ def _shrink(
             levels = _levels(
                 numbers, row[None, :], column[:, None], kept[None, :] & inside[:, None], stride, BITS
             )  # [COLUMNS, RANK]
-            product = tl.dot(part.to(DOT), levels.to(DOT), input_precision="tf32x3")
+            product = tl.dot(part.to(DOT), levels.to(DOT), input_precision=PRECISION)
             if BITS != 0:
                 scale = tl.load(scales + row * groups + group, mask=kept, other=0.0).to(tl.float32)
                 product = product * scale[None, :]
@@ -111,7 +113,7 @@ def _expand(
         levels = _levels(
             numbers, row[:, None], column[None, :], kept[:, None] & inside[None, :], stride, BITS
         )  # [RANK, COLUMNS]
-        total += tl.dot(part.to(DOT), levels.to(DOT), input_precision="tf32x3")
+        total += tl.dot(part.to(DOT), levels.to(DOT), input_precision=PRECISION)
     target = y + token[:, None] * width + column[None, :]
     mask = real[:, None] & inside[None, :]
     base = tl.load(target, mask=mask, other=0.0).to(tl.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from importlib.util import find_spec
 
 import torch
@@ -22,13 +22,15 @@ ROWS = ["e2", "e0", None, "e1", "e0"]
 TOKENS = (1, 40)
 
 
-def objection(shapes: Iterable[tuple[int, int]], code: Code, device: torch.device, dtype: torch.dtype) -> str | None:
+def objection(shapes: Collection[tuple[int, int]], code: Code, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernel cannot be used, or None. Costs some products of thin matrices, and a compilation for every shape.
 
     Args:
         shapes: (out, in) of the layers with residuals.
         dtype: what the model computes in.
     """
+    if not shapes:
+        return "the bundle holds no factors"
     if dtype not in TOLERANCES:
         return f"it does not compute in {str(dtype).removeprefix('torch.')}"
     if find_spec("triton") is None:
@@ -47,9 +49,7 @@ def objection(shapes: Iterable[tuple[int, int]], code: Code, device: torch.devic
     return None
 
 
-def largest_error(
-    shape: tuple[int, int], code: Code, device: torch.device, dtype: torch.dtype, tokens: int
-) -> float:
+def largest_error(shape: tuple[int, int], code: Code, device: torch.device, dtype: torch.dtype, tokens: int) -> float:
     """Between the kernel and the plain sum in float32, over a batch of all experts and the average."""
     from .kernel import add_fused
 
@@ -68,7 +68,7 @@ def largest_error(
     state.set(ROWS, len(ROWS))
     x = normal(len(ROWS) * tokens, in_features).to(device, dtype)
     y = normal(len(ROWS) * tokens, out_features).to(device, dtype)
-    tiles = tiles_of(state, len(x), len(x))
+    tiles = tiles_of(state, x)
     assert tiles is not None
     expected = y.float()
     add_plain(expected, x.float(), residuals, state)

@@ -31,9 +31,7 @@ class ExpertLinear(nn.Module):
         biases: for every expert its own bias [out], or None for the base's.
     """
 
-    def __init__(
-        self, state: Assignment, weight: Tensor, bias: Tensor | None, biases: Sequence[Tensor | None]
-    ) -> None:
+    def __init__(self, state: Assignment, weight: Tensor, bias: Tensor | None, biases: Sequence[Tensor | None]) -> None:
         super().__init__()
         self.state = state
         self.weight = nn.Parameter(weight, requires_grad=False)
