@@ -100,7 +100,7 @@ def test_the_kernel_gives_the_plain_sum(kernel: Any, code: str, dtype: torch.dty
         for tokens in (1, 9):  # decoding; a prompt
             state = assigned(experts, len(experts))
             y, x = inputs(len(experts) * tokens, *shape, dtype)
-            expected = y.float()
+            expected = y.to(torch.float32, copy=True)
             add_plain(expected, x.float(), residuals, state)
             tiles = tiles_of(state, x)
             kernel.add_fused(y, x, residuals, tiles)
@@ -132,14 +132,27 @@ def coded_layers(model: Any) -> list[CodedLinear]:
     return [module for module in model.modules() if isinstance(module, CodedLinear)]
 
 
+def residual_bytes(model: Any) -> int:
+    """Of the factors that coded layers hold."""
+    factors = [rows for layer in coded_layers(model) for rows in (layer.residuals.a, layer.residuals.b)]
+    return sum(tensor.nbytes for rows in factors for tensor in rows.buffers())
+
+
+def bytes_of_files(bundle: Bundle, model: Any) -> int:
+    """Of the same factors in the bundle."""
+    modules = [name for name, module in model.hf.named_modules() if isinstance(module, CodedLinear)]
+    keys = {f"base_model.model.{module}.{suffix}" for module in modules for suffix in bundle.code.suffixes}
+    files = [load_file(bundle.expert_file(expert)) for expert in bundle.experts]
+    return sum(tensor.nbytes for tensors in files for key, tensor in tensors.items() if key in keys)
+
+
 def batch() -> dict[str, torch.Tensor]:
     ids = torch.randint(3, VOCAB, (5, 7), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids.to(DEVICE)}
 
 
 @pytest.mark.parametrize(
-    ("architecture", "code"),
-    [("llama", "int4"), ("gpt2", "int8"), ("qwen2", "factors"), ("mixtral", "int4"), ("gemma3", "int4")],
+    ("architecture", "code"), [("llama", "int4"), ("gpt2", "int8"), ("qwen2", "factors"), ("mixtral", "int4")]
 )
 @torch.no_grad()
 def test_a_model_with_the_kernel_says_what_the_plain_one_says(
@@ -147,8 +160,9 @@ def test_a_model_with_the_kernel_says_what_the_plain_one_says(
 ) -> None:
     bundle, _ = merged(architecture, compress_rate=0.7, code=code)
     plain, coded = (load_model(bundle, device=DEVICE, dtype="float32", kernel=k) for k in ("plain", "triton"))
-    assert coded_layers(coded) and not coded_layers(plain)
-    for experts in (ROWS, "e2", {"e0": 1.0, "e2": 3.0}, [*ROWS[:4], {"e0": 1.0, "e2": 3.0}]):
+    assert not coded_layers(plain)
+    assert residual_bytes(coded) == bytes_of_files(bundle, coded) > 0
+    for experts in (ROWS, "e2", [*ROWS[:4], {"e0": 1.0, "e2": 3.0}]):
         expected = plain(**batch(), experts=experts).logits
         torch.testing.assert_close(coded(**batch(), experts=experts).logits, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(coded(**batch()).logits, plain(**batch()).logits)
@@ -158,22 +172,9 @@ def test_a_model_with_the_kernel_says_what_the_plain_one_says(
 def test_decoding_and_beams_say_what_the_plain_model_says(kernel: Any, merged: Merged) -> None:
     bundle, _ = merged("llama", compress_rate=0.7, code="int4")
     plain, coded = (load_model(bundle, device=DEVICE, dtype="float32", kernel=k) for k in ("plain", "triton"))
-    options = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options = {"max_new_tokens": 2, "num_beams": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = plain.generate(**batch(), experts=ROWS, **options)
     assert torch.equal(coded.generate(**batch(), experts=ROWS, **options), expected)
-
-
-@pytest.mark.parametrize("code", CODES)
-def test_a_model_with_the_kernel_takes_the_bytes_of_the_files(kernel: Any, merged: Merged, code: str) -> None:
-    others = {"embeddings": "average", "lm_head": "average", "norms": "average"}
-    bundle, _ = merged("llama", compress_rate=0.7, code=code, **others)
-    layers = coded_layers(load_model(bundle, device=DEVICE, dtype="float32", kernel="triton"))
-    held = sum(t.nbytes for layer in layers for t in (layer.residuals.a, layer.residuals.b) for t in t.buffers())
-    stored = 0
-    for expert in bundle.experts:
-        tensors = load_file(bundle.expert_file(expert))
-        stored += sum(tensor.nbytes for key, tensor in tensors.items() if key.endswith(bundle.code.suffixes))
-    assert held == stored > 0
 
 
 def wrong(kernel: Any, patch: pytest.MonkeyPatch) -> None:
@@ -265,6 +266,7 @@ def test_a_damaged_residual_is_refused_before_the_kernel_reads_it(
         load_model(opened, device=DEVICE, dtype="float32", kernel="triton")
 
 
+@pytest.mark.slow
 def test_it_compiles_for_gpus_that_are_not_here(kernel: Any, tmp_path: Path) -> None:
     """Down to the machine code of an A100 and an H100, for every code, in bfloat16 and float32; it is not run."""
     script = Path(__file__).with_name("compile_kernel.py")

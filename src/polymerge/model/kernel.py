@@ -136,23 +136,23 @@ def add_fused(y: Tensor, x: Tensor, residuals: Residuals, tiles: Tiles) -> None:
         y: [M, out], the base's product. float32, float16 or bfloat16, as x.
         x: [M, in]. Both contiguous.
     """
-    highest = max((residuals.ranks[expert] for expert in tiles.experts), default=0)
+    if not len(tiles.table):
+        return
+    a, b = residuals.a, residuals.b
+    highest = max(residuals.ranks[expert] for expert in tiles.experts)
     blocks = triton.cdiv(highest, BLOCK_RANK)
     z = torch.empty(len(tiles.order), max(blocks, 1) * BLOCK_RANK, dtype=torch.float32, device=x.device)
     places = (tiles.order, tiles.table, residuals.starts)
     with torch.cuda.device_of(y):
-        if blocks and len(tiles.table):
-            a = residuals.a
+        if blocks:
             _shrink[(len(tiles.table), blocks)](
                 x, z, a.numbers, _scales(a), *places, a.width, a.numbers.stride(0), z.stride(0),
                 **_shape(a, x.dtype, tiles.size),
             )  # fmt: skip
-        if len(tiles.table):
-            b, shape = residuals.b, _shape(residuals.b, x.dtype, tiles.size)
-            _expand[(len(tiles.table), triton.cdiv(b.width, shape["STEP"]))](
-                y, z, b.numbers, _scales(b), *places, residuals.ratios, b.width, b.numbers.stride(0), z.stride(0),
-                **shape,
-            )  # fmt: skip
+        shape = _shape(b, x.dtype, tiles.size)
+        _expand[(len(tiles.table), triton.cdiv(b.width, shape["STEP"]))](
+            y, z, b.numbers, _scales(b), *places, residuals.ratios, b.width, b.numbers.stride(0), z.stride(0), **shape
+        )
 
 
 def _shape(rows: Rows, dtype: torch.dtype, tokens: int) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def largest_error(shape: tuple[int, int], code: Code, device: torch.device, dtyp
     y = normal(len(ROWS) * tokens, out_features).to(device, dtype)
     tiles = tiles_of(state, x)
     assert tiles is not None
-    expected = y.float()
+    expected = y.to(torch.float32, copy=True)
     add_plain(expected, x.float(), residuals, state)
     add_fused(y, x, residuals, tiles)
     return float(((y.float() - expected) / expected.square().mean(-1, keepdim=True).sqrt()).abs().max())
