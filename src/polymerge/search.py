@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from .executor import Executor, in_threads
 from .fitting import STEPS, Fitting, has_full_rank
 from .plan import MergePlan, plan_merge, replanned
 from .recipe import CodeName, Recipe, load_recipe
-from .sweep import CODES, Example, Point, Reference, check_examples, measure, run_originals, to_json
+from .sweep import CODES, Example, Point, Reference, check_examples, measure, run_originals
 from .target import Target, read_target
 
 # A search ends when a bundle that is smaller by no more than this share has missed the target.
@@ -48,7 +48,7 @@ class Found:
 
     def to_json(self) -> dict[str, Any]:
         """The found rate and code, and what was measured of them."""
-        point = to_json(self.point, [self.point]) if self.point else None
+        point = self.point.to_json() if self.point else None
         rate, code = self.recipe.compress_rate, self.recipe.code
         return {"compress_rate": rate, "code": code, "merges": self.merges, "limit": self.limit, "point": point}
 
@@ -102,15 +102,17 @@ def find(
         return _find_size(recipe, target, names)
     check_examples(recipe, examples)
     for name in (n for n in recipe.experts if target.kind == "accuracy" and not any(e.answer for e in examples[n])):
-        raise TargetError(f"target {target.text!r}: none of expert {name!r}'s prompts has an answer")
+        raise TargetError(f"target {target.text!r}: none of the prompts of expert {name!r} has an answer")
     fitting = Fitting.of(plan_merge(recipe))
     references = run_originals(recipe, examples, say)
     for name in (n for n, r in references.items() if target.kind == "accuracy" and not r.accuracy):
         raise TargetError(f"target {target.text!r}: the original of {name!r} is right on none of its prompts")
     search = _Search(fitting, target, references, tolerance, folder, executor, say)
     code, keep = search.run(names)
-    plan = fitting.at(keep, code)
-    return Found(_changed(recipe, plan), len(search.measured), search.point(keep, code))
+    changed = _changed(recipe, fitting.at(keep, code))
+    # it may have been measured at another rate that gives the same ranks
+    point = replace(search.point(keep, code), compress_rate=changed.compress_rate, code=code)
+    return Found(changed, len(search.measured), point)
 
 
 def _find_size(recipe: Recipe, target: Target, codes: Sequence[CodeName]) -> Found:
@@ -156,7 +158,7 @@ class _Search:
         rate = self.fitting.plan.recipe.compress_rate
         first = round(STEPS * (1 - (rate if 0 < rate < 1 else FIRST_RATE))) or 1
         limit = min(self._bytes(first, code) for code in codes)
-        starts = {code: max(1, self.fitting.most(limit, code) or 1) for code in codes}
+        starts = {code: min(self.fitting.most(limit, code) or 1, self._end(code)) for code in codes}
         for code in sorted(codes, key=lambda code: self._worst_kl(starts[code], code)) if len(codes) > 1 else codes:
             keep = self._narrowed(code, starts[code])
             if keep is not None:
@@ -186,22 +188,24 @@ class _Search:
 
         Between a bundle that misses the target and one that reaches it the next guess is their geometric mean.
         """
-        most = max(1, self.fitting.most_compressed(code))
         low, high = 0, None  # missed, reached
         while True:
-            guess = min(guess, most)
             if self._reached(guess, code):
                 high = guess
             else:
                 low = guess
             if high is None:
-                if low >= most:
+                if low == self._end(code):
                     return None
-                guess = low * GROWTH
+                guess = min(low * GROWTH, self._end(code))
                 continue
             if high - low <= 1 or self._bytes(high, code) <= (1 + self.tolerance) * self._bytes(low, code):
                 return high
             guess = min(max(round(math.sqrt(low * high)) if low else high // GROWTH, low + 1), high - 1)
+
+    def _end(self, code: CodeName) -> int:
+        """Beyond it every matrix is whole, and the search has nothing to say."""
+        return max(1, self.fitting.most_compressed(code))
 
     def _reached(self, keep: int, code: CodeName) -> bool:
         return self.target.is_reached(self.point(keep, code))

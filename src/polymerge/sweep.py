@@ -99,6 +99,10 @@ class Point:
         known = [found.kept for found in self.experts.values() if found.kept is not None]
         return sum(known) / len(known) if known else None
 
+    def to_json(self) -> dict[str, Any]:
+        """As plain data, with the means."""
+        return asdict(self) | {"kl": self.kl, "top1": self.top1, "kept": self.kept}
+
 
 @dataclass(frozen=True)
 class _Row:
@@ -255,8 +259,7 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 def to_json(point: Point, points: Sequence[Point]) -> dict[str, Any]:
     """A point as plain data, with its means and whether it is on the front of all points."""
-    means = {"kl": point.kl, "top1": point.top1, "kept": point.kept}
-    return asdict(point) | means | {"on_front": point in front(points)}
+    return point.to_json() | {"on_front": point in front(points)}
 
 
 def read_examples(file: str | Path, limit: int = LIMIT) -> list[Example]:
