@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,8 @@ def test_no_smaller_bundle_beyond_the_tolerance_reaches_it(
     found = find(recipe, f"kl={goal}", EXAMPLES, tolerance=0.001)
     assert found.recipe.code == "int4"
     fitting = Fitting.of(plan_merge(recipe))
-    plans = (fitting.at(keep, "int4") for keep in range(10_000))
-    smallest = next(plan for plan in plans if falling(plan) <= goal)
+    least = bisect_left(range(10_000), True, key=lambda keep: falling(fitting.at(keep, "int4")) <= goal)
+    smallest = fitting.at(least, "int4")
     chosen = plan_merge(found.recipe)
     assert falling(chosen) <= goal
     assert fitting.bytes(smallest) <= fitting.bytes(chosen) <= 1.001 * fitting.bytes(smallest)
@@ -213,7 +214,16 @@ def test_the_command_writes_what_a_merge_with_the_found_values_writes(
     goal = max(found.kl for found in average.point.experts.values()) / 2
     prompts = [f"--prompts={name}={folder / 'prompts.jsonl'}" for name in ("e0", "e1")]
     output = tmp_path / "deep" / "bundle"
-    assert not run(monkeypatch, tmp_path / "recipe.yaml", "-o", output, f"--target=kl={goal}", *prompts, "--json")
+    assert not run(
+        monkeypatch,
+        tmp_path / "recipe.yaml",
+        "-o",
+        output,
+        f"--target=kl={goal}",
+        *prompts,
+        "--codes=factors,int4",
+        "--json",
+    )
     printed = json.loads(capsys.readouterr().out)
     search = printed["search"]
     assert (search["compress_rate"], search["code"]) == (printed["compress_rate"], printed["code"])

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from polymerge.cli.main import main
+from polymerge.cli.searching import print_sweep
 from polymerge.engine.hf_engine import HFEngine
 from polymerge.errors import RecipeError
-from polymerge.sweep import Agreement, Example, Point, Reference, front, read_examples, sweep
+from polymerge.report.sweep import write_sweep
+from polymerge.sweep import Agreement, Example, Point, Reference, front, read_examples, sweep, to_json
 from tests.tiny import make_experts, tiny_tokenizer
 
 
@@ -104,6 +106,21 @@ def test_the_command_prints_and_writes_what_it_measured(
     page = (tmp_path / "sweep.html").read_text()
     assert "int4" in page
     assert "<h2>Accuracy</h2>" not in page  # the tiny originals are right on nothing, so there is nothing to keep
+
+
+def test_accuracies_are_shown_under_their_originals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experts = {"a": Agreement(0.1, 0.9, 10, accuracy=0.475, original_accuracy=0.95), "b": Agreement(0.1, 0.9, 10)}
+    points = [to_json(found, [found]) for found in [Point("int4", 0.9, 10, 10, 1.0, 1.0, experts)]]
+    page = write_sweep(points, tmp_path / "sweep.html", footer="")
+    cells = (
+        "</td><td>".join(["originals", "", "95.0%", "-", ""]),
+        "</td><td>".join(["int4", "0.9", "47.5%", "-", "50.0%"]),
+    )
+    assert all(row in page.read_text() for row in cells)
+    print_sweep(points, page)
+    lines = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+    assert ["originals", "95.0%", "-"] in lines
+    assert ["int4", "0.9", "47.5%", "-", "50.0%"] in lines
 
 
 @pytest.mark.parametrize(
