@@ -158,7 +158,7 @@ class _Search:
         rate = self.fitting.plan.recipe.compress_rate
         first = round(STEPS * (1 - (rate if 0 < rate < 1 else FIRST_RATE))) or 1
         limit = min(self._bytes(first, code) for code in codes)
-        starts = {code: min(self.fitting.most(limit, code) or 1, self._end(code)) for code in codes}
+        starts = {code: self._start(first, limit, code) for code in codes}
         for code in sorted(codes, key=lambda code: self._worst_kl(starts[code], code)) if len(codes) > 1 else codes:
             keep = self._narrowed(code, starts[code])
             if keep is not None:
@@ -202,6 +202,11 @@ class _Search:
             if high - low <= 1 or self._bytes(high, code) <= (1 + self.tolerance) * self._bytes(low, code):
                 return high
             guess = min(max(round(math.sqrt(low * high)) if low else high // GROWTH, low + 1), high - 1)
+
+    def _start(self, first: int, limit: int, code: CodeName) -> int:
+        """The most that fits; the first guess itself where it is as large."""
+        most = first if self._bytes(first, code) == limit else self.fitting.most(limit, code) or 1
+        return min(most, self._end(code))
 
     def _end(self, code: CodeName) -> int:
         """Beyond it every matrix is whole, and the search has nothing to say."""

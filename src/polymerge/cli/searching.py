@@ -45,8 +45,10 @@ class Wanted:
         found = find(
             recipe, self.target, self.examples, codes=self.codes, folder=folder, executor=executor, progress=show
         )
-        how = f"{found.merges} merges were measured" if found.point else "by arithmetic alone"
-        show(f"found: compress rate {found.recipe.compress_rate:g} with code {found.recipe.code} ({how})")
+        measured = (
+            f"{self.target.words(found.point)}, measured merges: {found.merges}" if found.point else "no merge needed"
+        )
+        show(f"found: compress rate {found.recipe.compress_rate:g} with code {found.recipe.code} ({measured})")
         return found
 
 
