@@ -21,7 +21,7 @@ from .compress import slabs
 from .plan import MergePlan, TensorTask, replanned
 from .recipe import CodeName
 
-# Rates are whole numbers of ten-thousandths: one step is 0.02% of what one expert's matrices take in 16 bits.
+# Rates are whole numbers of ten-thousandths: one step is 0.01% of what an expert's matrices take in 16 bits.
 STEPS = 10_000
 # Of a tensor in a safetensors header, beside its name: prefix and suffix, dtype, shape and offsets.
 ENTRY_BYTES = 160
