@@ -28,7 +28,7 @@ GROUP = 128
 # A scale has float32's range in two bytes. Its own rounding is made good by the whole numbers, chosen after it.
 SCALE_DTYPE = torch.bfloat16
 # Shares of a group's largest magnitude that are tried as the end of its range. With few bits it pays to clip.
-RANGES = (1.0, 0.9, 0.8, 0.7)
+RANGES = (1.0, 0.9, 0.8)
 
 
 class Code(ABC):
