@@ -2,11 +2,13 @@
 
     python benchmarks/codes.py                                                 # the demo's three experts
     python benchmarks/codes.py --bundle BUNDLE --data ../shared/data           # the sources of a bundle
+    python benchmarks/codes.py --experts NAME=FOLDER ... --data ../shared/data # any experts
 
-Beside polymerge's codes: the published factors rounded to 16 bits, the average, and BitDelta (Liu et al. 2024, arXiv
-2402.10193: the sign of the residual and one scale a matrix, here around the average and without its training of the
-scales). Every original is run by transformers itself. Embeddings, norms and biases are each expert's own but for the
-plain average.
+Beside polymerge's codes: int4 at half the bytes, the published factors rounded to 16 bits, the average, and BitDelta
+(Liu et al. 2024, arXiv 2402.10193: the sign of the residual and one scale a matrix, here around the average and without
+its training of the scales). The last code is also run as others would run it: decoded and exported, by PEFT itself, and
+with the adapters that are written for vLLM, added as vLLM adds them. Every original is run by transformers itself.
+Embeddings, norms and biases are each expert's own but for the plain average.
 """
 
 from __future__ import annotations
@@ -21,14 +23,18 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 from torch import Tensor
 
+from peer_methods import bitdelta
 from polymerge import Bundle, load_model, merge
-from polymerge.bundle import BundleLayer
+from polymerge.bundle import ADAPTER_FILE, BundleLayer
 from polymerge.cli.console import hush_libraries
 from polymerge.demo.run import BASE_PACKAGE, DemoSettings, load_skills
 from polymerge.demo.train import TrainSettings, fine_tune
 from polymerge.engine.hf_engine import HFEngine
+from polymerge.export import export_peft, export_vllm, plan_vllm
+from polymerge.export.calibrate import applied, read_adapter
 from polymerge.gguf import package_gguf, unpack
 from polymerge.inspection import inspect_bundle
 from polymerge.sweep import CODES, Agreement, Example, Reference, read_examples
@@ -37,10 +43,9 @@ from polymerge.sweep import CODES, Agreement, Example, Reference, read_examples
 Rebuild = Callable[[str, BundleLayer, Tensor, Tensor], tuple[Tensor, int]]
 
 
-def bitdelta(expert: str, layer: BundleLayer, weight: Tensor, base: Tensor) -> tuple[Tensor, int]:
-    """The scale that is nearest for given signs is the mean magnitude (their equation 2)."""
-    delta = weight - base
-    return base + delta.sign() * delta.abs().mean(), -(-delta.numel() // 8) + 2
+def signs_around_average(expert: str, layer: BundleLayer, weight: Tensor, base: Tensor) -> tuple[Tensor, int]:
+    signs, scale = bitdelta.encode(weight - base)
+    return base + bitdelta.decode(signs, scale, weight.shape[1]), signs.nbytes + scale.nbytes
 
 
 def rounded_factors(bundle: Bundle) -> Rebuild:
@@ -69,13 +74,15 @@ class Row:
         return sum(agreement.top1 for agreement in self.found.values()) / len(self.found)
 
 
-def merged(code: str, sources: Mapping[str, str], references: Mapping[str, Reference], rate: float, to: Path) -> Row:
+def merged(
+    code: str, sources: Mapping[str, str], references: Mapping[str, Reference], rate: float, to: Path, name: str = ""
+) -> Row:
     began = time.perf_counter()
     bundle = merge({"experts": sources, "compress_rate": rate, "code": code}, to)
     seconds = time.perf_counter() - began
     model = load_model(bundle)
     found = {name: r.against(lambda ids, name=name: model(ids, experts=name).logits) for name, r in references.items()}  # type: ignore[misc]
-    return Row(code, found, sum(expert.residual_bytes for expert in inspect_bundle(bundle).experts), seconds)
+    return Row(name or code, found, sum(expert.residual_bytes for expert in inspect_bundle(bundle).experts), seconds)
 
 
 def rebuilt(name: str, rebuild: Rebuild, bundle: Bundle, references: Mapping[str, Reference]) -> Row:
@@ -94,6 +101,31 @@ def rebuilt(name: str, rebuild: Rebuild, bundle: Bundle, references: Mapping[str
     return Row(name, found, total, None)
 
 
+def by_peft(bundle: Bundle, references: Mapping[str, Reference], folder: Path) -> Row:
+    """Every expert exported for PEFT, on the average as transformers loads it."""
+    from peft import PeftModel
+
+    found, total = {}, 0
+    for expert, reference in references.items():
+        made = export_peft(bundle, expert, folder / expert)
+        total += sum(a.nbytes + b.nbytes for a, b in read_adapter(load_file(made.folder / ADAPTER_FILE)).values())
+        model = PeftModel.from_pretrained(HFEngine.from_checkpoint(str(bundle.path)).model, made.folder).eval()
+        found[expert] = reference.against(lambda ids, model=model: model(ids).logits)  # type: ignore[misc]
+    return Row(f"{bundle.code.name}, exported, by PEFT", found, total, None)
+
+
+def by_vllm_adapters(bundle: Bundle, references: Mapping[str, Reference], folder: Path) -> Row:
+    """The export to vLLM, its adapters added to the average's layers and nothing else."""
+    export_vllm(plan_vllm(bundle), folder, device="cpu")
+    model, found, total = HFEngine.from_checkpoint(str(folder)).model, {}, 0
+    for expert, reference in references.items():
+        adapter = read_adapter(load_file(folder / "adapters" / expert / ADAPTER_FILE))
+        total += sum(a.nbytes + b.nbytes for a, b in adapter.values())
+        with applied(model, adapter):
+            found[expert] = reference.against(lambda ids: model(ids).logits)
+    return Row(f"{bundle.code.name}, exported, vLLM's adapters", found, total, None)
+
+
 def averaged(bundle: Bundle, references: Mapping[str, Reference]) -> Row:
     model = load_model(bundle)
     found = {name: reference.against(lambda ids: model(ids).logits) for name, reference in references.items()}
@@ -105,6 +137,34 @@ def demo_experts(limit: int) -> tuple[dict[str, str], dict[str, list[Example]]]:
     skills = load_skills(DemoSettings(output=Path()))
     sources = {skill.name: str(fine_tune(base, skill, TrainSettings())) for skill in skills}
     return sources, {s.name: [Example(e.prompt, e.answer) for e in s.test[:limit]] for s in skills}
+
+
+def chosen_experts(arguments: argparse.Namespace) -> tuple[dict[str, str], dict[str, list[Example]]]:
+    """Expert -> its source, and its held-out requests."""
+    if not (arguments.bundle or arguments.experts):
+        return demo_experts(arguments.limit)
+    if arguments.bundle:
+        sources = {name: record.source for name, record in Bundle.open(arguments.bundle).manifest.experts.items()}
+    else:
+        sources = dict(text.split("=", 1) for text in arguments.experts)
+    return sources, {n: read_examples(arguments.data / n / "test.jsonl", arguments.limit) for n in sources}
+
+
+def measured(
+    sources: Mapping[str, str], references: Mapping[str, Reference], rate: float, folder: Path
+) -> tuple[list[Row], int]:
+    """All rows, and how many numbers the compressed matrices of all experts have."""
+    rows = [merged(code, sources, references, rate, folder / code) for code in CODES]
+    last = CODES[-1]
+    rows.append(merged(last, sources, references, (1 + rate) / 2, folder / "half", f"{last}, half the bytes"))
+    rows.append(by_peft(Bundle.open(folder / last), references, folder / "peft"))
+    rows.append(by_vllm_adapters(Bundle.open(folder / last), references, folder / "vllm"))
+    bundle = Bundle.open(folder / "factors")
+    rows.append(rebuilt("factors in 16 bits", rounded_factors(bundle), bundle, references))
+    rows.append(rebuilt("BitDelta around the average", signs_around_average, bundle, references))
+    rows.append(averaged(bundle, references))
+    linear = [layer for layer in bundle.layers.values() if layer.role == "linear" and layer.rank]
+    return rows, len(sources) * sum(layer.shape[0] * layer.shape[1] for layer in linear)
 
 
 def show(rows: list[Row], numbers: int, console: Console) -> None:
@@ -127,27 +187,17 @@ def show(rows: list[Row], numbers: int, console: Console) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, help="measure the sources of this bundle")
-    parser.add_argument("--data", type=Path, help="with NAME/test.jsonl for every expert of --bundle")
+    parser.add_argument("--experts", nargs="+", metavar="NAME=FOLDER", help="measure these experts")
+    parser.add_argument("--data", type=Path, help="with NAME/test.jsonl for every expert")
     parser.add_argument("--rate", type=float, default=0.95)
     parser.add_argument("--limit", type=int, default=32, help="held-out prompts of each expert")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
     hush_libraries()
-    if arguments.bundle:
-        sources = {name: record.source for name, record in Bundle.open(arguments.bundle).manifest.experts.items()}
-        examples = {n: read_examples(arguments.data / n / "test.jsonl", arguments.limit) for n in sources}
-    else:
-        sources, examples = demo_experts(arguments.limit)
+    sources, examples = chosen_experts(arguments)
     references = {name: Reference(source, examples[name]) for name, source in sources.items()}
     with tempfile.TemporaryDirectory() as folder:
-        made = {code: Path(folder) / code for code in CODES}
-        rows = [merged(code, sources, references, arguments.rate, path) for code, path in made.items()]
-        bundle = Bundle.open(made["factors"])
-        rows.append(rebuilt("factors in 16 bits", rounded_factors(bundle), bundle, references))
-        rows.append(rebuilt("BitDelta around the average", bitdelta, bundle, references))
-        rows.append(averaged(bundle, references))
-        linear = [layer for layer in bundle.layers.values() if layer.role == "linear" and layer.rank]
-        numbers = len(sources) * sum(layer.shape[0] * layer.shape[1] for layer in linear)
+        rows, numbers = measured(sources, references, arguments.rate, Path(folder))
     show(rows, numbers, Console())
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     if arguments.output:

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from peers import MergekitFactors, mergekit_version
+from peer_methods.mergekit import MergekitFactors, mergekit_version
 from polymerge.rsvd import OVERSAMPLING_SHARE, rank_for_rate, rsvd
 from shapes import LINEAR, checkpoint_bytes, tensor, write_checkpoint
 

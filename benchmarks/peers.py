@@ -1,56 +1,158 @@
-"""mergekit, run in a virtual environment of its own because its pins are not ours.
+"""polymerge against its peers: the same experts, the same held-out requests, one run.
 
-Its decomposition (the class behind `mergekit-extract-lora`) is called on our matrix and timed there, so that imports
-and the exchange of files do not count against it.
+    python benchmarks/peers.py --mergekit MERGEKIT/bin/python          # the demo's three experts
+    python benchmarks/peers.py --mergekit ... --bundle BUNDLE --data ../shared/data
+
+Every row of benchmarks/peer_methods/table.py is merged in a process of its own, then loaded and measured here: accuracy
+of greedy answers, KL to the original expert on its own requests, new tokens a second of a batch that mixes all experts.
+`--work FOLDER` keeps merges and rows; a run that was stopped, or another with `--only`, goes on there.
 """
 
 from __future__ import annotations
 
-import subprocess
+import argparse
+import gc
+import json
+import os
+import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+import torch
+from rich.console import Console
+from rich.table import Table
 
-_CALL = """
-import sys, time
-from safetensors.torch import load_file, save_file
-from mergekit.scripts.extract_lora import TaskVectorDecompositionTask as Task
-matrix = load_file(sys.argv[1])["matrix"]
-task = Task.model_construct(max_rank=int(sys.argv[3]), sv_epsilon=0.0, distribute_scale=True, transpose=False)
-began = time.perf_counter()
-right, left = task.execute(matrix)
-print(time.perf_counter() - began)
-save_file({"left": left.contiguous(), "right": right.contiguous()}, sys.argv[2])
-"""
+from peer_methods.measure import Held, measure
+from peer_methods.mergekit import mergekit_version
+from peer_methods.table import METHODS, Method, one_model
+from peer_methods.task import Task
+from polymerge import Bundle
+from polymerge.cli.console import hush_libraries
+from polymerge.demo.run import BASE_PACKAGE, DemoSettings, load_skills
+from polymerge.demo.skills import Skill, read_skills
+from polymerge.demo.train import TrainSettings, fine_tune
+from polymerge.gguf import package_gguf, unpack
 
-
-class MergekitFactors:
-    """mergekit's factors of a matrix. `seconds` is what its own call took."""
-
-    seconds: float
-
-    def __init__(self, python: Path) -> None:
-        self._python = python
-
-    def __call__(self, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        with tempfile.TemporaryDirectory() as folder:
-            given, made = Path(folder) / "matrix.safetensors", Path(folder) / "factors.safetensors"
-            save_file({"matrix": matrix.contiguous()}, given)
-            command = [str(self._python), "-c", _CALL, str(given), str(made), str(rank)]
-            called = subprocess.run(command, capture_output=True, text=True, check=False)
-            if called.returncode:
-                raise SystemExit(f"mergekit failed: {called.stderr.strip().splitlines()[-1]}")
-            self.seconds = float(called.stdout)
-            factors = load_file(made)
-        left, right = factors["left"].float(), factors["right"].float()
-        return (left, right) if left.shape[0] == matrix.shape[0] else (right, left)
+# Training requests of every expert that routers learn from.
+ROUTER_TEXTS = 128
 
 
-def mergekit_version(python: Path | None) -> str | None:
-    """The installed version, None without an environment."""
-    if python is None:
-        return None
-    command = [str(python), "-c", "from importlib.metadata import version; print(version('mergekit'))"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+def experts_of(options: argparse.Namespace, base: Path) -> tuple[list[Skill], dict[str, str]]:
+    """The skills with their held-out requests, and the experts' folders."""
+    if options.bundle:
+        records = Bundle.open(options.bundle).manifest.experts
+        skills = read_skills(options.data, list(records), train=ROUTER_TEXTS, test=options.limit)
+        return skills, {name: record.source for name, record in records.items()}
+    skills = load_skills(DemoSettings(output=Path()))
+    sources = {skill.name: str(fine_tune(base, skill, TrainSettings())) for skill in skills}
+    return [Skill(s.name, s.train, s.test[: options.limit]) for s in skills], sources
+
+
+def run(method: Method, task: Task, held: Held, work: Path, rows: int) -> dict[str, Any]:
+    """One row: merged where the folder holds no merge of it, then measured."""
+    folder = work / "".join(c if c.isalnum() else "-" for c in method.name)
+    note = folder / "row.json"
+    if note.exists():
+        found: dict[str, Any] = json.loads(note.read_text())
+        return found
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    cost = method.merge(task, folder)
+    beside, whole = method.stored(task, folder), one_model(task)
+    row = {
+        "method": method.name,
+        "chosen": method.chosen,
+        "bytes_beside": beside,
+        "bytes_over_one_model": (whole + beside) / whole,
+        "merge_seconds": cost.seconds,
+        "merge_peak": cost.peak,
+        **measure(method.serve(task, folder), held, rows),
+    }
+    gc.collect()
+    note.write_text(json.dumps(row, indent=1) + "\n")
+    return row
+
+
+def mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values)
+
+
+def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    skills = list(rows[0]["accuracy"])
+    columns = ["method", "expert", "beside", "of one", *skills, "mean", *(f"KL {s}" for s in skills), "KL"]
+    table = Table(*columns, "merge s", "peak GiB", "tokens/s")
+    for row in rows:
+        merged = row["merge_peak"] > 0
+        table.add_row(
+            row["method"],
+            row["chosen"],
+            f"{row['bytes_beside'] / 1e6:.1f} MB",
+            f"{row['bytes_over_one_model']:.3f}",
+            *(f"{row['accuracy'][skill]:.1%}" for skill in skills),
+            f"{mean(row['accuracy']):.1%}",
+            *(f"{row['kl'][skill]:.2g}" for skill in skills),
+            f"{mean(row['kl']):.2g}",
+            f"{row['merge_seconds']:.0f}" if merged else "",
+            f"{row['merge_peak'] / 2**30:.2f}" if merged else "",
+            f"{row['tokens_per_second']:.0f}" + ("" if row["one_batch"] else " in turn"),
+        )
+    console.print(table)
+
+
+def keep_settings(file: Path, settings: dict[str, Any], parser: argparse.ArgumentParser) -> None:
+    """Rows in a work folder have the settings of its first run."""
+    if file.exists() and json.loads(file.read_text()) != settings:
+        parser.error(f"{file.parent}: holds rows of other settings; name another --work")
+    file.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def versions(task: Task) -> dict[str, str | None]:
+    found: dict[str, str | None] = {name: version(name) for name in ("polymerge", "torch", "transformers", "peft")}
+    return found | {"mergekit": mergekit_version(Path(task.mergekit) if task.mergekit else None)}
+
+
+def main() -> None:
+    names = [method.name for method in METHODS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mergekit", type=Path, help="python of a virtual environment that holds mergekit")
+    parser.add_argument("--bundle", type=Path, help="measure the sources of this bundle")
+    parser.add_argument("--data", type=Path, help="with NAME/train.jsonl and test.jsonl for every expert of --bundle")
+    parser.add_argument("--rate", type=float, default=0.95, help="polymerge's compress rate, which sets the bytes")
+    parser.add_argument("--limit", type=int, default=64, help="held-out requests of each expert; the demo has 64")
+    parser.add_argument("--compared", type=int, default=32, help="how many of them KL is measured on")
+    parser.add_argument("--rows", type=int, default=12, help="rows of the batch whose speed is measured")
+    parser.add_argument("--only", nargs="+", default=names, choices=names, metavar="METHOD", help="rows by name")
+    parser.add_argument("--work", type=Path, help="keep merges and rows here")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/peers.json"))
+    options = parser.parse_args()
+    hush_libraries()
+    base = unpack(package_gguf(BASE_PACKAGE), label=f"package:{BASE_PACKAGE}")
+    skills, sources = experts_of(options, base)
+    texts = {skill.name: [example.prompt for example in skill.train[:ROUTER_TEXTS]] for skill in skills}
+    task = Task(sources, str(base), options.rate, texts, str(options.mergekit) if options.mergekit else None)
+    console = Console(width=220)
+    settings = {"limit": options.limit, "compared": options.compared, "batch_rows": options.rows, "rate": options.rate}
+    settings |= {"experts": sources}
+    held = Held.of(skills, sources, options.compared)
+    with tempfile.TemporaryDirectory() as scratch:
+        work = options.work or Path(scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        keep_settings(work / "settings.json", settings, parser)
+        task.save(work / "task.json")
+        rows = []
+        for method in METHODS:
+            if method.name in options.only:
+                console.print(method.name)
+                rows.append(run(method, task, held, work, options.rows))
+    show(rows, console)
+    cores = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    found = {"settings": settings, **cores, "versions": versions(task), "rows": rows}
+    options.output.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,10 +3,11 @@
     polymerge          one server with the bundle: rows of all experts in one running batch
     one at a time      the same server with room for one answer
     three servers      the dense experts, each behind a server of its own (the same one), and clients that know which
+    vLLM               the bundle's export, with `--vllm-python`: the python of an environment that has vLLM
 
 The demo's experts and held-out requests; greedy answers, compared with those of the offline engine. Every server is a
-process of its own, whose peak memory is read when the load is over. `--peer NAME=URL` adds a server that runs already
-(vLLM with the same adapters, say) whose models have the experts' names.
+process of its own, whose peak memory (its children's too) is read when the load is over. `--peer NAME=URL` adds a
+server that runs already, whose models have the experts' names.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,10 +38,16 @@ from polymerge.demo.skills import demo_skills
 from polymerge.demo.train import TrainSettings, fine_tune, format_prompt
 from polymerge.engine import GenerateRequest
 from polymerge.engine.hf_engine import HFEngine
+from polymerge.engine.vllm_server import VllmServer
+from polymerge.export import export_vllm, plan_vllm
 from polymerge.gguf import cache_folder, package_gguf, unpack
 
-OURS, ALONE, DENSE = "polymerge", "one at a time", "three servers"
+OURS, ALONE, DENSE, VLLM = "polymerge", "one at a time", "three servers", "vLLM"
 TOKENS = 48
+# vLLM on CPUs: GB for keys and values (the load needs a part of it), a context that holds the load, and no prefix
+# cache, because every round asks the same prompts again.
+VLLM_CACHE = "1"
+VLLM_ARGUMENTS = ["--max-model-len", "1024", "--no-enable-prefix-caching"]
 LONGEST_START = 180
 # expert -> where it is asked, and under which name
 Models = dict[str, tuple[str, str]]
@@ -116,6 +124,18 @@ def system(name: str, folder: Path, experts: Sequence[str], cores: int) -> Itera
             yield {name: (url, name) for name in experts}, [pid]
 
 
+@contextmanager
+def vllm_system(
+    folder: Path, python: str, experts: Sequence[str], extra: Sequence[str]
+) -> Iterator[tuple[Models, list[int]]]:
+    """vLLM on what the bundle's export to it wrote."""
+    export_vllm(plan_vllm(folder / "bundle"), folder / "vllm", device="cpu", overwrite=True)
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", VLLM_CACHE)
+    say = partial(print, file=sys.stderr)
+    with VllmServer(folder / "vllm", python=python, extra=[*VLLM_ARGUMENTS, *extra], say=say) as server:
+        yield {name: (server.url, name) for name in experts}, [server.pid]
+
+
 async def ask(client: httpx2.AsyncClient, url: str, model: str, asked: Asked) -> Answered:
     """One streamed answer."""
     body = {
@@ -184,11 +204,13 @@ def _p95(values: Sequence[float]) -> float:
 
 
 def peak_memory(processes: Sequence[int]) -> int:
-    """Bytes: the largest resident sizes of the processes, added."""
+    """Bytes: the largest resident sizes of the processes and of their children, added."""
     total = 0
     for pid in processes:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        total += next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+        total += next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
+        children = [file.read_text().split() for file in Path(f"/proc/{pid}/task").glob("*/children")]
+        total += peak_memory([int(child) for found in children for child in found])
     return total
 
 
@@ -229,7 +251,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--requests", type=int, default=96)
-    parser.add_argument("--systems", nargs="+", default=[OURS, ALONE, DENSE], choices=[OURS, ALONE, DENSE])
+    parser.add_argument("--systems", nargs="*", default=[OURS, ALONE, DENSE], choices=[OURS, ALONE, DENSE])
+    parser.add_argument("--vllm-python", metavar="PATH", help="measure vLLM too, with this python")
+    parser.add_argument("--vllm-arg", action="append", default=[], help="a further argument of `vllm serve`")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=URL")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="threads of one server")
     parser.add_argument("--output", type=Path, default=Path("benchmark-serve.json"))
@@ -242,10 +266,16 @@ def main() -> None:
     experts = sorted({row.expert for row in rows})
     expected = {dense: offline(folder, rows, dense) for dense in (False, True)}
     systems: dict[str, Any] = {}
+    versions = {name: version(name) for name in ("polymerge", "torch", "transformers", "uvicorn")}
     for name in options.systems:
         with system(name, folder, experts, options.cores) as (models, processes):
             systems[name] = _loaded(models, rows, options.clients, expected[name == DENSE])
             systems[name]["peak_memory"] = peak_memory(processes)
+    if options.vllm_python:
+        with vllm_system(folder, options.vllm_python, experts, options.vllm_arg) as (models, processes):
+            systems[VLLM] = _loaded(models, rows, options.clients, expected[False])
+            systems[VLLM]["peak_memory"] = peak_memory(processes)
+            versions[VLLM] = httpx2.get(f"{models[experts[0]][0]}/version").json()["version"]
     for peer in options.peer:
         name, _, url = peer.partition("=")
         systems[name] = _loaded({expert: (url, expert) for expert in experts}, rows, options.clients, expected[False])
@@ -254,7 +284,7 @@ def main() -> None:
         "requests": len(rows),
         "systems": systems,
         "cores": options.cores,
-        "versions": {name: version(name) for name in ("polymerge", "torch", "transformers", "uvicorn")},
+        "versions": versions,
     }
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     print_table(result)

@@ -10,6 +10,7 @@ import pytest
 
 from polymerge import Bundle, merge
 from polymerge.cli.main import main
+from polymerge.engine.hf_engine import HFEngine
 from tests.tiny import make_experts, tiny_tokenizer
 
 WORDS = {"e0": range(5, 25), "e1": range(30, 50), "e2": range(60, 80)}
@@ -103,6 +104,29 @@ def test_generate_auto_asks_the_router(fitted: Bundle, run: Run) -> None:
     code, out, err = run("generate", fitted.path, "w61 w62 w63", "--expert", "auto", "--max-new-tokens", 2, "--json")
     assert code == 0, err
     assert json.loads(out)["expert"] == "e2"
+
+
+def test_every_model_that_generate_loads_is_on_the_device(
+    bundle: Bundle, data: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embeds = bundle.manifest.experts["e0"].source
+    code, _, err = run("router", "fit", bundle.path, "--data", data, *HOW, "--embed-with", embeds, "--quiet")
+    assert code == 0, err
+    places: dict[str, str | None] = {}
+    load = HFEngine.from_checkpoint
+
+    def noted(source: str, *, device: str | None = None, **options: Any) -> HFEngine:
+        places[source] = device
+        return load(source, device=device, **options)
+
+    monkeypatch.setattr(HFEngine, "from_checkpoint", noted)
+    words = ("generate", bundle.path, "w61 w62", "--expert", "auto", "--max-new-tokens", 2, "--device", "cpu")
+    code, _, err = run(*words)
+    assert code == 0 and places == {embeds: "cpu"}, err
+    places.clear()
+    thinker = bundle.manifest.experts["e1"].source
+    code, _, err = run(*words, "--staged", "--thinker", thinker, "--policy", "always", "--thought-tokens", 2)
+    assert code == 0 and places == {embeds: "cpu", thinker: "cpu"}, err
 
 
 def test_a_text_longer_than_the_context_is_routed_with_a_note(fitted: Bundle, run: Run) -> None:

@@ -55,6 +55,12 @@ def test_a_conversation_changes_its_expert_only_for_a_clearly_likelier_field(
     assert chooser(ScriptedRouter()).choose("auto", turns, sticky=sticky).expert == expert
 
 
+@pytest.mark.parametrize(("turn", "alone"), [("w11 w13", "one"), ("w5", "the fallback")])
+def test_a_kept_expert_says_where_the_turn_alone_would_go(turn: str, alone: str) -> None:
+    choice = chooser(ScriptedRouter()).choose("auto", ["w10", turn])
+    assert choice.kept and choice.reason.endswith(f"alone would go to {alone}")
+
+
 def test_only_new_turns_are_embedded_and_few_are_remembered() -> None:
     router = ScriptedRouter()
     choose = chooser(router)

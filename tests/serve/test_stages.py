@@ -32,7 +32,7 @@ def test_many_ask_the_thinker_at_once_and_get_their_own_answers(
     engine: BatchingEngine, merged: Merged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     thinker = Thinker()
-    monkeypatch.setattr("polymerge.staged.open_thinker", lambda settings: thinker)
+    monkeypatch.setattr("polymerge.staged.open_thinker", lambda settings, device: thinker)
     bundle, router = merged("llama")[0], ScriptedRouter()
     pipeline = ThinkerChoice(thinker="https://host/v1", model="big", use="always").open(bundle, engine, router)
     with running(create_app(engine, router, pipeline), engine) as server, ThreadPoolExecutor(6) as pool:

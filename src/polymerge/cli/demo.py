@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,8 @@ def demo(
         Path | None, typer.Option(help="Your skills: NAME/train.jsonl and NAME/test.jsonl in a folder.")
     ] = None,
     skills: Annotated[str | None, typer.Option(help="Which skills, separated by commas.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps for each expert.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps for each expert.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=1e-8, help="Of the training, at its highest.")] = None,
     compress_rate: Annotated[float, typer.Option(help="Share of a residual's parameters to drop.")] = 0.95,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the table.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -27,11 +29,12 @@ def demo(
     from .console import demo_listeners, hush_libraries, print_demo, print_json
 
     hush_libraries()
+    usual = TrainSettings()
     settings = DemoSettings(
         output=output,
         data=data,
         skills=skills.split(",") if skills else None,
-        train=TrainSettings(steps=steps) if steps else TrainSettings(),
+        train=replace(usual, steps=steps or usual.steps, learning_rate=learning_rate or usual.learning_rate),
         compress_rate=compress_rate,
         overwrite=True,
     )

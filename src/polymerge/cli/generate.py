@@ -61,7 +61,7 @@ def generate(
     model = load_model(bundle, device=device)
     chosen: RowExpert = expert
     if expert == "auto":
-        found = _routed(model, prompt)
+        found = _routed(model, prompt, device)
         chosen = found.expert
         if not as_json:
             err.print(f"[dim]expert {chosen or 'average'}: {escape(found.reason)}[/]", soft_wrap=True)
@@ -87,7 +87,7 @@ def generate(
         print_json({"expert": chosen or "average", "prompt": prompt, "answer": answer, "tokens": len(new)})
 
 
-def _routed(model: MixedModel, prompt: str) -> Route:
+def _routed(model: MixedModel, prompt: str, device: str | None) -> Route:
     """Where the bundle's router sends the prompt. The loaded model embeds for it, unless it was fitted with another."""
     from ..engine.hf_engine import HFEngine
     from ..router.opening import open_router
@@ -95,5 +95,8 @@ def _routed(model: MixedModel, prompt: str) -> Route:
     def own() -> HFEngine:
         return HFEngine(model, model.tokenizer, fingerprint=model.bundle.digest)
 
-    [found] = open_router(model.bundle, own, HFEngine.from_checkpoint).route([prompt])
+    def other(source: str) -> HFEngine:
+        return HFEngine.from_checkpoint(source, device=device)
+
+    [found] = open_router(model.bundle, own, other).route([prompt])
     return found

@@ -119,6 +119,12 @@ class VllmServer:
         """Whether the process lives."""
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def pid(self) -> int:
+        """The number of the process, whose children do the work. Only while it runs."""
+        assert self._process is not None
+        return self._process.pid
+
     def last_lines(self, count: int = LOG_LINES) -> list[str]:
         """The end of vLLM's log."""
         return self._log.read_text(errors="replace").splitlines()[-count:] if self._log.is_file() else []

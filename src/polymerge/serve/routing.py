@@ -144,7 +144,8 @@ class Chooser:
         last = routes[-1]
         if kept is last or kept.expert == last.expert:
             return Choice(last.expert, last)
-        reason = f"the conversation is about {kept.field}; its last turn alone would go to {last.field}"
+        alone = "the fallback" if last.fallback else last.field
+        reason = f"the conversation is about {kept.field}; its last turn alone would go to {alone}"
         return Choice(kept.expert, kept, kept=True, reason=reason)
 
     def _changes(self, kept: Route, route: Route) -> bool:

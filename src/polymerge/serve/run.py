@@ -53,7 +53,9 @@ class ThinkerChoice:
     key_env: str | None = None
     use: str | None = None
 
-    def open(self, bundle: Bundle, engine: BatchingEngine, router: Routes | None) -> Responds:
+    def open(
+        self, bundle: Bundle, engine: BatchingEngine, router: Routes | None, device: str | None = None
+    ) -> Responds:
         """The pipeline. A thinker of this process is loaded when it is first asked.
 
         Raises:
@@ -66,7 +68,7 @@ class ThinkerChoice:
         read = load_recipe(self.recipe) if self.recipe else None
         chosen = stage_settings(read.staged if read else None, use=self.use)
         named = thinker_settings(read.thinker if read else None, self.thinker, model=self.model, key_env=self.key_env)
-        thinker, evidence = open_thinker(named), Evidence.load(bundle.path)
+        thinker, evidence = open_thinker(named, device), Evidence.load(bundle.path)
         return Pipeline(engine, chosen, thinker=thinker, router=router, evidence=evidence)
 
 
@@ -110,7 +112,7 @@ def serve(
     engine = BatchingEngine(loaded, max_rows=max_rows, max_waiting=max_waiting, cache_tokens=cache_tokens)
     try:
         router = open_router(opened, engine, device)
-        app = create_app(engine, router, stages.open(opened, engine, router) if stages else None, settings)
+        app = create_app(engine, router, stages.open(opened, engine, router, device) if stages else None, settings)
         _listen(app, place, host, settings, drain, on_ready)
     finally:
         engine.close(5.0)

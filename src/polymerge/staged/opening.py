@@ -47,6 +47,7 @@ def open_pipeline(
         thinker: a source or the URL of an endpoint (with `model` and `key_env`), in the place of the recipe's.
         expert: a name, `average`, or `auto`: the bundle's router chooses. By default it does where there is one, and
             elsewhere the average answers.
+        device: of every model that is loaded: the bundle's, the router's own and the thinker.
         settings: single values of `StageSettings` over the recipe's; None leaves one as it is.
 
     Raises:
@@ -57,14 +58,14 @@ def open_pipeline(
     read = load_recipe(recipe) if recipe is not None else None
     chosen = stage_settings(read.staged if read else None, **settings)
     named = thinker_settings(read.thinker if read else None, thinker, model=model, key_env=key_env)
-    thinks = open_thinker(named) if staged else None
+    thinks = open_thinker(named, device) if staged else None
     trust = read.trust_remote_code if read else False
     engine = HFEngine.from_bundle(bundle, device=device, trust_remote_code=trust)
     return Pipeline(
         engine,
         chosen,
         thinker=thinks,
-        router=open_router(bundle, engine, needed=expert == "auto") if expert in (None, "auto") else None,
+        router=open_router(bundle, engine, device, needed=expert == "auto") if expert in (None, "auto") else None,
         expert=None if expert in ("auto", "average") else expert,
         evidence=Evidence.load(bundle) if thinks else None,
         chat=chat,
@@ -102,7 +103,9 @@ def thinker_settings(
         raise RecipeError(f"thinker: {_first(error)}") from None
 
 
-def open_router(bundle: str | Path, engine: Engine, *, needed: bool = False) -> Routes | None:
+def open_router(
+    bundle: str | Path, engine: Engine, device: str | None = None, *, needed: bool = False
+) -> Routes | None:
     """The bundle's router, with the model that it was fitted with; None where it has none and none is `needed`.
 
     Raises:
@@ -114,7 +117,7 @@ def open_router(bundle: str | Path, engine: Engine, *, needed: bool = False) -> 
 
     if not needed and not has_router(Path(bundle)):
         return None
-    return opening.open_router(bundle, lambda: engine, HFEngine.from_checkpoint)
+    return opening.open_router(bundle, lambda: engine, lambda model: HFEngine.from_checkpoint(model, device=device))
 
 
 def _first(error: ValidationError) -> str:

@@ -118,8 +118,8 @@ class LocalThinker:
         return [Thought(g.text.strip(), g.prompt_tokens, g.tokens, g.finish) for g in found]
 
 
-def open_thinker(settings: ThinkerSettings) -> Thinker:
-    """The thinker that the settings name. A local one loads nothing yet.
+def open_thinker(settings: ThinkerSettings, device: str | None = None) -> Thinker:
+    """The thinker that the settings name. A local one loads nothing yet; it will be on the device.
 
     Raises:
         RecipeError: the key's environment variable is not set.
@@ -130,7 +130,7 @@ def open_thinker(settings: ThinkerSettings) -> Thinker:
     if settings.endpoint is not None:
         return EndpointThinker(settings)
     source, trust = str(settings.source), settings.trust_remote_code
-    return LocalThinker(source, lambda: HFEngine.from_checkpoint(source, trust_remote_code=trust))
+    return LocalThinker(source, lambda: HFEngine.from_checkpoint(source, device=device, trust_remote_code=trust))
 
 
 def _prompt(engine: Engine, text: str) -> str | list[int]:
