@@ -12,9 +12,9 @@ SOURCE = Path(polymerge.__file__).parent
 # A module imports only from modules that stand before it.
 ORDER = [
     "errors", "response", "recipe", "checkpoint", "adapter", "gguf", "layers", "outline", "rsvd", "codes", "plan",
-    "footprint", "compress", "staging", "bundle", "assemble", "executor", "on_ray", "merger", "verification", "grow",
-    "model", "engine", "router", "staged", "evaluate", "assess", "compete", "export", "inspection", "sweep", "report",
-    "serve", "demo", "cli", "__main__",
+    "footprint", "compress", "fitting", "staging", "bundle", "assemble", "executor", "on_ray", "merger", "verification",
+    "grow", "model", "engine", "router", "staged", "evaluate", "assess", "compete", "export", "inspection", "sweep",
+    "target", "search", "report", "serve", "demo", "cli", "__main__",
 ]  # fmt: skip
 # `open_checkpoint` hands some sources to modules that build on checkpoint; imported when it is called.
 ALLOWED = {("checkpoint", "adapter"), ("checkpoint", "gguf")}

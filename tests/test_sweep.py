@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from polymerge.cli.main import main
+from polymerge.cli.searching import print_sweep
+from polymerge.engine.hf_engine import HFEngine
 from polymerge.errors import RecipeError
-from polymerge.sweep import Agreement, Point, front, read_examples, sweep
+from polymerge.report.sweep import write_sweep
+from polymerge.sweep import Agreement, Example, Point, Reference, front, read_examples, sweep, to_json
 from tests.tiny import make_experts, tiny_tokenizer
 
 
@@ -47,6 +52,44 @@ def test_exact_merges_agree_and_lossy_ones_differ(folder: Path, tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
 
 
+class Counting:
+    """An original that goes on with the next number, and ends after `last`."""
+
+    def __init__(self, last: int) -> None:
+        self.last, self.tokenizer, self.device = last, tiny_tokenizer(), torch.device("cpu")
+
+    def model(self, ids: torch.Tensor) -> SimpleNamespace:
+        following = torch.where(ids == self.last, 2, ids + 1)
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(following, 96).float())
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=special)["input_ids"]
+
+    def chat_prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        return self.encode(messages[0]["content"])
+
+
+def test_an_answer_is_right_when_greedy_decoding_gives_exactly_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HFEngine, "from_checkpoint", lambda source, **options: Counting(last=7))
+    right = [Example("w3", "w4 w5 w6 w7"), Example("w5 w6", "w7")]
+    short, long, other = Example("w3", "w4 w5"), Example("w6", "w7 w8"), Example("w3", "w5 w6 w7")
+    reference = Reference("counting", [*right, short, long, other, Example("w3 w4 w5")])  # the last has no answer
+    assert reference.accuracy == 2 / 5
+    found = reference.against(lambda ids: Counting(last=8).model(ids).logits)
+    assert (found.accuracy, found.original_accuracy, found.kept) == (1 / 5, 2 / 5, 1 / 2)  # `long` alone ends right
+
+
+def test_without_answers_there_is_no_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HFEngine, "from_checkpoint", lambda source, **options: Counting(last=7))
+    found = Reference("counting", [Example("w3 w4 w5")]).against(lambda ids: Counting(last=8).model(ids).logits)
+    assert (found.accuracy, found.original_accuracy, found.kept) == (None, None, None)
+
+
+def test_an_original_that_is_never_right_leaves_nothing_to_keep() -> None:
+    assert Agreement(0.1, 0.5, 10, accuracy=0.0, original_accuracy=0.0).kept is None
+    assert Agreement(0.1, 0.5, 10, accuracy=0.4, original_accuracy=0.8).kept == 0.5
+
+
 def test_the_command_prints_and_writes_what_it_measured(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,7 +102,25 @@ def test_the_command_prints_and_writes_what_it_measured(
     printed = json.loads(capsys.readouterr().out)
     assert printed["points"] == json.loads((tmp_path / "sweep.json").read_text())
     assert [found["code"] for found in printed["points"]] == ["factors", "int8", "int4"]
-    assert "int4" in (tmp_path / "sweep.html").read_text()
+    assert {"accuracy", "original_accuracy", "kl"} < printed["points"][0]["experts"]["e0"].keys()
+    page = (tmp_path / "sweep.html").read_text()
+    assert "int4" in page
+    assert "<h2>Accuracy</h2>" not in page  # the tiny originals are right on nothing, so there is nothing to keep
+
+
+def test_accuracies_are_shown_under_their_originals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experts = {"a": Agreement(0.1, 0.9, 10, accuracy=0.475, original_accuracy=0.95), "b": Agreement(0.1, 0.9, 10)}
+    points = [to_json(found, [found]) for found in [Point("int4", 0.9, 10, 10, 1.0, 1.0, experts)]]
+    page = write_sweep(points, tmp_path / "sweep.html", footer="")
+    cells = (
+        "</td><td>".join(["originals", "", "95.0%", "-", ""]),
+        "</td><td>".join(["int4", "0.9", "47.5%", "-", "50.0%"]),
+    )
+    assert all(row in page.read_text() for row in cells)
+    print_sweep(points, page)
+    lines = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+    assert ["originals", "95.0%", "-"] in lines
+    assert ["int4", "0.9", "47.5%", "-", "50.0%"] in lines
 
 
 @pytest.mark.parametrize(

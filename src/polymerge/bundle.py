@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -243,10 +243,13 @@ class Bundle:
         """One tensor of the average, as stored."""
         return self.base.read(tensor)
 
-    def adapter(self, expert: str) -> dict[str, Tensor]:
+    def adapter(self, expert: str, *, coded: Container[str] = ()) -> dict[str, Tensor]:
         """All tensors of an expert's adapter, keys without PEFT's prefix.
 
         Coded factors come decoded, as `lora_A.weight` and `lora_B.weight` in the bundle's dtype.
+
+        Args:
+            coded: modules whose factors come as they are stored.
         """
         with _opened(self.expert_file(expert)) as handle:
             found = {adapter_name(key): handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
@@ -254,6 +257,8 @@ class Bundle:
             return found
         dtype = getattr(torch, self.manifest.dtype)
         for layer in self._linear:
+            if layer.module in coded:
+                continue
             factors = self.factors(expert, layer, found.get)
             for suffix in self.code.suffixes:
                 found.pop(f"{layer.module}.{suffix}", None)
@@ -281,6 +286,16 @@ class Bundle:
     ) -> tuple[Tensor, Tensor] | None:
         """B [out, r] and A [r, in] of a residual in float32, decoded; None where the expert has none in this layer.
 
+        Takes the arguments of `coded_factors`, and raises as it does.
+        """
+        stored = self.coded_factors(expert, layer, get)
+        return self.code.decode(stored, *layer.matrix_shape) if stored else None
+
+    def coded_factors(
+        self, expert: str, layer: BundleLayer, get: Callable[[str], Tensor | None]
+    ) -> dict[str, Tensor] | None:
+        """A residual's tensors as stored, by the code's suffixes; None where the expert has none in this layer.
+
         Args:
             get: the expert's stored tensor of that key (without PEFT's prefix), or None.
 
@@ -296,9 +311,10 @@ class Bundle:
             missing = next(suffix for suffix in stored if suffix not in whole)
             raise BundleError(f"{place}: has {next(iter(whole))} but no {missing}; copy the bundle again")
         try:
-            return self.code.decode(whole, *layer.matrix_shape)
+            self.code.check(whole, *layer.matrix_shape)
         except ValueError as error:
             raise BundleError(f"{place}: {error}; copy the bundle again") from None
+        return whole
 
     def scales(self, expert: str) -> dict[str, float]:
         """Checkpoint name -> rho_i. A tensor that is not listed has rho 1."""

@@ -55,12 +55,12 @@ class Code(ABC):
         """B [out, r] and A [r, in] in float32 -> the stored tensors, by suffix."""
 
     @abstractmethod
-    def decode(self, stored: Mapping[str, Tensor], out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
-        """The stored tensors -> B [out, r] and A [r, in] in float32.
+    def check(self, stored: Mapping[str, Tensor], out_features: int, in_features: int) -> None:
+        """Raises ValueError where a tensor's shape or dtype is not the code's."""
 
-        Raises:
-            ValueError: a tensor's shape or dtype is not the code's.
-        """
+    @abstractmethod
+    def decode(self, stored: Mapping[str, Tensor], out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+        """The stored tensors -> B [out, r] and A [r, in] in float32. Raises ValueError as `check` does."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,14 @@ class Factors(Code):
     def encode(self, b: Tensor, a: Tensor) -> dict[str, Tensor]:
         return {"lora_A.weight": a.to(self.dtype), "lora_B.weight": b.to(self.dtype)}
 
+    def check(self, stored: Mapping[str, Tensor], out_features: int, in_features: int) -> None:
+        a, b = stored["lora_A.weight"], stored["lora_B.weight"]
+        rank = a.shape[:1].numel()
+        _check("lora_A.weight", a, self.dtype, (rank, in_features))
+        _check("lora_B.weight", b, self.dtype, (out_features, rank))
+
     def decode(self, stored: Mapping[str, Tensor], out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+        self.check(stored, out_features, in_features)
         return stored["lora_B.weight"].float(), stored["lora_A.weight"].float()
 
 
@@ -122,13 +129,18 @@ class Quantised(Code):
             stored[f"lora_{factor}.{self.name}_scale"] = scales
         return stored
 
-    def decode(self, stored: Mapping[str, Tensor], out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
-        found = {}
+    def check(self, stored: Mapping[str, Tensor], out_features: int, in_features: int) -> None:
         rank = stored[self.suffixes[0]].shape[:1].numel()
         for factor, width in (("A", in_features), ("B", out_features)):
+            numbers, scales = f"lora_{factor}.{self.name}", f"lora_{factor}.{self.name}_scale"
+            _check(numbers, stored[numbers], torch.uint8, (rank, self._packed(width)))
+            _check(scales, stored[scales], SCALE_DTYPE, (rank, _groups(width)))
+
+    def decode(self, stored: Mapping[str, Tensor], out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+        self.check(stored, out_features, in_features)
+        found = {}
+        for factor, width in (("A", in_features), ("B", out_features)):
             packed, scales = stored[f"lora_{factor}.{self.name}"], stored[f"lora_{factor}.{self.name}_scale"]
-            _check(f"lora_{factor}.{self.name}", packed, torch.uint8, (rank, self._packed(width)))
-            _check(f"lora_{factor}.{self.name}_scale", scales, SCALE_DTYPE, (rank, _groups(width)))
             found[factor] = dequantise(unpack(packed, self.bits, width), scales, self.bits)
         return found["B"].T, found["A"]
 
@@ -142,7 +154,7 @@ def code_of(name: str, dtype: torch.dtype) -> Code:
 
 
 def quantise(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Nearest whole numbers for the scales that leave the smallest squared error in every group.
+    """Nearest whole numbers for scales near those that leave the smallest squared error in every group.
 
     A number q stands for (q + 1/2 - 2^(bits-1)) times its group's scale: levels lie symmetric around zero, which costs
     no second number a group and is the better choice for numbers that are symmetric themselves (measured: an offset a
@@ -155,29 +167,28 @@ def quantise(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         q [r, n] uint8 and scales [r, ceil(n / 128)] bfloat16.
     """
     r, n = rows.shape
-    size = _group_size(n)
+    size = group_size(n)
     groups = F.pad(rows, (0, -n % size)).view(r, -1, size)
     half = 2 ** (bits - 1)
     largest = groups.abs().amax(-1, keepdim=True)
-    best_scale = best_error = None
+    scale = best = torch.zeros_like(largest)
     for share in RANGES:
-        scale = _refined(groups, largest * (share / (half - 0.5)), half)
-        error = (groups - scale * _levels(groups, scale, half)).square_().sum(-1, keepdim=True)
-        if best_scale is None or best_error is None:
-            best_scale, best_error = scale, error
-        else:
-            best_scale = torch.where(error < best_error, scale, best_scale)
-            best_error = torch.minimum(error, best_error)
-    assert best_scale is not None
-    numbers = _levels(groups, best_scale, half).add_(half - 0.5).to(torch.uint8)
-    return numbers.view(r, -1)[:, :n], best_scale.squeeze(-1).to(SCALE_DTYPE)
+        levels = _levels(groups, largest * (share / (half - 0.5)), half)
+        # the scale nearest for given levels is <g, l> / <l, l>, and takes <g, l>^2 / <l, l> off the squared error
+        dot, square = (groups * levels).sum(-1, keepdim=True), levels.square().sum(-1, keepdim=True)
+        gain = dot.square() / square
+        scale = torch.where(gain > best, dot / square, scale)
+        best = torch.maximum(gain, best)
+    scale = scale.to(SCALE_DTYPE)
+    numbers = _levels(groups, scale.float(), half).add_(half - 0.5).to(torch.uint8)
+    return numbers.view(r, -1)[:, :n], scale.squeeze(-1)
 
 
 def dequantise(numbers: Tensor, scales: Tensor, bits: int) -> Tensor:
     """q [r, n] and scales [r, ceil(n / 128)] -> [r, n] float32."""
     n = numbers.shape[1]
     levels = numbers.float().sub_(2 ** (bits - 1) - 0.5)
-    return levels * scales.float().repeat_interleave(_group_size(n), dim=1)[:, :n]
+    return levels * scales.float().repeat_interleave(group_size(n), dim=1)[:, :n]
 
 
 def pack(numbers: Tensor, bits: int) -> Tensor:
@@ -203,18 +214,11 @@ def _levels(groups: Tensor, scale: Tensor, half: int) -> Tensor:
     return (groups / scale.clamp_min(tiny)).floor_().clamp_(-half, half - 1).add_(0.5)
 
 
-def _refined(groups: Tensor, scale: Tensor, half: int) -> Tensor:
-    """The least-squares scale for the levels that a first scale gives, as it will be stored."""
-    levels = _levels(groups, scale, half)
-    fitted: Tensor = (groups * levels).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True)
-    return fitted.to(SCALE_DTYPE).float()
-
-
 def _groups(count: int) -> int:
     return -(-count // GROUP)
 
 
-def _group_size(count: int) -> int:
+def group_size(count: int) -> int:
     """Groups of one row are equally long, so that next to no padding takes part in the choice of a scale."""
     return -(-count // _groups(count))
 

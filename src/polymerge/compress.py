@@ -167,7 +167,7 @@ def _keep_or_average(
     experts = list(task.sources)
     hashes = {expert: hashlib.sha256() for expert in experts}
     mean = torch.empty(task.shape or (1,), dtype=settings.dtype)  # a number without dimensions is a row of one
-    for start, stop in _slabs(task.shape):
+    for start, stop in slabs(task.shape):
         total = None
         for expert in experts:
             rows = read(expert, task.sources[expert], start, stop)
@@ -209,11 +209,12 @@ def _copy(task: TensorTask, read: Read, emit: Emit, report: TensorReport) -> Ten
 
 
 def _read_into(target: Tensor, expert: str, task: TensorTask, read: Read) -> None:
-    for start, stop in _slabs(task.shape):
+    for start, stop in slabs(task.shape):
         target[start:stop] = read(expert, task.sources[expert], start, stop).to(target.dtype)
 
 
-def _slabs(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+def slabs(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """(start, stop) rows of a tensor, about SLAB_NUMEL numbers at a time; a number without dimensions is one row."""
     width = 1
     for size in shape[1:]:
         width *= size

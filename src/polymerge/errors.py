@@ -2,6 +2,7 @@
 
 PolymergeError                  a user's mistake or bad input; the command line prints it and exits with 2
 ├── RecipeError                 the recipe: unknown key, wrong type, duplicate or unsafe expert name
+├── TargetError                 a target that cannot be read, or that no rate and code reaches
 ├── SourceError                 a checkpoint: missing, truncated, hostile, not finite, other architecture
 ├── BundleError                 a bundle: missing or changed files, wrong format version
 ├── ModelError                  a request to a loaded bundle: unknown expert, wrong batch length
@@ -26,6 +27,10 @@ class PolymergeError(Exception):
 
 class RecipeError(PolymergeError):
     """The recipe cannot be used as it is written."""
+
+
+class TargetError(PolymergeError):
+    """What a search is to reach cannot be read, or no rate and code reaches it."""
 
 
 class SourceError(PolymergeError):

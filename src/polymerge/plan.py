@@ -16,7 +16,7 @@ from .codes import Code, code_of
 from .errors import SourceError
 from .layers import LayerMap, LayerRecord, map_layers
 from .outline import OutlineCheckpoint, outline
-from .recipe import Recipe, Source
+from .recipe import CodeName, Recipe, Source
 from .rsvd import factors_are_smaller, rank_for_rate
 
 Treatment = Literal["low_rank", "full", "average", "keep", "copy"]
@@ -206,6 +206,13 @@ def plan_merge(recipe: Recipe, *, weights: bool = True) -> MergePlan:
     return MergePlan(
         recipe, checkpoints, maps[reference], tasks, _dtype(recipe, checkpoints, tasks), tied, tuple(notes)
     )
+
+
+def replanned(plan: MergePlan, *, compress_rate: float, code: CodeName) -> MergePlan:
+    """The same experts at another rate and with another code, without opening them again."""
+    recipe = plan.recipe.model_copy(update={"compress_rate": compress_rate, "code": code})
+    tasks = [_task(recipe, task.record, plan.checkpoints, task.sources) for task in plan.tasks]
+    return replace(plan, recipe=recipe, tasks=tuple(with_differences(tasks)))
 
 
 def _opened(recipe: Recipe, source: Source, weights: bool) -> Checkpoint:

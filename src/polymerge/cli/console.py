@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -297,25 +297,3 @@ def progress_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]
             bar.update(task, completed=done, total=total)
 
         yield show
-
-
-def print_sweep(points: Sequence[Mapping[str, Any]], page: Path) -> None:
-    """A sweep's points, those on the front in bold."""
-    table = Table(title="KL to the original experts on held-out prompts (nats a token)")
-    for column in ("code", "rate", "bundle", "of one model", "residuals", "KL", "top-1", "merge"):
-        table.add_column(column, justify="left" if column == "code" else "right")
-    for point in points:
-        table.add_row(
-            point["code"],
-            f"{point['compress_rate']:g}",
-            size(point["total_bytes"]),
-            f"{point['share_of_one_model']:.2f}",
-            size(point["residual_bytes"]),
-            f"{point['kl']:.2g}",
-            f"{point['top1']:.2%}",
-            duration(point["seconds"]),
-            style="bold" if point["on_front"] else None,
-        )
-    out.print(table)
-    out.print("bold: no other point is smaller and nearer")
-    out.print(f"report: {page}", markup=False, soft_wrap=True)

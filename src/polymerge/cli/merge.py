@@ -22,6 +22,17 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")],
     compress_rate: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
     code: Annotated[str | None, typer.Option(help="Instead of the recipe's: factors, int8, int4.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Find rate and code: kl=0.001, accuracy=99%, size=600MB or size=1.2x (one model's)."),
+    ] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option(help="For --target kl and accuracy: NAME=FILE.jsonl for every expert.")
+    ] = None,
+    codes: Annotated[
+        str | None, typer.Option(help="For --target: those to choose from, separated by commas; by default all.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="For --prompts: rows of each file; by default 32.")] = None,
     workers: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
     device: Annotated[str | None, typer.Option(help="Instead of the recipe's: auto, cpu, cuda, cuda:1 ...")] = None,
     executor: Annotated[Where, typer.Option(help="This process, or the machines of a Ray cluster.")] = Where.threads,
@@ -38,12 +49,14 @@ def merge(
     from ..inspection import inspect_bundle
     from ..merger import run_plan
     from ..on_ray import ray_cluster
-    from ..plan import plan_merge
+    from ..plan import plan_merge, replanned
     from ..recipe import load_recipe
     from .console import err, merge_progress, out, print_json, size
+    from .searching import read_wanted
 
     if address is not None and executor is not Where.ray:
         raise typer.BadParameter("--address belongs to --executor ray")
+    wanted = read_wanted(target, prompts, codes, limit, {"--compress-rate": compress_rate, "--code": code})
     changed: dict[str, Any] = {"compress_rate": compress_rate, "code": code, "workers": workers, "device": device}
     changed = {key: value for key, value in changed.items() if value is not None}
     parsed = load_recipe(recipe)
@@ -52,14 +65,24 @@ def merge(
         for note in plan.notes:
             err.print(f"note: {note}", markup=False)
     cluster = ray_cluster(address) if executor is Where.ray else nullcontext(in_threads)
+    found = None
     with cluster as tasks, merge_progress(quiet or as_json) as progress:
+        if wanted:
+            found = wanted.find(plan.recipe, output, overwrite=overwrite, executor=tasks, quiet=quiet or as_json)
+            plan = replanned(plan, compress_rate=found.recipe.compress_rate, code=found.recipe.code)
         bundle = run_plan(plan, output, overwrite=overwrite, resume=resume, executor=tasks, progress=progress)
+    if found:
+        found.check(bundle)
     sizes = bundle.sizes()
     if as_json:
-        print_json({"bundle": str(output), **inspect_bundle(bundle).to_json()})
+        search = {"search": found.to_json()} if found else {}
+        print_json({"bundle": str(output), **inspect_bundle(bundle).to_json(), **search})
     elif not quiet:
         out.print(
             f"{output}: {len(bundle.experts)} experts in {size(sizes.total)}, "
             f"{sizes.total / sizes.one_model:.2f} times one model ({size(sizes.separate_models)} apart)"
         )
+        if found:
+            found_by = f"--compress-rate {found.recipe.compress_rate:g} --code {found.recipe.code}"
+            out.print(f"repeat: polymerge merge {recipe} -o {output} {found_by}", markup=False, soft_wrap=True)
         out.print(f"next: polymerge inspect {output}", markup=False)

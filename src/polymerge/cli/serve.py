@@ -42,6 +42,7 @@ def serve(
     vllm_arg: Arguments = None,
     probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Check every expert first.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...; by default the GPU where there is one.")] = None,
+    kernel: Annotated[str, typer.Option(help="plain; or triton, experimental: factors stay coded.")] = "plain",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers to the log.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Log warnings only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when the server listens.")] = False,
@@ -87,7 +88,7 @@ def serve(
         return
     stages = ThinkerChoice(recipe, thinker, thinker_model, key_env, policy) if recipe or thinker else None
     run(
-        bundle, host=host, port=port, settings=settings, everyone=open_, device=device, max_rows=max_rows,
-        max_waiting=max_waiting, cache_tokens=cache_tokens, stages=stages, probe=probe, drain=drain, say=say,
-        on_ready=ready,
+        bundle, host=host, port=port, settings=settings, everyone=open_, device=device, kernel=kernel,
+        max_rows=max_rows, max_waiting=max_waiting, cache_tokens=cache_tokens, stages=stages, probe=probe,
+        drain=drain, say=say, on_ready=ready,
     )  # fmt: skip

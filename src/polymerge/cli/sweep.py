@@ -23,7 +23,8 @@ def sweep(
     from ..report.sweep import write_sweep
     from ..sweep import read_examples, to_json
     from ..sweep import sweep as run
-    from .console import err, hush_libraries, print_json, print_sweep
+    from .console import err, hush_libraries, print_json
+    from .searching import print_sweep
     from .verify import named_sources
 
     hush_libraries()

@@ -1,8 +1,8 @@
 """A linear layer whose every row has its own expert: y_i = rho_i (W̄ x) + B_i (A_i x) + b_i.
 
-The factors of all experts stand in two matrices, A [sum of r, in] and B [out, sum of r], so that one expert's are
-a view and a mixed batch costs two products: z = x A^T, masked by each row's weights, and z B^T added onto the base's
-output.
+`ExpertLinear` is what all such layers share. In `MixedLinear`, the plain one, the factors of all experts stand in two
+matrices, A [sum of r, in] and B [out, sum of r], so that one expert's are a view and a mixed batch costs two products:
+z = x A^T, masked by each row's weights, and z B^T added onto the base's output.
 """
 
 from __future__ import annotations
@@ -20,15 +20,64 @@ from .assignment import Assignment
 MAX_STACKED = 8
 
 
-class MixedLinear(nn.Module):
+class ExpertLinear(nn.Module):
     """Takes the place of an nn.Linear or a Conv1D. Inference only: writes in place where that saves a pass.
+
+    Knows the base's product and the biases; how the residuals are held and added is a subclass's.
 
     Args:
         weight: the base's, [out, in] as a view (a Conv1D's is transposed by the caller).
         bias: the base's [out], or None.
+        biases: for every expert its own bias [out], or None for the base's.
+    """
+
+    def __init__(self, state: Assignment, weight: Tensor, bias: Tensor | None, biases: Sequence[Tensor | None]) -> None:
+        super().__init__()
+        self.state = state
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
+        own = any(value is not None for value in biases)
+        table = (
+            torch.stack([bias if v is None else v.to(bias) for v in (*biases, None)])
+            if own and bias is not None
+            else None
+        )
+        self.register_buffer("bias_table", table, persistent=False)  # [N + 1, out]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, ..., in] -> [B, ..., out]"""
+        if self.state.average_only:
+            return F.linear(x, self.weight, self.bias)
+        y = F.linear(x, self.weight)
+        self.add_residuals(x, y)
+        if self.bias is not None:
+            y += self._row_bias(y)
+        return y
+
+    def add_residuals(self, x: Tensor, y: Tensor) -> None:
+        """Turns the base's output y [B, ..., out] into the experts', in place: rho y + B (A x)."""
+        raise NotImplementedError
+
+    def _row_bias(self, y: Tensor) -> Tensor:
+        assert self.bias is not None
+        if self.bias_table is None:
+            return self.bias
+        key = (id(self), "bias", y.shape[0], y.dim())
+        kept = self.state.keep(key, None)
+        if kept is None:
+            assert isinstance(self.bias_table, Tensor)
+            rows = mixed_rows(self.state, self.bias_table)
+            kept = self.state.keep(key, self.state.of_rows(rows, y.shape[0], y.dim()))
+        assert isinstance(kept, Tensor)
+        return kept
+
+
+class MixedLinear(ExpertLinear):
+    """Holds the factors of all experts in the base's dtype. Arguments as ExpertLinear's, and:
+
+    Args:
         factors: for every expert (A [r, in], B [out, r]) or None.
         ratios: rho of every expert.
-        biases: for every expert its own bias [out], or None for the base's.
     """
 
     stacked_a: Tensor
@@ -43,10 +92,7 @@ class MixedLinear(nn.Module):
         ratios: Sequence[float],
         biases: Sequence[Tensor | None],
     ) -> None:
-        super().__init__()
-        self.state = state
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
+        super().__init__(state, weight, bias, biases)
         out_features, in_features = weight.shape
         ranks = [factor[0].shape[0] if factor else 0 for factor in factors]
         self.offsets = [sum(ranks[:n]) for n in range(len(ranks) + 1)]
@@ -60,31 +106,17 @@ class MixedLinear(nn.Module):
         self.register_buffer("stacked_b", b, persistent=False)
         self.ratios = [*ratios, 1.0]
         self.scaled = any(ratio != 1.0 for ratio in ratios)
-        own = any(value is not None for value in biases)
-        table = (
-            torch.stack([bias if v is None else v.to(bias) for v in (*biases, None)])
-            if own and bias is not None
-            else None
-        )
-        self.register_buffer("bias_table", table, persistent=False)  # [N + 1, out]
         self.ranks_key = tuple(ranks)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, ..., in] -> [B, ..., out]"""
-        state = self.state
-        if state.average_only:
-            return F.linear(x, self.weight, self.bias)
-        y = F.linear(x, self.weight)
+    def add_residuals(self, x: Tensor, y: Tensor) -> None:
+        """Two products for one expert or a few; one expert after the other for many."""
         flat = y.view(-1, y.shape[-1])
-        if state.single is not None:
-            self._add_single(x, flat, state.single)
-        elif state.last - state.first > MAX_STACKED:
+        if self.state.single is not None:
+            self._add_single(x, flat, self.state.single)
+        elif self.state.last - self.state.first > MAX_STACKED:
             self._add_one_by_one(x, y)
         else:
             self._add_stacked(x, y, flat)
-        if self.bias is not None:
-            y += self._row_bias(y)
-        return y
 
     def _add_single(self, x: Tensor, flat: Tensor, expert: int) -> None:
         lo, hi = self.offsets[expert], self.offsets[expert + 1]
@@ -139,19 +171,6 @@ class MixedLinear(nn.Module):
             owner = [n for n, rank in enumerate(self.ranks_key) for _ in range(rank)][lo:hi]
             mask = self.state.weights[:, owner].to(z.dtype)  # [B, sum of ranks]
             kept = self.state.keep(key, self.state.of_rows(mask, z.shape[0], z.dim()))
-        assert isinstance(kept, Tensor)
-        return kept
-
-    def _row_bias(self, y: Tensor) -> Tensor:
-        assert self.bias is not None
-        if self.bias_table is None:
-            return self.bias
-        key = (id(self), "bias", y.shape[0], y.dim())
-        kept = self.state.keep(key, None)
-        if kept is None:
-            assert isinstance(self.bias_table, Tensor)
-            rows = mixed_rows(self.state, self.bias_table)
-            kept = self.state.keep(key, self.state.of_rows(rows, y.shape[0], y.dim()))
         assert isinstance(kept, Tensor)
         return kept
 

@@ -5,9 +5,10 @@ Every tensor of every adapter finds its place exactly once, or loading fails: an
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,15 @@ from torch import Tensor, nn
 from ..bundle import Bundle, BundleLayer
 from ..errors import ModelError
 from .assignment import Assignment
-from .linear import MixedLinear
+from .coded import CodedLinear
+from .kernel_check import objection
+from .linear import ExpertLinear, MixedLinear
 from .mixed import MixedModel
 from .moe import MixedBlockExperts, SlabResidual, Slabs, as_sequence, check_layout, locate_slabs
 from .own import wrap_own
+
+logger = logging.getLogger(__name__)
+Kernel = Literal["plain", "triton"]
 
 
 def load_model(
@@ -27,6 +33,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     trust_remote_code: bool = False,
+    kernel: Kernel = "plain",
 ) -> MixedModel:
     """Loads a bundle as one torch module whose every row of a batch has its own expert.
 
@@ -35,9 +42,13 @@ def load_model(
         dtype: by default float32 on a CPU (bfloat16 products are hundreds of times slower on most) and the
             bundle's own on a GPU.
         trust_remote_code: let the bundle's own modelling code run, for architectures that transformers does not know.
+        kernel: `triton` leaves the factors of linear layers in memory as they are stored, and adds them with a kernel
+            that reads their code. It is checked first; where it cannot be used, a warning says why and the model is
+            the plain one, whose factors are decoded.
 
     Raises:
-        BundleError: incomplete or unsafe. ModelError: an adapter holds something that has no place in the model.
+        BundleError: incomplete or unsafe. ModelError: an adapter holds something that has no place in the model, or
+            an unknown kernel.
     """
     from transformers import AutoModelForCausalLM
 
@@ -46,6 +57,7 @@ def load_model(
     place = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     chosen = chosen or (torch.float32 if place.type == "cpu" else getattr(torch, bundle.manifest.dtype))
+    placer = _CodedPlacer if _uses_kernel(kernel, bundle, place, chosen) else _Placer
     try:
         hf = AutoModelForCausalLM.from_pretrained(
             bundle.path, dtype=chosen, trust_remote_code=trust_remote_code, local_files_only=True
@@ -55,21 +67,37 @@ def load_model(
         raise ModelError(f"{bundle.path}: transformers cannot load it ({reason})") from None
     hf.eval().requires_grad_(False)
     state = Assignment(bundle.experts, place)
-    _Placer(bundle, hf, state, chosen).place()
+    placer(bundle, hf, state, chosen).place()
     return MixedModel(hf.to(place), state, bundle)
 
 
+def _uses_kernel(kernel: Kernel, bundle: Bundle, device: torch.device, dtype: torch.dtype) -> bool:
+    if kernel not in get_args(Kernel):
+        raise ModelError(f"kernel: {kernel!r} is neither {' nor '.join(get_args(Kernel))}")
+    if kernel == "plain":
+        return False
+    shapes = [layer.matrix_shape for layer in bundle.layers.values() if layer.rank]
+    reason = objection(shapes, bundle.code, device, dtype)
+    if reason:
+        logger.warning("the Triton kernel is not used: %s; factors are decoded, as with kernel='plain'", reason)
+    return not reason
+
+
 class _Placer:
-    """Puts every adapter's tensors into the model. `left` holds the keys that have not found their place."""
+    """Puts every adapter's tensors into the model. `adapters` holds those that have not found their place.
+
+    Attributes:
+        suffixes: what follows a linear module's name in the keys of its residual.
+    """
+
+    suffixes: tuple[str, ...] = ("lora_A.weight", "lora_B.weight")
 
     def __init__(self, bundle: Bundle, hf: nn.Module, state: Assignment, dtype: torch.dtype) -> None:
         self.bundle, self.hf, self.state, self.dtype = bundle, hf, state, dtype
-        self.adapters = [
-            {key: value.to(dtype) for key, value in bundle.adapter(expert).items()} for expert in bundle.experts
-        ]
         self.scales = [bundle.scales(expert) for expert in bundle.experts]
         self.modules = dict(hf.named_modules())
         self.linear = {layer.module: layer for layer in bundle.layers.values() if layer.role == "linear"}
+        self.adapters = [self._read(expert) for expert in bundle.experts]
 
     def place(self) -> None:
         fused = {name: layer for name, layer in self.linear.items() if name not in self.modules}
@@ -86,6 +114,9 @@ class _Placer:
                     f"({len(adapter)} such tensors); the adapter would be ignored in part"
                 )
 
+    def _read(self, expert: str) -> dict[str, Tensor]:
+        return {key: value.to(self.dtype) for key, value in self.bundle.adapter(expert).items()}
+
     def _take(self, key: str) -> list[Tensor | None]:
         return [adapter.pop(key, None) for adapter in self.adapters]
 
@@ -100,7 +131,7 @@ class _Placer:
         """Whether the layer is stored against the base; a whole matrix of an expert's own goes the other way."""
         if any(f"{module}.{layer.parameter}" in adapter for adapter in self.adapters):
             return False
-        keys = (f"{module}.lora_A.weight", f"{module}.lora_B.bias")
+        keys = (*(f"{module}.{suffix}" for suffix in self.suffixes), f"{module}.lora_B.bias")
         stored = any(key in adapter for adapter in self.adapters for key in keys)
         return stored or any(ratio != 1.0 for ratio in self._ratios(layer))
 
@@ -114,15 +145,13 @@ class _Placer:
         ]
         if bias is None and any(d is not None and bool(d.any()) for d in differences):
             raise ModelError(f"{module}: an expert has a bias, but the layer has none")
-        mixed = MixedLinear(
-            self.state,
-            weight.T if layer.transposed else weight,
-            bias.data if bias is not None else None,
-            self._factors(module),
-            self._ratios(layer),
-            biases,
-        )
-        self._replace(module, mixed)
+        weight = weight.T if layer.transposed else weight
+        self._replace(module, self._linear(layer, weight, bias.data if bias is not None else None, biases))
+
+    def _linear(
+        self, layer: BundleLayer, weight: Tensor, bias: Tensor | None, biases: list[Tensor | None]
+    ) -> ExpertLinear:
+        return MixedLinear(self.state, weight, bias, self._factors(layer.module), self._ratios(layer), biases)
 
     def _place_own(self) -> None:
         """Whole tensors: by parameter, so that an embedding that is tied to the head changes both."""
@@ -187,3 +216,23 @@ class _Placer:
         parent, _, leaf = name.rpartition(".")
         owner: Any = self.hf.get_submodule(parent) if parent else self.hf
         setattr(owner, leaf, module)
+
+
+class _CodedPlacer(_Placer):
+    """Leaves the factors of linear layers as they are stored. Those inside fused blocks are decoded all the same."""
+
+    def _read(self, expert: str) -> dict[str, Tensor]:
+        self.suffixes = self.bundle.code.suffixes
+        kept = self.linear.keys() & self.modules.keys()
+        stored = {f"{module}.{suffix}" for module in kept for suffix in self.suffixes}
+        adapter = self.bundle.adapter(expert, coded=kept)
+        return {key: value if key in stored else value.to(self.dtype) for key, value in adapter.items()}
+
+    def _linear(
+        self, layer: BundleLayer, weight: Tensor, bias: Tensor | None, biases: list[Tensor | None]
+    ) -> ExpertLinear:
+        stored = [
+            self.bundle.coded_factors(expert, layer, lambda key, own=adapter: own.pop(key, None))  # type: ignore[misc]
+            for expert, adapter in zip(self.bundle.experts, self.adapters, strict=True)
+        ]
+        return CodedLinear(self.state, weight, bias, stored, self.bundle.code, self._ratios(layer), biases)

@@ -20,6 +20,12 @@ def write_sweep(points: Sequence[Mapping[str, Any]], path: str | Path, *, footer
     body = section("Quality for bytes", text, _plot(points)) + section(
         "All points", "On the front are those that no other beats in both bytes and KL.", _table(points)
     )
+    if points[0]["kept"] is not None:
+        text = (
+            "Share of the held-out answers that greedy decoding would give exactly. Kept is the mean of the experts' "
+            "shares of their originals' accuracy."
+        )
+        body += section("Accuracy", text, _accuracies(points))
     path = Path(path)
     write_bytes(path, html_page("sweep", body, footer).encode())
     return path
@@ -61,3 +67,17 @@ def _table(points: Sequence[Mapping[str, Any]]) -> str:
         for point in points
     ]
     return table(head, rows)
+
+
+def _accuracies(points: Sequence[Mapping[str, Any]]) -> str:
+    experts = points[0]["experts"]
+    head = ("code", "rate", *experts, "kept")
+    rows = [["originals", "", *(_percent(found["original_accuracy"]) for found in experts.values()), ""]]
+    for point in points:
+        found = [_percent(expert["accuracy"]) for expert in point["experts"].values()]
+        rows.append([point["code"], f"{point['compress_rate']:g}", *found, _percent(point["kept"])])
+    return table(head, rows)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"

@@ -80,6 +80,7 @@ def serve(
     settings: ServeSettings | None = None,
     everyone: bool = False,
     device: str | None = None,
+    kernel: str = "plain",
     max_rows: int = MAX_ROWS,
     max_waiting: int = MAX_WAITING,
     cache_tokens: int = CACHE_TOKENS,
@@ -93,6 +94,7 @@ def serve(
 
     Args:
         everyone: listen to other machines although there are no keys.
+        kernel: plain or triton, as `load_model` takes it.
         stages: the thinker of the model `staged`; None leaves that model out.
         probe: check every expert first.
         say: told what is being done before the server listens.
@@ -104,7 +106,7 @@ def serve(
     place = listener(host, port)
     opened = Bundle.open(bundle)
     say(f"loading {opened.path}")
-    loaded = HFEngine.from_bundle(opened, device=device)
+    loaded = HFEngine.from_bundle(opened, device=device, kernel=kernel)
     if probe:
         check(loaded, opened, progress=lambda expert: say(f"checking expert {expert}"))
     engine = BatchingEngine(loaded, max_rows=max_rows, max_waiting=max_waiting, cache_tokens=cache_tokens)

@@ -1,0 +1,136 @@
+"""Milliseconds of one linear layer under a batch that mixes experts: the base alone, the plain path, the Triton kernel.
+
+Factors are random, of the rank that a compress rate pays for; rows take the experts in turn. The two ways must agree
+before they are timed. Written for a GPU, on which it has not been run yet. With TRITON_INTERPRET=1 and small numbers it
+runs on a CPU, where its times mean nothing:
+
+    TRITON_INTERPRET=1 python benchmarks/kernel.py --shapes 48x80 --rows 3 --tokens 1 5 --repeats 1 --dtype float32
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from polymerge.codes import code_of
+from polymerge.model.assignment import Assignment
+from polymerge.model.coded import CodedLinear
+from polymerge.model.kernel_check import objection
+from polymerge.model.linear import ExpertLinear, MixedLinear
+
+# q and o, gate and up, down of Llama-3-8B.
+SHAPES = ("4096x4096", "14336x4096", "4096x14336")
+
+
+def layers(
+    shape: tuple[int, int], code_name: str, rate: float, experts: int, state: Assignment, dtype: torch.dtype
+) -> dict[str, ExpertLinear]:
+    """The same layer with decoded and with coded factors."""
+    out_features, in_features = shape
+    code, device = code_of(code_name, dtype), state.device
+    rank = code.rank(out_features, in_features, rate)
+    weight = torch.randn(shape, device=device, dtype=dtype) / in_features**0.5
+    stored = []
+    for _ in range(experts):
+        b = torch.randn(out_features, rank, device=device) / rank**0.5
+        stored.append(code.encode(b, torch.randn(rank, in_features, device=device) / in_features**0.5))
+    decoded = [(a.to(dtype), b.to(dtype)) for b, a in (code.decode(tensors, *shape) for tensors in stored)]
+    ratios, biases = [1.1] * experts, [None] * experts
+    return {
+        "plain": MixedLinear(state, weight, None, decoded, ratios, biases).to(device),
+        "triton": CodedLinear(state, weight, None, stored, code, ratios, biases).to(device),
+    }
+
+
+def milliseconds(run: Callable[[], Tensor], device: torch.device, repeats: int) -> float:
+    """Median of `repeats`, after a third as many and one to warm up."""
+    taken = []
+    for number in range(repeats + repeats // 3 + 1):
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if number > repeats // 3:
+            taken.append((time.perf_counter() - began) * 1000)
+    return statistics.median(taken)
+
+
+def measure(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    dtype, found = getattr(torch, options.dtype), []
+    state = Assignment([f"e{n}" for n in range(options.experts)], device)
+    for text in options.shapes:
+        out_features, in_features = map(int, text.split("x"))
+        shape = (out_features, in_features)
+        reason = objection([shape], code_of(options.code, dtype), device, dtype)
+        if reason:
+            raise SystemExit(f"the kernel cannot be used: {reason}")
+        both = layers(shape, options.code, options.rate, options.experts, state, dtype)
+        held = {name: sum(buffer.nbytes for buffer in layer.buffers()) for name, layer in both.items()}
+        for rows in options.rows:
+            state.set([f"e{n % options.experts}" for n in range(rows)], rows)
+            for tokens in options.tokens:
+                x = torch.randn(rows, tokens, shape[1], device=device, dtype=dtype)
+                plain, triton = (layer(x).float() for layer in both.values())
+                apart = float((plain - triton).norm() / plain.norm())
+                if not apart < 0.02:
+                    raise SystemExit(f"{text}: the two ways differ by {apart:.2g} of the output")
+                times = {name: milliseconds(run, device, options.repeats) for name, run in _runs(both, x).items()}
+                found.append({"shape": text, "rows": rows, "tokens": tokens, "bytes": held, "milliseconds": times})
+    return found
+
+
+def _runs(both: dict[str, ExpertLinear], x: Tensor) -> dict[str, Callable[[], Tensor]]:
+    base = partial(F.linear, x, both["plain"].weight)
+    return {"base": base} | {name: partial(layer, x) for name, layer in both.items()}
+
+
+def table(found: list[dict[str, Any]], title: str) -> Table:
+    """One line a shape, batch and length."""
+    shown = Table("shape", "rows", "tokens", "base", "plain", "triton", "plain MB", "triton MB", title=title)
+    for line in found:
+        times = [f"{line['milliseconds'][name]:.3f}" for name in ("base", "plain", "triton")]
+        sizes = [f"{line['bytes'][name] / 1e6:.1f}" for name in ("plain", "triton")]
+        shown.add_row(line["shape"], str(line["rows"]), str(line["tokens"]), *times, *sizes)
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="OUTxIN")
+    parser.add_argument("--code", choices=["factors", "int8", "int4"], default="int4")
+    parser.add_argument("--rate", type=float, default=0.95)
+    parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 256], help="of a row")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kernel.json"))
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, interpreted: times mean nothing"
+    with torch.no_grad():
+        found = measure(options, device)
+    title = f"milliseconds, {options.code} at {options.rate}, {options.experts} experts, {options.dtype}; {where}"
+    Console(width=120).print(table(found, title))
+    settings = {name: value for name, value in vars(options).items() if name != "output"}
+    versions = {name: version(name) for name in ("torch", "triton")}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    results = {"device": where, "versions": versions, "settings": settings, "results": found}
+    options.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
