@@ -8,7 +8,7 @@ The experts must come from the demo's base, SmolLM2-135M-Instruct.
 
 Every row of benchmarks/peer_methods/table.py is merged in a process of its own, then loaded and measured here: accuracy
 of greedy answers, KL to the original expert on its own requests, new tokens a second of a batch that mixes all experts.
-`--work FOLDER` keeps merges and rows; a run that was stopped, or another with `--only`, goes on there.
+`--work FOLDER` keeps the rows; a run that was stopped, or another with `--only`, goes on there.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def experts_of(options: argparse.Namespace, base: Path) -> tuple[list[Skill], di
 
 
 def run(method: Method, task: Task, held: Held, work: Path, rows: int) -> dict[str, Any]:
-    """One row: merged where the folder holds no merge of it, then measured."""
-    folder = work / "".join(c if c.isalnum() else "-" for c in method.name)
-    note = folder / "row.json"
+    """One row: merged and measured, unless the work folder holds it. The merge is deleted."""
+    folder = work / method.folder
+    note = folder.with_suffix(".json")
     if note.exists():
         found: dict[str, Any] = json.loads(note.read_text())
         return found
@@ -76,6 +76,7 @@ def run(method: Method, task: Task, held: Held, work: Path, rows: int) -> dict[s
         **measure(method.serve(task, folder), held, rows),
     }
     gc.collect()
+    shutil.rmtree(folder)
     note.write_text(json.dumps(row, indent=1) + "\n")
     return row
 
@@ -130,7 +131,7 @@ def main() -> None:
     parser.add_argument("--compared", type=int, default=32, help="how many of them KL is measured on")
     parser.add_argument("--rows", type=int, default=12, help="rows of the batch whose speed is measured")
     parser.add_argument("--only", nargs="+", default=names, choices=names, metavar="METHOD", help="rows by name")
-    parser.add_argument("--work", type=Path, help="keep merges and rows here")
+    parser.add_argument("--work", type=Path, help="keep finished rows here")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/peers.json"))
     options = parser.parse_args()
     hush_libraries()
@@ -141,6 +142,9 @@ def main() -> None:
     console = Console(width=220)
     settings = {"limit": options.limit, "compared": options.compared, "batch_rows": options.rows, "rate": options.rate}
     settings |= {"experts": sources}
+    chosen = [m for m in METHODS if m.name in options.only and (task.mergekit or not m.mergekit)]
+    if not chosen:
+        parser.error("these rows need --mergekit")
     held = Held.of(skills, sources, options.compared)
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work or Path(scratch)
@@ -148,11 +152,12 @@ def main() -> None:
         keep_settings(work / "settings.json", settings, parser)
         task.save(work / "task.json")
         rows = []
-        for method in METHODS:
-            if method.name in options.only:
-                console.print(method.name)
-                rows.append(run(method, task, held, work, options.rows))
+        for method in chosen:
+            console.print(method.name)
+            rows.append(run(method, task, held, work, options.rows))
     show(rows, console)
+    if task.mergekit is None:
+        console.print("mergekit was left out: say --mergekit PYTHON (docs/benchmarks.md says how to install it)")
     cores = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     found = {"settings": settings, **cores, "versions": versions(task), "rows": rows}

@@ -112,5 +112,5 @@ def equal_rank(task: Task) -> int:
 
 def _mergekit(task: Task, call: str, arguments: list[str]) -> Cost:
     if task.mergekit is None:
-        raise SystemExit("this peer needs --mergekit PYTHON (docs/benchmarks.md says how to install it)")
+        raise ValueError("this peer needs mergekit")
     return run_apart(call, arguments, python=task.mergekit, standalone_mode=False)

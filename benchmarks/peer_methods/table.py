@@ -27,6 +27,7 @@ class Method:
         merge: writes what it stores into an empty folder. A file named `shared.safetensors` or a folder `model` belongs
             to the one model; the rest lies beside it.
         stored: bytes beside the one model, from that folder.
+        mergekit: whether the merge needs it.
     """
 
     name: str
@@ -34,6 +35,12 @@ class Method:
     merge: Callable[[Task, Path], Cost]
     serve: Callable[[Task, Path], Served]
     stored: Callable[[Task, Path], int]
+    mergekit: bool = False
+
+    @property
+    def folder(self) -> str:
+        """The name as a folder's."""
+        return "".join(character if character.isalnum() else "-" for character in self.name)
 
 
 def nothing(task: Task, folder: Path) -> int:
@@ -61,7 +68,7 @@ def one_model(task: Task) -> int:
 
 def dense(name: str, method: str, each: dict[str, float], **shared: Any) -> Method:
     merge = partial(_merge_dense, method=method, each=each, shared=shared)
-    return Method(name, "one model", merge, mergekit.serve_dense, nothing)
+    return Method(name, "one model", merge, mergekit.serve_dense, nothing, mergekit=True)
 
 
 def _merge_dense(task: Task, folder: Path, method: str, each: dict[str, float], shared: dict[str, Any]) -> Cost:
@@ -102,15 +109,16 @@ METHODS = [
     dense("TIES, density 0.2", "ties", {"weight": 1.0, "density": 0.2}),
     dense("DARE linear, density 0.8", "dare_linear", {"weight": 1.0, "density": 0.8}),
     dense("DARE TIES, density 0.5", "dare_ties", {"weight": 0.4, "density": 0.5}),
-    Method("mergekit-extract-lora", "named", adapters.merge, adapters.serve, experts_folder),
+    Method("mergekit-extract-lora", "named", adapters.merge, adapters.serve, experts_folder, True),
     Method(
         "mergekit-extract-lora, norms averaged",
         "named",
         adapters.merge_without_norms,
         adapters.serve_without_norms,
         experts_folder,
+        mergekit=True,
     ),
-    Method("Arrow, top 3", "itself", adapters.merge_without_norms, adapters.serve_arrow, experts_folder),
+    Method("Arrow, top 3", "itself", adapters.merge_without_norms, adapters.serve_arrow, experts_folder, True),
     Method("SMILE", "itself", apart("peer_methods.smile:merge"), smile.serve, experts_folder),
     Method("Twin-Merging, a tenth", "itself", apart("peer_methods.twin:merge"), twin.serve, experts_folder),
     Method("Twin-Merging, equal bytes", "itself", apart("peer_methods.twin:merge_equal"), twin.serve, experts_folder),

@@ -15,7 +15,7 @@ from peer_methods import adapters, bitdelta, mergekit, ours, smile, twin
 from peer_methods.lowrank import GatedLinear, truncated_svd
 from peer_methods.measure import Held, agreements
 from peer_methods.served import InTurn, Served
-from peer_methods.table import experts_folder
+from peer_methods.table import METHODS, experts_folder
 from peer_methods.task import Cost, Task, run_apart
 from polymerge.demo.skills import Example, Skill
 from tests.tiny import make_experts, tiny_tokenizer
@@ -258,3 +258,11 @@ def test_named_adapters_answer_the_same_alone_and_together(task: Task, tmp_path:
     alone = [served.generate(IDS, mask[:1], [name], **options) for name in names]
     assert torch.equal(together, torch.cat(alone)) and served.one_batch is not norms
     assert len({round(float(served.logits(IDS, 2, name).detach().sum()), 3) for name in names}) == 3
+
+
+def test_rows_do_not_share_a_folder_and_only_mergekits_need_mergekit(task: Task, tmp_path: Path) -> None:
+    assert len({method.folder for method in METHODS}) == len(METHODS)
+    for method in METHODS:
+        if method.mergekit:
+            with pytest.raises(ValueError, match="mergekit"):
+                method.merge(task, tmp_path)
