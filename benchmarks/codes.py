@@ -17,6 +17,7 @@ import argparse
 import json
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -194,6 +195,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
     hush_libraries()
+    warnings.simplefilter("ignore", FutureWarning)  # of transformers, at PEFT
     sources, examples = chosen_experts(arguments)
     references = {name: Reference(source, examples[name]) for name, source in sources.items()}
     with tempfile.TemporaryDirectory() as folder:

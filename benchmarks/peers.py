@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -135,6 +136,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/peers.json"))
     options = parser.parse_args()
     hush_libraries()
+    warnings.simplefilter("ignore", FutureWarning)  # of transformers, at PEFT
     base = unpack(package_gguf(BASE_PACKAGE), label=f"package:{BASE_PACKAGE}")
     skills, sources = experts_of(options, base)
     texts = {skill.name: [example.prompt for example in skill.train[:ROUTER_TEXTS]] for skill in skills}

@@ -43,6 +43,14 @@ def test_full_rank_gives_the_matrix_back() -> None:
     torch.testing.assert_close(u @ v, matrix, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e15])
+def test_a_rank_beyond_the_matrix_s_own_loses_nothing(size: float) -> None:
+    matrix = matrix_with(torch.tensor([3.0, 2.0, 1.0, 0.1, 0.01]), 120, 200, seed=1) * size
+    u, v = rsvd(matrix, 40)
+    torch.testing.assert_close(u.T @ u, torch.eye(40), atol=1e-5, rtol=0)
+    torch.testing.assert_close(u @ v / size, matrix / size, atol=1e-5, rtol=0)
+
+
 def test_same_seed_same_bits_other_seed_other_sketch() -> None:
     matrix = torch.randn(80, 50, generator=torch.Generator().manual_seed(0))
     assert torch.equal(rsvd(matrix, 5, seed=1)[1], rsvd(matrix, 5, seed=1)[1])

@@ -174,9 +174,9 @@ def quantise(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     scale = best = torch.zeros_like(largest)
     for share in RANGES:
         levels = _levels(groups, largest * (share / (half - 0.5)), half)
-        # the scale nearest for given levels is <g, l> / <l, l>, and takes <g, l>^2 / <l, l> off the squared error
+        # the scale nearest for given levels is <g, l> / <l, l>; the gain, squared, is what it takes off the error
         dot, square = (groups * levels).sum(-1, keepdim=True), levels.square().sum(-1, keepdim=True)
-        gain = dot.square() / square
+        gain = dot / square.sqrt()
         scale = torch.where(gain > best, dot / square, scale)
         best = torch.maximum(gain, best)
     scale = scale.to(SCALE_DTYPE)
