@@ -456,3 +456,12 @@ def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> 
     grown = sizes[1] - sizes[0]
     assert grown > 75e6  # what holding even one of the models would show
     assert peaks[1] - peaks[0] < 0.4 * grown, (peaks, sizes)
+
+
+def test_a_killed_merge_with_a_code_resumes_to_the_same_bytes(experts: dict[str, str], tmp_path: Path) -> None:
+    recipe, out = {**recipe_of(experts), "code": "int4"}, tmp_path / "out"
+    process = started(work_and_die, recipe, str(out), {}, 12, False)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL and notes_in(out)
+    expected = merge(recipe, tmp_path / "fresh").path
+    assert content(merge(recipe, out, resume=True).path) == content(expected)

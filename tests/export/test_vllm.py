@@ -108,6 +108,18 @@ def test_at_the_bundles_rank_folding_is_better_than_leaving_out(bundles: Any, tm
         assert expert.kl < expert.kl_unfolded
 
 
+@pytest.mark.parametrize("code", ["int8", "int4"])
+def test_coded_factors_are_decoded_on_the_way(bundles: Any, tmp_path: Path, code: str) -> None:
+    bundle = bundles("llama", code=code, scale="shared", embeddings="average", lm_head="average", norms="average")
+    written = export_vllm(plan_vllm(bundle), tmp_path / "v", samples=SAMPLES)
+    model = load_model(bundle)
+    for expert in bundle.experts:
+        adapter = read_adapter(load_file(written.folder / "adapters" / expert / "adapter_model.safetensors"))
+        with applied(model.hf, adapter):
+            found = logits_of(model, None)
+        torch.testing.assert_close(found, logits_of(model, expert), atol=1e-5, rtol=0)
+
+
 def test_peft_opens_an_exported_adapter_and_says_the_same(bundles: Any, tmp_path: Path) -> None:
     bundle = bundles("llama", embeddings="average", lm_head="average", norms="average")
     written = export_vllm(plan_vllm(bundle), tmp_path / "v", samples=SAMPLES)
