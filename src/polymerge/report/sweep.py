@@ -46,7 +46,7 @@ def _plot(points: Sequence[Mapping[str, Any]]) -> str:
             hovertemplate="%{text}: %{x:.1f} MB, KL %{y:.2g}<extra>" + code + "</extra>",
         )
     figure.update_layout(xaxis_title="MB of the bundle (large marks: on the front)", yaxis_title="KL, nats a token")
-    figure.update_yaxes(type="log")
+    figure.update_yaxes(type="log", dtick="D2", exponentformat="power", minor={"showgrid": True})
     return plot(figure, 460)
 
 
