@@ -200,7 +200,7 @@ def main() -> None:
     references = {name: Reference(source, examples[name]) for name, source in sources.items()}
     with tempfile.TemporaryDirectory() as folder:
         rows, numbers = measured(sources, references, arguments.rate, Path(folder))
-    show(rows, numbers, Console())
+    show(rows, numbers, Console(width=160))
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     if arguments.output:
         found = {
