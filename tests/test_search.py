@@ -19,7 +19,7 @@ from polymerge.plan import MergePlan
 from polymerge.search import find
 from polymerge.sweep import Agreement, Example, Point, Reference
 from tests.test_merge import content
-from tests.tiny import make_experts, tiny_tokenizer
+from tests.tiny import recipe_folder
 
 ROWS = [{"prompt": "w3 w4 w5", "answer": "w6 w7"}, {"prompt": "w8 w9 w10"}]
 EXAMPLES = {name: [Example("w3 w4 w5", "w6 w7"), Example("w8 w9 w10")] for name in ("e0", "e1")}
@@ -28,13 +28,7 @@ EXAMPLES = {name: [Example("w3 w4 w5", "w6 w7"), Example("w8 w9 w10")] for name 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of tiny experts and prompts for them."""
-    folder = tmp_path_factory.mktemp("search")
-    experts = make_experts("llama", folder, count=2)
-    for path in experts.values():
-        tiny_tokenizer().save_pretrained(path)
-    (folder / "recipe.yaml").write_text("experts:\n" + "".join(f"  {n}: {path}\n" for n, path in experts.items()))
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return folder
+    return recipe_folder(tmp_path_factory.mktemp("search"), ROWS)
 
 
 class Bench:

@@ -15,19 +15,16 @@ from polymerge.engine.hf_engine import HFEngine
 from polymerge.errors import RecipeError
 from polymerge.report.sweep import write_sweep
 from polymerge.sweep import Agreement, Example, Point, Reference, front, read_examples, sweep, to_json
-from tests.tiny import make_experts, tiny_tokenizer
+from tests.tiny import recipe_folder, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of tiny experts and prompts for them."""
-    folder = tmp_path_factory.mktemp("sweep")
-    experts = make_experts("llama", folder, count=2)
-    for path in experts.values():
-        tiny_tokenizer().save_pretrained(path)
-    (folder / "recipe.yaml").write_text("experts:\n" + "".join(f"  {n}: {path}\n" for n, path in experts.items()))
     rows = [{"prompt": "w3 w4 w5", "answer": "w6 w7"}, {"prompt": "w8 w9 w10", "task": "unused"}]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n")
+    folder = recipe_folder(tmp_path_factory.mktemp("sweep"), rows)
+    with (folder / "prompts.jsonl").open("a") as file:
+        file.write("\n")  # blank lines are no rows
     return folder
 
 

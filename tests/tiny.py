@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,13 @@ def tiny_tokenizer() -> hf.PreTrainedTokenizerFast:
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
     )
+
+
+def recipe_folder(folder: Path, rows: Sequence[dict[str, str]]) -> Path:
+    """The folder, with two tiny Llamas, `recipe.yaml` that names them and `prompts.jsonl` with the rows."""
+    experts = make_experts("llama", folder, count=2)
+    for path in experts.values():
+        tiny_tokenizer().save_pretrained(path)
+    (folder / "recipe.yaml").write_text("experts:\n" + "".join(f"  {n}: {path}\n" for n, path in experts.items()))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
