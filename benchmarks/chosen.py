@@ -9,7 +9,7 @@ from polymerge import Bundle
 from polymerge.demo.run import BASE_PACKAGE, DemoSettings, load_skills
 from polymerge.demo.skills import Skill
 from polymerge.demo.train import TrainSettings, fine_tune
-from polymerge.gguf import package_gguf, unpack
+from polymerge.sources.gguf import package_gguf, unpack
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

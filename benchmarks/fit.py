@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from polymerge.engine.vllm_folder import padded_rank, read_note
-from polymerge.rsvd import rank_for_rate
+from polymerge.engine.vllm.folder import padded_rank, read_note
+from polymerge.method.rsvd import rank_for_rate
 
 KNOWN = {
     "llama-3-8b": {

@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from polymerge.codes import code_of
+from polymerge.method.codes import code_of
 from polymerge.model.assignment import Assignment
-from polymerge.model.coded import CodedLinear
-from polymerge.model.kernel_check import objection
+from polymerge.model.triton.linear import CodedLinear
+from polymerge.model.triton.check import objection
 from polymerge.model.linear import ExpertLinear, MixedLinear
 
 # q and o, gate and up, down of Llama-3-8B.

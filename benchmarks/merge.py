@@ -33,15 +33,15 @@ from rich.table import Table
 from torch import Tensor
 
 from peer_methods.mergekit import MergekitFactors, mergekit_version
-from polymerge.codes import Quantised
-from polymerge.rsvd import OVERSAMPLING_SHARE, rank_for_rate, rsvd
+from polymerge.method.codes import Quantised
+from polymerge.method.rsvd import OVERSAMPLING_SHARE, rank_for_rate, rsvd
 from shapes import LINEAR, checkpoint_bytes, tensor, write_checkpoint
 
 RATE = 0.95
 MATRICES = ("self_attn.k_proj", "self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj")
 MERGE = """
 import sys
-from polymerge.merger import merge, peak_memory
+from polymerge.merging.run import merge, peak_memory
 merge(sys.argv[1], sys.argv[2], overwrite=True)
 print(peak_memory())
 """

@@ -30,7 +30,7 @@ from transformers.utils import logging
 from cost_quality import cost_quality, draw_curves
 from polymerge.engine import GenerateRequest
 from polymerge.engine.base import Pooling, Prompt
-from polymerge.engine.hf_engine import HFEngine
+from polymerge.engine.local.engine import HFEngine
 from polymerge.router.classify import KINDS, Kind, fit_classifier
 from polymerge.router.embed import PROMPTS, TASK_PROMPT, Embedder, EmbedSettings
 from polymerge.router.evaluation import evaluate_router

@@ -37,10 +37,10 @@ from polymerge import export_dense, merge
 from polymerge.demo.skills import demo_skills
 from polymerge.demo.train import format_prompt
 from polymerge.engine import GenerateRequest
-from polymerge.engine.hf_engine import HFEngine
-from polymerge.engine.vllm_server import VllmServer
+from polymerge.engine.local.engine import HFEngine
+from polymerge.engine.vllm.server import VllmServer
 from polymerge.export import export_vllm, plan_vllm
-from polymerge.gguf import cache_folder
+from polymerge.sources.gguf import cache_folder
 
 OURS, ALONE, DENSE, VLLM = "polymerge", "one at a time", "three servers", "vLLM"
 TOKENS = 48
@@ -214,7 +214,7 @@ def peak_memory(processes: Sequence[int]) -> int:
 def serve_dense(folder: str) -> None:
     """One dense expert behind the same server; any model name is it."""
     from polymerge.cli.console import hush_libraries
-    from polymerge.engine.batching import BatchingEngine
+    from polymerge.engine.local.batching import BatchingEngine
     from polymerge.serve.app import create_app
     from polymerge.serve.run import listener, run_app
 

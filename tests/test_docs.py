@@ -9,7 +9,7 @@ import pytest
 from polymerge import load_recipe
 from polymerge.assess import AssessRecipe
 from polymerge.cli.main import app
-from polymerge.recipe import Recipe
+from polymerge.recipe.merge import Recipe
 
 ROOT = Path(__file__).parents[1]
 

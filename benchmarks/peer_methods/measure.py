@@ -14,7 +14,7 @@ from peer_methods.served import Served
 from polymerge.demo.measure import accuracy
 from polymerge.demo.skills import Skill
 from polymerge.demo.train import encode, format_prompt
-from polymerge.sweep import Agreement, Example, Reference
+from polymerge.search.sweep import Agreement, Example, Reference
 
 NEW_TOKENS, REPEATS = 16, 3
 

@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from polymerge.checkpoint import Checkpoint, open_checkpoint
-from polymerge.layers import LayerRecord, map_layers
-from polymerge.rsvd import rank_for_rate
+from polymerge.sources.checkpoint import Checkpoint, open_checkpoint
+from polymerge.sources.layers import LayerRecord, map_layers
+from polymerge.method.rsvd import rank_for_rate
 
 WORKER = Path(__file__).parent / "worker.py"
 # What is stored beside the one model has 16 bits a number, for all methods alike.

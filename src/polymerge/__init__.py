@@ -8,21 +8,21 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from .version import __version__
 
 if TYPE_CHECKING:
-    from .bundle import Bundle as Bundle
+    from .bundle.bundle import Bundle as Bundle
     from .errors import PolymergeError as PolymergeError
     from .export import export_dense as export_dense
     from .export import export_peft as export_peft
-    from .grow import add_expert as add_expert
-    from .grow import remove_expert as remove_expert
-    from .merger import merge as merge
+    from .merging.grow import add_expert as add_expert
+    from .merging.grow import remove_expert as remove_expert
+    from .merging.run import merge as merge
     from .model import MixedModel as MixedModel
     from .model import load_model as load_model
-    from .plan import plan_merge as plan_merge
-    from .recipe import Recipe as Recipe
-    from .recipe import load_recipe as load_recipe
+    from .merging.plan import plan_merge as plan_merge
+    from .recipe.merge import Recipe as Recipe
+    from .recipe.merge import load_recipe as load_recipe
     from .router.fit import fit_router as fit_router
     from .router.route import Route as Route
     from .router.router import Router as Router
@@ -31,30 +31,30 @@ if TYPE_CHECKING:
     from .staged import Pipeline as Pipeline
     from .staged import Question as Question
     from .staged.opening import open_pipeline as open_pipeline
-    from .verification import verify as verify
+    from .merging.sources import verify as verify
 
 _HOME = {
-    "Bundle": "bundle",
+    "Bundle": "bundle.bundle",
     "FitSettings": "router.settings",
     "MixedModel": "model",
     "Pipeline": "staged",
     "PolymergeError": "errors",
     "Question": "staged",
-    "Recipe": "recipe",
+    "Recipe": "recipe.merge",
     "Route": "router.route",
     "Router": "router.router",
     "Sample": "router.samples",
-    "add_expert": "grow",
+    "add_expert": "merging.grow",
     "export_dense": "export",
     "export_peft": "export",
     "fit_router": "router.fit",
     "load_model": "model",
-    "load_recipe": "recipe",
-    "merge": "merger",
+    "load_recipe": "recipe.merge",
+    "merge": "merging.run",
     "open_pipeline": "staged.opening",
-    "plan_merge": "plan",
-    "remove_expert": "grow",
-    "verify": "verification",
+    "plan_merge": "merging.plan",
+    "remove_expert": "merging.grow",
+    "verify": "merging.sources",
 }
 
 __all__ = sorted(_HOME)

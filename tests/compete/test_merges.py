@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from polymerge import Bundle, load_model
 from polymerge.compete import PolymergeMerges, compete
-from polymerge.engine.hf_engine import HFEngine
+from polymerge.engine.local.engine import HFEngine
 from polymerge.errors import PolymergeError
 from polymerge.staged import Pipeline
 from tests.conftest import Merged

@@ -17,7 +17,7 @@ from polymerge.compete import compete
 from polymerge.compete import run as run_module
 from polymerge.compete.clock import Clock
 from polymerge.errors import ModelError, OutputExistsError, PolymergeError
-from polymerge.response import StageSettings
+from polymerge.recipe.response import StageSettings
 from polymerge.staged import Pipeline
 from tests.staged.scripted import ScriptedEngine, ScriptedRouter, ScriptedThinker
 

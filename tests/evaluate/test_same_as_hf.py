@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 from polymerge import Bundle, export_dense, load_model, merge
 from polymerge.demo.run import DemoSettings, Listeners, run_demo
 from polymerge.demo.skills import demo_skills
-from polymerge.engine.hf_engine import HFEngine
+from polymerge.engine.local.engine import HFEngine
 from polymerge.evaluate import HarnessSettings, chooser, evaluate, jsonl_tasks
 from tests.conftest import Merged
 from tests.tiny import tiny_tokenizer

@@ -14,7 +14,7 @@ from polymerge.router.picture import draw_samples
 from polymerge.router.record import router_folder
 from polymerge.router.samples import Sample
 from polymerge.router.training import FIT_REPORT
-from polymerge.staging import write_json
+from polymerge.merging.journal import write_json
 from tests.conftest import Merged
 from tests.router.scripted import ScriptedEngine, make_samples, strangers
 

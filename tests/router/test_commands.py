@@ -10,7 +10,7 @@ import pytest
 
 from polymerge import Bundle, merge
 from polymerge.cli.main import main
-from polymerge.engine.hf_engine import HFEngine
+from polymerge.engine.local.engine import HFEngine
 from tests.tiny import make_experts, tiny_tokenizer
 
 WORDS = {"e0": range(5, 25), "e1": range(30, 50), "e2": range(60, 80)}

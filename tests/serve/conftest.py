@@ -15,8 +15,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from polymerge import load_model
-from polymerge.engine.batching import BatchingEngine
-from polymerge.engine.hf_engine import HFEngine
+from polymerge.engine.local.batching import BatchingEngine
+from polymerge.engine.local.engine import HFEngine
 from polymerge.router import Route
 from polymerge.serve.app import create_app
 from polymerge.serve.run import listener

@@ -6,7 +6,7 @@ import time
 from typing import Any
 from unittest.mock import patch
 
-from polymerge.engine.batching import BatchingEngine
+from polymerge.engine.local.batching import BatchingEngine
 from tests.tiny import tiny_tokenizer
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from polymerge.engine.batching import BatchingEngine
+from polymerge.engine.local.batching import BatchingEngine
 from polymerge.errors import PolymergeError
 from polymerge.serve.access import Buckets
 from polymerge.serve.app import create_app

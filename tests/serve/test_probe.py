@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from polymerge import load_model
-from polymerge.engine.hf_engine import HFEngine
+from polymerge.engine.local.engine import HFEngine
 from polymerge.errors import ModelError
 from polymerge.model.linear import MixedLinear
 from polymerge.serve.probe import probe

@@ -18,7 +18,7 @@ import openai
 import psutil
 import pytest
 
-from polymerge.engine.batching import BatchingEngine
+from polymerge.engine.local.batching import BatchingEngine
 from polymerge.serve.app import create_app
 from polymerge.serve.settings import ServeSettings
 from tests.conftest import Merged

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from polymerge import Bundle
-from polymerge.engine.batching import BatchingEngine
+from polymerge.engine.local.batching import BatchingEngine
 from polymerge.router import Route
 from polymerge.router.embed import EmbedSettings
 from polymerge.router.fit import FitSettings, fit_router

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from polymerge.engine.batching import BatchingEngine
+from polymerge.engine.local.batching import BatchingEngine
 from polymerge.errors import RecipeError
 from polymerge.serve.app import create_app
 from polymerge.serve.run import ThinkerChoice

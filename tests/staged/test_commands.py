@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from polymerge import Question, Sample, fit_router, open_pipeline
 from polymerge.cli.main import app
-from polymerge.engine.hf_engine import HFEngine
+from polymerge.engine.local.engine import HFEngine
 from polymerge.errors import PolymergeError, RouterError
 from polymerge.router.settings import fit_settings
 from tests.conftest import Merged

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from polymerge.errors import RecipeError
-from polymerge.response import StageSettings, ThinkerSettings
+from polymerge.recipe.response import StageSettings, ThinkerSettings
 from polymerge.staged import Pipeline, Question, Thought, open_thinker
 from polymerge.staged.endpoint import GIVE_UP_AFTER, EndpointThinker
 from tests.staged.scripted import ScriptedEngine

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from polymerge.response import StageSettings
+from polymerge.recipe.response import StageSettings
 from polymerge.staged import Evidence, LocalThinker, Pipeline, Question, Thought
 from polymerge.staged.evidence import FieldEvidence, weigh
 from polymerge.staged.thinker import OUT_OF_TIME, failed

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from polymerge.errors import PolymergeError, RecipeError
-from polymerge.response import StageSettings, ThinkerSettings
+from polymerge.recipe.response import StageSettings, ThinkerSettings
 from polymerge.staged import Pipeline, Question
 from polymerge.staged.opening import DEFAULT_THINKER, stage_settings, thinker_settings
 from polymerge.staged.validation import Sample, read_samples, score, validate

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from ..errors import RecipeError
 from ..evaluate.rows import files_by_name
 from ..evaluate.tasks import MAX_NEW_TOKENS
-from ..recipe import (
+from ..recipe.merge import (
     DeviceName,
     DTypeName,
     Recipe,

@@ -14,14 +14,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..bundle import Bundle
-from ..checkpoint import open_checkpoint
+from ..version import __version__
+from ..bundle.bundle import Bundle
+from ..sources.checkpoint import open_checkpoint
 from ..errors import PolymergeError, RecipeError
 from ..evaluate.rows import content_hash, read_rows
-from ..gguf import cache_folder
-from ..recipe import Source
-from ..staging import write_bytes
+from ..sources.gguf import cache_folder
+from ..recipe.merge import Source
+from ..merging.journal import write_bytes
 from .measure import AskSettings, Measurement
 from .process import run_in_process
 from .propose import Choices, Proposals, propose

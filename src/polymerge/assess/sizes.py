@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..checkpoint import open_checkpoint
+from ..sources.checkpoint import open_checkpoint
 from ..errors import PolymergeError
-from ..plan import DTYPES, plan_merge
-from ..recipe import Recipe, Source
+from ..merging.plan import DTYPES, plan_merge
+from ..recipe.merge import Recipe, Source
 
 # A merge's recipe for some of the candidates, by name.
 MakeRecipe = Callable[[list[str]], Recipe]

@@ -27,7 +27,7 @@ class Job:
     """What a worker does.
 
     Attributes:
-        source: keys of `polymerge.recipe.Source`, or {"bundle": folder}.
+        source: keys of `polymerge.recipe.merge.Source`, or {"bundle": folder}.
         work: (expert or None, task, whether the task is a JSONL file), in order.
         cache: where answers are remembered; None does not.
     """
@@ -44,8 +44,8 @@ class Job:
 
 def run_job(job: Job, engine: Engine, emit: Emit) -> None:
     """Every task of the job on an engine. A task that fails is said and the next one begins."""
-    from ..engine.cached import CachedEngine
-    from ..engine.metered import MeteredEngine
+    from ..engine.wrappers.cached import CachedEngine
+    from ..engine.wrappers.metered import MeteredEngine
 
     meter = MeteredEngine(engine)
 
@@ -75,8 +75,8 @@ def load_engine(job: Job) -> Engine:
     """The job's model. Raises PolymergeError where it cannot be loaded."""
     import torch
 
-    from ..engine.hf_engine import HFEngine
-    from ..recipe import Source
+    from ..engine.local.engine import HFEngine
+    from ..recipe.merge import Source
 
     device = None if job.device == "auto" else job.device
     options: dict[str, Any] = {"device": device, "dtype": job.dtype, "batch_tokens": job.batch_tokens}
@@ -96,7 +96,7 @@ def measurement(data: dict[str, Any]) -> Measurement:
 def _memory(engine: Engine) -> dict[str, Any]:
     import torch
 
-    from ..merger import peak_memory
+    from ..merging.run import peak_memory
 
     device = getattr(engine, "device", None)
     on_gpu = device is not None and device.type == "cuda"

@@ -19,8 +19,8 @@ def add(
     """Add an expert against the average as it stands; the other experts are neither read nor changed."""
     from rich.progress import Progress
 
-    from ..grow import add_expert
-    from ..recipe import Source
+    from ..merging.grow import add_expert
+    from ..recipe.merge import Source
     from .console import err, out, print_json, size
     from .verify import named_sources
 

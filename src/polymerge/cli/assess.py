@@ -24,7 +24,7 @@ def assess(
     """Measure candidates on fields and propose which to merge; of a bundle, its own experts for its router."""
     from ..assess import assess as run
     from ..assess import assess_bundle, load_assess_recipe, write_assessment_table
-    from ..bundle import Bundle
+    from ..bundle.bundle import Bundle
     from ..report.assessment import assessment_file, write_assessment
     from .console import assess_progress, out, print_assessment, print_json
 

@@ -38,7 +38,7 @@ def compete(
 ) -> None:
     """Answer a file of the LLM Merging Competition. Killed and started again, it goes on where it was."""
     from ..compete import run
-    from ..recipe import load_recipe, parse_size
+    from ..recipe.merge import load_recipe, parse_size
     from ..staged.opening import open_pipeline
     from .competing import compete_progress, print_summary
     from .console import hush_libraries, print_json

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from ..assess.run import OnAssess
     from ..demo.run import DemoResult, Listeners
     from ..demo.train import TrainProgress
-    from ..engine.cached import OnRequests
+    from ..engine.wrappers.cached import OnRequests
     from ..evaluate import Comparison
     from ..export import PeftExport
-    from ..merger import OnProgress
-    from ..merger import Progress as MergeProgress
+    from ..merging.run import OnProgress
+    from ..merging.run import Progress as MergeProgress
 
 # Results go to standard output; progress and errors to standard error, so that output can be piped.
 out = Console(highlight=False)

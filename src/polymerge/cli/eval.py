@@ -46,8 +46,8 @@ def eval(
     from .console import hush_harness, print_evaluation, print_json, request_progress
 
     hush_harness()
-    from ..engine.cached import CachedEngine, answers_file
-    from ..engine.hf_engine import HFEngine
+    from ..engine.wrappers.cached import CachedEngine, answers_file
+    from ..engine.local.engine import HFEngine
     from ..evaluate import HarnessSettings, evaluate_modes, task_list, write_results
     from .verify import named_sources
 
@@ -88,7 +88,7 @@ def eval(
 
 def _router(bundle: Path, engine: Engine, device: str | None) -> dict[str, Any]:
     """The bundle's router, which embeds with the loaded engine unless it was fitted with another model."""
-    from ..engine.hf_engine import HFEngine
+    from ..engine.local.engine import HFEngine
     from ..router.opening import open_router
 
     router = open_router(bundle, lambda: engine, lambda model: HFEngine.from_checkpoint(model, device=device))

@@ -23,7 +23,7 @@ def export_for_vllm(
 ) -> None:
     """Plans, says what cannot be expressed, writes, and says what it cost."""
     from ..export import VllmExport, VllmPlan, export_vllm, plan_vllm
-    from ..export.samples import read_samples
+    from ..export.vllm.samples import read_samples
 
     hush_libraries()
     samples = read_samples(calibration) if calibration else None

@@ -89,7 +89,7 @@ def generate(
 
 def _routed(model: MixedModel, prompt: str, device: str | None) -> Route:
     """Where the bundle's router sends the prompt. The loaded model embeds for it, unless it was fitted with another."""
-    from ..engine.hf_engine import HFEngine
+    from ..engine.local.engine import HFEngine
     from ..router.opening import open_router
 
     def own() -> HFEngine:

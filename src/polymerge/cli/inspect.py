@@ -16,7 +16,7 @@ def inspect(
     """Summarise a bundle: sizes, ranks, energy kept, the tensors that lost most."""
     from rich.table import Table
 
-    from ..inspection import inspect_bundle
+    from ..bundle.inspect import inspect_bundle
     from .console import out, print_json, size
 
     found = inspect_bundle(bundle)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .. import __version__
+from ..version import __version__
 from ..errors import PolymergeError
 from .add import add
 from .assess import assess

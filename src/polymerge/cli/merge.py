@@ -45,12 +45,12 @@ def merge(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Merge the recipe's experts into one bundle."""
-    from ..executor import in_threads
-    from ..inspection import inspect_bundle
-    from ..merger import run_plan
-    from ..on_ray import ray_cluster
-    from ..plan import plan_merge, replanned
-    from ..recipe import load_recipe
+    from ..merging.executor import in_threads
+    from ..bundle.inspect import inspect_bundle
+    from ..merging.run import run_plan
+    from ..merging.ray import ray_cluster
+    from ..merging.plan import plan_merge, replanned
+    from ..recipe.merge import load_recipe
     from .console import err, merge_progress, out, print_json, size
     from .searching import read_wanted
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ..footprint import Footprint
+    from ..merging.footprint import Footprint
 
 
 def plan(
@@ -16,9 +16,9 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what a merge will write, read and need in memory, without reading a weight."""
-    from ..footprint import footprint
-    from ..plan import plan_merge
-    from ..recipe import load_recipe
+    from ..merging.footprint import footprint
+    from ..merging.plan import plan_merge
+    from ..recipe.merge import load_recipe
     from .console import out, print_json, size
 
     planned = plan_merge(load_recipe(recipe), weights=False)

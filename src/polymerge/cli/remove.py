@@ -14,7 +14,7 @@ def remove(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Take an expert out; the average and the other experts stay as they are to the bit."""
-    from ..grow import remove_expert
+    from ..merging.grow import remove_expert
     from .console import out
 
     left = remove_expert(bundle, expert)

@@ -12,7 +12,7 @@ from rich.table import Table
 from .console import err, out
 
 if TYPE_CHECKING:
-    from ..bundle import Bundle
+    from ..bundle.bundle import Bundle
     from ..engine import Engine
     from ..router.evaluation import RouterEvaluation
     from ..router.fit import Fitted
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def open_engine(bundle: Bundle | Path, model: str | None, device: str | None) -> Engine:
     """The bundle's own engine, or another model's."""
-    from ..engine.hf_engine import HFEngine
+    from ..engine.local.engine import HFEngine
 
     if model is not None:
         return HFEngine.from_checkpoint(model, device=device)

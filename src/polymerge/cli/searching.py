@@ -15,11 +15,11 @@ from .console import duration, err, hush_libraries, out, size
 from .verify import named_sources
 
 if TYPE_CHECKING:
-    from ..executor import Executor
-    from ..recipe import Recipe
-    from ..search import Found
-    from ..sweep import Example
-    from ..target import Target
+    from ..merging.executor import Executor
+    from ..recipe.merge import Recipe
+    from ..search.find import Found
+    from ..search.sweep import Example
+    from ..search.target import Target
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Wanted:
 
     def find(self, recipe: Recipe, output: Path, *, overwrite: bool, executor: Executor, quiet: bool) -> Found:
         """Searches; the bundles that are measured lie beside the output for a moment."""
-        from ..search import find
-        from ..staging import check_output
+        from ..search.find import find
+        from ..merging.journal import check_output
 
         check_output(output.expanduser(), overwrite=overwrite)  # now and not after the work
         folder = next(parent for parent in output.expanduser().absolute().parents if parent.exists())
@@ -68,8 +68,8 @@ def read_wanted(
     for option, value in fixed.items():
         if value is not None:
             raise typer.BadParameter(f"{option} is what --target finds; leave it out, or say which --codes may be used")
-    from ..sweep import CODES, LIMIT, read_examples
-    from ..target import read_target
+    from ..search.sweep import CODES, LIMIT, read_examples
+    from ..search.target import read_target
 
     hush_libraries()
     parsed = read_target(target)

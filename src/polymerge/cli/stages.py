@@ -29,7 +29,7 @@ def stages(
     from ..staged.evidence import FILE
     from ..staged.opening import open_pipeline
     from ..staged.validation import read_samples, validate
-    from ..staging import write_bytes
+    from ..merging.journal import write_bytes
     from .answering import print_evidence
     from .console import err, hush_libraries, print_json
 

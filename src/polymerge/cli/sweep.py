@@ -21,8 +21,8 @@ def sweep(
     """Merge at every rate with every code and measure each bundle against the original experts."""
     from ..report.blocks import plotly
     from ..report.sweep import write_sweep
-    from ..sweep import read_examples, to_json
-    from ..sweep import sweep as run
+    from ..search.sweep import read_examples, to_json
+    from ..search.sweep import sweep as run
     from .console import err, hush_libraries, print_json
     from .searching import print_sweep
     from .verify import named_sources

@@ -19,7 +19,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check every hash and the structure; with --sources also the experts themselves. Exits with 2 on problems."""
-    from ..verification import verify as run
+    from ..merging.sources import verify as run
     from .console import err, out, print_json
 
     def show(what: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputExistsError
-from ..staging import disk_errors
+from ..merging.journal import disk_errors
 
 
 class Journal:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bundle import Bundle
-from ..gguf import package_gguf, unpack
-from ..merger import OnProgress, merge, peak_memory
+from ..bundle.bundle import Bundle
+from ..sources.gguf import package_gguf, unpack
+from ..merging.run import OnProgress, merge, peak_memory
 from ..model import MixedModel, load_model
 from .measure import accuracy, answer_log_probabilities, kl_divergence
 from .skills import Skill, demo_skills, read_skills

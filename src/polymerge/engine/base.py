@@ -1,6 +1,6 @@
 """What a running model must offer so that the router, the stages, the assessment and the server can use it.
 
-Knows requests and their results. Does not know how a model is loaded or run (`polymerge.engine.hf_engine`), and
+Knows requests and their results. Does not know how a model is loaded or run (`polymerge.engine.local.engine`), and
 loads nothing heavy, so that a scripted engine can stand in for a model in tests.
 """
 

@@ -1,7 +1,7 @@
 """What a running model must offer beyond `Engine` so that a server can answer many people at once.
 
 Requests come at any time and their answers come piece by piece. Knows requests and pieces; does not know how an engine
-puts them into batches (`polymerge.engine.batching`), and loads nothing heavy.
+puts them into batches (`polymerge.engine.local.batching`), and loads nothing heavy.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..engine.base import Engine
 from ..router.route import Routes
-from ..staging import write_bytes
+from ..merging.journal import write_bytes
 from .modes import chooser
 from .run import HarnessSettings, accuracy, evaluate
 
@@ -75,7 +75,7 @@ def evaluate_modes(
     about: Mapping[str, Any] | None = None,
 ) -> Comparison:
     """`polymerge.evaluate.evaluate` for every mode. With an engine that remembers its answers
-    (`polymerge.engine.cached`), a question that two modes send to one expert is answered once.
+    (`polymerge.engine.wrappers.cached`), a question that two modes send to one expert is answered once.
 
     Raises:
         ModelError: before anything runs, where a mode cannot work.

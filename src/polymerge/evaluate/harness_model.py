@@ -65,7 +65,7 @@ class PolymergeLM(LM):  # type: ignore[misc]  # the harness has no types
         Raises:
             ModelError: an argument that is not one of bundle, mode, device, dtype, or a mode that needs a router.
         """
-        from ..engine.hf_engine import HFEngine
+        from ..engine.local.engine import HFEngine
 
         arguments = {**arg_dict, **{k: v for k, v in (additional_config or {}).items() if v is not None}}
         for key in ("batch_size", "max_batch_size"):  # the engine's batches are counted in tokens

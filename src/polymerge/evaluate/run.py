@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
+from ..version import __version__
 from ..engine.base import Engine
 from ..errors import MissingExtraError, ModelError, PolymergeError, RecipeError
 from .modes import Choose

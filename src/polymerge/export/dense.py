@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from .. import assemble
-from ..bundle import Bundle
-from ..checkpoint import read_json
+from ..bundle import write as assemble
+from ..bundle.bundle import Bundle
+from ..sources.checkpoint import read_json
 from ..errors import ModelError
-from ..plan import DTYPES
-from ..staging import DTYPE_NAMES, Entry, check_free_space, raw_bytes
+from ..merging.plan import DTYPES
+from ..merging.journal import DTYPE_NAMES, Entry, check_free_space, raw_bytes
 from .place import fresh, publish
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from .. import assemble
-from ..bundle import ADAPTER_FILE, Bundle
-from ..checkpoint import read_json
+from ..bundle import write as assemble
+from ..bundle.bundle import ADAPTER_FILE, Bundle
+from ..sources.checkpoint import read_json
 from ..errors import ModelError
-from ..staging import (
+from ..merging.journal import (
     DTYPE_NAMES,
     Piece,
     check_free_space,

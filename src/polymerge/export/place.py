@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from .. import assemble
-from ..bundle import MANIFEST
+from ..bundle import write as assemble
+from ..bundle.bundle import MANIFEST
 from ..errors import OutputExistsError
 
 

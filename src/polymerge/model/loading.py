@@ -13,11 +13,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..bundle import Bundle, BundleLayer
+from ..bundle.bundle import Bundle, BundleLayer
 from ..errors import ModelError
 from .assignment import Assignment
-from .coded import CodedLinear
-from .kernel_check import objection
+from .triton.linear import CodedLinear
+from .triton.check import objection
 from .linear import ExpertLinear, MixedLinear
 from .mixed import MixedModel
 from .moe import MixedBlockExperts, SlabResidual, Slabs, as_sequence, check_layout, locate_slabs

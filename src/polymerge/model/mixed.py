@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .assignment import Assignment, Experts
 
 if TYPE_CHECKING:
-    from ..bundle import Bundle
+    from ..bundle.bundle import Bundle
 
 
 class MixedModel(nn.Module):

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..assess.results import FORMAT
-from ..bundle import Bundle
+from ..bundle.bundle import Bundle
 from ..errors import BundleError
-from ..staging import write_bytes
+from ..merging.journal import write_bytes
 from .blocks import cards, html_page, plot, plotly, section, size, table
 
 

@@ -1,6 +1,6 @@
 """The report's sections of the merge: sizes, experts, errors, energy and ranks.
 
-Knows how to draw them; every number comes from `polymerge.inspection`.
+Knows how to draw them; every number comes from `polymerge.bundle.inspect`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..inspection import Inspection, layer_number, module_kind
+from ..bundle.inspect import Inspection, layer_number, module_kind
 from .blocks import COLOURS, mean, plot, plotly, section, size, table
 
 

@@ -10,9 +10,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..bundle import Bundle
-from ..inspection import Inspection, inspect_bundle
-from ..staging import write_bytes
+from ..bundle.bundle import Bundle
+from ..bundle.inspect import Inspection, inspect_bundle
+from ..merging.journal import write_bytes
 from . import assessment
 from .blocks import cards, html_page, size
 from .demo import demo_section

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..staging import write_bytes
+from ..merging.journal import write_bytes
 from .blocks import COLOURS, html_page, plot, plotly, section, size, table
 
 
 def write_sweep(points: Sequence[Mapping[str, Any]], path: str | Path, *, footer: str) -> Path:
-    """Writes the page of a sweep's points, as `polymerge.sweep.to_json` gives them.
+    """Writes the page of a sweep's points, as `polymerge.search.sweep.to_json` gives them.
 
     Raises:
         MissingExtraError: plotly is not installed.

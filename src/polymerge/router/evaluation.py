@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import Bundle
+from ..bundle.bundle import Bundle
 from ..errors import RouterError
-from ..staging import write_json
+from ..merging.journal import write_json
 from .calibrate import accuracy_against_coverage, auroc, calibration_error, reliability
 from .fit import Progress, embed_all
 from .picture import draw

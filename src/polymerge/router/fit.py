@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import __version__
-from ..bundle import Bundle
+from ..version import __version__
+from ..bundle.bundle import Bundle
 from ..engine.base import Engine, FloatArray
 from ..errors import RouterError
 from .calibrate import (

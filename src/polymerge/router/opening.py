@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..bundle import Bundle
+from ..bundle.bundle import Bundle
 from ..engine.base import Engine
 from .record import read_record, router_folder
 from .router import Router

@@ -22,7 +22,7 @@ from safetensors.numpy import load, save
 
 from ..engine.base import FloatArray
 from ..errors import RouterError
-from ..staging import write_bytes
+from ..merging.journal import write_bytes
 from .classify import Kind
 from .embed import EmbedSettings
 from .samples import Sample

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..bundle import Bundle
+from ..bundle.bundle import Bundle
 from ..engine.base import Engine, FloatArray
 from ..errors import RouterError
 from .calibrate import Floats, softmax

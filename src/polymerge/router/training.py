@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..bundle import Bundle
+from ..bundle.bundle import Bundle
 from ..engine.base import Engine
-from ..staging import write_json
+from ..merging.journal import write_json
 from .fit import Fitted, Progress, fit_router
 from .picture import draw_samples
 from .record import router_folder

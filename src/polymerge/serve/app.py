@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from .. import __version__
+from ..version import __version__
 from ..engine.streaming import StreamingEngine
 from ..errors import PolymergeError
 from ..router.route import Routes

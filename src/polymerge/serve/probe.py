@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bundle import Bundle
-from ..engine.hf_engine import HFEngine
+from ..bundle.bundle import Bundle
+from ..engine.local.engine import HFEngine
 from ..errors import ModelError
 
 logger = logging.getLogger("polymerge.serve")

@@ -13,9 +13,9 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from ..bundle import Bundle
-from ..engine.batching import CACHE_TOKENS, MAX_ROWS, MAX_WAITING, BatchingEngine
-from ..engine.hf_engine import HFEngine
+from ..bundle.bundle import Bundle
+from ..engine.local.batching import CACHE_TOKENS, MAX_ROWS, MAX_WAITING, BatchingEngine
+from ..engine.local.engine import HFEngine
 from ..errors import PolymergeError
 from ..router.route import Routes
 from .app import create_app
@@ -61,7 +61,7 @@ class ThinkerChoice:
         Raises:
             RecipeError: the recipe or a value cannot be used.
         """
-        from ..recipe import load_recipe
+        from ..recipe.merge import load_recipe
         from ..staged import Evidence, Pipeline, open_thinker
         from ..staged.opening import stage_settings, thinker_settings
 
@@ -138,13 +138,13 @@ def serve_vllm(
     vLLM tells no hidden states, so there is no router. Other arguments are `serve`'s.
 
     Args:
-        python, extra: as for `polymerge.engine.vllm_server.VllmServer`.
+        python, extra: as for `polymerge.engine.vllm.server.VllmServer`.
 
     Raises:
         PolymergeError: as `serve`; ModelError: vLLM does not start or does not answer as the export says.
     """
-    from ..engine.vllm_engine import vllm_engine
-    from ..engine.vllm_streaming import VllmStreaming
+    from ..engine.vllm.engine import vllm_engine
+    from ..engine.vllm.streaming import VllmStreaming
 
     settings = guarded(settings or ServeSettings(), host, everyone=everyone)
     place = listener(host, port)

@@ -18,7 +18,7 @@ from typing import Any
 import httpx2
 
 from ..errors import RecipeError
-from ..response import ThinkerSettings
+from ..recipe.response import ThinkerSettings
 from .thinker import OUT_OF_TIME, Thought, failed
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..engine.base import Engine, GenerateRequest, Score, ScoreRequest
-from ..response import LengthNorm
+from ..recipe.response import LengthNorm
 
 if TYPE_CHECKING:
     from ..model.assignment import RowExpert

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from ..errors import RecipeError
-from ..recipe import load_recipe
-from ..response import StageSettings, ThinkerSettings
+from ..recipe.merge import load_recipe
+from ..recipe.response import StageSettings, ThinkerSettings
 from .evidence import Evidence
 from .pipeline import Pipeline
 from .thinker import open_thinker
@@ -53,7 +53,7 @@ def open_pipeline(
     Raises:
         BundleError, ModelError, RecipeError, RouterError: as the parts do.
     """
-    from ..engine.hf_engine import HFEngine
+    from ..engine.local.engine import HFEngine
 
     read = load_recipe(recipe) if recipe is not None else None
     chosen = stage_settings(read.staged if read else None, **settings)
@@ -111,7 +111,7 @@ def open_router(
     Raises:
         RouterError: there is none, it is damaged, or it belongs to another bundle.
     """
-    from ..engine.hf_engine import HFEngine
+    from ..engine.local.engine import HFEngine
     from ..router import opening
     from ..router.record import has_router
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..engine.base import Engine
-from ..response import PromptVersion, StageSettings
+from ..recipe.response import PromptVersion, StageSettings
 from ..router.route import Route, Routes
 from .evidence import Evidence
 from .formatter import Answer, Formatter, Job, Question

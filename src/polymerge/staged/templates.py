@@ -18,7 +18,7 @@ import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import RecipeError
-from ..response import PromptVersion
+from ..recipe.response import PromptVersion
 
 Stage = Literal["think", "format"]
 OWN = Path(__file__).with_name("prompts")

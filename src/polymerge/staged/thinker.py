@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 from ..engine.base import Engine, GenerateRequest
 from ..errors import MissingExtraError, PolymergeError, SourceError
-from ..response import ThinkerSettings
+from ..recipe.response import ThinkerSettings
 
 # Thoughts between two looks at the clock.
 ROUND = 16
@@ -124,7 +124,7 @@ def open_thinker(settings: ThinkerSettings, device: str | None = None) -> Thinke
     Raises:
         RecipeError: the key's environment variable is not set.
     """
-    from ..engine.hf_engine import HFEngine
+    from ..engine.local.engine import HFEngine
     from .endpoint import EndpointThinker
 
     if settings.endpoint is not None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..engine.base import Engine
 from ..errors import PolymergeError
-from ..response import StageSettings
+from ..recipe.response import StageSettings
 from .evidence import Evidence, weigh
 from .formatter import Question
 from .pipeline import VERSIONS, Pipeline

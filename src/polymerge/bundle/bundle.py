@@ -1,0 +1,459 @@
+"""The bundle on disk: open it, read its tensors, rebuild an expert, verify every hash.
+
+Knows the format (docs/format.md). Does not know how a bundle is made (`polymerge.merging.run`) or run (`polymerge.model`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..sources.checkpoint import Checkpoint, open_folder
+from ..method.codes import Code, code_of
+from ..errors import BundleError, SourceError
+from ..recipe.merge import CodeName
+
+FORMAT = "polymerge-bundle"
+# Version 1 holds residuals as published; version 2 differs only in that they have a code.
+FORMAT_VERSIONS = (1, 2)
+MANIFEST = "polymerge.json"
+STATS = "merge_stats.jsonl"
+ADAPTER_FILE = "adapter_model.safetensors"
+# An expert whose residuals have a code that PEFT does not know. No reader of adapters looks for a file of this name.
+CODED_FILE = "coded_expert.safetensors"
+SCALES_FILE = "scales.safetensors"
+PEFT_PREFIX = "base_model.model."
+# Where PEFT keeps an expert's own rows of an embedding that the output head is tied to.
+TIED_ROWS = ".token_adapter.trainable_tokens_delta"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Method(_Strict):
+    """How the bundle was merged."""
+
+    compress_rate: float
+    code: CodeName = "factors"
+    scale: Literal["per_expert", "shared"]
+    embeddings: Literal["keep", "average"]
+    lm_head: Literal["keep", "average"]
+    norms: Literal["keep", "average"]
+    n_oversamples: int
+    n_iter: int
+    seed: int
+
+
+class ExpertRecord(_Strict):
+    """An expert's source. `sha256` is over its tensors' names and bytes, whatever files they lay in."""
+
+    source: str
+    sha256: str
+    dtype: str
+
+
+class BundleLayer(_Strict):
+    """One tensor of the base; the names are those of `polymerge.sources.layers.LayerRecord`.
+
+    Attributes:
+        shape: as stored.
+        rank: of the residuals; 0 for a tensor that has none.
+        mean_scale: s̄, the mean Frobenius norm of the experts' tensors, for linear weights.
+    """
+
+    tensor: str
+    module: str
+    parameter: str
+    role: Literal["linear", "embedding", "lm_head", "norm", "bias", "other"]
+    transposed: bool
+    shape: tuple[int, ...]
+    rank: int
+    mean_scale: float | None = None
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in) of a linear weight."""
+        rows, columns = self.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+
+class FileEntry(_Strict):
+    """Size and hash of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(_Strict):
+    """polymerge.json.
+
+    Attributes:
+        tied_embedding: the module of the input embedding that is also the output head; None where they are two.
+    """
+
+    format: Literal["polymerge-bundle"] = "polymerge-bundle"
+    format_version: Literal[1, 2] = 1
+    polymerge_version: str
+    method: Method
+    dtype: str
+    architecture: str
+    layers_from: Literal["architecture", "shapes"]
+    tied_embedding: str | None = None
+    experts: dict[str, ExpertRecord]
+    scale_ratio_range: tuple[float, float]
+    layers: tuple[BundleLayer, ...]
+    files: dict[str, FileEntry]
+    versions: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        data = self.model_dump(mode="json")
+        if self.format_version == 1:
+            del data["method"]["code"]  # which readers of version 1 alone do not know
+        return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+    @model_validator(mode="after")
+    def _version_fits_the_code(self) -> Manifest:
+        if self.format_version != version_of(self.method.code):
+            raise ValueError(f"format version {self.format_version} does not fit code {self.method.code!r}")
+        return self
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a bundle's weights.
+
+    Attributes:
+        base: the average.
+        experts: expert -> its adapter and scales.
+        one_model: one dense model in the bundle's dtype (equals `base`).
+    """
+
+    base: int
+    experts: dict[str, int]
+
+    @property
+    def one_model(self) -> int:
+        return self.base
+
+    @property
+    def total(self) -> int:
+        return self.base + sum(self.experts.values())
+
+    @property
+    def separate_models(self) -> int:
+        return self.base * len(self.experts)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "base": self.base,
+            "experts": self.experts,
+            "total": self.total,
+            "separate_models": self.separate_models,
+            "share_of_one_model": self.total / self.one_model,
+        }
+
+
+class Bundle:
+    """An opened bundle. Reads tensors when asked for and holds none.
+
+    Attributes:
+        path: the folder.
+        manifest: polymerge.json, checked.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+
+    @classmethod
+    def open(cls, path: str | Path | Bundle) -> Bundle:
+        """Opens a bundle's folder.
+
+        Raises:
+            BundleError: not a bundle, another format version, or a file that the manifest lists is missing.
+        """
+        if isinstance(path, Bundle):
+            return path
+        path = Path(path).expanduser()
+        manifest = _read_manifest(path)
+        for name, entry in manifest.files.items():
+            file = path / name
+            if not file.resolve().is_relative_to(path.resolve()):
+                raise BundleError(f"{path / MANIFEST}: lists {name!r}, outside the bundle's folder; refused")
+            if not file.is_file():
+                raise BundleError(f"{file}: missing; copy the bundle again or merge again")
+            if file.stat().st_size != entry.bytes:
+                raise BundleError(
+                    f"{file}: has {file.stat().st_size} bytes, the manifest says {entry.bytes}; copy it again"
+                )
+        return cls(path, manifest)
+
+    @property
+    def experts(self) -> list[str]:
+        """Names of the experts, in the recipe's order."""
+        return list(self.manifest.experts)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the hashes of all files: the key for whatever is derived from this bundle."""
+        lines = (f"{name} {entry.sha256}\n" for name, entry in sorted(self.manifest.files.items()))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    @cached_property
+    def layers(self) -> dict[str, BundleLayer]:
+        """Checkpoint name -> what the tensor is."""
+        return {layer.tensor: layer for layer in self.manifest.layers}
+
+    @cached_property
+    def base(self) -> Checkpoint:
+        """The average as a checkpoint; its index is checked against its folder."""
+        try:
+            return open_folder(self.path, label=str(self.path))
+        except SourceError as error:
+            raise BundleError(str(error)) from None
+
+    def expert_folder(self, expert: str) -> Path:
+        """The PEFT folder of an expert. Raises BundleError for an unknown name."""
+        if expert not in self.manifest.experts:
+            known = ", ".join(self.experts)
+            raise BundleError(f"{self.path}: no expert {expert!r}; this bundle holds {known}")
+        return self.path / "experts" / expert
+
+    @cached_property
+    def code(self) -> Code:
+        """How residuals are stored."""
+        return code_of(self.manifest.method.code, getattr(torch, self.manifest.dtype))
+
+    def expert_file(self, expert: str) -> Path:
+        """The file that holds an expert's tensors."""
+        return self.expert_folder(expert) / (ADAPTER_FILE if self.code.name == "factors" else CODED_FILE)
+
+    def base_tensor(self, tensor: str) -> Tensor:
+        """One tensor of the average, as stored."""
+        return self.base.read(tensor)
+
+    def adapter(self, expert: str, *, coded: Container[str] = ()) -> dict[str, Tensor]:
+        """All tensors of an expert's adapter, keys without PEFT's prefix.
+
+        Coded factors come decoded, as `lora_A.weight` and `lora_B.weight` in the bundle's dtype.
+
+        Args:
+            coded: modules whose factors come as they are stored.
+        """
+        with _opened(self.expert_file(expert)) as handle:
+            found = {adapter_name(key): handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        if self.code.name == "factors":
+            return found
+        dtype = getattr(torch, self.manifest.dtype)
+        for layer in self._linear:
+            if layer.module in coded:
+                continue
+            factors = self.factors(expert, layer, found.get)
+            for suffix in self.code.suffixes:
+                found.pop(f"{layer.module}.{suffix}", None)
+            if factors:
+                b, a = factors
+                found |= {f"{layer.module}.lora_A.weight": a.to(dtype), f"{layer.module}.lora_B.weight": b.to(dtype)}
+        return found
+
+    def adapter_shapes(self, expert: str) -> dict[str, tuple[int, ...]]:
+        """Shapes of what `adapter` gives, from the file's header alone."""
+        with _opened(self.expert_file(expert)) as handle:
+            found = {adapter_name(key): tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+        if self.code.name == "factors":
+            return found
+        for layer in self._linear:
+            stored = [found.pop(f"{layer.module}.{suffix}", None) for suffix in self.code.suffixes]
+            if stored[0]:
+                out_features, in_features = layer.matrix_shape
+                found[f"{layer.module}.lora_A.weight"] = (stored[0][0], in_features)
+                found[f"{layer.module}.lora_B.weight"] = (out_features, stored[0][0])
+        return found
+
+    def factors(
+        self, expert: str, layer: BundleLayer, get: Callable[[str], Tensor | None]
+    ) -> tuple[Tensor, Tensor] | None:
+        """B [out, r] and A [r, in] of a residual in float32, decoded; None where the expert has none in this layer.
+
+        Takes the arguments of `coded_factors`, and raises as it does.
+        """
+        stored = self.coded_factors(expert, layer, get)
+        return self.code.decode(stored, *layer.matrix_shape) if stored else None
+
+    def coded_factors(
+        self, expert: str, layer: BundleLayer, get: Callable[[str], Tensor | None]
+    ) -> dict[str, Tensor] | None:
+        """A residual's tensors as stored, by the code's suffixes; None where the expert has none in this layer.
+
+        Args:
+            get: the expert's stored tensor of that key (without PEFT's prefix), or None.
+
+        Raises:
+            BundleError: only some of the residual's tensors are there, or one has not the code's shape.
+        """
+        stored = {suffix: get(f"{layer.module}.{suffix}") for suffix in self.code.suffixes}
+        whole = {suffix: tensor for suffix, tensor in stored.items() if tensor is not None}
+        if not whole:
+            return None
+        place = f"{self.expert_file(expert)}: {layer.module}"
+        if len(whole) < len(stored):
+            missing = next(suffix for suffix in stored if suffix not in whole)
+            raise BundleError(f"{place}: has {next(iter(whole))} but no {missing}; copy the bundle again")
+        try:
+            self.code.check(whole, *layer.matrix_shape)
+        except ValueError as error:
+            raise BundleError(f"{place}: {error}; copy the bundle again") from None
+        return whole
+
+    def scales(self, expert: str) -> dict[str, float]:
+        """Checkpoint name -> rho_i. A tensor that is not listed has rho 1."""
+        file = self.expert_folder(expert) / SCALES_FILE
+        if not file.exists():
+            return {}
+        with _opened(file) as handle:
+            return {key: float(handle.get_tensor(key)) for key in handle.keys()}  # noqa: SIM118
+
+    @property
+    def _linear(self) -> list[BundleLayer]:
+        return [layer for layer in self.manifest.layers if layer.role == "linear"]
+
+    def stats(self) -> list[dict[str, Any]]:
+        """The lines of merge_stats.jsonl."""
+        file = self.path / STATS
+        if not file.exists():
+            return []
+        lines = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line)
+        return [line for line in lines if line["expert"] in self.manifest.experts]
+
+    def sizes(self) -> Sizes:
+        """Bytes of the base's and the experts' weight files."""
+        files = self.manifest.files
+        base = sum(e.bytes for n, e in files.items() if "/" not in n and n.endswith(".safetensors"))
+        experts = {
+            name: sum(
+                e.bytes for n, e in files.items() if n.startswith(f"experts/{name}/") and n.endswith(".safetensors")
+            )
+            for name in self.experts
+        }
+        return Sizes(base, experts)
+
+    def expert_reader(self, expert: str) -> ExpertReader:
+        """Rebuilds an expert's dense tensors one at a time."""
+        return ExpertReader(self, expert)
+
+    def reconstruct(self, expert: str, tensor: str) -> Tensor:
+        """One dense tensor of an expert, float32, in the checkpoint's layout."""
+        return self.expert_reader(expert).read(tensor)
+
+    def damaged_files(self) -> Iterator[tuple[str, str]]:
+        """(file, what is wrong) for every file whose content is not the manifest's. Reads the whole bundle."""
+        for name, entry in self.manifest.files.items():
+            with (self.path / name).open("rb") as handle:
+                found = hashlib.file_digest(handle, "sha256").hexdigest()
+            if found != entry.sha256:
+                yield name, "its SHA-256 is not the manifest's; the file was changed or damaged"
+
+
+class ExpertReader:
+    """Dense tensors of one expert: W_i = rho_i W̄ + B_i A_i, or the expert's own tensor where it has one."""
+
+    def __init__(self, bundle: Bundle, expert: str) -> None:
+        self._bundle = bundle
+        self._scales = bundle.scales(expert)
+        self._expert, self._file = expert, bundle.expert_file(expert)
+        with _opened(self._file) as handle:
+            self._stored = {adapter_name(key): key for key in handle.keys()}  # noqa: SIM118
+
+    def read(self, tensor: str) -> Tensor:
+        """float32, in the checkpoint's layout. Raises BundleError for an unknown tensor."""
+        layer = self._bundle.layers.get(tensor)
+        if layer is None:
+            raise BundleError(f"{self._bundle.path}: no tensor {tensor!r} in this bundle")
+        own = self._get(f"{layer.module}.{layer.parameter}")
+        if own is not None:
+            return own.float()
+        base = self._bundle.base_tensor(tensor)
+        if not base.is_floating_point():
+            return base
+        base = base.float()
+        if layer.role == "bias":
+            difference = self._get(f"{layer.module}.lora_B.bias")
+            return base if difference is None else base + difference.float()
+        if layer.role != "linear":
+            return base
+        weight = base * self._scales.get(tensor, 1.0)
+        factors = self.factors(tensor)
+        if factors is None:
+            return weight
+        update = factors[0] @ factors[1]  # [out, in]
+        return weight.add_(update.T if layer.transposed else update)
+
+    def factors(self, tensor: str) -> tuple[Tensor, Tensor] | None:
+        """B [out, r] and A [r, in] of a linear weight, float32, decoded; None where the expert has none."""
+        return self._bundle.factors(self._expert, self._bundle.layers[tensor], self._get)
+
+    def _get(self, key: str) -> Tensor | None:
+        stored = self._stored.get(key)
+        if stored is None:
+            return None
+        with _opened(self._file) as handle:
+            value: Tensor = handle.get_tensor(stored).clone()
+            return value
+
+
+def adapter_name(stored: str) -> str:
+    """A key of an adapter file under the model's own name: without PEFT's prefix, tied rows as the weight they are."""
+    name = stored.removeprefix(PEFT_PREFIX)
+    return f"{name.removesuffix(TIED_ROWS)}.weight" if name.endswith(TIED_ROWS) else name
+
+
+def version_of(code: CodeName) -> Literal[1, 2]:
+    """The format version of a bundle whose residuals have this code."""
+    return 1 if code == "factors" else 2
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _read_manifest(path: Path) -> Manifest:
+    file = path / MANIFEST
+    if not path.is_dir():
+        raise BundleError(f"{path}: no such folder; make one with `polymerge merge recipe.yaml -o {path}`")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(
+            f"{path}: has no {MANIFEST}, so it is not a bundle; a plain checkpoint is merged first"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{file}: cannot be read: {error}") from None
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if version not in FORMAT_VERSIONS:
+        known = " and ".join(map(str, FORMAT_VERSIONS))
+        raise BundleError(f"{file}: format version {version!r}; this polymerge reads versions {known}")
+    try:
+        return Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BundleError(f"{file}: {where}: {first['msg']}; the manifest was changed by hand or damaged") from None
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{file}: not a whole safetensors file ({error}); copy the bundle again") from None

@@ -1,0 +1,320 @@
+"""Continuous batching: requests join the running batch at any step and leave it when they are over.
+
+One thread owns the model. Between two steps it does what other callers want from the model (embeddings, scores), drops
+answers that nobody waits for, and reads the prompts of newcomers. Knows queues, budgets and failures; does not know
+tokens' meaning (`polymerge.engine.answer`) or caches (`polymerge.engine.local.running`).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+
+from ...errors import DeadlineError, EngineBusyError, EngineDownError, ModelError
+from ...model.assignment import Assignment
+from ..answer import Answer
+from ..base import FloatArray, GenerateRequest, Generation, Message, Pooling, Prompt, Score, ScoreRequest
+from .engine import HFEngine
+from ..jobs import Jobs
+from .running import RunningBatch
+from ..streaming import EngineState, Listener, Piece, Stream, StreamRequest
+
+logger = logging.getLogger(__name__)
+
+MAX_ROWS = 32
+MAX_WAITING = 256
+# Tokens in the caches of all rows at most, padding and room for the answers included.
+CACHE_TOKENS = 32768
+# Padded tokens of prompts that are read at once, while the running answers wait; one prompt always fits.
+PROMPT_TOKENS = 2048
+# After a broken step the model is tried so often, with growing pauses, before the engine gives up.
+RESTART_PAUSES = (0.0, 0.2, 1.0, 5.0)
+Result = TypeVar("Result")
+
+
+class BatchingEngine:
+    """An embedded engine that answers many at once; a `polymerge.engine.StreamingEngine`.
+
+    Args:
+        engine: its model belongs to this object from now on.
+        max_rows: answers in the running batch at most.
+        max_waiting: requests that wait for a place at most; more are refused.
+        cache_tokens: rows times their longest possible length at most; one request always fits.
+    """
+
+    def __init__(
+        self,
+        engine: HFEngine,
+        *,
+        max_rows: int = MAX_ROWS,
+        max_waiting: int = MAX_WAITING,
+        cache_tokens: int = CACHE_TOKENS,
+    ) -> None:
+        self._engine, self._max_rows, self._max_waiting, self._cache_tokens = (
+            engine,
+            max_rows,
+            max_waiting,
+            cache_tokens,
+        )
+        # A tokenizer changes its settings while it encodes, so every thread needs its own or a lock.
+        self._front = copy.copy(engine)
+        self._front.tokenizer = copy.deepcopy(engine.tokenizer)
+        self._tokenizing = threading.Lock()
+        self._checks = Assignment(engine.experts, torch.device("cpu"))
+        self._ends = engine.end_tokens()
+        self._waiting: deque[Answer] = deque()
+        self._batch = RunningBatch(engine)
+        self._changed = threading.Condition()
+        self._jobs = Jobs()
+        self._status: Any = "ready"
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="polymerge-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def experts(self) -> list[str]:
+        return self._engine.experts
+
+    @property
+    def max_length(self) -> int:
+        return self._engine.max_length
+
+    @property
+    def fingerprint(self) -> str:
+        return self._engine.fingerprint
+
+    @property
+    def state(self) -> EngineState:
+        return EngineState(self._status, len(self._batch), len(self._waiting))
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """As in the contract."""
+        with self._tokenizing:
+            return self._front.encode(text, special=special)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """As in the contract."""
+        with self._tokenizing:
+            return self._front.decode(ids)
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """As in the contract."""
+        with self._tokenizing:
+            return self._front.chat_prompt(messages)
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
+        """As in the contract; the requests share the running batch with everyone else's, however long the queue is."""
+        collectors = [_Collector() for _ in requests]
+        streams = self._take([StreamRequest(r) for r in requests], collectors, bounded=False)
+        return [collector.result(stream) for collector, stream in zip(collectors, streams, strict=True)]
+
+    def loglikelihood(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        """As in the contract."""
+        return self._on_worker("score", requests, self._engine.loglikelihood)
+
+    def embed(
+        self, prompts: Sequence[Prompt], *, layers: Sequence[int] = (-1,), pooling: Pooling = "last"
+    ) -> FloatArray:
+        """As in the contract. Calls that wait at the same time run as one."""
+        import numpy as np
+
+        if not len(prompts):
+            return self._engine.embed([], layers=layers, pooling=pooling)
+
+        def run(items: Sequence[Prompt]) -> list[FloatArray]:
+            return list(self._engine.embed(items, layers=layers, pooling=pooling))
+
+        found: list[FloatArray] = self._on_worker(("embed", tuple(layers), pooling), prompts, run)
+        return np.stack(found)
+
+    def submit(self, requests: Sequence[StreamRequest], listeners: Sequence[Listener]) -> list[Stream]:
+        """As in the contract."""
+        return self._take(requests, listeners, bounded=True)
+
+    def close(self, seconds: float | None = None) -> None:
+        """As in the contract."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            with self._changed:
+                for answer in [*self._waiting, *self._batch.answers]:
+                    answer.fail(EngineDownError("the engine was stopped before the answer was whole"))
+            self._thread.join()
+
+    def _take(self, requests: Sequence[StreamRequest], listeners: Sequence[Listener], *, bounded: bool) -> list[Stream]:
+        answers = [self._answer(*pair) for pair in zip(requests, listeners, strict=True)]
+        with self._changed:
+            if self._closing or self._status != "ready":
+                raise EngineDownError("the engine is " + ("stopping" if self._closing else self._status))
+            if bounded and len(self._waiting) + len(answers) > self._max_waiting:
+                raise EngineBusyError(f"{len(self._waiting)} requests are waiting already; try again later")
+            self._waiting.extend(answers)
+            self._changed.notify_all()
+        return list(answers)
+
+    def _answer(self, request: StreamRequest, listener: Listener) -> Answer:
+        asked = request.generate
+        prompt = self.encode(asked.prompt) if isinstance(asked.prompt, str) else self._engine.checked(asked.prompt)
+        if not prompt:
+            raise ModelError("generate: the prompt is empty")
+        room = self.max_length - len(prompt)
+        if room < min(1, asked.max_new_tokens):
+            raise ModelError(f"generate: the prompt has {len(prompt)} tokens, the model's context {self.max_length}")
+        if self.experts:
+            with self._tokenizing:
+                self._checks.set(asked.expert, 1)
+        elif asked.expert not in (None, "average"):
+            raise ModelError(f"a plain model has no experts; the request asks for {asked.expert!r}")
+        request = replace(request, generate=replace(asked, max_new_tokens=min(asked.max_new_tokens, room)))
+        return Answer(request, prompt, listener, ends=self._ends, decode=self._engine.decode)
+
+    def _on_worker(self, key: Any, items: Sequence[Any], run: Callable[[Sequence[Any]], list[Result]]) -> list[Result]:
+        """Runs something on the model between two steps."""
+        if threading.current_thread() is self._thread:
+            return run(items)
+        with self._changed:
+            if self._status == "stopped" or not self._thread.is_alive():
+                raise EngineDownError("the engine has stopped")
+            future = self._jobs.put(key, items, run)
+            self._changed.notify_all()
+        return future.result()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or len(self._batch) or self._jobs or self._closing):
+                    self._changed.wait()
+                if self._closing and not (self._waiting or len(self._batch) or self._jobs):
+                    self._status = "stopped"
+                    return
+            try:
+                self._turn()
+            except Exception as error:
+                self._recover(error)
+
+    def _turn(self) -> None:
+        """What happens between two steps, and one step."""
+        if self._jobs:
+            self._batch.pause()
+            self._jobs.run()
+        self._drop()
+        newcomers = self._newcomers()
+        if newcomers:
+            try:
+                self._batch.join(newcomers)
+            except Exception:
+                with self._changed:  # as if they had run: the recovery decides about them
+                    self._batch.answers += [a for a in newcomers if a not in self._batch.answers]
+                raise
+            self._batch.leave()
+        if len(self._batch):
+            self._batch.step()
+            self._batch.leave()
+
+    def _drop(self) -> None:
+        """Forgets answers that were cancelled or came too late."""
+        now = time.monotonic()
+        with self._changed:
+            for answer in [*self._batch.answers, *self._waiting]:
+                if answer.due is not None and now > answer.due:
+                    answer.fail(DeadlineError(f"the answer was not whole within {answer.request.seconds:g} s"))
+            if any(answer.over for answer in self._waiting):
+                self._waiting = deque(answer for answer in self._waiting if not answer.over)
+        self._batch.leave()
+
+    def _newcomers(self) -> list[Answer]:
+        """The next answers, in order, for which there is a place. Those that score their prompts are read apart."""
+        found: list[Answer] = []
+        running = list(self._batch.answers)
+        with self._changed:
+            while self._waiting:
+                answer = self._waiting[0]
+                together = [*running, *found, answer]
+                width = max(len(a.tokens) for a in [*found, answer])
+                fits = (
+                    len(together) <= self._max_rows
+                    and len(together) * max(a.longest for a in together) <= self._cache_tokens
+                    and not any(a.failures > 1 for a in together)
+                )
+                readable = not found or (
+                    width * (len(found) + 1) <= PROMPT_TOKENS
+                    and answer.request.score_prompt == found[0].request.score_prompt
+                )
+                if len(together) > 1 and not (fits and readable):
+                    break
+                found.append(self._waiting.popleft())
+        return found
+
+    def _recover(self, error: Exception) -> None:
+        """After a broken step every answer goes on from the tokens that it has.
+
+        After two failures an answer runs alone, and one that fails again alone is given up.
+        """
+        logger.error("a step of the engine failed; the running answers start again where they are", exc_info=error)
+        self._status = "restarting"
+        running = [answer for answer in self._batch.clear() if not answer.over]
+        if isinstance(error, torch.OutOfMemoryError) and len(running) > 1:
+            torch.cuda.empty_cache()
+            self._max_rows = max(1, len(running) // 2)
+        elif len(running) == 1 and running[0].failures:
+            running.pop().fail(error)
+        for answer in running:
+            answer.failures += 1
+        with self._changed:
+            self._waiting.extendleft(reversed(running))
+        if any(self._works(pause) for pause in RESTART_PAUSES):
+            self._status = "ready"
+            return
+        with self._changed:
+            self._status = "stopped"
+            self._closing = True
+            for answer in self._waiting:
+                answer.fail(EngineDownError("the engine has stopped"))
+            self._waiting.clear()
+            self._jobs.fail(EngineDownError("the engine has stopped"))
+
+    def _works(self, pause: float) -> bool:
+        """Whether the model can still be used at all."""
+        time.sleep(pause)
+        try:
+            self._engine.embed([[min(self._ends, default=0)]])
+        except Exception:
+            logger.exception("the model cannot be used")
+            return False
+        return True
+
+
+class _Collector:
+    """A listener that waits for the whole answer."""
+
+    def __init__(self) -> None:
+        self._done = threading.Event()
+        self._pieces: list[Piece] = []
+        self._error: Exception | None = None
+
+    def __call__(self, heard: Piece | Exception) -> None:
+        if isinstance(heard, Exception):
+            self._error = heard
+        else:
+            self._pieces.append(heard)
+        if self._error or self._pieces[-1].finish:
+            self._done.set()
+
+    def result(self, stream: Stream) -> Generation:
+        self._done.wait()
+        if self._error:
+            raise self._error
+        last = self._pieces[-1]
+        return Generation(
+            "".join(piece.text for piece in self._pieces), stream.prompt_tokens, last.tokens, last.finish or "stop"
+        )

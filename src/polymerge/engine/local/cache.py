@@ -1,0 +1,162 @@
+"""The key-value cache of a running batch: rows come and go, and nobody else's keys are copied.
+
+All rows end at the same column, as padding on the left leaves them: causal masks and sliding windows, which count
+columns back from the end, hold for every row. A row that leaves has its place taken by the last one; a newcomer's keys
+are written so that they end where everyone's do. Knows columns and rows; does not know tokens or requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ...errors import ModelError
+
+# Columns of room for new tokens that are made at a time: the live columns are moved once in so many steps.
+GROWTH = 256
+
+
+@dataclass
+class Extent:
+    """Which part of all layers' buffers is in use: rows [0, rows), columns [start, end)."""
+
+    rows: int = 0
+    start: int = 0
+    end: int = 0
+
+    @property
+    def width(self) -> int:
+        return self.end - self.start
+
+
+class RowsLayer(DynamicLayer):  # type: ignore[misc]
+    """One layer's buffers [rows, heads, columns, dim], larger than what is in use.
+
+    Unused places hold zeros or old keys, never NaN: a masked place has weight 0, and 0 times NaN is NaN.
+    """
+
+    def __init__(self, extent: Extent, like: DynamicLayer) -> None:
+        super().__init__()
+        self._extent = extent
+        self.dtype, self.device, self.is_initialized = like.keys.dtype, like.keys.device, True
+        self.keys = like.keys.new_zeros(0, like.keys.shape[1], 0, like.keys.shape[3])
+        self.values = like.values.new_zeros(0, like.values.shape[1], 0, like.values.shape[3])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """[B, heads, new, dim] after what is there; the extent grows when the forward pass is over."""
+        rows, start, end = self._extent.rows, self._extent.start, self._extent.end
+        after = end + key_states.shape[-2]
+        self.keys[:rows, :, end:after] = key_states
+        self.values[:rows, :, end:after] = value_states
+        return self.keys[:rows, :, start:after], self.values[:rows, :, start:after]
+
+    def get_seq_length(self) -> int:
+        return self._extent.width
+
+    def place(self, rows: int, columns: int, start: int) -> None:
+        """New buffers of this size, with what is in use moved to column `start`."""
+        used = self._extent
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(rows, old.shape[1], columns, old.shape[3])
+            live = old[: used.rows, :, used.start : used.end]
+            new[: used.rows, :, start : start + used.width] = live
+            setattr(self, name, new)
+
+    def write(self, row: int, other: DynamicLayer, source: int, length: int, end: int) -> None:
+        """The last `length` columns of another layer's row, so that they end at `end`; what is left of them is zero."""
+        for name in ("keys", "values"):
+            own, theirs = getattr(self, name)[row], getattr(other, name)[source]
+            own[:, : end - length] = 0
+            own[:, end - length : end] = theirs[:, theirs.shape[1] - length :]
+
+    def move(self, source: int, target: int) -> None:
+        """One row over another."""
+        self.keys[target] = self.keys[source]
+        self.values[target] = self.values[source]
+
+
+class RunningCache(Cache):  # type: ignore[misc]
+    """A transformers cache that rows join and leave.
+
+    Attributes:
+        starts: the column at which every row begins, in the order of the rows.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.layers: list[DynamicLayer]
+        self.extent = Extent()
+        self.starts: list[int] = []
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every row."""
+        return [self.extent.end - start for start in self.starts]
+
+    def join(self, cache: DynamicCache, lengths: Sequence[int]) -> None:
+        """Appends rows that were read together, padded on the left to one width, of these lengths."""
+        if not self.layers:
+            self.layers = [self._layer(layer) for layer in cache.layers]
+        before = self.extent.rows
+        self._make_room(before + len(lengths), max(lengths))
+        for layer, other in zip(self.layers, cache.layers, strict=True):
+            if isinstance(layer, RowsLayer):
+                for number, length in enumerate(lengths):
+                    layer.write(before + number, other, number, length, self.extent.end)
+        self.extent.rows += len(lengths)
+        self.starts += [self.extent.end - length for length in lengths]
+        self.extent.start = min(self.starts)
+
+    def leave(self, row: int) -> None:
+        """Drops a row; the last one takes its number."""
+        last = self.extent.rows - 1
+        if row != last:
+            for layer in self._rows_layers():
+                layer.move(last, row)
+        self.starts[row] = self.starts[last]
+        self.starts.pop()
+        self.extent.rows = last
+        self.extent.start = min(self.starts, default=self.extent.end)
+
+    def before_step(self) -> Tensor:
+        """Makes room for one token a row. Returns the mask of the columns that it may look at, [rows, width + 1]."""
+        self._make_room(self.extent.rows, 0, new=1)
+        columns = torch.arange(self.extent.start, self.extent.end + 1)
+        return (columns[None] >= torch.tensor(self.starts)[:, None]).long()
+
+    def after_step(self) -> None:
+        """Every row is one token longer."""
+        self.extent.end += 1
+
+    def _make_room(self, rows: int, left: int, new: int = 0) -> None:
+        """Room for so many rows, for `left` columns that end where all rows end, and for `new` ones after that."""
+        used, layers = self.extent, self._rows_layers()
+        have_rows, _, have_columns, _ = layers[0].keys.shape
+        if rows <= have_rows and left <= used.end and used.end + new <= have_columns:
+            return
+        start = max(0, left - used.width)
+        columns = start + used.width + GROWTH
+        for layer in layers:
+            layer.place(rows if rows <= have_rows else max(rows, 2 * have_rows), columns, start)
+        shift = start - used.start
+        used.start, used.end = start, start + used.width
+        self.starts = [place + shift for place in self.starts]
+
+    def _layer(self, layer: DynamicLayer) -> DynamicLayer:
+        """Layers that share another's keys were never written to; they stay as they are."""
+        if type(layer) is not DynamicLayer:
+            raise ModelError(
+                f"{type(layer).__name__}: this architecture keeps more than keys and values; its requests cannot share "
+                "a running batch"
+            )
+        return RowsLayer(self.extent, layer) if layer.is_initialized else layer
+
+    def _rows_layers(self) -> list[RowsLayer]:
+        return [layer for layer in self.layers if isinstance(layer, RowsLayer)]

@@ -1,0 +1,280 @@
+"""The engine for scale: a vLLM server that serves an exported bundle, every expert as a LoRA model of its own.
+
+vLLM batches, schedules and distributes; this module speaks its API in the words of the contract, and believes nothing:
+an adapter that a server ignores answers like the average, so before the first request every expert must answer a probe
+as the export says. Hidden states are not to be had from a server that generates.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from ...errors import ModelError
+from ..base import FloatArray, GenerateRequest, Generation, Message, Pooling, Prompt, Score, ScoreRequest
+from ..sampling import first_stop
+from ..scoring import scored_pair
+from .api import VllmApi
+from .folder import AVERAGE, VllmNote, distance, read_note
+from .scores import Place, Scored, score_text, score_token
+from .server import VllmServer
+
+logger = logging.getLogger(__name__)
+
+# Requests in flight: vLLM's own batches are made of what has arrived, by default of 256 sequences at most.
+CONCURRENCY = 256
+# A served model may be so far from its reference, in nats a token: bfloat16 rounds these by some hundredths.
+PROBE_TOLERANCE = 0.05
+# And no further than this share of the way from the average to the expert.
+PROBE_SHARE = 0.25
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class VllmEngine:
+    """An `Engine` on a running vLLM server. `connect` makes one and probes it; `vllm_engine` starts a server too.
+
+    Args:
+        folder: what `polymerge export --to vllm` wrote; tokenizer and references come from there.
+        api: of a server that serves this folder.
+    """
+
+    def __init__(self, folder: str | Path, api: VllmApi, *, concurrency: int = CONCURRENCY) -> None:
+        self.folder, self.api = Path(folder).expanduser(), api
+        self.note: VllmNote = read_note(self.folder)
+        self._concurrency = concurrency
+        self._tokenizing = threading.RLock()  # a tokenizer changes its settings while it encodes
+
+    @classmethod
+    def connect(
+        cls, folder: str | Path, url: str, *, api_key: str | None = None, concurrency: int = CONCURRENCY
+    ) -> Self:
+        """An engine on a server that runs already.
+
+        Raises:
+            BundleError: not an exported folder. ModelError: the server does not answer, lacks an expert, or an expert
+                does not answer as the export says.
+        """
+        engine = cls(folder, VllmApi(url, api_key=api_key), concurrency=concurrency)
+        engine.check()
+        return engine
+
+    @property
+    def experts(self) -> list[str]:
+        """Names of the served experts."""
+        return list(self.note.experts)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the export."""
+        return self.note.fingerprint
+
+    @cached_property
+    def max_length(self) -> int:
+        """The served context, in tokens."""
+        length = next((m.get("max_model_len") for m in self.api.models() if m.get("max_model_len")), None)
+        if length is None:
+            raise ModelError(f"{self.api.url}: the server does not say its max_model_len; is it vLLM?")
+        return int(length)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The bundle's."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        except Exception as error:  # transformers raises many types for one unusable folder
+            raise ModelError(f"{self.folder}: no usable tokenizer ({' '.join(str(error).split())[:200]})") from None
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a text."""
+        with self._tokenizing:
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
+            return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        with self._tokenizing:
+            text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+            return text
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation; without a chat template, its turns one below the other."""
+        if self.tokenizer.chat_template is None:
+            return self.encode("".join(f"{message['content']}\n" for message in messages))
+        with self._tokenizing:
+            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return self.encode(text, special=False)  # a rendered template holds its special tokens already
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
+        """As in the contract; vLLM makes its batches of requests for different experts."""
+        prepared = [(request, self._prompt(request)) for request in requests]
+        return self._all(self._generate, prepared)
+
+    def loglikelihood(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        """As in the contract. One token less of the context fits: vLLM always makes one."""
+        pairs = [(self._model(request.expert), *self._pair(request)) for request in requests]
+        found = self._scores([(model, [*context, *ids], len(context)) for model, context, ids in pairs])
+        return [Score(sum(s.logprob for s in own), all(s.is_likeliest for s in own), len(own)) for own in found]
+
+    def embed(
+        self, prompts: Sequence[Prompt], *, layers: Sequence[int] = (-1,), pooling: Pooling = "last"
+    ) -> FloatArray:
+        """Always raises ModelError: the router needs another engine beside this one."""
+        raise ModelError(
+            "a vLLM server that generates gives no hidden states; the router needs the embedded engine "
+            "(transformers) or an embedding server for its embeddings"
+        )
+
+    def check(self) -> None:
+        """Compares the served models with the export's references: every expert, then the average.
+
+        Raises:
+            ModelError: a model is missing, ignored or another one.
+        """
+        served = {model.get("id") for model in self.api.models()}
+        missing = [name for name in (*self.experts, AVERAGE) if name not in served]
+        if missing:
+            raise ModelError(
+                f"{self.api.url} does not serve {', '.join(missing)}; start vLLM with the arguments that "
+                "`polymerge export --to vllm` prints"
+            )
+        probes = {expert: served.probe.ids for expert, served in self.note.experts.items()}
+        experts = self._scores([(expert, ids, 1) for expert, ids in probes.items()])
+        for expert, found in zip(probes, experts, strict=True):
+            self._compare(expert, [score.logprob for score in found])
+        # the average last: by then every slot that will be taken is taken
+        for expert, found in zip(probes, self._scores([(AVERAGE, ids, 1) for ids in probes.values()]), strict=True):
+            self._compare_average(expert, [score.logprob for score in found])
+
+    def _compare(self, expert: str, found: Sequence[float]) -> None:
+        probe = self.note.experts[expert].probe
+        apart = distance(probe.expert, probe.average)
+        off, from_average = distance(found, probe.expert), distance(found, probe.average)
+        if apart <= PROBE_TOLERANCE:
+            logger.warning("expert %r answers its probe like the average (%.2g nats); it tells little", expert, apart)
+        if off <= max(PROBE_TOLERANCE, PROBE_SHARE * apart):
+            return
+        if from_average <= max(PROBE_TOLERANCE, PROBE_SHARE * apart):
+            raise ModelError(
+                f"{self.api.url}: expert {expert!r} answers like the average; vLLM ignores its adapter "
+                f"({from_average:.2g} nats from the average, {off:.2g} from the exported expert)"
+            )
+        raise ModelError(
+            f"{self.api.url}: expert {expert!r} is {off:.2g} nats a token from the exported one; does the server "
+            f"run {self.folder}?"
+        )
+
+    def _compare_average(self, expert: str, found: Sequence[float]) -> None:
+        probe = self.note.experts[expert].probe
+        off = distance(found, probe.average)
+        if off > max(PROBE_TOLERANCE, PROBE_SHARE * distance(probe.expert, probe.average)):
+            raise ModelError(
+                f"{self.api.url}: the average is {off:.2g} nats a token from the exported one; does the server run "
+                f"{self.folder}, with --max-loras {len(self.experts) + 1} or more?"
+            )
+
+    def _prompt(self, request: GenerateRequest) -> list[int]:
+        ids = self._ids(request.prompt)
+        if not ids:
+            raise ModelError("generate: the prompt is empty")
+        if len(ids) >= self.max_length:
+            raise ModelError(f"generate: the prompt has {len(ids)} tokens, the model's context {self.max_length}")
+        self._model(request.expert)
+        return ids
+
+    def _generate(self, item: tuple[GenerateRequest, list[int]]) -> Generation:
+        request, ids = item
+        choice = self.api.complete(self._body(request, ids, stop=True))["choices"][0]
+        made: list[int] = choice["token_ids"]
+        # decoded here, so that the text is what the embedded engine makes of the same tokens
+        text, _ = first_stop(self.decode(made), request.stop)
+        return Generation(text, len(ids), len(made), "stop" if choice["finish_reason"] == "stop" else "length")
+
+    def _body(self, request: GenerateRequest, ids: Sequence[int], *, stop: bool) -> dict[str, Any]:
+        """A call of /v1/completions, with or without vLLM looking for the stop texts itself."""
+        return {
+            "model": self._model(request.expert),
+            "prompt": list(ids),
+            "max_tokens": min(request.max_new_tokens, self.max_length - len(ids)),
+            "temperature": request.temperature,
+            "top_p": request.top_p if request.temperature > 0 else 1.0,
+            "seed": request.seed,
+            "stop": (list(request.stop) or None) if stop else None,
+            # what a generation_config.json may have changed: the contract knows none of it
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "return_token_ids": True,
+        }
+
+    def _scores(self, items: Sequence[tuple[str, Sequence[int], int]]) -> list[list[Scored]]:
+        """Every token of the texts from `start` on: (model, ids, start)."""
+        if not self.note.head_adapters:
+            return self._all(lambda item: score_text(self.api, *item), items)
+        places = [Place(model, ids[:n], ids[n]) for model, ids, start in items for n in range(start, len(ids))]
+        found = iter(self._all(lambda place: score_token(self.api, place), places))
+        return [[next(found) for _ in range(start, len(ids))] for _, ids, start in items]
+
+    def _pair(self, request: ScoreRequest) -> tuple[list[int], list[int]]:
+        continuation = request.continuation
+        ids = self.encode(continuation, special=False) if isinstance(continuation, str) else list(continuation)
+        # vLLM has to write a token after what it scores
+        return scored_pair(self._ids(request.context), ids, self.tokenizer, self.max_length - 1)
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        return self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def _model(self, expert: Any) -> str:
+        """The served name of an expert."""
+        if expert is None or expert == AVERAGE:
+            return AVERAGE
+        if not isinstance(expert, str):
+            raise ModelError("vLLM serves one expert a request; mixtures need the embedded engine (transformers)")
+        if expert not in self.note.experts:
+            raise ModelError(f"{self.folder}: no expert {expert!r}; it holds {', '.join(self.experts)}")
+        return expert
+
+    def _all(self, call: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """All calls at once, as many as may be in flight; results in the order of the items."""
+        if len(items) < 2:
+            return [call(item) for item in items]
+        with ThreadPoolExecutor(min(self._concurrency, len(items))) as pool:
+            return list(pool.map(call, items))
+
+
+Kind = TypeVar("Kind", bound=VllmEngine)
+
+
+@contextmanager
+def vllm_engine(
+    folder: str | Path,
+    *,
+    url: str | None = None,
+    extra: Sequence[str] = (),
+    python: str | None = None,
+    api_key: str | None = None,
+    say: Callable[[str], None] | None = None,
+    kind: type[Kind] = VllmEngine,  # type: ignore[assignment]
+) -> Iterator[Kind]:
+    """An engine for as long as the context lasts, on a server of its own or, with a url, on one that runs already.
+
+    Args:
+        folder, extra, python, say: as for `VllmServer`.
+        kind: VllmEngine, or `polymerge.engine.vllm.streaming.VllmStreaming` for a server.
+
+    Raises:
+        ModelError: the server does not start or does not answer as the export says.
+    """
+    if url is not None:
+        yield kind.connect(folder, url, api_key=api_key)
+        return
+    with VllmServer(folder, extra=extra, python=python, say=say) as server:
+        yield kind.connect(folder, server.url, api_key=api_key)

@@ -1,0 +1,143 @@
+"""A folder that vLLM serves: what `polymerge export --to vllm` notes in it, and the command that starts vLLM on it.
+
+Knows vLLM's limits and arguments. Does not know how the folder is made (`polymerge.export.vllm.export`), nor how the server is
+run (`vllm_server`) or spoken to (`vllm_engine`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ...errors import BundleError
+
+NOTE = "polymerge-vllm.json"
+# What `vllm serve --max-lora-rank` accepts (vLLM 0.32, vllm/config/lora.py).
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# Architectures for which vLLM takes an adapter on the embedding and on the output head (`embedding_modules` in
+# vllm/model_executor/models, 0.32).
+EMBEDDING_ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM")
+# On CPUs, vLLM 0.32 gives requests without an adapter whatever lies in the last slot (they index it as -1, in
+# vllm/lora/ops/torch_ops): one more slot than experts keeps that one empty.
+SPARE_SLOTS = 1
+# The name under which the base is served.
+AVERAGE = "average"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Probe(_Strict):
+    """What a served expert must answer: tokens, and the log-probability (nats) of each but the first.
+
+    Attributes:
+        ids: T token ids.
+        expert, average: T - 1 log-probabilities under the exported expert and under the average.
+    """
+
+    ids: tuple[int, ...]
+    expert: tuple[float, ...]
+    average: tuple[float, ...]
+
+
+class ServedExpert(_Strict):
+    """One expert as vLLM serves it, and what the export cost it.
+
+    Attributes:
+        adapter: its folder, relative to the export's.
+        kl: mean KL(bundle's expert || exported expert) over the calibration tokens, nats a token.
+        kl_unfolded: the same for the bundle's own factors alone, with nothing folded into them.
+        kl_average: the same for the average alone.
+        same_token: share of calibration tokens at which both have the same likeliest token.
+    """
+
+    adapter: str
+    kl: float
+    kl_unfolded: float
+    kl_average: float
+    same_token: float
+    probe: Probe
+
+
+class VllmNote(_Strict):
+    """polymerge-vllm.json.
+
+    Attributes:
+        bundle: digest of the bundle that was exported.
+        target_modules: last names of the modules that any adapter changes; vLLM reserves room for no others.
+        head_adapters: an adapter changes the output head, beside which vLLM cannot score prompts (`vllm_scores`).
+        slot_bytes: what vLLM reserves for one loaded adapter, every rank padded to `max_lora_rank`.
+        lost: one line for everything that could not be expressed.
+    """
+
+    format: Literal["polymerge-vllm"] = "polymerge-vllm"
+    format_version: Literal[1] = 1
+    polymerge_version: str
+    bundle: str
+    dtype: str
+    max_lora_rank: int
+    target_modules: tuple[str, ...]
+    head_adapters: bool
+    base_bytes: int
+    slot_bytes: int
+    calibration_tokens: int
+    experts: dict[str, ServedExpert]
+    lost: tuple[str, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), ensure_ascii=False) + "\n"
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with anything that the served experts' answers depend on."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def distance(one: Sequence[float], other: Sequence[float]) -> float:
+    """Mean absolute difference of two rows of log-probabilities, in nats."""
+    return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / max(len(one), 1)
+
+
+def padded_rank(rank: int) -> int:
+    """The smallest `--max-lora-rank` that holds a rank; the largest there is for ranks beyond it."""
+    return next((allowed for allowed in LORA_RANKS if allowed >= rank), LORA_RANKS[-1])
+
+
+def read_note(folder: str | Path) -> VllmNote:
+    """What an exported folder says of itself.
+
+    Raises:
+        BundleError: not such a folder, or its note was changed.
+    """
+    file = Path(folder).expanduser() / NOTE
+    try:
+        return VllmNote.model_validate_json(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(
+            f"{folder}: has no {NOTE}; make such a folder with `polymerge export BUNDLE --to vllm -o {folder}`"
+        ) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise BundleError(f"{file}: {where}: {first['msg']}; export the bundle again") from None
+
+
+def serve_arguments(folder: str | Path, note: VllmNote) -> list[str]:
+    """What `vllm serve FOLDER` is told beside the folder: the average and every expert under its own name."""
+    folder = Path(folder).expanduser().resolve()
+    modules = [f"{name}={folder / expert.adapter}" for name, expert in note.experts.items()]
+    return [
+        *("--served-model-name", AVERAGE),
+        *("--dtype", note.dtype),
+        "--enable-lora",
+        *("--max-lora-rank", str(note.max_lora_rank)),
+        *("--max-loras", str(len(note.experts) + SPARE_SLOTS)),
+        *("--lora-target-modules", *note.target_modules),
+        *("--lora-modules", *modules),
+    ]

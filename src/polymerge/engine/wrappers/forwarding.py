@@ -1,0 +1,47 @@
+"""What engines that stand before another engine share: they pass on whatever they do not change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..base import Engine, FloatArray, Message, Pooling, Prompt
+
+
+class ForwardingEngine:
+    """All of the contract but `generate` and `loglikelihood`, answered by the engine behind it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def experts(self) -> list[str]:
+        """The engine's."""
+        return self._engine.experts
+
+    @property
+    def max_length(self) -> int:
+        """The engine's."""
+        return self._engine.max_length
+
+    @property
+    def fingerprint(self) -> str:
+        """The engine's."""
+        return self._engine.fingerprint
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """The engine's."""
+        return self._engine.encode(text, special=special)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The engine's."""
+        return self._engine.decode(ids)
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The engine's."""
+        return self._engine.chat_prompt(messages)
+
+    def embed(
+        self, prompts: Sequence[Prompt], *, layers: Sequence[int] = (-1,), pooling: Pooling = "last"
+    ) -> FloatArray:
+        """The engine's."""
+        return self._engine.embed(prompts, layers=layers, pooling=pooling)

@@ -1,0 +1,197 @@
+"""What the layers of an expert see, and what an export changed: KL between a bundle's expert and its exported adapter.
+
+Runs both on one loaded bundle: the expert as `polymerge.model` computes it, and the average with the adapter's products
+added where vLLM (and PEFT) add them. Knows nothing of how the adapter is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ...bundle.bundle import ADAPTER_FILE, Bundle, adapter_name
+from ...engine.local.engine import HFEngine
+from ...engine.vllm.folder import Probe, distance
+from ...errors import ModelError
+from .samples import Sample
+
+# Tokens of an answer that the expert writes itself where the calibration has none.
+ANSWER_TOKENS = 24
+# No column counts for less than this share of the middle one, so that dividing by its size is harmless.
+SMALLEST_SIZE = 0.05
+# Module -> (A, B); an embedding's A is looked up, every other one multiplied.
+Adapter = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one expert's export changed; the names are those of `polymerge.engine.vllm.folder.ServedExpert`."""
+
+    kl: float
+    kl_unfolded: float
+    kl_average: float
+    same_token: float
+    tokens: int
+    probe: Probe
+
+
+class Calibration:
+    """A loaded bundle and the answers that its experts are measured on.
+
+    Args:
+        samples: prompts; an expert writes the answers that they lack itself.
+    """
+
+    def __init__(self, bundle: Bundle, samples: Sequence[Sample], device: torch.device) -> None:
+        self.bundle, self._samples = bundle, samples
+        self._engine = HFEngine.from_bundle(bundle, device=str(device))
+        self._rows: dict[str, list[tuple[list[int], int]]] = {}
+
+    @torch.inference_mode()
+    def input_sizes(self, expert: str, modules: Collection[str]) -> dict[str, Tensor]:
+        """How large every column of a layer's input is: module -> root mean square [in], float32 on the CPU.
+
+        Every token counts the same, however large its state is: the first of a text can be a thousand times larger.
+        """
+        sums: dict[str, Tensor] = {}
+        hooks = [
+            self._engine.model.hf.get_submodule(name).register_forward_pre_hook(_summing(sums, name))
+            for name in modules
+        ]
+        try:
+            for ids, _ in self._answers(expert):
+                _log_probabilities(self._engine, ids, expert)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        sizes = {name: total.sqrt().cpu() for name, total in sums.items()}
+        return {name: size.clamp(min=float(size.median()) * SMALLEST_SIZE) for name, size in sizes.items()}
+
+    @torch.inference_mode()
+    def measure(self, expert: str, folder: Path) -> Measured:
+        """Compares an expert with its exported adapter on the answers' tokens."""
+        exported = read_adapter(load_file(folder / ADAPTER_FILE))
+        unfolded = read_adapter(self.bundle.adapter(expert))
+        return _measured(self._engine, expert, self._answers(expert), exported, unfolded)
+
+    def _answers(self, expert: str) -> list[tuple[list[int], int]]:
+        if expert not in self._rows:
+            self._rows[expert] = [_row(self._engine, expert, sample) for sample in self._samples]
+        return self._rows[expert]
+
+
+def _summing(sums: dict[str, Tensor], name: str) -> Any:
+    """A hook that adds up the squares of a module's inputs, every token scaled to the same size."""
+
+    def hook(module: nn.Module, inputs: Any) -> None:
+        x = F.normalize(inputs[0].float().flatten(0, -2), dim=-1)  # [tokens, in]
+        total = x.square().sum(0)
+        sums[name] = sums[name] + total if name in sums else total
+
+    return hook
+
+
+def check_tokenizer(bundle: Bundle) -> None:
+    """Raises ModelError for a bundle whose tokenizer cannot be used."""
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(bundle.path, local_files_only=True)
+    except Exception as error:  # transformers raises many types for one unusable folder
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{bundle.path}: no usable tokenizer, which vLLM needs too ({reason})") from None
+
+
+def read_adapter(tensors: Mapping[str, Tensor]) -> Adapter:
+    """The pairs of factors in an adapter's tensors; whole tensors and biases are left out, as vLLM does."""
+    named = {adapter_name(key).removesuffix(".weight"): value for key, value in tensors.items()}
+    pairs: Adapter = {}
+    for key, a in named.items():
+        module, _, part = key.rpartition(".")
+        if part in ("lora_A", "lora_embedding_A"):
+            pairs[module] = (a, named[f"{module}.{part.replace('_A', '_B')}"])
+    return pairs
+
+
+@contextmanager
+def applied(model: nn.Module, adapter: Adapter) -> Iterator[None]:
+    """Adds B (A x) to the output of every module of the adapter."""
+
+    def hook(a: Tensor, b: Tensor, embedding: bool) -> Any:
+        def added(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            x = inputs[0]
+            return output + (F.embedding(x, a.T) if embedding else x @ a.T) @ b.T
+
+        return added
+
+    base: Any = model
+    embedding = base.get_input_embeddings()
+    hooks = []
+    for name, factors in adapter.items():
+        module = model.get_submodule(name)
+        a, b = (factor.to(device=base.device, dtype=base.dtype) for factor in factors)
+        hooks.append(module.register_forward_hook(hook(a, b, module is embedding)))
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()
+
+
+def _row(engine: HFEngine, expert: str, sample: Sample) -> tuple[list[int], int]:
+    """Token ids of a prompt with its answer, and where the answer begins."""
+    prompt = engine.chat_prompt([{"role": "user", "content": sample.prompt}])[-engine.max_length // 2 :]
+    if not prompt:
+        raise ModelError(f"the calibration prompt {sample.prompt!r} has no tokens in the bundle's tokenizer")
+    if sample.answer is not None:
+        answer = engine.encode(sample.answer, special=False)[: engine.max_length // 2 - 1]
+        return [*prompt, *answer], len(prompt)
+    ids = torch.tensor([prompt], device=engine.device)
+    made = engine.model.generate(
+        ids, attention_mask=torch.ones_like(ids), experts=expert, max_new_tokens=ANSWER_TOKENS, do_sample=False
+    )
+    return made[0].tolist(), len(prompt)
+
+
+def _measured(
+    engine: HFEngine, expert: str, rows: Sequence[tuple[list[int], int]], exported: Adapter, unfolded: Adapter
+) -> Measured:
+    hf = engine.model.hf
+    sums, tokens, same = dict.fromkeys(("exported", "unfolded", "average"), 0.0), 0, 0
+    probes = []
+    for ids, start in rows:
+        truth = _log_probabilities(engine, ids, expert)
+        others = {"average": _log_probabilities(engine, ids, None)}
+        for name, adapter in (("exported", exported), ("unfolded", unfolded)):
+            with applied(hf, adapter):
+                others[name] = _log_probabilities(engine, ids, None)
+        answer = slice(max(start - 1, 0), None)
+        for name, other in others.items():
+            sums[name] += float((truth.exp() * (truth - other))[answer].sum())
+        tokens += len(truth[answer])
+        same += int((truth.argmax(-1) == others["exported"].argmax(-1))[answer].sum())
+        probes.append(_probe(ids, others["exported"], others["average"]))
+    means = {name: max(total, 0.0) / max(tokens, 1) for name, total in sums.items()}
+    probe = max(probes, key=lambda probe: distance(probe.expert, probe.average))
+    return Measured(means["exported"], means["unfolded"], means["average"], same / max(tokens, 1), tokens, probe)
+
+
+def _probe(ids: list[int], exported: Tensor, average: Tensor) -> Probe:
+    tokens = torch.tensor(ids[1:], device=exported.device)[:, None]
+    found, base = (tuple(x.gather(1, tokens)[:, 0].tolist()) for x in (exported, average))
+    return Probe(ids=tuple(ids), expert=found, average=base)
+
+
+def _log_probabilities(engine: HFEngine, ids: list[int], expert: str | None) -> Tensor:
+    """[T - 1, V], float32: of every token but the first."""
+    rows = torch.tensor([ids], device=engine.device)
+    logits: Tensor = engine.model(rows, experts=expert, use_cache=False).logits[0, :-1]
+    return logits.float().log_softmax(-1)

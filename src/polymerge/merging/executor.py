@@ -1,0 +1,94 @@
+"""Who does the tasks of a merge: threads of this process. `polymerge.merging.ray` is the machines of a cluster.
+
+An executor is a function that is given the numbers of the tensors to do and yields each with its note, in any order;
+the bundle's bytes depend on neither the order nor the executor. Knows tasks and workers; the order of a merge is
+`polymerge.merging.run`'s, and the arithmetic `polymerge.merging.compress`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..sources.checkpoint import Checkpoint
+from ..method.codes import code_of
+from .compress import Settings, TensorReport, compress_tensor
+from ..errors import RecipeError
+from .plan import MergePlan, TensorTask
+from ..recipe.merge import Recipe
+from .journal import PieceWriter, Staging
+
+# What is known of a finished tensor: its pieces and its report.
+Note = dict[str, Any]
+Executor = Callable[[MergePlan, Staging, Sequence[int]], Iterator[tuple[int, Note]]]
+
+
+def in_threads(plan: MergePlan, staging: Staging, todo: Sequence[int]) -> Iterator[tuple[int, Note]]:
+    """Does a plan's tasks with the recipe's `workers`, in this process."""
+    settings = settings_of(plan.recipe, plan.dtype)
+
+    def work(index: int) -> Note:
+        with staging.tensor(index) as writer:
+            note = compress_task(plan.tasks[index], plan.checkpoints, settings, writer)
+        return staging.finish(index, note)
+
+    if plan.recipe.workers == 1:
+        for index in todo:
+            yield index, work(index)
+        return
+    # The arithmetic releases the interpreter's lock, and every thread uses the same number of cores for a product, so
+    # that its result does not depend on how many threads there are.
+    with ThreadPoolExecutor(plan.recipe.workers) as pool:
+        futures = {pool.submit(work, index): index for index in todo}
+        try:
+            for future, index in futures.items():
+                yield index, future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def compress_task(
+    task: TensorTask, checkpoints: Mapping[str, Checkpoint], settings: Settings, writer: PieceWriter
+) -> Note:
+    """One tensor, from its checkpoints to its finished pieces. Independent of every other tensor."""
+
+    def read(expert: str, tensor: str, start: int, stop: int) -> Tensor:
+        checkpoint = checkpoints[expert]
+        info = checkpoint.tensors[tensor]
+        whole = not info.shape or (start == 0 and stop >= info.shape[0])
+        return checkpoint.read(tensor) if whole else checkpoint.read_rows(tensor, start, stop)
+
+    with torch.no_grad():
+        report: TensorReport = compress_tensor(task, settings, read, writer.emit)
+    return writer.note(asdict(report))
+
+
+def settings_of(recipe: Recipe, dtype: torch.dtype) -> Settings:
+    """The arithmetic's part of a plan, on this machine."""
+    return Settings(
+        dtype=dtype,
+        code=code_of(recipe.code, dtype),
+        device=pick_device(recipe.device),
+        per_expert_scale=recipe.scale == "per_expert",
+        seed=recipe.seed,
+        n_oversamples=recipe.n_oversamples,
+        n_iter=recipe.n_iter,
+    )
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is the GPU where there is one. Raises RecipeError for a device that this machine lacks."""
+    if device != "auto":
+        chosen = torch.device(device)
+        try:
+            torch.empty(0, device=chosen)
+        except (RuntimeError, AssertionError):  # torch raises either, by how it was built
+            raise RecipeError(f"device {device!r}: this machine or this torch has no such device; try auto") from None
+        return chosen
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,101 @@
+"""What answering needs in memory: the bundle, the thinker, and the caches of what they read.
+
+From configurations alone. Knows no weights and runs nothing; activations are not counted, they are small beside these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..sources.checkpoint import Checkpoint, open_checkpoint
+from ..sources.layers import meta_model
+from ..sources.outline import DTYPES, outline
+from .plan import MergePlan
+from ..recipe.response import ThinkerSettings
+
+# Tokens that are in work at once: the engine's batches hold so many, or one text of the model's whole context.
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes.
+
+    Attributes:
+        bundle: average and all experts, in the bundle's dtype.
+        bundle_cache, thinker_cache: keys and values of `bundle_tokens` and `thinker_tokens` tokens.
+        thinker: its weights; 0 without one in this process.
+        limit: the recipe's `memory_limit`, or None.
+    """
+
+    bundle: int
+    bundle_cache: int
+    bundle_tokens: int
+    thinker: int
+    thinker_cache: int
+    thinker_tokens: int
+    limit: int | None
+
+    @property
+    def total(self) -> int:
+        """Both models loaded, one of them at work at a time."""
+        return self.bundle + self.thinker + max(self.bundle_cache, self.thinker_cache)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it is within the limit; None without one."""
+        return None if self.limit is None else self.total <= self.limit
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "bundle_bytes": self.bundle,
+            "bundle_cache_bytes": self.bundle_cache,
+            "bundle_cache_tokens": self.bundle_tokens,
+            "thinker_bytes": self.thinker,
+            "thinker_cache_bytes": self.thinker_cache,
+            "thinker_cache_tokens": self.thinker_tokens,
+            "total_bytes": self.total,
+            "limit_bytes": self.limit,
+            "fits": self.fits,
+        }
+
+
+def footprint(plan: MergePlan) -> Footprint:
+    """Of the recipe's bundle and thinker.
+
+    Raises:
+        SourceError: the thinker's configuration cannot be had.
+    """
+    tokens, cache = _cache(plan.first, plan.dtype)
+    settings = plan.recipe.thinker
+    thinker = _thinker(settings) if settings and settings.source else None
+    dtype = _dtype(thinker) if thinker else torch.float32
+    weights = sum(info.numel for info in thinker.tensors.values()) * dtype.itemsize if thinker else 0
+    thinker_tokens, thinker_cache = _cache(thinker, dtype) if thinker else (0, 0)
+    return Footprint(plan.write_bytes, cache, tokens, weights, thinker_cache, thinker_tokens, plan.recipe.memory_limit)
+
+
+def _thinker(settings: ThinkerSettings) -> Checkpoint:
+    source = str(settings.source)
+    return outline(source, settings.config) or open_checkpoint(source)
+
+
+def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+    stored = next((info.dtype for info in checkpoint.tensors.values() if info.dtype), torch.float32)
+    return DTYPES.get(str(checkpoint.config.get("dtype")), stored)
+
+
+def _cache(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[int, int]:
+    """(tokens in work at once, bytes of their keys and values). Every layer counts as one that sees all of them: an
+    upper bound where layers have windows."""
+    model = meta_model(checkpoint.folder)
+    if model is None:
+        return 0, 0
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    tokens = max(BATCH_TOKENS, int(getattr(config, "max_position_embeddings", 0) or 0))
+    return tokens, tokens * 2 * config.num_hidden_layers * heads * width * dtype.itemsize

@@ -1,0 +1,244 @@
+"""The merge: plan, compress tensor by tensor, put the bundle together, move it into place.
+
+Knows the order of the work, progress and resuming. Who does the tensors is the executor's, the arithmetic is in
+`polymerge.merging.compress`, the files in `polymerge.merging.journal` and `polymerge.bundle.write`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..version import __version__
+from ..bundle import write as assemble
+from ..bundle.bundle import Bundle, BundleLayer, ExpertRecord, FileEntry, Manifest, Method, dtype_name, version_of
+from ..errors import ErrorBudgetExceeded
+from .executor import Executor, Note, in_threads, pick_device
+from .plan import MergePlan, TensorTask, plan_merge
+from ..recipe.merge import Recipe, load_recipe
+from .journal import FileRecord, Staging, check_free_space, check_output, disk_errors, half_done, pieces_of
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a merge is.
+
+    Attributes:
+        done, total: bytes of the sources' tensors (in float32, all experts).
+        tensor: the one that was finished last.
+        seconds: since the start of this run.
+        seconds_left: None until it can be told.
+        peak_memory: peak resident bytes of the process.
+        resumed: bytes that an earlier run had already done.
+    """
+
+    done: int
+    total: int
+    tensor: str
+    seconds: float
+    seconds_left: float | None
+    peak_memory: int
+    resumed: int
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def merge(
+    recipe: Recipe | dict[str, Any] | str | Path,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    executor: Executor = in_threads,
+    progress: OnProgress | None = None,
+) -> Bundle:
+    """Merges the recipe's experts into a bundle at `output`.
+
+    The result depends only on the recipe and the sources: not on the workers or where they run, and not on whether
+    the merge was killed and resumed. Nothing appears at `output` before the bundle is whole.
+
+    Args:
+        recipe: a Recipe, its dict, or a YAML file.
+        resume: go on with the half-done work of the same merge, if there is any.
+        executor: who does the tensors: this process, or a cluster (`polymerge.merging.ray`).
+        progress: called after every tensor.
+
+    Raises:
+        RecipeError, SourceError: before any tensor is read, except for values that are not finite.
+        OutputExistsError, DiskSpaceError: before any tensor is read.
+        ErrorBudgetExceeded: the bundle is whole, but a tensor's relative error is over `max_error`.
+    """
+    plan = plan_merge(load_recipe(recipe))
+    return run_plan(plan, output, overwrite=overwrite, resume=resume, executor=executor, progress=progress)
+
+
+def run_plan(
+    plan: MergePlan,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    executor: Executor = in_threads,
+    progress: OnProgress | None = None,
+) -> Bundle:
+    """`merge` for a plan that is already made."""
+    output = Path(output).expanduser()
+    pick_device(plan.recipe.device)
+    check_output(output, overwrite=overwrite)
+    # The pieces and the bundle made of them lie side by side for a moment.
+    check_free_space(output.parent, 2 * plan.write_bytes - (half_done(output) if resume else 0))
+    with disk_errors(output):
+        staging = Staging(output, fingerprint(plan), resume=resume, overwrite=overwrite)
+        notes = _compress_all(plan, staging, executor, progress)
+        folder = staging.folder / "bundle"
+        _assemble(plan, staging, notes, folder)
+        staging.publish(folder)
+    bundle = Bundle.open(output)
+    _check_budget(plan.recipe, bundle)
+    return bundle
+
+
+def fingerprint(plan: MergePlan) -> dict[str, Any]:
+    """What must be equal for half-done work to be gone on with. Workers, device and how the bundle will answer may
+    differ."""
+    answering = {"config", "thinker", "staged", "memory_limit"}
+    recipe = plan.recipe.model_dump(mode="json", exclude={"workers", "max_error", *answering})
+    return {
+        "polymerge": __version__,
+        "recipe": recipe,
+        "sources": {name: checkpoint.fingerprint() for name, checkpoint in plan.checkpoints.items()},
+        "configs": {name: checkpoint.config for name, checkpoint in plan.checkpoints.items()},
+        "tasks": [[task.name, task.treatment, task.rank] for task in plan.tasks],
+    }
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process so far."""
+    status = Path("/proc/self/status")
+    if status.exists():  # the kernel's other count (ru_maxrss) starts with that of the process that started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _compress_all(plan: MergePlan, staging: Staging, executor: Executor, progress: OnProgress | None) -> list[Note]:
+    weights = [_work(task) for task in plan.tasks]
+    notes: list[Note | None] = [staging.finished(index) for index in range(len(plan.tasks))]
+    resumed = sum(weight for weight, note in zip(weights, notes, strict=True) if note)
+    done, began = resumed, time.monotonic()
+    todo = [index for index, note in enumerate(notes) if note is None]
+    for index, note in executor(plan, staging, todo):
+        notes[index] = note
+        done += weights[index]
+        if progress:
+            seconds = time.monotonic() - began
+            left = seconds * (sum(weights) - done) / (done - resumed) if done > resumed else None
+            progress(Progress(done, sum(weights), plan.tasks[index].name, seconds, left, peak_memory(), resumed))
+    return [note for note in notes if note is not None]
+
+
+def _work(task: TensorTask) -> int:
+    return task.numel * len(task.sources) * 4
+
+
+def _assemble(plan: MergePlan, staging: Staging, notes: list[Note], folder: Path) -> None:
+    assemble.clear(folder)
+    pieces = [piece for note in notes for piece in pieces_of(note)]
+    layers = tuple(bundle_layer(task, note["report"]) for task, note in zip(plan.tasks, notes, strict=True))
+    code = plan.recipe.trust_remote_code
+    config = assemble.bundle_config(plan.first.config, dtype=dtype_name(plan.dtype), tied=plan.tied, code=code)
+    files = assemble.copy_model_files(plan.first.folder, folder, config, code=code)
+    base = {piece.key: piece for piece in pieces if piece.owner is None}
+    files |= assemble.write_base(staging, folder, list(base.values()))
+    for expert in plan.checkpoints:
+        own = [piece for piece in pieces if piece.owner == expert]
+        for layer in assemble.missing_siblings((piece.key for piece in own), layers):
+            own.append(replace(base[layer.tensor], owner=expert, key=f"{layer.module}.{layer.parameter}"))
+        scales = _scales_of(plan, notes, expert)
+        tied = plan.tied_embedding
+        files |= assemble.write_expert(
+            staging, folder, expert, own, scales, layers, code=plan.recipe.code, tied_embedding=tied
+        )
+    assemble.write_stats(folder, (line for note in notes for line in note["report"]["stats"]))
+    assemble.write_manifest(folder, _manifest(plan, notes, layers, files).to_json())
+
+
+def bundle_layer(task: TensorTask, report: dict[str, Any]) -> BundleLayer:
+    """The manifest's line for a finished task."""
+    record = task.record
+    return BundleLayer(
+        tensor=record.tensor,
+        module=record.module,
+        parameter=record.parameter,
+        role=record.role,
+        transposed=record.transposed,
+        shape=task.shape,
+        rank=task.rank,
+        mean_scale=report["stats"][0]["mean_scale"] if report["stats"] else None,
+    )
+
+
+def _scales_of(plan: MergePlan, notes: list[Note], expert: str) -> dict[str, float]:
+    pairs = zip(plan.tasks, notes, strict=True)
+    return {t.name: n["report"]["scales"][expert] for t, n in pairs if expert in n["report"]["scales"]}
+
+
+def _manifest(
+    plan: MergePlan, notes: list[Note], layers: tuple[BundleLayer, ...], files: dict[str, FileRecord]
+) -> Manifest:
+    recipe = plan.recipe
+    ratios = [ratio for note in notes for ratio in note["report"]["scales"].values()]
+    return Manifest(
+        format_version=version_of(recipe.code),
+        polymerge_version=__version__,
+        method=Method(**recipe.model_dump(include=set(Method.model_fields))),
+        dtype=dtype_name(plan.dtype),
+        architecture=(plan.first.config.get("architectures") or ["unknown"])[0],
+        layers_from=plan.layer_map.layers_from,
+        tied_embedding=plan.tied_embedding,
+        experts={
+            name: ExpertRecord(source=c.label, sha256=_digest(plan, notes, name), dtype=_stored_dtype(plan, name))
+            for name, c in plan.checkpoints.items()
+        },
+        scale_ratio_range=(min(ratios, default=1.0), max(ratios, default=1.0)),
+        layers=layers,
+        files={name: FileEntry(**asdict(record)) for name, record in sorted(files.items())},
+        versions=assemble.tool_versions(),
+        notes=plan.notes,
+    )
+
+
+def _digest(plan: MergePlan, notes: list[Note], expert: str) -> str:
+    lines = (
+        f"{task.sources[expert]} {note['report']['digests'][expert]}\n"
+        for task, note in zip(plan.tasks, notes, strict=True)
+    )
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _stored_dtype(plan: MergePlan, expert: str) -> str:
+    linear = next((t for t in plan.tasks if t.record.role == "linear"), plan.tasks[0])
+    dtype = plan.checkpoints[expert].tensors[linear.sources[expert]].dtype
+    return dtype_name(dtype) if dtype else "unknown"
+
+
+def _check_budget(recipe: Recipe, bundle: Bundle) -> None:
+    if recipe.max_error is None:
+        return
+    over = sorted(
+        (s for s in bundle.stats() if s["relative_error"] > recipe.max_error), key=lambda s: -s["relative_error"]
+    )
+    if over:
+        worst = over[0]
+        raise ErrorBudgetExceeded(
+            f"{bundle.path}: {len(over)} tensors lost more than max_error {recipe.max_error:g}; the worst is "
+            f"{worst['tensor']!r} of {worst['expert']!r} with {worst['relative_error']:.3g}; lower the compress rate"
+        )

@@ -1,0 +1,169 @@
+"""Residuals of a layer as they are stored, and the sum y = rho y + B (A x) over a batch that mixes experts.
+
+Tokens of one expert are brought together in tiles (as in Punica, arXiv 2310.18547, and S-LoRA, arXiv 2311.03285), so
+that a token meets its own expert's factors alone, whatever the others' ranks. `add_plain` is the sum in torch's own
+operations: it takes mixtures of experts too, and the kernel of kernel.py is held against it.
+
+Knows tensors and tokens; does not know modules, bundles or triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...method.codes import Code, Quantised, dequantise, unpack
+from ..assignment import Assignment
+
+# Tokens of a tile, by the bytes of an activation: tensor cores take 16 at least, and more would not fit the registers
+# (read off the kernel compiled for an A100 and an H100).
+TILE_SIZES = {2: (16, 32, 64), 4: (16,)}
+
+
+class Rows(nn.Module):
+    """One factor of all experts, one component a row: A [sum of r, in] or B^T [sum of r, out].
+
+    Attributes:
+        numbers: [R, width] as they are, or whole numbers packed into bytes, [R, ceil(width * bits / 8)] uint8.
+        scales: of the whole numbers, [R, groups]; None for numbers as they are.
+        width: in or out.
+        bits: of a whole number; 0 for numbers as they are.
+    """
+
+    numbers: Tensor
+    scales: Tensor | None
+
+    def __init__(self, numbers: Tensor, scales: Tensor | None, width: int, bits: int) -> None:
+        super().__init__()
+        self.register_buffer("numbers", numbers, persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+        self.width, self.bits = width, bits
+
+    def decoded(self, first: int, last: int) -> Tensor:
+        """Rows first to last - 1 in float32, [last - first, width]."""
+        numbers = self.numbers[first:last]
+        if self.scales is None:
+            return numbers.float()
+        return dequantise(unpack(numbers, self.bits, self.width), self.scales[first:last], self.bits)
+
+
+class Residuals(nn.Module):
+    """What all experts have beyond the base in one linear layer.
+
+    Args:
+        stored: every expert's tensors by the code's suffixes, which `code.check` accepts; None for rank 0.
+        shape: (out, in) of the layer.
+        ratios: rho of every expert.
+
+    Attributes:
+        a, b: the factors.
+        ranks: of the N experts.
+        starts: [N + 2] int32, where each expert's rows begin and the last one's end; the average, number N, has none.
+        ratios: [N + 1] float32, rho; 1 for the average.
+    """
+
+    starts: Tensor
+    ratios: Tensor
+
+    def __init__(
+        self, stored: Sequence[Mapping[str, Tensor] | None], code: Code, shape: tuple[int, int], ratios: Sequence[float]
+    ) -> None:
+        super().__init__()
+        present = [tensors for tensors in stored if tensors]
+        self.a, self.b = _stack("A", present, code, shape[1]), _stack("B", present, code, shape[0])
+        # a row of A is a component, whatever the code
+        self.ranks = tuple(len(tensors[code.suffixes[0]]) if tensors else 0 for tensors in stored)
+        starts = torch.tensor([*_starts(self.ranks), sum(self.ranks)], dtype=torch.int32)
+        self.register_buffer("starts", starts, persistent=False)
+        self.register_buffer("ratios", torch.tensor([*ratios, 1.0]), persistent=False)
+
+
+class Tiles(NamedTuple):
+    """Tokens of a batch, those of one expert together. Tokens of the average are in no tile.
+
+    Attributes:
+        order: numbers of the tokens, [M] int32.
+        table: for every tile its expert and the first and the last + 1 place in `order`, [tiles, 3] int32.
+        size: at most so many tokens a tile.
+        experts: that have a tile.
+    """
+
+    order: Tensor
+    table: Tensor
+    size: int
+    experts: tuple[int, ...]
+
+
+def tiles_of(state: Assignment, x: Tensor) -> Tiles | None:
+    """The tiles of a layer's input x [B, ..., in]; None where a row of the batch is a mixture of experts.
+
+    Made once for all layers of a batch.
+    """
+    if not all(1.0 in weights for weights, _ in state.groups):
+        return None
+    each = state.repeats(x.shape[0]) * x.shape[1:-1].numel()  # tokens of a row, which lie together
+    key = ("tiles", each, x.dtype.itemsize)
+    kept = state.keep(key, None)
+    if kept is None:
+        kept = state.keep(key, _make_tiles(state, each, TILE_SIZES[x.dtype.itemsize]))
+    assert isinstance(kept, Tiles)
+    return kept
+
+
+def _make_tiles(state: Assignment, each: int, sizes: Sequence[int]) -> Tiles:
+    average = len(state.names)
+    groups = [(weights.index(1.0), rows) for weights, rows in state.groups if weights.index(1.0) != average]
+    largest = max((len(rows) for _, rows in groups), default=0) * each
+    size = next((size for size in sizes if size >= largest), sizes[-1])
+    table, begin = [], 0
+    for expert, rows in groups:
+        end = begin + len(rows) * each
+        table += [(expert, place, min(place + size, end)) for place in range(begin, end, size)]
+        begin = end
+    within = torch.arange(each, device=state.device)
+    order = [(rows[:, None] * each + within).flatten() for _, rows in groups]
+    return Tiles(
+        torch.cat(order).int() if order else within.new_empty(0).int(),
+        torch.tensor(table, dtype=torch.int32, device=state.device).view(-1, 3),
+        size,
+        tuple(expert for expert, _ in groups),
+    )
+
+
+def add_plain(y: Tensor, x: Tensor, residuals: Residuals, state: Assignment) -> None:
+    """y := rho y + B (A x), in place, expert after expert, each decoded when its turn comes. Takes mixtures.
+
+    Args:
+        y: [M, out], the base's product.
+        x: [M, in]; M is a multiple of the batch's rows.
+    """
+    weights = state.weights.repeat_interleave(state.repeats(x.shape[0]), dim=0)  # [M, N + 1]
+    y.mul_((weights @ residuals.ratios)[:, None].to(y.dtype))
+    starts = _starts(residuals.ranks)
+    for expert in range(state.first, state.last):
+        first, last = starts[expert], starts[expert + 1]
+        if first == last or not any(row[expert] for row, _ in state.groups):
+            continue
+        share = weights[:, expert : expert + 1].to(x.dtype)
+        z = F.linear(x, residuals.a.decoded(first, last).to(x.dtype)) * share  # [M, r]
+        y.addmm_(z, residuals.b.decoded(first, last).to(x.dtype))
+
+
+def _stack(factor: str, stored: Sequence[Mapping[str, Tensor]], code: Code, width: int) -> Rows:
+    parts = [[expert[s] for expert in stored] for s in code.suffixes if s.startswith(f"lora_{factor}")]
+    bits = code.bits if isinstance(code, Quantised) else 0
+    if not stored:
+        return Rows(torch.empty(0, width), None, width, 0)
+    if factor == "B" and not bits:  # published factors hold B as it is, [out, r]
+        parts = [[b.T for b in parts[0]]]
+    numbers, *scales = (torch.cat(tensors).contiguous() for tensors in parts)
+    return Rows(numbers, scales[0] if scales else None, width, bits)
+
+
+def _starts(ranks: Sequence[int]) -> list[int]:
+    return [0, *accumulate(ranks)]

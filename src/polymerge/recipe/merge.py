@@ -1,0 +1,243 @@
+"""The recipe of a merge: what a YAML file or a dict may say, checked before any tensor is read.
+
+Knows the recipe's keys, their defaults and where in the file a mistake stands; other YAML files of the user's are read
+by the same functions. Does not know checkpoints:
+whether a source exists is found out by `polymerge.sources.checkpoint`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from ..errors import RecipeError
+from .response import StageSettings, ThinkerSettings
+
+KeepOrAverage = Literal["keep", "average"]
+DTypeName = Literal["float32", "bfloat16", "float16"]
+CodeName = Literal["factors", "int8", "int4"]
+DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+# A key's path in a YAML file -> its line.
+Lines = dict[tuple[str, ...], int]
+Model = TypeVar("Model", bound=BaseModel)
+
+# An expert's name becomes a folder's name, a route's name and an HTTP header's value.
+EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+RESERVED_NAMES = frozenset({"average", "auto", "staged", "base", "default"})
+
+
+class Source(BaseModel):
+    """Where one expert's weights come from.
+
+    `source` is a folder, a GGUF file, a hub id (`org/name` or `org/name@revision`) or `package:NAME` for a
+    Python package that ships a GGUF file. `base` is the model under a PEFT adapter; by default the one that
+    the adapter's own configuration names.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+    base: str | None = None
+
+
+def _source_from_text(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
+def parse_size(value: Any) -> Any:
+    """Bytes of `48 GB`, `512 MB` or a plain number (decimal, as disks and GPUs are sold)."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", value) if isinstance(value, str) else None
+    if isinstance(value, str) and not found:
+        raise ValueError(f"{value!r} is not a size; write it as 48 GB or 512 MB")
+    return round(float(found[1]) * 1000 ** " kMGT".index(found[2] or " ")) if found else value
+
+
+# A source as a recipe writes it: one text, or a mapping of Source's keys.
+WrittenSource = Annotated[Source, BeforeValidator(_source_from_text)]
+
+
+class Recipe(BaseModel):
+    """Everything that a merge is told. Unknown keys are refused.
+
+    Attributes:
+        experts: name -> source, in the order in which experts are listed everywhere.
+        compress_rate: share of a residual's parameters that is dropped, in [0, 1]. 0 keeps every expert
+            exactly, 1 is the plain normalised average. The published setting is 0.95.
+        code: how residuals are stored: `factors` (published) in the bundle's dtype, or `int8` and `int4`, whole numbers
+            with scales at a larger rank, in at most the bytes of 16-bit factors.
+        scale: `per_expert` (published: each expert keeps its own norm per tensor) or `shared` (the norms are
+            folded into the residuals, so that a plain PEFT loader is exact).
+        embeddings, lm_head, norms: `keep` each expert's own tensor or `average` them into one. `norms`
+            covers every tensor that is neither an embedding, the lm_head nor a linear weight (biases too).
+        dtype: what the bundle is stored in; by default the sources' own.
+        device: where the arithmetic runs; `auto` is the GPU where there is one.
+        workers: tensors in work at once. The result does not depend on it.
+        seed: of the random sketches.
+        n_oversamples, n_iter: the randomized SVD's (Halko, Martinsson and Tropp, 2011).
+        max_error: largest relative error of a tensor that is accepted; above it the command exits with 3.
+        trust_remote_code: allow a source's own modelling code to run. Off.
+        config: folder with the experts' config.json, for `polymerge plan` where the sources are not here.
+        thinker, staged: how the bundle answers; the merge does not look at them.
+        memory_limit: bytes that bundle, thinker and their caches may take together (`48 GB`).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    experts: dict[str, WrittenSource]
+    compress_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.95
+    code: CodeName = "factors"
+    scale: Literal["per_expert", "shared"] = "per_expert"
+    embeddings: KeepOrAverage = "keep"
+    lm_head: KeepOrAverage = "keep"
+    norms: KeepOrAverage = "keep"
+    dtype: DTypeName | None = None
+    device: DeviceName = "auto"
+    workers: Annotated[int, Field(ge=1, le=64)] = 1
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    n_oversamples: Annotated[int, Field(ge=0, le=256)] = 16
+    n_iter: Annotated[int, Field(ge=0, le=8)] = 2
+    max_error: Annotated[float, Field(gt=0.0)] | None = None
+    trust_remote_code: bool = False
+    config: str | None = None
+    thinker: ThinkerSettings | None = None
+    staged: StageSettings | None = None
+    memory_limit: Annotated[int, BeforeValidator(parse_size), Field(gt=0)] | None = None
+
+    @field_validator("experts")
+    @classmethod
+    def _names_are_safe(cls, experts: dict[str, Source]) -> dict[str, Source]:
+        check_expert_names(experts)
+        if len(experts) < 2:
+            raise ValueError(f"a merge needs at least two experts, found {len(experts)}")
+        return experts
+
+
+def check_expert_names(names: Collection[str]) -> None:
+    """Raises ValueError unless all names are safe and no two are one."""
+    for name in names:
+        check_expert_name(name)
+    if len({name.casefold() for name in names}) < len(names):
+        raise ValueError("two experts have the same name (upper and lower case do not tell them apart)")
+
+
+def check_expert_name(name: str) -> None:
+    """Raises ValueError unless `name` is safe as a folder, a route and a header."""
+    if name.casefold() in RESERVED_NAMES:
+        raise ValueError(f"expert name {name!r} is reserved ({', '.join(sorted(RESERVED_NAMES))})")
+    if not EXPERT_NAME.fullmatch(name) or ".." in name:
+        raise ValueError(
+            f"expert name {name!r} must be 1 to 64 letters, digits, '.', '_' or '-', and start with a letter or digit"
+        )
+
+
+def load_recipe(source: Recipe | dict[str, Any] | str | Path) -> Recipe:
+    """A checked recipe from a YAML file, a dict or a recipe.
+
+    Relative paths of a file's sources are taken from the file's own folder.
+
+    Raises:
+        RecipeError: one line, with the file and the line of the mistake where there is a file.
+    """
+    if isinstance(source, Recipe):
+        return source
+    if isinstance(source, dict):
+        return validated(Recipe, source, where="recipe", lines={})
+    path = Path(source)
+    data, lines = read_yaml(path)
+    recipe = validated(Recipe, data, where=str(path), lines=lines)
+    experts = {name: anchored(item, path.parent) for name, item in recipe.experts.items()}
+    updates: dict[str, Any] = {"experts": experts, "config": _inside(recipe.config, path.parent)}
+    if recipe.thinker:
+        thinker = recipe.thinker
+        own = {"source": _anchor(thinker.source, path.parent), "config": _inside(thinker.config, path.parent)}
+        updates["thinker"] = thinker.model_copy(update=own)
+    if recipe.staged:
+        templates = _inside(recipe.staged.templates, path.parent)
+        updates["staged"] = recipe.staged.model_copy(update={"templates": templates})
+    return recipe.model_copy(update=updates)
+
+
+def validated(model: type[Model], data: Any, *, where: str, lines: Lines) -> Model:
+    """`data` as a model, or a RecipeError of one line.
+
+    Args:
+        where: the file's name.
+        lines: of its keys, as `read_yaml` returns them.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        keys = tuple(str(part) for part in first["loc"] if part != "[key]")
+        line = next((lines[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in lines), None)
+        place = f"{where}, line {line}" if line else where
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = f"unknown key; known keys: {', '.join(sorted(_fields_at(model, keys)))}"
+        name = ".".join(keys) or "the whole file"
+        raise RecipeError(f"{place}: {name}: {message}") from None
+
+
+def _fields_at(model: type[BaseModel], keys: tuple[str, ...]) -> set[str]:
+    """The keys that are known where `keys` ends: the model's own, or further in those of a section or a source."""
+    sections: dict[str, type[BaseModel]] = {"thinker": ThinkerSettings, "staged": StageSettings}
+    return set((sections.get(keys[0], Source) if len(keys) > 1 else model).model_fields)
+
+
+def read_yaml(path: Path) -> tuple[Any, Lines]:
+    """The file's content and the line of every key (counted from 1). Raises RecipeError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot read the recipe: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines: Lines = {}
+        if node is not None:
+            _collect_lines(node, (), lines, path)
+        return yaml.safe_load(text), lines
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}, line {mark.line + 1}" if mark else str(path)
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise RecipeError(f"{place}: not valid YAML: {reason}") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: nested too deeply, or it holds itself") from None
+
+
+def _collect_lines(node: yaml.Node, at: tuple[str, ...], lines: Lines, path: Path) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        here = (*at, str(key.value))
+        if here in lines:  # YAML itself would let the last one win, silently
+            first, again = lines[here], key.start_mark.line + 1
+            raise RecipeError(f"{path}, line {again}: {'.'.join(here)}: given twice (first in line {first})")
+        lines[here] = key.start_mark.line + 1
+        _collect_lines(value, here, lines, path)
+
+
+def anchored(source: Source, folder: Path) -> Source:
+    """A source whose relative paths are taken from a folder; hub ids and packages stay as they are."""
+    return source.model_copy(update={"source": _anchor(source.source, folder), "base": _anchor(source.base, folder)})
+
+
+def _anchor(text: str | None, folder: Path) -> str | None:
+    if text is None or text.startswith("package:"):
+        return text
+    candidate = folder / Path(text).expanduser()
+    looks_local = text.startswith((".", "/", "~")) or candidate.exists()
+    if not looks_local:
+        return text
+    return str(candidate) if candidate.is_absolute() else f"./{candidate}"  # never to be taken for a hub id
+
+
+def _inside(text: str | None, folder: Path) -> str | None:
+    """A path that can only be local."""
+    return None if text is None else str(folder / Path(text).expanduser())

@@ -1,0 +1,222 @@
+"""The rate and code that reach a target with the fewest bytes.
+
+For KL and accuracy every guess is a merge that is measured (`polymerge.search.sweep.measure`); a size is found by arithmetic
+alone (`polymerge.search.fitting`). Does not write the bundle that is wanted: that is a merge of the recipe that is found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..bundle.bundle import Bundle
+from ..method.codes import code_of
+from ..errors import TargetError
+from ..merging.executor import Executor, in_threads
+from .fitting import STEPS, Fitting, has_full_rank
+from ..merging.plan import MergePlan, plan_merge, replanned
+from ..recipe.merge import CodeName, Recipe, load_recipe
+from .sweep import CODES, Example, Point, Reference, check_examples, measure, run_originals
+from .target import Target, read_target
+
+# A search ends when a bundle that is smaller by no more than this share has missed the target.
+TOLERANCE = 0.02
+# Where a search starts when the recipe's own rate has no residuals, or nothing but residuals.
+FIRST_RATE = 0.95
+# Until the target is reached, every guess keeps so many times the last one's residuals.
+GROWTH = 4
+
+
+@dataclass(frozen=True)
+class Found:
+    """The end of a search.
+
+    Attributes:
+        recipe: the one that was given, with the rate and the code that reach the target.
+        merges: how many were made and measured on the way.
+        point: what was measured of this rate and code; None for a size.
+        limit: bytes that the bundle's weights may take; None for KL and accuracy.
+    """
+
+    recipe: Recipe
+    merges: int
+    point: Point | None = None
+    limit: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The found rate and code, and what was measured of them."""
+        point = self.point.to_json() if self.point else None
+        rate, code = self.recipe.compress_rate, self.recipe.code
+        return {"compress_rate": rate, "code": code, "merges": self.merges, "limit": self.limit, "point": point}
+
+    def check(self, bundle: Bundle) -> None:
+        """Raises TargetError where a merged bundle is larger than the target allows."""
+        total = bundle.sizes().total
+        if self.limit is not None and total > self.limit:
+            raise TargetError(
+                f"{bundle.path}: its weights take {total} bytes, {total - self.limit} more than the target; "
+                "the bundle stays; search for a smaller size"
+            )
+
+
+def find(
+    recipe: Recipe | dict[str, Any] | str | Path,
+    target: Target | str,
+    examples: Mapping[str, Sequence[Example]] | None = None,
+    *,
+    codes: Sequence[str] = CODES,
+    tolerance: float = TOLERANCE,
+    folder: Path | None = None,
+    executor: Executor = in_threads,
+    progress: Callable[[str], None] | None = None,
+) -> Found:
+    """The recipe with the rate and code that reach the target with the fewest bytes; `merge` it next.
+
+    A size merges nothing: the lowest rate that fits is taken, with the code of the fewest bits a number, or the next
+    one where a matrix would have its full rank. For KL and accuracy the codes are merged at equal bytes, and the one
+    whose worst expert has the smallest KL is taken to the smallest bundle that reaches the target; the next one only
+    where it cannot reach it. Of all bundles with that code none that is smaller by more than `tolerance` reaches the
+    target, where a lower rate is always nearer.
+
+    Args:
+        examples: expert -> held-out requests, for KL and accuracy.
+        codes: those that may be used.
+        folder: where bundles that are measured lie for a moment; by default the system's place for such files.
+        progress: called with what comes next, and with what was measured.
+
+    Raises:
+        TargetError: the target cannot be read or reached. RecipeError: an expert without examples, an unknown code.
+        Whatever `merge` raises.
+    """
+    target = read_target(target) if isinstance(target, str) else target
+    recipe = load_recipe(recipe)
+    names = list(dict.fromkeys(load_recipe({**recipe.model_dump(), "code": code}).code for code in codes))
+    names.sort(key=lambda name: name != "factors")  # where no factors are stored, a bundle is as published
+    say, examples = progress or (lambda text: None), examples or {}
+    if target.kind in ("size", "times"):
+        if examples:
+            raise TargetError(f"target {target.text!r}: a size needs no prompts; leave --prompts out")
+        return _find_size(recipe, target, names)
+    check_examples(recipe, examples)
+    for name in (n for n in recipe.experts if target.kind == "accuracy" and not any(e.answer for e in examples[n])):
+        raise TargetError(f"target {target.text!r}: none of the prompts of expert {name!r} has an answer")
+    fitting = Fitting.of(plan_merge(recipe))
+    references = run_originals(recipe, examples, say)
+    for name in (n for n, r in references.items() if target.kind == "accuracy" and not r.accuracy):
+        raise TargetError(f"target {target.text!r}: the original of {name!r} is right on none of its prompts")
+    search = _Search(fitting, target, references, tolerance, folder, executor, say)
+    code, keep = search.run(names)
+    changed = _changed(recipe, fitting.at(keep, code))
+    # it may have been measured at another rate that gives the same ranks
+    point = replace(search.point(keep, code), compress_rate=changed.compress_rate, code=code)
+    return Found(changed, len(search.measured), point)
+
+
+def _find_size(recipe: Recipe, target: Target, codes: Sequence[CodeName]) -> Found:
+    plan = plan_merge(recipe)
+    fitting = Fitting.of(plan)
+    limit = math.floor(target.value * plan.base_bytes if target.kind == "times" else target.value)
+    by_bits = sorted(codes, key=lambda name: code_of(name, plan.dtype).bytes(128, 128, 1))
+    kept = {code: fitting.most(limit, code) for code in by_bits}
+    plans = [fitting.at(keep, code) for code, keep in kept.items() if keep is not None]
+    if not plans:
+        least = fitting.bytes(fitting.at(0, codes[0]))
+        raise TargetError(
+            f"target {target.text!r}: is {limit / 1e6:.1f} MB, but the average and what every expert keeps of its own "
+            f"(embeddings, norms) take {least / 1e6:.1f} MB"
+        )
+    chosen = next((plan for plan in plans if not has_full_rank(plan)), plans[-1])
+    if not any(task.rank for task in chosen.tasks):
+        chosen = replanned(chosen, compress_rate=chosen.recipe.compress_rate, code=codes[0])
+    return Found(_changed(recipe, chosen), 0, limit=limit)
+
+
+def _changed(recipe: Recipe, plan: MergePlan) -> Recipe:
+    return recipe.model_copy(update={"compress_rate": plan.recipe.compress_rate, "code": plan.recipe.code})
+
+
+@dataclass
+class _Search:
+    """Guesses that are merged and measured; two plans that would give the same bundle are measured once."""
+
+    fitting: Fitting
+    target: Target
+    references: Mapping[str, Reference]
+    tolerance: float
+    folder: Path | None
+    executor: Executor
+    say: Callable[[str], None]
+    measured: dict[Hashable, Point] = field(default_factory=dict)
+
+    def run(self, codes: Sequence[CodeName]) -> tuple[CodeName, int]:
+        """The code, and the ten-thousandths to keep."""
+        if self._reached(0, codes[0]):
+            return codes[0], 0
+        rate = self.fitting.plan.recipe.compress_rate
+        first = round(STEPS * (1 - (rate if 0 < rate < 1 else FIRST_RATE))) or 1
+        limit = min(self._bytes(first, code) for code in codes)
+        starts = {code: self._start(first, limit, code) for code in codes}
+        for code in sorted(codes, key=lambda code: self._worst_kl(starts[code], code)) if len(codes) > 1 else codes:
+            keep = self._narrowed(code, starts[code])
+            if keep is not None:
+                return code, keep
+        nearest = min(self.measured.values(), key=lambda point: max(e.kl for e in point.experts.values()))
+        raise TargetError(
+            f"target {self.target.text!r}: only compress_rate 0, which keeps every expert whole, is sure to reach it; "
+            f"the nearest was {self.target.words(nearest)} at rate {nearest.compress_rate:g} with {nearest.code}"
+        )
+
+    def point(self, keep: int, code: CodeName) -> Point:
+        """What such a bundle is measured at."""
+        plan = self.fitting.at(keep, code)
+        ranks = tuple((task.treatment, task.rank) for task in plan.tasks)
+        key = (code if any(rank for _, rank in ranks) else None, ranks)
+        if key not in self.measured:
+            number = len(self.measured) + 1
+            what = f"rate {plan.recipe.compress_rate:g}, {code}" if keep else "the average"
+            self.say(f"merge {number}: {what}, about {self.fitting.bytes(plan) / 1e6:.1f} MB")
+            found = self.measured[key] = measure(plan, self.references, self.folder, self.executor)
+            verdict = "reached" if self.target.is_reached(found) else "missed"
+            self.say(f"merge {number}: {self.target.words(found)}, {verdict}")
+        return self.measured[key]
+
+    def _narrowed(self, code: CodeName, guess: int) -> int | None:
+        """The least to keep of the residuals, within the tolerance; None where nothing reaches the target.
+
+        Between a bundle that misses the target and one that reaches it the next guess is their geometric mean.
+        """
+        low, high = 0, None  # missed, reached
+        while True:
+            if self._reached(guess, code):
+                high = guess
+            else:
+                low = guess
+            if high is None:
+                if low == self._end(code):
+                    return None
+                guess = min(low * GROWTH, self._end(code))
+                continue
+            if high - low <= 1 or self._bytes(high, code) <= (1 + self.tolerance) * self._bytes(low, code):
+                return high
+            guess = min(max(round(math.sqrt(low * high)) if low else high // GROWTH, low + 1), high - 1)
+
+    def _start(self, first: int, limit: int, code: CodeName) -> int:
+        """The most that fits; the first guess itself where it is as large."""
+        most = first if self._bytes(first, code) == limit else self.fitting.most(limit, code) or 1
+        return min(most, self._end(code))
+
+    def _end(self, code: CodeName) -> int:
+        """Beyond it every matrix is whole, and the search has nothing to say."""
+        return max(1, self.fitting.most_compressed(code))
+
+    def _reached(self, keep: int, code: CodeName) -> bool:
+        return self.target.is_reached(self.point(keep, code))
+
+    def _bytes(self, keep: int, code: CodeName) -> int:
+        return self.fitting.bytes(self.fitting.at(keep, code))
+
+    def _worst_kl(self, keep: int, code: CodeName) -> float:
+        return max(found.kl for found in self.point(keep, code).experts.values())

@@ -1,0 +1,285 @@
+"""Lazy tensors of a checkpoint: a Hugging Face folder, a hub id, a GGUF file, or a PEFT adapter over its base.
+
+Knows how to find, check and read tensors one at a time (or a few rows of one), and never holds a model. Does not
+know which tensors are linear weights (`polymerge.sources.layers`) nor what is done with them (`polymerge.merging.compress`).
+
+Nothing here runs code from a checkpoint: safetensors are read by the safetensors library, `.bin` files by
+`torch.load(weights_only=True)`, and a file named in an index must lie in the checkpoint's own folder.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import SourceError
+from ..recipe.merge import Source
+
+log = logging.getLogger(__name__)
+
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+BIN_INDEX = "pytorch_model.bin.index.json"
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# What a hub download needs: weights, configuration, tokenizer and chat templates; never code.
+HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*"]
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor's place and form. `dtype` is None for a type that a merge cannot use (integers, float8)."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    stored_as: str
+    file: Path
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class Checkpoint(ABC):
+    """Tensors by name, read when asked for.
+
+    Attributes:
+        label: the source as the user wrote it, for messages.
+        folder: where configuration and tokenizer lie.
+        config: the parsed config.json.
+        tensors: checkpoint name -> TensorInfo, in the checkpoint's natural order.
+    """
+
+    label: str
+    folder: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, in its stored dtype, on the CPU."""
+
+    @abstractmethod
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of the first dimension, in the stored dtype, on the CPU."""
+
+    def fingerprint(self) -> list[tuple[str, int, int]]:
+        """(file, bytes, mtime in ns) of every weight file: tells a resumed merge that its sources are the same."""
+        files = sorted({info.file for info in self.tensors.values()})
+        stats = [(file, file.stat()) for file in files]
+        return [(file.name, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """A Hugging Face folder with one safetensors file or several."""
+
+    def __init__(self, folder: Path, label: str) -> None:
+        self.label, self.folder = label, folder
+        self.config = read_json(folder / "config.json")
+        index = folder / SAFETENSORS_INDEX
+        found = _tensors_of_index(index) if index.exists() else _tensors_of_file(folder / "model.safetensors")
+        self.tensors = dict(sorted(found.items(), key=lambda item: natural_key(item[0])))
+
+    def read(self, name: str) -> Tensor:
+        with _opened(self.tensors[name].file) as handle:
+            # clone: the mapped pages go with the handle, so that resident memory stays at one tensor
+            tensor: Tensor = handle.get_tensor(name).clone()
+            return tensor
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        with _opened(self.tensors[name].file) as handle:
+            rows: Tensor = handle.get_slice(name)[start:stop].clone()
+            return rows
+
+
+class BinCheckpoint(Checkpoint):
+    """A Hugging Face folder with `.bin` files, read with `weights_only` and mapped, never unpickled as objects."""
+
+    def __init__(self, folder: Path, label: str) -> None:
+        self.label, self.folder = label, folder
+        self.config = read_json(folder / "config.json")
+        index = folder / BIN_INDEX
+        files = sorted(set(read_weight_map(index).values())) if index.exists() else ["pytorch_model.bin"]
+        self._mapped: dict[str, Tensor] = {}
+        found: dict[str, TensorInfo] = {}
+        for file in files:
+            for name, tensor in _load_bin(folder / file).items():
+                self._mapped[name] = tensor
+                known = tensor.dtype if tensor.dtype in _DTYPES.values() else None
+                stored_as = str(tensor.dtype).removeprefix("torch.")
+                found[name] = TensorInfo(tuple(tensor.shape), known, stored_as, folder / file)
+        self.tensors = dict(sorted(found.items(), key=lambda item: natural_key(item[0])))
+
+    def read(self, name: str) -> Tensor:
+        return self._mapped[name].clone()
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self._mapped[name][start:stop].clone()
+
+
+def open_checkpoint(source: Source | str | Path) -> Checkpoint:
+    """Finds and checks a checkpoint without reading its tensors.
+
+    Raises:
+        SourceError: not found, incomplete, corrupt or unsafe; one line that names the file and the fix.
+    """
+    from . import adapter, gguf  # they build on this module
+
+    if not isinstance(source, Source):
+        source = Source(source=str(source))
+    text = source.source
+    if text.startswith("package:"):
+        return gguf.open_package(text.removeprefix("package:"), label=text)
+    path = Path(text).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return gguf.open_gguf(path, label=text)
+    if path.is_file():
+        raise SourceError(f"{text}: a file, but not a .gguf; give the folder that holds the checkpoint")
+    folder = path if path.is_dir() else _download(text, source.revision)
+    if (folder / adapter.ADAPTER_CONFIG).exists():
+        return adapter.open_adapter(folder, label=text, base=source.base)
+    return open_folder(folder, label=text)
+
+
+def open_folder(folder: Path, label: str) -> Checkpoint:
+    """A Hugging Face folder: safetensors where there are any, `.bin` otherwise."""
+    if not (folder / "config.json").exists():
+        raise SourceError(f"{label}: no config.json in the folder; is it a Hugging Face checkpoint?")
+    if (folder / SAFETENSORS_INDEX).exists() or (folder / "model.safetensors").exists():
+        return SafetensorsCheckpoint(folder, label)
+    if (folder / BIN_INDEX).exists() or (folder / "pytorch_model.bin").exists():
+        return BinCheckpoint(folder, label)
+    shards = sorted(file.name for file in folder.glob("model-*-of-*.safetensors"))
+    if shards:
+        raise SourceError(f"{label}: has {shards[0]} but no {SAFETENSORS_INDEX}; copy the index next to the shards")
+    raise SourceError(f"{label}: no weights found (model.safetensors, {SAFETENSORS_INDEX} or pytorch_model.bin)")
+
+
+def natural_key(name: str) -> list[tuple[int, int | str]]:
+    """Sorts layers.2 before layers.10."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name)]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises SourceError where the file is missing or something else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise SourceError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The index's tensor -> file map, every file a plain name inside the index's folder.
+
+    transformers joins these names to the folder unchecked (as of 5.23), so this runs before it sees them.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{index}: has no 'weight_map' object; the index is not a checkpoint's")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not file or Path(file).name != file or "\\" in file or file in (".", ".."):
+            raise SourceError(
+                f"{index}: tensor {tensor!r} points to {file!r}, outside the checkpoint's folder; refused"
+            )
+    missing = sorted({file for file in weight_map.values() if not (index.parent / file).is_file()})
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise SourceError(f"{index}: shard {missing[0]}{more} is missing; download the checkpoint again")
+    return weight_map
+
+
+def _tensors_of_index(index: Path) -> dict[str, TensorInfo]:
+    weight_map = read_weight_map(index)
+    files = {file: _tensors_of_file(index.parent / file) for file in sorted(set(weight_map.values()))}
+    for tensor, file in weight_map.items():
+        if tensor not in files[file]:
+            raise SourceError(
+                f"{index}: says that {file} holds tensor {tensor!r}, but it does not; index and shards differ"
+            )
+    for file, tensors in files.items():
+        for tensor in tensors:
+            if weight_map.get(tensor) != file:
+                raise SourceError(
+                    f"{index.parent / file}: tensor {tensor!r} is not in {index.name}; index and shards differ"
+                )
+    return {tensor: files[file][tensor] for tensor, file in weight_map.items()}
+
+
+def _tensors_of_file(file: Path) -> dict[str, TensorInfo]:
+    found = {}
+    with _opened(file) as handle:
+        for name in handle.keys():  # noqa: SIM118 (a safetensors handle is not a dict)
+            part = handle.get_slice(name)
+            stored_as = part.get_dtype()
+            found[name] = TensorInfo(tuple(part.get_shape()), _DTYPES.get(stored_as), stored_as, file)
+    if not found:
+        raise SourceError(f"{file}: holds no tensors")
+    return found
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise SourceError(
+            f"{file}: not a whole safetensors file (truncated or corrupt: {error}); copy it again"
+        ) from None
+    except OSError as error:
+        raise SourceError(f"{file}: cannot be read: {error.strerror or error}") from None
+
+
+def _load_bin(file: Path) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise SourceError(f"{file}: missing; download the checkpoint again") from None
+    except Exception as error:  # torch raises many types for one bad file
+        reason = str(error).splitlines()[0]
+        raise SourceError(f"{file}: cannot be read safely ({reason}); convert the checkpoint to safetensors") from None
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise SourceError(f"{file}: holds more than named tensors; convert the checkpoint to safetensors")
+    return loaded
+
+
+def _download(text: str, revision: str | None) -> Path:
+    """The local snapshot of a hub id, downloaded where needed."""
+    repo, _, tag = text.partition("@")
+    if not HUB_ID.fullmatch(repo):
+        raise SourceError(f"{text}: no such folder or file, and not a hub id (org/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    for weights in ("*.safetensors", "*.bin"):
+        try:
+            folder = Path(
+                snapshot_download(repo, revision=revision or tag or None, allow_patterns=[*HUB_FILES, weights])
+            )
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise SourceError(f"{text}: not a local folder, and the hub could not give it ({reason})") from None
+        if any(folder.glob(weights)):
+            return folder
+    return folder

@@ -1,0 +1,255 @@
+"""Which tensors of a checkpoint are the weights of linear layers, read off the architecture itself.
+
+The model is built by transformers on the meta device (no memory, no weights), its modules say what every parameter is,
+and transformers' own conversion rules say under which names a checkpoint stores them. There is no list of
+architectures here. What the installed transformers does not know is judged by names and shapes, and says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from .checkpoint import Checkpoint
+from ..errors import SourceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+Role = Literal["linear", "embedding", "lm_head", "norm", "bias", "other"]
+
+_EMBEDDING_NAME = re.compile(r"embed|\bwte\b|\bwpe\b|word_emb")
+_HEAD_NAME = re.compile(r"lm_head|embed_out|output_layer")
+_NORM_NAME = re.compile(r"norm|\bln_|\.ln\b|layernorm", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What one tensor of a checkpoint is.
+
+    Attributes:
+        tensor: its name in the checkpoint.
+        module: the module in the transformers model that owns it. For one matrix of a fused mixture-of-experts
+            parameter, which has no module of its own, the checkpoint's name without `.weight`.
+        parameter: the parameter's name inside the module ("weight", "bias", ...).
+        role: "linear" tensors are compressed, all others are kept.
+        transposed: the matrix is stored [in, out] (GPT-2's Conv1D).
+        known: False where the model has no such parameter; it is copied, and never differs between experts.
+    """
+
+    tensor: str
+    module: str
+    parameter: str
+    role: Role
+    transposed: bool = False
+    known: bool = True
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """The records of a checkpoint's tensors, and how they were found.
+
+    Attributes:
+        layers_from: "architecture" (transformers knows the model) or "shapes".
+        tied: the checkpoint's output head is its input embedding.
+        notes: what a user should hear of.
+    """
+
+    records: dict[str, LayerRecord]
+    layers_from: Literal["architecture", "shapes"]
+    tied: bool
+    embedding: str | None = None
+    lm_head: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def map_layers(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> LayerMap:
+    """The role of every tensor of `checkpoint`.
+
+    Raises:
+        SourceError: the checkpoint misses parameters of its own architecture.
+    """
+    model = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code)
+    if model is None:
+        return _map_by_shapes(checkpoint)
+    return _map_by_architecture(checkpoint, model)
+
+
+def meta_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel | None:
+    """The folder's architecture on the meta device; None where the installed transformers cannot build it."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # unknown model type, remote code without consent, a config that fits no class
+        log.info("transformers cannot build %s (%s)", folder, str(error).splitlines()[0] if str(error) else error)
+        return None
+
+
+def stored_names(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors that a checkpoint of this architecture stores; a tied head is not stored."""
+    names: dict[str, tuple[int, ...]] = {}
+    head = _name_of(model, model.get_output_embeddings())
+    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    for name, tensor in model.state_dict().items():
+        if not (tied and name == f"{head}.weight"):
+            stored = _stored_form(model, name, tensor) or {name: tensor}
+            names |= {stored_name: tuple(part.shape) for stored_name, part in stored.items()}
+    return names
+
+
+def _map_by_architecture(checkpoint: Checkpoint, model: PreTrainedModel) -> LayerMap:
+    known, forms, shapes = _known_names(model)
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    records: dict[str, LayerRecord] = {}
+    notes: list[str] = []
+    matched: set[str] = set()
+    for tensor, info in checkpoint.tensors.items():
+        # Checkpoints of a bare backbone leave the prefix out ("h.0.attn..." for "transformer.h.0.attn...").
+        name = next((n for n in (tensor, prefix + tensor, tensor.removeprefix(prefix)) if n in known), None)
+        if name is None:
+            notes.append(f"{tensor}: the architecture has no such parameter; copied from the first expert")
+            records[tensor] = LayerRecord(tensor, *_split(tensor), role="other", known=False)
+            continue
+        matched.add(name)
+        if info.shape != shapes[name]:
+            raise SourceError(
+                f"{checkpoint.label}: tensor {tensor!r} is {list(info.shape)}, "
+                f"but its config.json makes it {list(shapes[name])}"
+            )
+        records[tensor] = replace(known[name], tensor=tensor)
+        if records[tensor].role == "linear" and len(info.shape) != 2:
+            records[tensor] = replace(records[tensor], role="other")
+            notes.append(f"{tensor}: several matrices fused into one tensor; kept whole, not compressed")
+    head = _name_of(model, model.get_output_embeddings())
+    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    _refuse_missing(checkpoint, forms, matched, optional=f"{head}.weight" if tied else None)
+    embedding = _tensor_of(records, _name_of(model, model.get_input_embeddings()))
+    return LayerMap(records, "architecture", tied, embedding, _tensor_of(records, head), notes=tuple(notes))
+
+
+def _refuse_missing(
+    checkpoint: Checkpoint, forms: Mapping[str, frozenset[str]], matched: set[str], optional: str | None
+) -> None:
+    missing = [
+        name for name, stored in forms.items() if name not in matched and not stored <= matched and name != optional
+    ]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise SourceError(
+            f"{checkpoint.label}: tensor {missing[0]!r}{more} of its architecture is missing from the weights"
+        )
+
+
+def _tensor_of(records: Mapping[str, LayerRecord], module: str | None) -> str | None:
+    return next((r.tensor for r in records.values() if r.module == module and r.parameter == "weight"), None)
+
+
+def _known_names(
+    model: PreTrainedModel,
+) -> tuple[dict[str, LayerRecord], dict[str, frozenset[str]], dict[str, tuple[int, ...]]]:
+    """Every name that a checkpoint may use, with its record; for every parameter the names that store it; and the
+    shape of every name."""
+    roles = _roles(model)
+    known: dict[str, LayerRecord] = {}
+    forms: dict[str, frozenset[str]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in model.state_dict().items():
+        role, transposed = roles.get(name, ("other", False))
+        module, parameter = _split(name)
+        known[name] = LayerRecord(name, module, parameter, role, transposed)
+        stored_form = _stored_form(model, name, tensor)
+        shapes |= {stored: tuple(part.shape) for stored, part in {name: tensor, **stored_form}.items()}
+        for stored, part in stored_form.items():
+            if part.shape == tensor.shape:
+                known[stored] = LayerRecord(stored, module, parameter, role, transposed)
+            else:  # one matrix of a fused parameter
+                known[stored] = LayerRecord(stored, stored.removesuffix(".weight"), "weight", "linear")
+        forms[name] = frozenset(stored_form)
+    return known, forms, shapes
+
+
+def _stored_form(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The names under which a checkpoint stores one parameter, by transformers' own rules."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        stored: dict[str, torch.Tensor] = revert_weight_conversion(model, {name: tensor})
+        return stored
+    except Exception as error:  # a rule that needs other parameters beside this one
+        log.debug("no stored form for %s: %s", name, error)
+        return {}
+
+
+def _roles(model: PreTrainedModel) -> dict[str, tuple[Role, bool]]:
+    """Parameter name -> (role, transposed), from the classes of the model's modules."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = _name_of(model, model.get_output_embeddings())
+    roles: dict[str, tuple[Role, bool]] = {}
+    for module_name, module in model.named_modules():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            full = f"{module_name}.{parameter_name}" if module_name else parameter_name
+            role: Role = "other"
+            if "norm" in type(module).__name__.lower():
+                role = "norm"
+            elif parameter_name.endswith("bias"):
+                role = "bias"
+            elif module_name == head:
+                role = "lm_head"
+            elif isinstance(module, torch.nn.Embedding):
+                role = "embedding"
+            elif isinstance(module, torch.nn.Linear | Conv1D) or _is_fused_experts(parameter_name, parameter):
+                role = "linear"
+            roles[full] = (role, isinstance(module, Conv1D) and role == "linear")
+    return roles
+
+
+def _is_fused_experts(name: str, parameter: torch.nn.Parameter) -> bool:
+    return parameter.dim() == 3 and name.endswith("_proj")
+
+
+def _name_of(model: PreTrainedModel, module: Any) -> str | None:
+    return next((name for name, candidate in model.named_modules() if candidate is module), None)
+
+
+def _split(name: str) -> tuple[str, str]:
+    module, _, parameter = name.rpartition(".")
+    return module, parameter
+
+
+def _map_by_shapes(checkpoint: Checkpoint) -> LayerMap:
+    records = {tensor: _record_by_shape(tensor, info.shape) for tensor, info in checkpoint.tensors.items()}
+    embedding = next((name for name, record in records.items() if record.role == "embedding"), None)
+    head = next((name for name, record in records.items() if record.role == "lm_head"), None)
+    kind = checkpoint.config.get("model_type", "unknown")
+    note = f"transformers does not know model type {kind!r}: linear layers were found by name and shape"
+    return LayerMap(records, "shapes", head is None, embedding, head, notes=(note,))
+
+
+def _record_by_shape(tensor: str, shape: tuple[int, ...]) -> LayerRecord:
+    module, parameter = _split(tensor)
+    role: Role = "other"
+    if _NORM_NAME.search(tensor):
+        role = "norm"
+    elif parameter.endswith("bias"):
+        role = "bias"
+    elif _HEAD_NAME.search(tensor):
+        role = "lm_head"
+    elif _EMBEDDING_NAME.search(tensor):
+        role = "embedding"
+    elif len(shape) == 2 and parameter == "weight":
+        role = "linear"
+    return LayerRecord(tensor, module, parameter, role)

@@ -1,0 +1,61 @@
+from pathlib import Path
+
+import pytest
+
+from polymerge.errors import RecipeError
+from polymerge.recipe.merge import load_recipe
+
+GOOD = "experts:\n  math: ./m\n  code: org/code@v1\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_are_the_published_setting(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD))
+    assert (recipe.compress_rate, recipe.scale, recipe.embeddings, recipe.seed) == (0.95, "per_expert", "keep", 0)
+    assert list(recipe.experts) == ["math", "code"]
+
+
+def test_relative_paths_are_taken_from_the_recipes_folder(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD))
+    assert recipe.experts["math"].source == str(tmp_path / "m")
+    assert recipe.experts["code"].source == "org/code@v1"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (GOOD + "compres_rate: 0.9\n", ["line 4", "compres_rate", "unknown key", "compress_rate"]),
+        (GOOD + "compress_rate: 1.5\n", ["line 4", "compress_rate", "less than or equal to 1"]),
+        (GOOD + "compress_rate: nan\n", ["line 4", "compress_rate"]),
+        (GOOD + "scale: both\n", ["line 4", "scale", "per_expert"]),
+        (GOOD + "workers: 0\n", ["line 4", "workers"]),
+        (GOOD + "device: tpu\n", ["line 4", "device"]),
+        ("experts:\n  math: a\n", ["line 1", "at least two experts, found 1"]),
+        ("experts:\n  math: a\n  math: b\n", ["line 3", "math", "given twice", "line 2"]),
+        ("experts:\n  math: a\n  Math: b\n", ["same name"]),
+        ("experts:\n  ../up: a\n  b: b\n", ["'../up'", "letters, digits"]),
+        ("experts:\n  average: a\n  b: b\n", ["'average'", "reserved"]),
+        ("experts:\n  a: {source: x, revison: y}\n  b: z\n", ["line 2", "revison", "unknown key", "revision"]),
+        ("experts: [a, b]\n", ["line 1", "experts"]),
+        ("experts:\n  a: 'x\n", ["line", "not valid YAML"]),
+        ("- a\n- b\n", ["the whole file"]),
+        ("", ["the whole file"]),
+    ],
+)
+def test_mistakes_are_one_line_with_the_place(tmp_path: Path, text: str, words: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(tmp_path, text))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "recipe.yaml" in message
+    assert all(word in message for word in words), message
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"nowhere\.yaml"):
+        load_recipe(tmp_path / "nowhere.yaml")
