@@ -30,12 +30,12 @@ from torch import Tensor
 from chosen import add_arguments, demo_base, demo_experts, named_sources
 from peer_methods import bitdelta
 from polymerge import Bundle, load_model, merge
-from polymerge.bundle.bundle import ADAPTER_FILE, BundleLayer
+from polymerge.bundle.inspect import inspect_bundle
+from polymerge.bundle.manifest import ADAPTER_FILE, BundleLayer
 from polymerge.cli.console import hush_libraries
 from polymerge.engine.local.engine import HFEngine
 from polymerge.export import export_peft, export_vllm, plan_vllm
 from polymerge.export.vllm.calibrate import applied, read_adapter
-from polymerge.bundle.inspect import inspect_bundle
 from polymerge.search.sweep import CODES, Agreement, Example, Reference, read_examples
 
 # rebuild(expert, layer, the original's matrix, rho times the average) -> the method's matrix, and its bytes

@@ -32,7 +32,7 @@ from transformers.utils import logging
 
 from chosen import demo_base, demo_experts
 from polymerge import export_dense, load_model, merge
-from polymerge.sources.gguf import cache_folder
+from polymerge.host import cache_folder
 
 OURS = "polymerge"
 BASE = "dense base"

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from polymerge.method.codes import code_of
 from polymerge.model.assignment import Assignment
-from polymerge.model.triton.linear import CodedLinear
-from polymerge.model.triton.check import objection
 from polymerge.model.linear import ExpertLinear, MixedLinear
+from polymerge.model.triton.check import objection
+from polymerge.model.triton.linear import CodedLinear
 
 # q and o, gate and up, down of Llama-3-8B.
 SHAPES = ("4096x4096", "14336x4096", "4096x14336")

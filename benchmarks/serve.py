@@ -40,7 +40,7 @@ from polymerge.engine import GenerateRequest
 from polymerge.engine.local.engine import HFEngine
 from polymerge.engine.vllm.server import VllmServer
 from polymerge.export import export_vllm, plan_vllm
-from polymerge.sources.gguf import cache_folder
+from polymerge.host import cache_folder
 
 OURS, ALONE, DENSE, VLLM = "polymerge", "one at a time", "three servers", "vLLM"
 TOKENS = 48

@@ -16,9 +16,9 @@ from peer_methods.served import Served, greedy
 from peer_methods.task import STORED, Task
 from polymerge import load_model, merge
 from polymerge.bundle.bundle import Bundle
+from polymerge.bundle.inspect import inspect_bundle
 from polymerge.demo.train import format_prompt
 from polymerge.engine.local.engine import HFEngine
-from polymerge.bundle.inspect import inspect_bundle
 from polymerge.model.linear import MixedLinear
 from polymerge.router.fit import fit_router
 from polymerge.router.router import Router

@@ -21,9 +21,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from polymerge.sources.checkpoint import Checkpoint, open_checkpoint
-from polymerge.sources.layers import LayerRecord, map_layers
 from polymerge.method.rsvd import rank_for_rate
+from polymerge.sources.checkpoint import Checkpoint
+from polymerge.sources.layers import LayerRecord, map_layers
+from polymerge.sources.opening import open_checkpoint
 
 WORKER = Path(__file__).parent / "worker.py"
 # What is stored beside the one model has 16 bits a number, for all methods alike.

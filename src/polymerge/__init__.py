@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .version import __version__
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .bundle.bundle import Bundle as Bundle
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from .export import export_peft as export_peft
     from .merging.grow import add_expert as add_expert
     from .merging.grow import remove_expert as remove_expert
+    from .merging.plan import plan_merge as plan_merge
     from .merging.run import merge as merge
+    from .merging.sources import verify as verify
     from .model import MixedModel as MixedModel
     from .model import load_model as load_model
-    from .merging.plan import plan_merge as plan_merge
     from .recipe.merge import Recipe as Recipe
     from .recipe.merge import load_recipe as load_recipe
     from .router.fit import fit_router as fit_router
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from .staged import Pipeline as Pipeline
     from .staged import Question as Question
     from .staged.opening import open_pipeline as open_pipeline
-    from .merging.sources import verify as verify
 
 _HOME = {
     "Bundle": "bundle.bundle",

@@ -5,6 +5,7 @@ PolymergeError                  a user's mistake or bad input; the command line 
 ├── TargetError                 a target that cannot be read, or that no rate and code reaches
 ├── SourceError                 a checkpoint: missing, truncated, hostile, not finite, other architecture
 ├── BundleError                 a bundle: missing or changed files, wrong format version
+├── DeviceError                 a device or a dtype that this machine lacks
 ├── ModelError                  a request to a loaded bundle: unknown expert, wrong batch length
 ├── EngineBusyError             a running engine whose queue is full; the request may come again later
 ├── EngineDownError             a running engine that restarts or has stopped
@@ -39,6 +40,10 @@ class SourceError(PolymergeError):
 
 class BundleError(PolymergeError):
     """A bundle on disk is incomplete, changed or of another format version."""
+
+
+class DeviceError(PolymergeError):
+    """This machine lacks the device, or the name is no dtype for weights."""
 
 
 class ModelError(PolymergeError):

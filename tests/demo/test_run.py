@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from polymerge import Bundle
-from polymerge.sources.checkpoint import open_checkpoint
 from polymerge.demo.run import DemoResult, DemoSettings, Listeners, run_demo
 from polymerge.demo.skills import demo_skills
-from polymerge.report import write_report
 from polymerge.method.rsvd import rsvd
+from polymerge.report import write_report
+from polymerge.sources.opening import open_checkpoint
 
 
 def test_no_held_out_request_was_trained_on() -> None:

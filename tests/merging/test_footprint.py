@@ -13,12 +13,12 @@ import torch
 import transformers
 
 from polymerge import load_recipe, merge
-from polymerge.sources.checkpoint import open_checkpoint
 from polymerge.errors import SourceError
 from polymerge.merging.footprint import footprint
-from polymerge.merging.run import fingerprint
-from polymerge.sources.outline import OutlineCheckpoint, outline
 from polymerge.merging.plan import plan_merge
+from polymerge.merging.run import fingerprint
+from polymerge.sources.opening import open_checkpoint
+from polymerge.sources.outline import OutlineCheckpoint, outline
 from tests.conftest import Merged
 from tests.tiny import ARCHITECTURES, make_experts
 

@@ -15,8 +15,8 @@ from transformers import LlamaConfig
 from polymerge import Bundle, merge
 from polymerge.cli.main import main
 from polymerge.errors import PolymergeError, SourceError
-from polymerge.merging.run import Progress
 from polymerge.merging.ray import ray_cluster
+from polymerge.merging.run import Progress
 from tests.merging.test_kill import LONG, content
 from tests.tiny import make_experts
 

@@ -10,8 +10,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from polymerge import Bundle, load_recipe, merge, plan_merge
-from polymerge.sources.checkpoint import open_checkpoint
 from polymerge.errors import ErrorBudgetExceeded
+from polymerge.sources.opening import open_checkpoint
 from tests.conftest import Merged
 from tests.tiny import ARCHITECTURES, make_experts
 

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from polymerge import Bundle, add_expert, export_dense, export_peft, load_model, merge, remove_expert, verify
-from polymerge.bundle.bundle import ADAPTER_FILE, CODED_FILE
-from polymerge.sources.checkpoint import open_checkpoint
-from polymerge.method.codes import GROUP, Quantised, code_of, dequantise, pack, quantise, unpack
-from polymerge.errors import BundleError, PolymergeError, RecipeError
 from polymerge.bundle.inspect import inspect_bundle
+from polymerge.bundle.manifest import ADAPTER_FILE, CODED_FILE
+from polymerge.errors import BundleError, PolymergeError, RecipeError
 from polymerge.merging.plan import plan_merge
-from polymerge.recipe.merge import load_recipe
+from polymerge.method.codes import GROUP, Quantised, code_of, dequantise, pack, quantise, unpack
 from polymerge.method.rsvd import rank_for_rate, rsvd
+from polymerge.recipe.merge import load_recipe
+from polymerge.sources.opening import open_checkpoint
 from tests.conftest import Merged
 from tests.merging.test_kill import content
 

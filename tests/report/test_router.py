@@ -7,6 +7,7 @@ from shutil import copytree
 import pytest
 
 from polymerge import Bundle
+from polymerge.bundle.files import write_json
 from polymerge.report.router import router_sections
 from polymerge.router.evaluation import evaluate_router, save_evaluation
 from polymerge.router.fit import fit_router
@@ -14,7 +15,6 @@ from polymerge.router.picture import draw_samples
 from polymerge.router.record import router_folder
 from polymerge.router.samples import Sample
 from polymerge.router.training import FIT_REPORT
-from polymerge.merging.journal import write_json
 from tests.conftest import Merged
 from tests.router.scripted import ScriptedEngine, make_samples, strangers
 

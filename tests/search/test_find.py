@@ -14,9 +14,9 @@ from polymerge import Bundle, load_recipe, merge, plan_merge
 from polymerge import search as searching
 from polymerge.cli.main import main
 from polymerge.errors import RecipeError, TargetError
-from polymerge.search.fitting import Fitting
 from polymerge.merging.plan import MergePlan
 from polymerge.search.find import find
+from polymerge.search.fitting import Fitting
 from polymerge.search.sweep import Agreement, Example, Point, Reference
 from tests.merging.test_run import content
 from tests.tiny import recipe_folder

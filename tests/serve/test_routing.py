@@ -12,8 +12,9 @@ from polymerge import Bundle
 from polymerge.engine.local.batching import BatchingEngine
 from polymerge.router import Route
 from polymerge.router.embed import EmbedSettings
-from polymerge.router.fit import FitSettings, fit_router
+from polymerge.router.fit import fit_router
 from polymerge.router.samples import Sample
+from polymerge.router.settings import FitSettings
 from polymerge.serve.app import create_app
 from polymerge.serve.errors import ApiError
 from polymerge.serve.routing import REMEMBERED, Choice, Chooser

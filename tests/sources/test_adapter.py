@@ -15,9 +15,9 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from polymerge import merge
-from polymerge.sources.checkpoint import open_checkpoint
 from polymerge.errors import PolymergeError, SourceError
 from polymerge.recipe.merge import Source
+from polymerge.sources.opening import open_checkpoint
 from tests.tiny import make_experts
 
 Checkpoints = Callable[[str], dict[str, Path]]

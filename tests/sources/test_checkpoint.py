@@ -15,9 +15,10 @@ import transformers
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, Response
 from safetensors.torch import load_file, save_file
 
-from polymerge.sources.checkpoint import BinCheckpoint, Checkpoint, SafetensorsCheckpoint, open_checkpoint
 from polymerge.errors import SourceError
 from polymerge.recipe.merge import Source
+from polymerge.sources.checkpoint import BinCheckpoint, Checkpoint, SafetensorsCheckpoint
+from polymerge.sources.opening import open_checkpoint
 from tests.tiny import ARCHITECTURES
 
 INDEX = "model.safetensors.index.json"

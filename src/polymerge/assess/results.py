@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..bundle.files import write_bytes
 from ..version import __version__
-from ..merging.journal import write_bytes
 from .measure import Measurement
 from .propose import Proposals
 

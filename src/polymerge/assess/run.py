@@ -14,14 +14,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..version import __version__
 from ..bundle.bundle import Bundle
-from ..sources.checkpoint import open_checkpoint
+from ..bundle.files import write_bytes
 from ..errors import PolymergeError, RecipeError
 from ..evaluate.rows import content_hash, read_rows
-from ..sources.gguf import cache_folder
+from ..host import cache_folder
 from ..recipe.merge import Source
-from ..merging.journal import write_bytes
+from ..sources.opening import open_checkpoint
+from ..version import __version__
 from .measure import AskSettings, Measurement
 from .process import run_in_process
 from .propose import Choices, Proposals, propose

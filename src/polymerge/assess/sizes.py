@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..sources.checkpoint import open_checkpoint
 from ..errors import PolymergeError
-from ..merging.plan import DTYPES, plan_merge
+from ..host import DTYPES
+from ..merging.plan import plan_merge
 from ..recipe.merge import Recipe, Source
+from ..sources.opening import open_checkpoint
 
 # A merge's recipe for some of the candidates, by name.
 MakeRecipe = Callable[[list[str]], Recipe]

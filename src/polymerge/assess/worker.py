@@ -96,7 +96,7 @@ def measurement(data: dict[str, Any]) -> Measurement:
 def _memory(engine: Engine) -> dict[str, Any]:
     import torch
 
-    from ..merging.run import peak_memory
+    from ..host import peak_memory
 
     device = getattr(engine, "device", None)
     on_gpu = device is not None and device.type == "cuda"

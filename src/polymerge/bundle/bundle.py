@@ -1,6 +1,7 @@
 """The bundle on disk: open it, read its tensors, rebuild an expert, verify every hash.
 
-Knows the format (docs/format.md). Does not know how a bundle is made (`polymerge.merging.run`) or run (`polymerge.model`).
+Knows the format (docs/format.md). Does not know how a bundle is made (`polymerge.merging.run`) or run
+(`polymerge.model`).
 """
 
 from __future__ import annotations
@@ -11,123 +12,17 @@ from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..sources.checkpoint import Checkpoint, open_folder
-from ..method.codes import Code, code_of
 from ..errors import BundleError, SourceError
-from ..recipe.merge import CodeName
-
-FORMAT = "polymerge-bundle"
-# Version 1 holds residuals as published; version 2 differs only in that they have a code.
-FORMAT_VERSIONS = (1, 2)
-MANIFEST = "polymerge.json"
-STATS = "merge_stats.jsonl"
-ADAPTER_FILE = "adapter_model.safetensors"
-# An expert whose residuals have a code that PEFT does not know. No reader of adapters looks for a file of this name.
-CODED_FILE = "coded_expert.safetensors"
-SCALES_FILE = "scales.safetensors"
-PEFT_PREFIX = "base_model.model."
-# Where PEFT keeps an expert's own rows of an embedding that the output head is tied to.
-TIED_ROWS = ".token_adapter.trainable_tokens_delta"
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Method(_Strict):
-    """How the bundle was merged."""
-
-    compress_rate: float
-    code: CodeName = "factors"
-    scale: Literal["per_expert", "shared"]
-    embeddings: Literal["keep", "average"]
-    lm_head: Literal["keep", "average"]
-    norms: Literal["keep", "average"]
-    n_oversamples: int
-    n_iter: int
-    seed: int
-
-
-class ExpertRecord(_Strict):
-    """An expert's source. `sha256` is over its tensors' names and bytes, whatever files they lay in."""
-
-    source: str
-    sha256: str
-    dtype: str
-
-
-class BundleLayer(_Strict):
-    """One tensor of the base; the names are those of `polymerge.sources.layers.LayerRecord`.
-
-    Attributes:
-        shape: as stored.
-        rank: of the residuals; 0 for a tensor that has none.
-        mean_scale: s̄, the mean Frobenius norm of the experts' tensors, for linear weights.
-    """
-
-    tensor: str
-    module: str
-    parameter: str
-    role: Literal["linear", "embedding", "lm_head", "norm", "bias", "other"]
-    transposed: bool
-    shape: tuple[int, ...]
-    rank: int
-    mean_scale: float | None = None
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """(out, in) of a linear weight."""
-        rows, columns = self.shape
-        return (columns, rows) if self.transposed else (rows, columns)
-
-
-class FileEntry(_Strict):
-    """Size and hash of one file of the bundle."""
-
-    bytes: int
-    sha256: str
-
-
-class Manifest(_Strict):
-    """polymerge.json.
-
-    Attributes:
-        tied_embedding: the module of the input embedding that is also the output head; None where they are two.
-    """
-
-    format: Literal["polymerge-bundle"] = "polymerge-bundle"
-    format_version: Literal[1, 2] = 1
-    polymerge_version: str
-    method: Method
-    dtype: str
-    architecture: str
-    layers_from: Literal["architecture", "shapes"]
-    tied_embedding: str | None = None
-    experts: dict[str, ExpertRecord]
-    scale_ratio_range: tuple[float, float]
-    layers: tuple[BundleLayer, ...]
-    files: dict[str, FileEntry]
-    versions: dict[str, str]
-    notes: tuple[str, ...] = ()
-
-    def to_json(self) -> str:
-        data = self.model_dump(mode="json")
-        if self.format_version == 1:
-            del data["method"]["code"]  # which readers of version 1 alone do not know
-        return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
-
-    @model_validator(mode="after")
-    def _version_fits_the_code(self) -> Manifest:
-        if self.format_version != version_of(self.method.code):
-            raise ValueError(f"format version {self.format_version} does not fit code {self.method.code!r}")
-        return self
+from ..host import DTYPES
+from ..method.codes import Code, code_of
+from ..sources.checkpoint import Checkpoint, open_folder
+from .manifest import ADAPTER_FILE, CODED_FILE, MANIFEST, SCALES_FILE, STATS, BundleLayer, Manifest, read_manifest
+from .peft import adapter_name
 
 
 @dataclass(frozen=True)
@@ -186,7 +81,7 @@ class Bundle:
         if isinstance(path, Bundle):
             return path
         path = Path(path).expanduser()
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         for name, entry in manifest.files.items():
             file = path / name
             if not file.resolve().is_relative_to(path.resolve()):
@@ -233,7 +128,7 @@ class Bundle:
     @cached_property
     def code(self) -> Code:
         """How residuals are stored."""
-        return code_of(self.manifest.method.code, getattr(torch, self.manifest.dtype))
+        return code_of(self.manifest.method.code, DTYPES[self.manifest.dtype])
 
     def expert_file(self, expert: str) -> Path:
         """The file that holds an expert's tensors."""
@@ -255,7 +150,7 @@ class Bundle:
             found = {adapter_name(key): handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
         if self.code.name == "factors":
             return found
-        dtype = getattr(torch, self.manifest.dtype)
+        dtype = DTYPES[self.manifest.dtype]
         for layer in self._linear:
             if layer.module in coded:
                 continue
@@ -410,46 +305,6 @@ class ExpertReader:
         with _opened(self._file) as handle:
             value: Tensor = handle.get_tensor(stored).clone()
             return value
-
-
-def adapter_name(stored: str) -> str:
-    """A key of an adapter file under the model's own name: without PEFT's prefix, tied rows as the weight they are."""
-    name = stored.removeprefix(PEFT_PREFIX)
-    return f"{name.removesuffix(TIED_ROWS)}.weight" if name.endswith(TIED_ROWS) else name
-
-
-def version_of(code: CodeName) -> Literal[1, 2]:
-    """The format version of a bundle whose residuals have this code."""
-    return 1 if code == "factors" else 2
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """ "float32" for torch.float32."""
-    return str(dtype).removeprefix("torch.")
-
-
-def _read_manifest(path: Path) -> Manifest:
-    file = path / MANIFEST
-    if not path.is_dir():
-        raise BundleError(f"{path}: no such folder; make one with `polymerge merge recipe.yaml -o {path}`")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BundleError(
-            f"{path}: has no {MANIFEST}, so it is not a bundle; a plain checkpoint is merged first"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{file}: cannot be read: {error}") from None
-    version = data.get("format_version") if isinstance(data, dict) else None
-    if version not in FORMAT_VERSIONS:
-        known = " and ".join(map(str, FORMAT_VERSIONS))
-        raise BundleError(f"{file}: format version {version!r}; this polymerge reads versions {known}")
-    try:
-        return Manifest.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{file}: {where}: {first['msg']}; the manifest was changed by hand or damaged") from None
 
 
 def _opened(file: Path) -> Any:

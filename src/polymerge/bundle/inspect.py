@@ -11,7 +11,8 @@ from typing import Any
 
 from safetensors import safe_open
 
-from .bundle import PEFT_PREFIX, Bundle
+from .bundle import Bundle
+from .peft import PEFT_PREFIX
 
 WORST = 10
 

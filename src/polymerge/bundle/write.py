@@ -7,9 +7,7 @@ in the manifest's list of files). Knows PEFT's adapter format; does not know how
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -18,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from .bundle import ADAPTER_FILE, CODED_FILE, MANIFEST, PEFT_PREFIX, SCALES_FILE, STATS, TIED_ROWS, BundleLayer
-from ..sources.checkpoint import SAFETENSORS_INDEX, natural_key
 from ..recipe.merge import CodeName
-from ..merging.journal import Entry, FileRecord, Piece, Staging, write_bytes, write_json, write_safetensors, zeros_piece
+from ..sources.checkpoint import SAFETENSORS_INDEX, natural_key
+from .files import Content, Entry, FileEntry, Piece, write_bytes, write_json, write_pieces, write_safetensors
+from .manifest import ADAPTER_FILE, CODED_FILE, MANIFEST, SCALES_FILE, STATS, BundleLayer
+from .peft import PEFT_PREFIX, coded_config, peft_adapter
 
 SHARD_BYTES = 5 * 10**9
 TOKENIZER_FILES = (
@@ -38,18 +37,17 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 
 
-def write_base(staging: Staging, folder: Path, pieces: Sequence[Piece]) -> dict[str, FileRecord]:
+def write_base(folder: Path, pieces: Sequence[Piece], content: Content) -> dict[str, FileEntry]:
     """The average's weights, from its pieces."""
     entries = [(piece.key, piece.dtype, piece.shape, piece.bytes) for piece in pieces]
-    return write_weights(folder, entries, lambda index: staging.content(pieces[index]))
+    return write_weights(folder, entries, lambda index: content(pieces[index]))
 
 
 def write_weights(
     folder: Path, entries: Sequence[Entry], content: Callable[[int], Iterable[bytes]]
-) -> dict[str, FileRecord]:
+) -> dict[str, FileEntry]:
     """A checkpoint's weights: one file, or shards of at most 5 GB with the index that transformers reads.
 
     Args:
@@ -78,16 +76,16 @@ def write_weights(
 
 
 def write_expert(
-    staging: Staging,
     folder: Path,
     expert: str,
     pieces: Sequence[Piece],
     scales: Mapping[str, float],
     layers: Sequence[BundleLayer],
+    content: Content,
     *,
     code: CodeName,
     tied_embedding: str | None,
-) -> dict[str, FileRecord]:
+) -> dict[str, FileEntry]:
     """One expert as a PEFT adapter, with its ratios beside it. Returns paths relative to `folder`.
 
     With a code that PEFT does not know, it is a folder that PEFT, and whatever reads its adapters, refuses.
@@ -104,137 +102,20 @@ def write_expert(
         pieces = [replace(p, key=PEFT_PREFIX + p.key) for p in sorted(pieces, key=lambda p: natural_key(p.key))]
     written = {
         f"{home}/adapter_config.json": write_json(folder / home / "adapter_config.json", config),
-        file: staging.write_safetensors(folder / file, pieces),
+        file: write_pieces(folder / file, pieces, content),
     }
     if scales:
         written[f"{home}/{SCALES_FILE}"] = write_scales(folder / home / SCALES_FILE, scales)
     return written
 
 
-def peft_adapter(
-    expert: str, pieces: Sequence[Piece], layers: Sequence[BundleLayer], *, tied_embedding: str | None
-) -> tuple[dict[str, Any], list[Piece]]:
-    """adapter_config.json, and the pieces of the adapter file under PEFT's names, with what PEFT needs beside them.
-
-    Args:
-        pieces: keys are names of the model, without PEFT's prefix.
-    """
-    pieces = sorted(_with_bias_everywhere(expert, pieces, layers), key=lambda piece: natural_key(piece.key))
-    config = adapter_config([(p.key, p.shape) for p in pieces], layers, tied_embedding=tied_embedding)
-    return config, [replace(piece, key=_stored_name(piece.key, tied_embedding)) for piece in pieces]
-
-
-def coded_config(code: CodeName) -> dict[str, Any]:
-    """adapter_config.json of an expert whose residuals have a code that PEFT does not know.
-
-    PEFT looks the type up and stops with it in its message, so the type says what to do; vLLM and others look for
-    the keys of a LoRA and for its weights' file, and find neither.
-    """
-    return {"peft_type": f"POLYMERGE_{code.upper()}: make a PEFT adapter of it with `polymerge export --to peft`"}
-
-
-def write_scales(file: Path, scales: Mapping[str, float]) -> FileRecord:
+def write_scales(file: Path, scales: Mapping[str, float]) -> FileEntry:
     """rho_i of every tensor, float32 [1], under the tensor's checkpoint name."""
     entries = [(tensor, "F32", (1,), 4) for tensor in scales]
     return write_safetensors(file, entries, (np.float32(ratio).tobytes() for ratio in scales.values()))
 
 
-def missing_siblings(keys: Iterable[str], layers: Iterable[BundleLayer]) -> list[BundleLayer]:
-    """Parameters that an adapter needs although they are the base's.
-
-    PEFT's `modules_to_save` takes whole modules: with an expert's own weight it wants the bias too, and the other way
-    round.
-    """
-    have = set(keys)
-    layers = list(layers)
-    own = {layer.module for layer in layers if f"{layer.module}.{layer.parameter}" in have}
-    return [layer for layer in layers if layer.module in own and f"{layer.module}.{layer.parameter}" not in have]
-
-
-def adapter_config(
-    tensors: Iterable[tuple[str, Sequence[int]]], layers: Iterable[BundleLayer], *, tied_embedding: str | None
-) -> dict[str, Any]:
-    """adapter_config.json for an adapter with these tensors (names of the model, shapes).
-
-    Every module's own rank stands in `rank_pattern` and `alpha_pattern` with alpha = rank, so that the scale is
-    1 under any reader's rule. Keys are escaped full names: PEFT matches them with `re.match(r"(.*\\.)?(key)$", name)`.
-    An embedding that the head is tied to goes to `trainable_token_indices` (all of them), because PEFT's
-    `modules_to_save` would leave the head with the base's weight, or want it stored twice.
-    """
-    ranks: dict[str, int] = {}
-    own: set[str] = set()
-    tokens: dict[str, list[int]] = {}
-    lora_bias = False
-    for name, shape in tensors:
-        factor = _FACTOR.fullmatch(name)
-        if factor:
-            ranks[factor[1]] = shape[0] if factor[2] == "A" else shape[1]
-        elif name.endswith(".lora_B.bias"):
-            lora_bias = True
-        elif tied_embedding and name == f"{tied_embedding}.weight":
-            tokens[tied_embedding] = list(range(shape[0]))
-        else:
-            own.add(name.rpartition(".")[0])
-    by_module = {layer.module: layer for layer in layers if layer.role == "linear"}
-    fused = {m: r for m, r in ranks.items() if m in by_module and is_fused(by_module[m])}
-    # transformers 5 holds a mixture's matrices in one parameter, for which PEFT takes the general rank alone.
-    rank = next(iter(fused.values()), None) or (Counter(ranks.values()).most_common(1)[0][0] if ranks else 1)
-    pattern = {re.escape(module): r for module, r in ranks.items() if r != rank}
-    whole_blocks = own & {module for module, layer in by_module.items() if is_fused(layer)}
-    return {
-        # PEFT has no place for whole matrices of a fused block and would leave them out without a word; a type that
-        # it does not know makes it refuse.
-        "peft_type": "POLYMERGE_WHOLE_BLOCKS" if whole_blocks else "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "lora_bias": lora_bias,
-        "init_lora_weights": True,
-        "fan_in_fan_out": any(layer.transposed for layer in by_module.values()),
-        "target_modules": sorted(ranks, key=natural_key) or "dummy-target-modules",
-        "rank_pattern": pattern,
-        "alpha_pattern": dict(pattern),
-        "modules_to_save": sorted(own, key=natural_key) or None,
-        "trainable_token_indices": tokens or None,
-    }
-
-
-def is_fused(layer: BundleLayer) -> bool:
-    """Whether the tensor is one matrix of a parameter that transformers holds fused (mixture-of-experts blocks)."""
-    return layer.module == layer.tensor.removesuffix(".weight") and ".experts." in layer.module
-
-
-def _with_bias_everywhere(expert: str, pieces: Sequence[Piece], layers: Sequence[BundleLayer]) -> list[Piece]:
-    """PEFT's `lora_bias` is one switch for the whole adapter: with one bias, every factor pair needs one, and the
-    other way round a bias needs a factor pair. What is missing is zeros."""
-    have = {piece.key for piece in pieces}
-    if not any(key.endswith(".lora_B.bias") for key in have):
-        return list(pieces)
-    filled = list(pieces)
-    for layer in (layer for layer in layers if layer.role == "linear"):
-        rows, columns = layer.shape[::-1] if layer.transposed else layer.shape
-        a, b, bias = (f"{layer.module}.{part}" for part in ("lora_A.weight", "lora_B.weight", "lora_B.bias"))
-        if a in have and bias not in have:
-            filled.append(zeros_piece(expert, bias, "F32", (rows,)))
-        if bias in have and a not in have:
-            filled.append(zeros_piece(expert, a, "F32", (1, columns)))
-            filled.append(zeros_piece(expert, b, "F32", (rows, 1)))
-    return filled
-
-
-def _stored_name(name: str, tied_embedding: str | None) -> str:
-    if tied_embedding and name == f"{tied_embedding}.weight":
-        name = tied_embedding + TIED_ROWS
-    return PEFT_PREFIX + name
-
-
-def copy_model_files(source: Path, folder: Path, config: dict[str, Any], *, code: bool) -> dict[str, FileRecord]:
+def copy_model_files(source: Path, folder: Path, config: dict[str, Any], *, code: bool) -> dict[str, FileEntry]:
     """Configuration, tokenizer and chat templates. Python files only with the user's consent (`code`)."""
     written = {"config.json": write_json(folder / "config.json", config)}
     names = [name for name in TOKENIZER_FILES if (source / name).is_file()]

@@ -46,8 +46,8 @@ def eval(
     from .console import hush_harness, print_evaluation, print_json, request_progress
 
     hush_harness()
-    from ..engine.wrappers.cached import CachedEngine, answers_file
     from ..engine.local.engine import HFEngine
+    from ..engine.wrappers.cached import CachedEngine, answers_file
     from ..evaluate import HarnessSettings, evaluate_modes, task_list, write_results
     from .verify import named_sources
 

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from ..version import __version__
 from ..errors import PolymergeError
+from ..version import __version__
 from .add import add
 from .assess import assess
 from .compete import compete

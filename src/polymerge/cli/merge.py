@@ -45,11 +45,11 @@ def merge(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Merge the recipe's experts into one bundle."""
-    from ..merging.executor import in_threads
     from ..bundle.inspect import inspect_bundle
-    from ..merging.run import run_plan
-    from ..merging.ray import ray_cluster
+    from ..merging.executor import in_threads
     from ..merging.plan import plan_merge, replanned
+    from ..merging.ray import ray_cluster
+    from ..merging.run import run_plan
     from ..recipe.merge import load_recipe
     from .console import err, merge_progress, out, print_json, size
     from .searching import read_wanted

@@ -32,8 +32,8 @@ class Wanted:
 
     def find(self, recipe: Recipe, output: Path, *, overwrite: bool, executor: Executor, quiet: bool) -> Found:
         """Searches; the bundles that are measured lie beside the output for a moment."""
+        from ..bundle.files import check_output
         from ..search.find import find
-        from ..merging.journal import check_output
 
         check_output(output.expanduser(), overwrite=overwrite)  # now and not after the work
         folder = next(parent for parent in output.expanduser().absolute().parents if parent.exists())

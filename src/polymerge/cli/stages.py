@@ -25,11 +25,11 @@ def stages(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Measure on validation data where a thinker helps: direct answers against both versions of the prompts."""
+    from ..bundle.files import write_bytes
     from ..errors import PolymergeError
     from ..staged.evidence import FILE
     from ..staged.opening import open_pipeline
     from ..staged.validation import read_samples, validate
-    from ..merging.journal import write_bytes
     from .answering import print_evidence
     from .console import err, hush_libraries, print_json
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..merging.run import peak_memory
+from ..host import peak_memory
 from ..staged.formatter import Question
 from ..staged.thinker import Thought
 

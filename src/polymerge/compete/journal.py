@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..bundle.files import disk_errors
 from ..errors import OutputExistsError
-from ..merging.journal import disk_errors
 
 
 class Journal:

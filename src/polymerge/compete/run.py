@@ -15,12 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..version import __version__
+from ..bundle.files import write_bytes
 from ..errors import OutputExistsError, PolymergeError
 from ..staged.formatter import Question
 from ..staged.pipeline import Pipeline, Response, Step
 from ..staged.thinker import Thought
-from ..merging.journal import write_bytes
+from ..version import __version__
 from .clock import TIME_LIMIT, Clock, OnProgress, Progress, cost_of, peak_bytes
 from .journal import Journal
 from .scoring import check_scorable, score

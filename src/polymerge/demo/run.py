@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ..bundle.bundle import Bundle
-from ..sources.gguf import package_gguf, unpack
-from ..merging.run import OnProgress, merge, peak_memory
+from ..host import peak_memory
+from ..merging.run import OnProgress, merge
 from ..model import MixedModel, load_model
+from ..sources.gguf import package_gguf, unpack
 from .measure import accuracy, answer_log_probabilities, kl_divergence
 from .skills import Skill, demo_skills, read_skills
 from .train import TrainProgress, TrainSettings, fine_tune, load_base

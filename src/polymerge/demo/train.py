@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..sources.gguf import cache_folder
+from ..host import cache_folder
 from .skills import Example, Skill
 
 # The experts are trained on bare requests: their tokenizer says so, and whoever applies it gets the same text.

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..bundle.files import write_bytes
 from ..engine.base import Engine
 from ..router.route import Routes
-from ..merging.journal import write_bytes
 from .modes import chooser
 from .run import HarnessSettings, accuracy, evaluate
 

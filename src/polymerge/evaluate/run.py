@@ -14,9 +14,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..version import __version__
 from ..engine.base import Engine
 from ..errors import MissingExtraError, ModelError, PolymergeError, RecipeError
+from ..version import __version__
 from .modes import Choose
 
 if TYPE_CHECKING:

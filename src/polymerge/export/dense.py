@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
-from ..bundle import write as assemble
 from ..bundle.bundle import Bundle
+from ..bundle.files import DTYPE_NAMES, Entry, check_free_space, raw_bytes
+from ..bundle.write import bundle_config, copy_model_files, write_weights
+from ..host import dtype_of
 from ..sources.checkpoint import read_json
-from ..errors import ModelError
-from ..merging.plan import DTYPES
-from ..merging.journal import DTYPE_NAMES, Entry, check_free_space, raw_bytes
 from .place import fresh, publish
 
 
@@ -29,17 +28,15 @@ def export_dense(
     """
     bundle, output = Bundle.open(bundle), Path(output).expanduser()
     bundle.expert_folder(expert)
-    if dtype is not None and dtype not in DTYPES:
-        raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    target = DTYPES[dtype or bundle.manifest.dtype]
+    target = dtype_of(dtype or bundle.manifest.dtype)
     entries = [_entry(bundle, tensor, target) for tensor in bundle.layers]
     check_free_space(output.parent, sum(entry[3] for entry in entries))
     staged = fresh(output, overwrite=overwrite)
     tied = bool(read_json(bundle.path / "config.json").get("tie_word_embeddings"))
-    config = assemble.bundle_config(
+    config = bundle_config(
         read_json(bundle.path / "config.json"), dtype=dtype or bundle.manifest.dtype, tied=tied, code=True
     )
-    assemble.copy_model_files(bundle.path, staged, config, code=True)
+    copy_model_files(bundle.path, staged, config, code=True)
     reader = bundle.expert_reader(expert)
 
     def content(index: int) -> Iterator[bytes]:
@@ -47,7 +44,7 @@ def export_dense(
         tensor = tensor.to(target) if tensor.is_floating_point() else tensor
         yield bytes(raw_bytes(tensor))
 
-    assemble.write_weights(staged, entries, content)
+    write_weights(staged, entries, content)
     return publish(staged, output)
 
 

@@ -9,11 +9,8 @@ from typing import Any
 
 import torch
 
-from ..bundle import write as assemble
-from ..bundle.bundle import ADAPTER_FILE, Bundle
-from ..sources.checkpoint import read_json
-from ..errors import ModelError
-from ..merging.journal import (
+from ..bundle.bundle import Bundle
+from ..bundle.files import (
     DTYPE_NAMES,
     Piece,
     check_free_space,
@@ -23,6 +20,10 @@ from ..merging.journal import (
     write_json,
     write_safetensors,
 )
+from ..bundle.manifest import ADAPTER_FILE
+from ..bundle.peft import peft_adapter
+from ..errors import ModelError
+from ..sources.checkpoint import read_json
 from .place import fresh, publish
 
 
@@ -81,7 +82,7 @@ def _write_adapter(bundle: Bundle, expert: str, staged: Path) -> dict[str, Any]:
         for key, tensor in tensors.items()
     ]
     layers, tied = list(bundle.layers.values()), bundle.manifest.tied_embedding
-    config, pieces = assemble.peft_adapter(expert, pieces, layers, tied_embedding=tied)
+    config, pieces = peft_adapter(expert, pieces, layers, tied_embedding=tied)
     check_free_space(staged, sum(piece.bytes for piece in pieces))
     entries = [(piece.key, piece.dtype, piece.shape, piece.bytes) for piece in pieces]
     contents = (bytes(raw_bytes(tensors[p.file])) if p.file else bytes(p.bytes) for p in pieces)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ..bundle import write as assemble
-from ..bundle.bundle import MANIFEST
+from ..bundle.manifest import MANIFEST
+from ..bundle.write import clear
 from ..errors import OutputExistsError
 
 
@@ -17,7 +17,7 @@ def fresh(output: Path, *, overwrite: bool) -> Path:
     if output.exists() and not (output.is_dir() and _is_export(output)):
         raise OutputExistsError(f"{output}: exists and is not an exported model; it is never overwritten")
     staged = output.with_name(output.name + ".partial")
-    assemble.clear(staged)
+    clear(staged)
     return staged
 
 

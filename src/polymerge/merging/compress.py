@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..method.codes import Code
 from ..errors import SourceError
-from .plan import TensorTask
+from ..host import dtype_name
+from ..method.codes import Code
 from ..method.rsvd import rsvd, sketch_seed
+from .plan import TensorTask
 
 # read(expert, tensor name, start row, stop row) -> rows on the CPU in the stored dtype
 Read = Callable[[str, str, int, int], Tensor]
@@ -257,9 +258,8 @@ def _check_values(values: Tensor, dtype: torch.dtype, expert: str, tensor: str) 
             f"expert {expert!r}: tensor {tensor!r} holds {bad} NaN or infinite values; the checkpoint is damaged"
         )
     if largest > min(torch.finfo(dtype).max, torch.finfo(torch.float32).max):
-        name = str(dtype).removeprefix("torch.")
         raise SourceError(
-            f"expert {expert!r}: tensor {tensor!r} holds {largest:.3g}, too large for {name}; "
+            f"expert {expert!r}: tensor {tensor!r} holds {largest:.3g}, too large for {dtype_name(dtype)}; "
             "say a wider `dtype:` in the recipe"
         )
 

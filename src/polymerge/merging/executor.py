@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sources.checkpoint import Checkpoint
+from ..host import pick_device
 from ..method.codes import code_of
-from .compress import Settings, TensorReport, compress_tensor
-from ..errors import RecipeError
-from .plan import MergePlan, TensorTask
 from ..recipe.merge import Recipe
+from ..sources.checkpoint import Checkpoint
+from .compress import Settings, TensorReport, compress_tensor
 from .journal import PieceWriter, Staging
+from .plan import MergePlan, TensorTask
 
 # What is known of a finished tensor: its pieces and its report.
 Note = dict[str, Any]
@@ -80,15 +80,3 @@ def settings_of(recipe: Recipe, dtype: torch.dtype) -> Settings:
         n_oversamples=recipe.n_oversamples,
         n_iter=recipe.n_iter,
     )
-
-
-def pick_device(device: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises RecipeError for a device that this machine lacks."""
-    if device != "auto":
-        chosen = torch.device(device)
-        try:
-            torch.empty(0, device=chosen)
-        except (RuntimeError, AssertionError):  # torch raises either, by how it was built
-            raise RecipeError(f"device {device!r}: this machine or this torch has no such device; try auto") from None
-        return chosen
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

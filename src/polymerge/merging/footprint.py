@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
-from ..sources.checkpoint import Checkpoint, open_checkpoint
-from ..sources.layers import meta_model
-from ..sources.outline import DTYPES, outline
-from .plan import MergePlan
+from ..host import DTYPES
 from ..recipe.response import ThinkerSettings
+from ..sources.checkpoint import Checkpoint
+from ..sources.layers import meta_model
+from ..sources.opening import open_checkpoint
+from ..sources.outline import outline
+from .plan import MergePlan
 
 # Tokens that are in work at once: the engine's batches hold so many, or one text of the model's whole context.
 BATCH_TOKENS = 4096

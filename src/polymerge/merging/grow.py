@@ -19,17 +19,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..bundle import write as assemble
-from ..bundle.bundle import Bundle, BundleLayer, ExpertRecord, FileEntry, Manifest, dtype_name
-from ..sources.checkpoint import Checkpoint, open_checkpoint
-from .compress import Settings, TensorReport, compress_residual, frobenius_norm, read_checked, stats_line
+from ..bundle.bundle import Bundle
+from ..bundle.files import FileEntry, Piece, check_free_space
+from ..bundle.manifest import BundleLayer, ExpertRecord, Manifest
+from ..bundle.peft import missing_siblings
+from ..bundle.write import clear, write_expert, write_manifest, write_stats
 from ..errors import BundleError, RecipeError, SourceError
-from .executor import pick_device
-from ..sources.layers import LayerRecord, map_layers
-from .plan import DTYPES, TensorTask, Treatment, with_differences
-from ..recipe.merge import Source, check_expert_name
+from ..host import DTYPES, dtype_name, pick_device
 from ..method.rsvd import factors_are_smaller, rank_for_rate, rsvd
-from .journal import Piece, Staging, check_free_space, pieces_of
+from ..recipe.merge import Source, check_expert_name
+from ..sources.checkpoint import Checkpoint
+from ..sources.layers import LayerRecord, map_layers
+from ..sources.opening import open_checkpoint
+from .compress import Settings, TensorReport, compress_residual, frobenius_norm, read_checked, stats_line
+from .journal import Staging, pieces_of
+from .plan import TensorTask, Treatment, with_differences
 
 SAMPLED_LAYERS = 12
 
@@ -111,7 +115,7 @@ def remove_expert(bundle: Bundle | str | Path, name: str) -> Bundle:
     lines = [line for line in bundle.stats() if line["expert"] != name]
     _write_manifest(bundle, manifest.model_copy(update={"files": kept, "experts": experts}))
     shutil.rmtree(folder)
-    assemble.write_stats(bundle.path, lines)
+    write_stats(bundle.path, lines)
     return Bundle.open(bundle.path)
 
 
@@ -217,7 +221,7 @@ def _write(staging: Staging, bundle: Bundle, name: str, notes: list[dict[str, An
     pieces: list[Piece] = [piece for note in notes for piece in pieces_of(note)]
     layers = list(bundle.layers.values())
     with staging.tensor(len(notes)) as writer:
-        for layer in assemble.missing_siblings((piece.key for piece in pieces), layers):
+        for layer in missing_siblings((piece.key for piece in pieces), layers):
             writer.emit(name, f"{layer.module}.{layer.parameter}", bundle.base_tensor(layer.tensor))
         pieces += pieces_of(staging.finish(len(notes), writer.note({})))
     scales = {
@@ -227,12 +231,12 @@ def _write(staging: Staging, bundle: Bundle, name: str, notes: list[dict[str, An
         if name in note["report"]["scales"]
     }
     folder = staging.folder / "bundle"
-    assemble.clear(folder)
+    clear(folder)
     tied = bundle.manifest.tied_embedding
     code = bundle.manifest.method.code
-    files = assemble.write_expert(staging, folder, name, pieces, scales, layers, code=code, tied_embedding=tied)
+    files = write_expert(folder, name, pieces, scales, layers, staging.content, code=code, tied_embedding=tied)
     staging.publish(folder / "experts" / name)
-    return {file: FileEntry(**asdict(record)) for file, record in files.items()}
+    return files
 
 
 def _commit(
@@ -260,13 +264,13 @@ def _commit(
         "scale_ratio_range": (min([low, *ratios]), max([high, *ratios])),
     }
     lines = [line for note in notes for line in note["report"]["stats"]]
-    assemble.write_stats(bundle.path, [*bundle.stats(), *lines])
+    write_stats(bundle.path, [*bundle.stats(), *lines])
     _write_manifest(bundle, manifest.model_copy(update=update))
 
 
 def _write_manifest(bundle: Bundle, manifest: Manifest) -> None:
     # Parsed again before it is written: an update must give a manifest that opens.
-    assemble.write_manifest(bundle.path, Manifest.model_validate(json.loads(manifest.to_json())).to_json())
+    write_manifest(bundle.path, Manifest.model_validate(json.loads(manifest.to_json())).to_json())
 
 
 def _assess(

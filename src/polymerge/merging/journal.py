@@ -9,64 +9,21 @@ Knows bytes, names and renames; does not know what a tensor means.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import re
 import shutil
-import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..errors import DiskSpaceError, OutputExistsError, PolymergeError
-
-# A tensor of a safetensors file to be: key, dtype ("F32", ...), shape, bytes.
-Entry = tuple[str, str, Sequence[int], int]
+from ..bundle.files import DTYPE_NAMES, Piece, check_output, disk_errors, raw_bytes, sync_folder
+from ..errors import OutputExistsError
 
 BUFFER = 8 * 2**20
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One tensor on its way into a safetensors file: who owns it, under which key, and where its bytes lie.
-
-    `file` is relative to the staging folder; an empty one stands for zeros.
-    """
-
-    owner: str | None
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-    bytes: int
-    file: str = ""
-    sha256: str = ""
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """A written file, as the manifest lists it."""
-
-    bytes: int
-    sha256: str
 
 
 class Staging:
@@ -132,19 +89,14 @@ class Staging:
                 (self.folder / file).write_bytes(data)
         return self.finish(index, note)
 
-    def write_safetensors(self, target: Path, pieces: Sequence[Piece]) -> FileRecord:
-        """Joins pieces into one safetensors file, in the order given. Written whole or not at all."""
-        chunks = (chunk for piece in pieces for chunk in self.content(piece))
-        return write_safetensors(target, [(p.key, p.dtype, p.shape, p.bytes) for p in pieces], chunks)
-
     def publish(self, assembled: Path) -> None:
         """Moves the finished folder to the output's place; a previous bundle stays until the new one is there."""
-        _sync_folder(assembled)
+        sync_folder(assembled)
         shutil.rmtree(self._previous, ignore_errors=True)
         if self.output.exists():
             self.output.rename(self._previous)
         assembled.rename(self.output)
-        _sync_folder(self.output.parent)
+        sync_folder(self.output.parent)
         shutil.rmtree(self._previous, ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -201,88 +153,9 @@ class PieceWriter:
         return {"pieces": [asdict(piece) for piece in self._pieces], "report": report}
 
 
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a CPU tensor, without a copy where it is contiguous."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
 def pieces_of(note: dict[str, Any]) -> list[Piece]:
     """The pieces that a finished tensor's note lists."""
     return [Piece(**{**piece, "shape": tuple(piece["shape"])}) for piece in note["pieces"]]
-
-
-def zeros_piece(owner: str | None, key: str, dtype: str, shape: tuple[int, ...]) -> Piece:
-    """A piece of zeros that lies nowhere."""
-    width = {"F32": 4, "F16": 2, "BF16": 2}[dtype]
-    count = 1
-    for size in shape:
-        count *= size
-    return Piece(owner, key, dtype, shape, count * width)
-
-
-def write_safetensors(target: Path, entries: Sequence[Entry], chunks: Iterable[bytes]) -> FileRecord:
-    """Streams a safetensors file: 8-byte little-endian header length, JSON header, data without holes.
-
-    Args:
-        entries: in the order of the data.
-        chunks: the data of all entries, one after the other.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for key, dtype, shape, size in entries:
-        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data starts on a multiple of eight, as the format's own writer does it
-    digest, written = hashlib.sha256(), 0
-    scratch = target.with_name(target.name + ".writing")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with disk_errors(target.parent), scratch.open("wb") as handle:
-        for chunk in (struct.pack("<Q", len(text)), text):
-            handle.write(chunk)
-            digest.update(chunk)
-        for chunk in chunks:
-            handle.write(chunk)
-            digest.update(chunk)
-            written += len(chunk)
-        handle.flush()
-        os.fsync(handle.fileno())
-    if written != offset:
-        raise PolymergeError(f"{target}: expected {offset} bytes of tensors, got {written}; start the merge again")
-    scratch.rename(target)
-    return FileRecord(8 + len(text) + offset, digest.hexdigest())
-
-
-def write_json(target: Path, data: Any) -> FileRecord:
-    """Writes JSON atomically, keys as given, a list of numbers on one line."""
-    text = json.dumps(data, indent=2, ensure_ascii=False)
-    text = re.sub(r"\[\s+(\d[\d,\s]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
-    return write_bytes(target, f"{text}\n".encode())
-
-
-def write_bytes(target: Path, data: bytes) -> FileRecord:
-    """Writes a small file atomically."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(target.name + ".writing")
-    with disk_errors(target.parent), scratch.open("wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    scratch.rename(target)
-    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
-
-
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raises OutputExistsError unless a bundle may be written to `output`."""
-    if not output.name or output.name == "..":
-        raise OutputExistsError(f"{output}: not the name of a folder to make; give one, such as ./bundle")
-    blocking = next((parent for parent in output.parents if parent.exists() and not parent.is_dir()), None)
-    if blocking:
-        raise OutputExistsError(f"{output}: {blocking} is a file, so no folder can be made in it")
-    if output.exists() and not overwrite:
-        raise OutputExistsError(f"{output}: exists; give --overwrite to replace it, or another --output")
-    if output.exists() and not _is_bundle(output):
-        raise OutputExistsError(f"{output}: exists and is not a bundle; it is never overwritten")
 
 
 def half_done(output: Path) -> int:
@@ -291,45 +164,7 @@ def half_done(output: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def check_free_space(folder: Path, needed: int) -> None:
-    """Raises DiskSpaceError unless the file system of `folder` has `needed` bytes free."""
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise DiskSpaceError(
-            f"{folder}: the merge writes {needed / 1e9:.2f} GB there, but only {free / 1e9:.2f} GB are free; "
-            "free some or choose another --output"
-        )
-
-
-@contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turns a full disk into one clear line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.EFBIG:
-            raise DiskSpaceError(f"{folder}: a file grew too large for this file system or its limits") from None
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskSpaceError(
-                f"{folder}: the disk is full; what is done is kept, free some room and run again with --resume"
-            ) from None
-        raise
-
-
 def _write_text(path: Path, text: str) -> None:
     scratch = path.with_name(path.name + ".writing")
     scratch.write_text(text)
     scratch.rename(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _is_bundle(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / "polymerge.json").exists() or not any(folder.iterdir()))

@@ -11,13 +11,15 @@ from typing import Any, Literal
 
 import torch
 
-from ..sources.checkpoint import Checkpoint, open_checkpoint
-from ..method.codes import Code, code_of
 from ..errors import SourceError
-from ..sources.layers import LayerMap, LayerRecord, map_layers
-from ..sources.outline import OutlineCheckpoint, outline
-from ..recipe.merge import CodeName, Recipe, Source
+from ..host import DTYPES, dtype_name
+from ..method.codes import Code, code_of
 from ..method.rsvd import factors_are_smaller, rank_for_rate
+from ..recipe.merge import CodeName, Recipe, Source
+from ..sources.checkpoint import Checkpoint
+from ..sources.layers import LayerMap, LayerRecord, map_layers
+from ..sources.opening import open_checkpoint
+from ..sources.outline import OutlineCheckpoint, outline
 
 Treatment = Literal["low_rank", "full", "average", "keep", "copy"]
 
@@ -38,8 +40,6 @@ SHOULD_AGREE = (
     "max_position_embeddings",
     "sliding_window",
 )
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class MergePlan:
             "layers_from": self.layer_map.layers_from,
             "compress_rate": self.recipe.compress_rate,
             "code": self.recipe.code,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "tensors": len(self.tasks),
             "compressed_tensors": sum(t.treatment == "low_rank" for t in self.tasks),
             "ranks": [ranks[0], ranks[-1]] if ranks else [],
@@ -311,7 +311,7 @@ def _dtype(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tasks: tuple[T
     linear = next((t for t in tasks if t.record.role == "linear"), tasks[0])
     found = {e: checkpoints[e].tensors[source].dtype or torch.float32 for e, source in linear.sources.items()}
     if len(set(found.values())) > 1:
-        kinds = ", ".join(f"{e}: {str(d).removeprefix('torch.')}" for e, d in found.items())
+        kinds = ", ".join(f"{e}: {dtype_name(d)}" for e, d in found.items())
         raise SourceError(f"the experts are stored in different dtypes ({kinds}); say `dtype:` in the recipe")
     dtype = next(iter(found.values()))
     return torch.float32 if dtype == torch.float64 else dtype

@@ -1,9 +1,9 @@
 """A merge's tasks on the machines of a Ray cluster.
 
-Every task is one tensor, as in `polymerge.merging.executor`. A machine that sees the merge's staging folder (a shared file
-system) writes its pieces there itself; one that does not hands their bytes back, and this process writes them. Only
-this process notes a tensor as whole, so a task that is done twice, because its machine was lost or only seemed to be,
-does no harm.
+Every task is one tensor, as in `polymerge.merging.executor`. A machine that sees the merge's staging folder (a shared
+file system) writes its pieces there itself; one that does not hands their bytes back, and this process writes them.
+Only this process notes a tensor as whole, so a task that is done twice, because its machine was lost or only seemed to
+be, does no harm.
 
 Needs the extra `ray`, and on every machine the same polymerge and the sources under the same paths.
 """
@@ -23,14 +23,15 @@ from typing import Any
 
 import torch
 
-from ..version import __version__
-from ..sources.checkpoint import Checkpoint, open_checkpoint
-from .compress import Settings
 from ..errors import MissingExtraError, PolymergeError, SourceError
-from .executor import Executor, Note, compress_task, settings_of
-from .plan import MergePlan, TensorTask
 from ..recipe.merge import Recipe, Source
+from ..sources.checkpoint import Checkpoint
+from ..sources.opening import open_checkpoint
+from ..version import __version__
+from .compress import Settings
+from .executor import Executor, Note, compress_task, settings_of
 from .journal import PieceWriter, Staging
+from .plan import MergePlan, TensorTask
 
 # A task whose machine is lost is done again so many times; a merge that kills its machines must end some day.
 RETRIES = 5

@@ -7,22 +7,33 @@ Knows the order of the work, progress and resuming. Who does the tensors is the 
 from __future__ import annotations
 
 import hashlib
-import resource
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..version import __version__
-from ..bundle import write as assemble
-from ..bundle.bundle import Bundle, BundleLayer, ExpertRecord, FileEntry, Manifest, Method, dtype_name, version_of
+from ..bundle.bundle import Bundle
+from ..bundle.files import FileEntry, check_free_space, check_output, disk_errors
+from ..bundle.manifest import BundleLayer, ExpertRecord, Manifest, Method, version_of
+from ..bundle.peft import missing_siblings
+from ..bundle.write import (
+    bundle_config,
+    clear,
+    copy_model_files,
+    tool_versions,
+    write_base,
+    write_expert,
+    write_manifest,
+    write_stats,
+)
 from ..errors import ErrorBudgetExceeded
-from .executor import Executor, Note, in_threads, pick_device
-from .plan import MergePlan, TensorTask, plan_merge
+from ..host import dtype_name, peak_memory, pick_device
 from ..recipe.merge import Recipe, load_recipe
-from .journal import FileRecord, Staging, check_free_space, check_output, disk_errors, half_done, pieces_of
+from ..version import __version__
+from .executor import Executor, Note, in_threads
+from .journal import Staging, half_done, pieces_of
+from .plan import MergePlan, TensorTask, plan_merge
 
 
 @dataclass(frozen=True)
@@ -119,16 +130,6 @@ def fingerprint(plan: MergePlan) -> dict[str, Any]:
     }
 
 
-def peak_memory() -> int:
-    """Peak resident bytes of this process so far."""
-    status = Path("/proc/self/status")
-    if status.exists():  # the kernel's other count (ru_maxrss) starts with that of the process that started this one
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def _compress_all(plan: MergePlan, staging: Staging, executor: Executor, progress: OnProgress | None) -> list[Note]:
     weights = [_work(task) for task in plan.tasks]
     notes: list[Note | None] = [staging.finished(index) for index in range(len(plan.tasks))]
@@ -150,25 +151,25 @@ def _work(task: TensorTask) -> int:
 
 
 def _assemble(plan: MergePlan, staging: Staging, notes: list[Note], folder: Path) -> None:
-    assemble.clear(folder)
+    clear(folder)
     pieces = [piece for note in notes for piece in pieces_of(note)]
     layers = tuple(bundle_layer(task, note["report"]) for task, note in zip(plan.tasks, notes, strict=True))
     code = plan.recipe.trust_remote_code
-    config = assemble.bundle_config(plan.first.config, dtype=dtype_name(plan.dtype), tied=plan.tied, code=code)
-    files = assemble.copy_model_files(plan.first.folder, folder, config, code=code)
+    config = bundle_config(plan.first.config, dtype=dtype_name(plan.dtype), tied=plan.tied, code=code)
+    files = copy_model_files(plan.first.folder, folder, config, code=code)
     base = {piece.key: piece for piece in pieces if piece.owner is None}
-    files |= assemble.write_base(staging, folder, list(base.values()))
+    files |= write_base(folder, list(base.values()), staging.content)
     for expert in plan.checkpoints:
         own = [piece for piece in pieces if piece.owner == expert]
-        for layer in assemble.missing_siblings((piece.key for piece in own), layers):
+        for layer in missing_siblings((piece.key for piece in own), layers):
             own.append(replace(base[layer.tensor], owner=expert, key=f"{layer.module}.{layer.parameter}"))
         scales = _scales_of(plan, notes, expert)
         tied = plan.tied_embedding
-        files |= assemble.write_expert(
-            staging, folder, expert, own, scales, layers, code=plan.recipe.code, tied_embedding=tied
+        files |= write_expert(
+            folder, expert, own, scales, layers, staging.content, code=plan.recipe.code, tied_embedding=tied
         )
-    assemble.write_stats(folder, (line for note in notes for line in note["report"]["stats"]))
-    assemble.write_manifest(folder, _manifest(plan, notes, layers, files).to_json())
+    write_stats(folder, (line for note in notes for line in note["report"]["stats"]))
+    write_manifest(folder, _manifest(plan, notes, layers, files).to_json())
 
 
 def bundle_layer(task: TensorTask, report: dict[str, Any]) -> BundleLayer:
@@ -192,7 +193,7 @@ def _scales_of(plan: MergePlan, notes: list[Note], expert: str) -> dict[str, flo
 
 
 def _manifest(
-    plan: MergePlan, notes: list[Note], layers: tuple[BundleLayer, ...], files: dict[str, FileRecord]
+    plan: MergePlan, notes: list[Note], layers: tuple[BundleLayer, ...], files: dict[str, FileEntry]
 ) -> Manifest:
     recipe = plan.recipe
     ratios = [ratio for note in notes for ratio in note["report"]["scales"].values()]
@@ -210,8 +211,8 @@ def _manifest(
         },
         scale_ratio_range=(min(ratios, default=1.0), max(ratios, default=1.0)),
         layers=layers,
-        files={name: FileEntry(**asdict(record)) for name, record in sorted(files.items())},
-        versions=assemble.tool_versions(),
+        files=dict(sorted(files.items())),
+        versions=tool_versions(),
         notes=plan.notes,
     )
 

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
-from ..bundle.write import adapter_config, coded_config
-from ..bundle.bundle import Bundle, BundleLayer
-from ..sources.checkpoint import Checkpoint, open_checkpoint, read_json
+from ..bundle.bundle import Bundle
+from ..bundle.manifest import BundleLayer
+from ..bundle.peft import adapter_config, coded_config
 from ..errors import BundleError, PolymergeError, SourceError
-from ..sources.layers import map_layers
 from ..recipe.merge import Source
+from ..sources.checkpoint import Checkpoint, read_json
+from ..sources.layers import map_layers
+from ..sources.opening import open_checkpoint
 
 # A rebuilt tensor may differ from what the merge measured by the rounding of the float32 products alone.
 TOLERANCE = 1e-4

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..host import dtype_name
 from .rsvd import rank_for_rate
 
 # A compress rate is a budget of bytes: those of the published factors at 16 bits a number.
@@ -225,6 +226,6 @@ def group_size(count: int) -> int:
 
 def _check(key: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        kind = str(tensor.dtype).removeprefix("torch.")
-        expected = str(dtype).removeprefix("torch.")
-        raise ValueError(f"{key} is {kind} {list(tensor.shape)}, expected {expected} {list(shape)}")
+        raise ValueError(
+            f"{key} is {dtype_name(tensor.dtype)} {list(tensor.shape)}, expected {dtype_name(dtype)} {list(shape)}"
+        )

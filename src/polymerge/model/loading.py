@@ -13,15 +13,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..bundle.bundle import Bundle, BundleLayer
+from ..bundle.bundle import Bundle
+from ..bundle.manifest import BundleLayer
 from ..errors import ModelError
+from ..host import DTYPES, pick_device, pick_dtype
 from .assignment import Assignment
-from .triton.linear import CodedLinear
-from .triton.check import objection
 from .linear import ExpertLinear, MixedLinear
 from .mixed import MixedModel
 from .moe import MixedBlockExperts, SlabResidual, Slabs, as_sequence, check_layout, locate_slabs
 from .own import wrap_own
+from .triton.check import objection
+from .triton.linear import CodedLinear
 
 logger = logging.getLogger(__name__)
 Kernel = Literal["plain", "triton"]
@@ -54,9 +56,8 @@ def load_model(
 
     bundle = Bundle.open(bundle)
     bundle.base  # noqa: B018 (its index is checked before transformers joins paths with it)
-    place = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    chosen = chosen or (torch.float32 if place.type == "cpu" else getattr(torch, bundle.manifest.dtype))
+    place = pick_device(device)
+    chosen = pick_dtype(dtype, place, DTYPES[bundle.manifest.dtype])
     placer = _CodedPlacer if _uses_kernel(kernel, bundle, place, chosen) else _Placer
     try:
         hf = AutoModelForCausalLM.from_pretrained(

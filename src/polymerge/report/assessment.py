@@ -13,8 +13,8 @@ from typing import Any
 
 from ..assess.results import FORMAT
 from ..bundle.bundle import Bundle
+from ..bundle.files import write_bytes
 from ..errors import BundleError
-from ..merging.journal import write_bytes
 from .blocks import cards, html_page, plot, plotly, section, size, table
 
 

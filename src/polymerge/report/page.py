@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.bundle import Bundle
+from ..bundle.files import write_bytes
 from ..bundle.inspect import Inspection, inspect_bundle
-from ..merging.journal import write_bytes
 from . import assessment
 from .blocks import cards, html_page, size
 from .demo import demo_section

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..merging.journal import write_bytes
+from ..bundle.files import write_bytes
 from .blocks import COLOURS, html_page, plot, plotly, section, size, table
 
 

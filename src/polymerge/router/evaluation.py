@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..bundle.bundle import Bundle
+from ..bundle.files import write_json
 from ..errors import RouterError
-from ..merging.journal import write_json
 from .calibrate import accuracy_against_coverage, auroc, calibration_error, reliability
 from .fit import Progress, embed_all
 from .picture import draw

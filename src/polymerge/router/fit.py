@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..version import __version__
 from ..bundle.bundle import Bundle
 from ..engine.base import Engine, FloatArray
 from ..errors import RouterError
+from ..version import __version__
 from .calibrate import (
     Bools,
     Floats,

@@ -20,9 +20,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from ..bundle.files import write_bytes
 from ..engine.base import FloatArray
 from ..errors import RouterError
-from ..merging.journal import write_bytes
 from .classify import Kind
 from .embed import EmbedSettings
 from .samples import Sample

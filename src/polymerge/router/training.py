@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..bundle.bundle import Bundle
+from ..bundle.files import write_json
 from ..engine.base import Engine
-from ..merging.journal import write_json
 from .fit import Fitted, Progress, fit_router
 from .picture import draw_samples
 from .record import router_folder

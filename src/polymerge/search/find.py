@@ -1,7 +1,8 @@
 """The rate and code that reach a target with the fewest bytes.
 
-For KL and accuracy every guess is a merge that is measured (`polymerge.search.sweep.measure`); a size is found by arithmetic
-alone (`polymerge.search.fitting`). Does not write the bundle that is wanted: that is a merge of the recipe that is found.
+For KL and accuracy every guess is a merge that is measured (`polymerge.search.sweep.measure`); a size is found by
+arithmetic alone (`polymerge.search.fitting`). Does not write the bundle that is wanted: that is a merge of the recipe
+that is found.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.bundle import Bundle
-from ..method.codes import code_of
 from ..errors import TargetError
 from ..merging.executor import Executor, in_threads
-from .fitting import STEPS, Fitting, has_full_rank
 from ..merging.plan import MergePlan, plan_merge, replanned
+from ..method.codes import code_of
 from ..recipe.merge import CodeName, Recipe, load_recipe
+from .fitting import STEPS, Fitting, has_full_rank
 from .sweep import CODES, Example, Point, Reference, check_examples, measure, run_originals
 from .target import Target, read_target
 

@@ -16,10 +16,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..sources.checkpoint import Checkpoint
 from ..merging.compress import slabs
 from ..merging.plan import MergePlan, TensorTask, replanned
 from ..recipe.merge import CodeName
+from ..sources.checkpoint import Checkpoint
 
 # Rates are whole numbers of ten-thousandths: one step is 0.01% of what an expert's matrices take in 16 bits.
 STEPS = 10_000

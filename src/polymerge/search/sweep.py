@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bundle.inspect import inspect_bundle
 from ..engine.local.engine import HFEngine
 from ..errors import RecipeError
 from ..merging.executor import Executor, in_threads
-from ..bundle.inspect import inspect_bundle
+from ..merging.plan import MergePlan, plan_merge
 from ..merging.run import run_plan
 from ..model import load_model
-from ..merging.plan import MergePlan, plan_merge
 from ..recipe.merge import CodeName, Recipe, Source, load_recipe
 
 CODES: tuple[CodeName, ...] = ("factors", "int8", "int4")

@@ -9,10 +9,10 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from ..version import __version__
 from ..engine.streaming import StreamingEngine
 from ..errors import PolymergeError
 from ..router.route import Routes
+from ..version import __version__
 from .access import Access
 from .completions import completion_routes
 from .errors import ApiError, invalid, told

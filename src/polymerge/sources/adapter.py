@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import Checkpoint, open_checkpoint, read_json
 from ..errors import SourceError
+from .checkpoint import Checkpoint, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -139,12 +139,8 @@ class AdapterCheckpoint(Checkpoint):
             )
 
 
-def open_adapter(folder: Path, label: str, base: str | None) -> AdapterCheckpoint:
-    """A LoRA adapter's folder as a checkpoint.
-
-    Args:
-        base: the model under the adapter; None takes `base_model_name_or_path` of the adapter's configuration.
-    """
+def check_adapter(folder: Path, label: str) -> dict[str, Any]:
+    """The adapter's settings. Raises SourceError where it is more than a low-rank update of its base."""
     settings = read_json(folder / ADAPTER_CONFIG)
     if settings.get("peft_type") != "LORA":
         raise SourceError(f"{label}: a {settings.get('peft_type')} adapter; only LORA can be merged")
@@ -156,16 +152,12 @@ def open_adapter(folder: Path, label: str, base: str | None) -> AdapterCheckpoin
             f"{label}: the adapter uses {used[0]}, which a merge does not read; merge it into its base first"
         )
     _check_scaling(settings, folder / ADAPTER_CONFIG)
-    base = base or settings.get("base_model_name_or_path")
-    if not base or not isinstance(base, str):
-        raise SourceError(f"{label}: the adapter does not name its base; say `base:` beside `source:` in the recipe")
-    if (Path(base).expanduser() / ADAPTER_CONFIG).is_file():
-        raise SourceError(f"{label}: its base {base} is an adapter too; a base must be a full model")
-    try:
-        under = open_checkpoint(base)
-    except SourceError as error:
-        raise SourceError(f"{label}: the adapter's base cannot be opened: {error}") from None
-    return AdapterCheckpoint(folder, label, under, settings)
+    return settings
+
+
+def open_adapter(folder: Path, label: str, base: Checkpoint) -> AdapterCheckpoint:
+    """A LoRA adapter's folder as a checkpoint, over its base."""
+    return AdapterCheckpoint(folder, label, base, check_adapter(folder, label))
 
 
 def _check_scaling(settings: Mapping[str, Any], file: Path) -> None:

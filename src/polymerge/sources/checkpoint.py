@@ -1,7 +1,8 @@
 """Lazy tensors of a checkpoint: a Hugging Face folder, a hub id, a GGUF file, or a PEFT adapter over its base.
 
 Knows how to find, check and read tensors one at a time (or a few rows of one), and never holds a model. Does not
-know which tensors are linear weights (`polymerge.sources.layers`) nor what is done with them (`polymerge.merging.compress`).
+know which tensors are linear weights (`polymerge.sources.layers`) nor what is done with them
+(`polymerge.merging.compress`).
 
 Nothing here runs code from a checkpoint: safetensors are read by the safetensors library, `.bin` files by
 `torch.load(weights_only=True)`, and a file named in an index must lie in the checkpoint's own folder.
@@ -23,15 +24,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import SourceError
-from ..recipe.merge import Source
+from ..host import dtype_name
 
 log = logging.getLogger(__name__)
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-# What a hub download needs: weights, configuration, tokenizer and chat templates; never code.
-HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*"]
 
 _DTYPES = {
     "F64": torch.float64,
@@ -124,7 +122,7 @@ class BinCheckpoint(Checkpoint):
             for name, tensor in _load_bin(folder / file).items():
                 self._mapped[name] = tensor
                 known = tensor.dtype if tensor.dtype in _DTYPES.values() else None
-                stored_as = str(tensor.dtype).removeprefix("torch.")
+                stored_as = dtype_name(tensor.dtype)
                 found[name] = TensorInfo(tuple(tensor.shape), known, stored_as, folder / file)
         self.tensors = dict(sorted(found.items(), key=lambda item: natural_key(item[0])))
 
@@ -133,30 +131,6 @@ class BinCheckpoint(Checkpoint):
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         return self._mapped[name][start:stop].clone()
-
-
-def open_checkpoint(source: Source | str | Path) -> Checkpoint:
-    """Finds and checks a checkpoint without reading its tensors.
-
-    Raises:
-        SourceError: not found, incomplete, corrupt or unsafe; one line that names the file and the fix.
-    """
-    from . import adapter, gguf  # they build on this module
-
-    if not isinstance(source, Source):
-        source = Source(source=str(source))
-    text = source.source
-    if text.startswith("package:"):
-        return gguf.open_package(text.removeprefix("package:"), label=text)
-    path = Path(text).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return gguf.open_gguf(path, label=text)
-    if path.is_file():
-        raise SourceError(f"{text}: a file, but not a .gguf; give the folder that holds the checkpoint")
-    folder = path if path.is_dir() else _download(text, source.revision)
-    if (folder / adapter.ADAPTER_CONFIG).exists():
-        return adapter.open_adapter(folder, label=text, base=source.base)
-    return open_folder(folder, label=text)
 
 
 def open_folder(folder: Path, label: str) -> Checkpoint:
@@ -262,24 +236,3 @@ def _load_bin(file: Path) -> dict[str, Tensor]:
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise SourceError(f"{file}: holds more than named tensors; convert the checkpoint to safetensors")
     return loaded
-
-
-def _download(text: str, revision: str | None) -> Path:
-    """The local snapshot of a hub id, downloaded where needed."""
-    repo, _, tag = text.partition("@")
-    if not HUB_ID.fullmatch(repo):
-        raise SourceError(f"{text}: no such folder or file, and not a hub id (org/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    for weights in ("*.safetensors", "*.bin"):
-        try:
-            folder = Path(
-                snapshot_download(repo, revision=revision or tag or None, allow_patterns=[*HUB_FILES, weights])
-            )
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise SourceError(f"{text}: not a local folder, and the hub could not give it ({reason})") from None
-        if any(folder.glob(weights)):
-            return folder
-    return folder

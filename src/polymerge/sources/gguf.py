@@ -10,24 +10,19 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import logging
-import os
 import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint, open_folder
 from ..errors import MissingExtraError, SourceError
+from ..host import cache_folder
+from .checkpoint import Checkpoint, open_folder
 
 log = logging.getLogger(__name__)
 
 # A GGUF file that is too large for one package comes in parts: model.gguf.part00, model.gguf.part01 ...
 PART = re.compile(r"\.part(\d+)$")
-
-
-def cache_folder() -> Path:
-    """Where polymerge keeps what can be made again: `$POLYMERGE_CACHE`, else `~/.cache/polymerge`."""
-    return Path(os.environ.get("POLYMERGE_CACHE") or Path.home() / ".cache" / "polymerge")
 
 
 def package_gguf(package: str) -> Path:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from .checkpoint import Checkpoint
 from ..errors import SourceError
+from .checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import HUB_ID, Checkpoint, TensorInfo, natural_key, read_json
 from ..errors import SourceError
+from ..host import DTYPES
+from .checkpoint import Checkpoint, TensorInfo, natural_key, read_json
 from .layers import meta_model, stored_names
+from .opening import HUB_ID
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 STORED_AS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from polymerge.model import kernel
+from polymerge.model.triton import kernel
 
 TYPES = {
     "x": "*{}", "y": "*{}", "z": "*fp32", "numbers": "*u8", "scales": "*bf16", "order": "*i32", "table": "*i32",

@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from polymerge import Bundle, load_model, merge
-from polymerge.method.codes import code_of
 from polymerge.errors import BundleError, ModelError
-from polymerge.model import kernel_check
+from polymerge.method.codes import code_of
 from polymerge.model.assignment import Assignment
-from polymerge.model.triton.linear import CodedLinear
-from polymerge.model.triton.grouped import Residuals, add_plain, tiles_of
 from polymerge.model.linear import MixedLinear
+from polymerge.model.triton import check
+from polymerge.model.triton.grouped import Residuals, add_plain, tiles_of
+from polymerge.model.triton.linear import CodedLinear
 from tests.conftest import Merged
 from tests.tiny import VOCAB
 
@@ -43,7 +43,7 @@ def kernel() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE.type == "cpu":
             patch.setenv("TRITON_INTERPRET", "1")
-        from polymerge.model import kernel
+        from polymerge.model.triton import kernel
 
         assert (DEVICE.type == "cpu") == kernel.INTERPRETED
         yield kernel
@@ -105,7 +105,7 @@ def test_the_kernel_gives_the_plain_sum(kernel: Any, code: str, dtype: torch.dty
             tiles = tiles_of(state, x)
             kernel.add_fused(y, x, residuals, tiles)
             scale = expected.square().mean(-1, keepdim=True).sqrt()
-            assert ((y - expected) / scale).abs().max() < kernel_check.TOLERANCES[dtype]
+            assert ((y - expected) / scale).abs().max() < check.TOLERANCES[dtype]
 
 
 def test_a_prompt_longer_than_a_tile_and_an_empty_batch(kernel: Any) -> None:
@@ -199,7 +199,7 @@ def without_gpu(kernel: Any, patch: pytest.MonkeyPatch) -> None:
 
 
 def not_installed(kernel: Any, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(kernel_check, "find_spec", lambda name: None)
+    patch.setattr(check, "find_spec", lambda name: None)
 
 
 @pytest.mark.parametrize(

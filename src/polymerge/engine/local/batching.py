@@ -22,10 +22,10 @@ from ...errors import DeadlineError, EngineBusyError, EngineDownError, ModelErro
 from ...model.assignment import Assignment
 from ..answer import Answer
 from ..base import FloatArray, GenerateRequest, Generation, Message, Pooling, Prompt, Score, ScoreRequest
-from .engine import HFEngine
 from ..jobs import Jobs
-from .running import RunningBatch
 from ..streaming import EngineState, Listener, Piece, Stream, StreamRequest
+from .engine import HFEngine
+from .running import RunningBatch
 
 logger = logging.getLogger(__name__)
 

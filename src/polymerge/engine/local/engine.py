@@ -17,12 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...sources.adapter import AdapterCheckpoint
 from ...bundle.bundle import Bundle
-from ...sources.checkpoint import open_checkpoint
 from ...errors import ModelError
+from ...host import DTYPES, pick_device, pick_dtype
 from ...model import MixedModel, load_model
 from ...recipe.merge import Source
+from ...sources.adapter import AdapterCheckpoint
+from ...sources.checkpoint import Checkpoint
+from ...sources.opening import open_checkpoint
 from ..base import FloatArray, GenerateRequest, Generation, Message, Pooling, Prompt, Score, ScoreRequest
 from ..sampling import StopTexts, first_stop
 from ..scoring import scored_pair
@@ -73,8 +75,8 @@ class HFEngine:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         checkpoint = open_checkpoint(source)
-        place = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        chosen = dtype or ("float32" if place.type == "cpu" else "auto")
+        place = pick_device(device)
+        chosen = pick_dtype(dtype, place, _stored_dtype(checkpoint))
         options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
         try:
             model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=chosen, **options)
@@ -345,6 +347,13 @@ class HFEngine:
             share = mask[:, None, :, None].float()
             pooled = (states * share).sum(2) / share.sum(2)
         return list(pooled.cpu().numpy())
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of the checkpoint's configuration, or else of its first tensor that a model computes with."""
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    stored = next((info.dtype for info in checkpoint.tensors.values() if info.dtype), torch.float32)
+    return DTYPES.get(str(named), stored)
 
 
 @torch.no_grad()

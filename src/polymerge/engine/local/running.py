@@ -1,6 +1,7 @@
 """The rows that a model reads together: newcomers join after their prompts were read, answers that are over leave.
 
-Knows tokens, caches and experts. Does not know who waits (`polymerge.engine.local.batching`) or what tokens mean as text.
+Knows tokens, caches and experts. Does not know who waits (`polymerge.engine.local.batching`) or what tokens mean as
+text.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..answer import Answer
-from .cache import RunningCache
-from .engine import HFEngine, positions
 from ..sampling import choose_tokens
 from ..streaming import TokenScore
+from .cache import RunningCache
+from .engine import HFEngine, positions
 
 # A prompt is read in pieces of so many tokens: bounds what attention and the scores of a long one need.
 CHUNK = 512

@@ -1,7 +1,7 @@
 """A folder that vLLM serves: what `polymerge export --to vllm` notes in it, and the command that starts vLLM on it.
 
-Knows vLLM's limits and arguments. Does not know how the folder is made (`polymerge.export.vllm.export`), nor how the server is
-run (`vllm_server`) or spoken to (`vllm_engine`).
+Knows vLLM's limits and arguments. Does not know how the folder is made (`polymerge.export.vllm.export`), nor how the
+server is run (`vllm_server`) or spoken to (`vllm_engine`).
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...sources.checkpoint import read_json
 from ...errors import DeadlineError, EngineBusyError, EngineDownError, ModelError, PolymergeError
+from ...sources.checkpoint import read_json
 from ..answer import Answer
 from ..streaming import EngineState, Listener, Stream, StreamRequest, TokenScore
 from .api import VllmApi

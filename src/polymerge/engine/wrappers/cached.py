@@ -16,9 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ...version import __version__
 from ...errors import PolymergeError
-from ...sources.gguf import cache_folder
+from ...host import cache_folder
+from ...version import __version__
 from ..base import Engine, GenerateRequest, Generation, Score, ScoreRequest
 from .forwarding import ForwardingEngine
 

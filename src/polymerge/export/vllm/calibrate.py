@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ...bundle.bundle import ADAPTER_FILE, Bundle, adapter_name
+from ...bundle.bundle import Bundle
+from ...bundle.manifest import ADAPTER_FILE
+from ...bundle.peft import adapter_name
 from ...engine.local.engine import HFEngine
 from ...engine.vllm.folder import Probe, distance
 from ...errors import ModelError

@@ -19,16 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...version import __version__
-from ...bundle import write as assemble
-from ...bundle.bundle import ADAPTER_FILE, PEFT_PREFIX, ExpertReader
-from ...sources.checkpoint import read_json
-from ...engine.vllm.folder import NOTE, ServedExpert, VllmNote, serve_arguments
-from ...errors import ModelError
-from ...merging.executor import pick_device
-from ...merging.run import OnProgress, Progress, peak_memory
-from ...method.rsvd import rsvd, sketch_seed
-from ...merging.journal import (
+from ...bundle.bundle import ExpertReader
+from ...bundle.files import (
     DTYPE_NAMES,
     Entry,
     check_free_space,
@@ -38,11 +30,21 @@ from ...merging.journal import (
     write_json,
     write_safetensors,
 )
+from ...bundle.manifest import ADAPTER_FILE
+from ...bundle.peft import PEFT_PREFIX, adapter_config
+from ...bundle.write import copy_model_files
+from ...engine.vllm.folder import NOTE, ServedExpert, VllmNote, serve_arguments
+from ...errors import ModelError
+from ...host import peak_memory, pick_device
+from ...merging.run import OnProgress, Progress
+from ...method.rsvd import rsvd, sketch_seed
+from ...sources.checkpoint import read_json
+from ...version import __version__
+from ..place import fresh, publish
 from .calibrate import Calibration, Measured, check_tokenizer
 from .norms import gain_ratio, norm_modules
-from ..place import fresh, publish
-from .samples import Sample, builtin_samples
 from .plan import HEAD, Factored, VllmPlan
+from .samples import Sample, builtin_samples
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def export_vllm(
     check_tokenizer(bundle)
     check_free_space(output.parent, bundle.sizes().base + plan.adapter_bytes)
     staged = fresh(output, overwrite=overwrite)
-    assemble.copy_model_files(bundle.path, staged, read_json(bundle.path / "config.json"), code=True)
+    copy_model_files(bundle.path, staged, read_json(bundle.path / "config.json"), code=True)
     with disk_errors(output.parent):
         for file in (name for name in bundle.manifest.files if "/" not in name and ".safetensors" in name):
             shutil.copyfile(bundle.path / file, staged / file)
@@ -121,7 +123,7 @@ class _Writer:
         ]
         # As far as PEFT's patterns go, a lookup's factors are like any others.
         ranks = [(f"{task.module}.lora_A.weight", (task.rank, task.shape[1])) for task in tasks]
-        config = assemble.adapter_config(ranks, self.plan.bundle.layers.values(), tied_embedding=None)
+        config = adapter_config(ranks, self.plan.bundle.layers.values(), tied_embedding=None)
         write_json(folder / "adapter_config.json", config)
         write_safetensors(folder / ADAPTER_FILE, entries, self._contents(expert, sizes))
 

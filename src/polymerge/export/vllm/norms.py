@@ -3,8 +3,8 @@
 A norm without a bias is n(x) times a gain for every column. Where all that reads it are linear layers, an expert's own
 gain may as well stand in their columns: W (g_i n(x)) = (W diag(g_i / g)) (g n(x)) with the base's gain g in the norm.
 
-Read off the architecture as `polymerge.sources.layers` does: the model runs once on the meta device (no memory, no numbers),
-and shows what is called with a norm's output. There is no list of architectures here.
+Read off the architecture as `polymerge.sources.layers` does: the model runs once on the meta device (no memory, no
+numbers), and shows what is called with a norm's output. There is no list of architectures here.
 """
 
 from __future__ import annotations

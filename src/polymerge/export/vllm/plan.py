@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-from ...bundle import write as assemble
-from ...bundle.bundle import Bundle, BundleLayer
-from ...sources.checkpoint import natural_key
+from ...bundle.bundle import Bundle
+from ...bundle.manifest import BundleLayer
+from ...bundle.peft import is_fused
 from ...engine.vllm.folder import EMBEDDING_ARCHITECTURES, LORA_RANKS, padded_rank
 from ...errors import ModelError
-from ...merging.plan import DTYPES
+from ...host import DTYPES
+from ...sources.checkpoint import natural_key
 from .norms import gain_ratio, norm_modules, norm_readers
 
 # For a bundle without low-rank residuals (compress rate 0 or 1).
@@ -124,7 +125,7 @@ def plan_vllm(bundle: Bundle | str | Path, *, max_rank: int | None = None) -> Vl
     if max_rank is not None and max_rank not in LORA_RANKS:
         raise ModelError(f"rank {max_rank}: vLLM takes one of {', '.join(map(str, LORA_RANKS))}")
     linear = [layer for layer in bundle.layers.values() if layer.role == "linear"]
-    fused = next((layer for layer in linear if assemble.is_fused(layer)), None)
+    fused = next((layer for layer in linear if is_fused(layer)), None)
     if fused:
         raise ModelError(
             f"{fused.tensor}: vLLM's adapters for mixture-of-experts blocks have another form, which is not written; "

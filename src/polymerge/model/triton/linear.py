@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ...method.codes import Code
 from ..assignment import Assignment
-from .grouped import Residuals, add_plain, tiles_of
 from ..linear import ExpertLinear
+from .grouped import Residuals, add_plain, tiles_of
 
 
 class CodedLinear(ExpertLinear):

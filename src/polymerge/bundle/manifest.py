@@ -1,0 +1,143 @@
+"""polymerge.json: what a bundle says of itself, and the names of its files.
+
+Knows the format's versions and checks what it reads. Does not know how a bundle is written (`polymerge.bundle.write`)
+or read (`polymerge.bundle.bundle`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from ..errors import BundleError
+from ..recipe.merge import CodeName
+from .files import FileEntry
+
+FORMAT = "polymerge-bundle"
+# Version 1 holds residuals as published; version 2 differs only in that they have a code.
+FORMAT_VERSIONS = (1, 2)
+MANIFEST = "polymerge.json"
+STATS = "merge_stats.jsonl"
+ADAPTER_FILE = "adapter_model.safetensors"
+# An expert whose residuals have a code that PEFT does not know. No reader of adapters looks for a file of this name.
+CODED_FILE = "coded_expert.safetensors"
+SCALES_FILE = "scales.safetensors"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Method(_Strict):
+    """How the bundle was merged."""
+
+    compress_rate: float
+    code: CodeName = "factors"
+    scale: Literal["per_expert", "shared"]
+    embeddings: Literal["keep", "average"]
+    lm_head: Literal["keep", "average"]
+    norms: Literal["keep", "average"]
+    n_oversamples: int
+    n_iter: int
+    seed: int
+
+
+class ExpertRecord(_Strict):
+    """An expert's source. `sha256` is over its tensors' names and bytes, whatever files they lay in."""
+
+    source: str
+    sha256: str
+    dtype: str
+
+
+class BundleLayer(_Strict):
+    """One tensor of the base; the names are those of `polymerge.sources.layers.LayerRecord`.
+
+    Attributes:
+        shape: as stored.
+        rank: of the residuals; 0 for a tensor that has none.
+        mean_scale: s̄, the mean Frobenius norm of the experts' tensors, for linear weights.
+    """
+
+    tensor: str
+    module: str
+    parameter: str
+    role: Literal["linear", "embedding", "lm_head", "norm", "bias", "other"]
+    transposed: bool
+    shape: tuple[int, ...]
+    rank: int
+    mean_scale: float | None = None
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in) of a linear weight."""
+        rows, columns = self.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+
+class Manifest(_Strict):
+    """polymerge.json.
+
+    Attributes:
+        tied_embedding: the module of the input embedding that is also the output head; None where they are two.
+    """
+
+    format: Literal["polymerge-bundle"] = "polymerge-bundle"
+    format_version: Literal[1, 2] = 1
+    polymerge_version: str
+    method: Method
+    dtype: str
+    architecture: str
+    layers_from: Literal["architecture", "shapes"]
+    tied_embedding: str | None = None
+    experts: dict[str, ExpertRecord]
+    scale_ratio_range: tuple[float, float]
+    layers: tuple[BundleLayer, ...]
+    files: dict[str, FileEntry]
+    versions: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        data = self.model_dump(mode="json")
+        if self.format_version == 1:
+            del data["method"]["code"]  # which readers of version 1 alone do not know
+        return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+    @model_validator(mode="after")
+    def _version_fits_the_code(self) -> Manifest:
+        if self.format_version != version_of(self.method.code):
+            raise ValueError(f"format version {self.format_version} does not fit code {self.method.code!r}")
+        return self
+
+
+def version_of(code: CodeName) -> Literal[1, 2]:
+    """The format version of a bundle whose residuals have this code."""
+    return 1 if code == "factors" else 2
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a bundle's folder, checked. Raises BundleError."""
+    file = path / MANIFEST
+    if not path.is_dir():
+        raise BundleError(f"{path}: no such folder; make one with `polymerge merge recipe.yaml -o {path}`")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(
+            f"{path}: has no {MANIFEST}, so it is not a bundle; a plain checkpoint is merged first"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{file}: cannot be read: {error}") from None
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if version not in FORMAT_VERSIONS:
+        known = " and ".join(map(str, FORMAT_VERSIONS))
+        raise BundleError(f"{file}: format version {version!r}; this polymerge reads versions {known}")
+    try:
+        return Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BundleError(f"{file}: {where}: {first['msg']}; the manifest was changed by hand or damaged") from None

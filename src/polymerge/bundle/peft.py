@@ -1,0 +1,145 @@
+"""An expert as a PEFT adapter: its configuration, its keys, and what PEFT needs beside the residuals.
+
+Knows PEFT's LoRA format; does not know how files are written or how a residual was computed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..recipe.merge import CodeName
+from ..sources.checkpoint import natural_key
+from .files import Piece, zeros_piece
+from .manifest import BundleLayer
+
+PEFT_PREFIX = "base_model.model."
+# Where PEFT keeps an expert's own rows of an embedding that the output head is tied to.
+TIED_ROWS = ".token_adapter.trainable_tokens_delta"
+_FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
+
+
+def adapter_name(stored: str) -> str:
+    """A key of an adapter file under the model's own name: without PEFT's prefix, tied rows as the weight they are."""
+    name = stored.removeprefix(PEFT_PREFIX)
+    return f"{name.removesuffix(TIED_ROWS)}.weight" if name.endswith(TIED_ROWS) else name
+
+
+def peft_adapter(
+    expert: str, pieces: Sequence[Piece], layers: Sequence[BundleLayer], *, tied_embedding: str | None
+) -> tuple[dict[str, Any], list[Piece]]:
+    """adapter_config.json, and the pieces of the adapter file under PEFT's names, with what PEFT needs beside them.
+
+    Args:
+        pieces: keys are names of the model, without PEFT's prefix.
+    """
+    pieces = sorted(_with_bias_everywhere(expert, pieces, layers), key=lambda piece: natural_key(piece.key))
+    config = adapter_config([(p.key, p.shape) for p in pieces], layers, tied_embedding=tied_embedding)
+    return config, [replace(piece, key=_stored_name(piece.key, tied_embedding)) for piece in pieces]
+
+
+def coded_config(code: CodeName) -> dict[str, Any]:
+    """adapter_config.json of an expert whose residuals have a code that PEFT does not know.
+
+    PEFT looks the type up and stops with it in its message, so the type says what to do; vLLM and others look for
+    the keys of a LoRA and for its weights' file, and find neither.
+    """
+    return {"peft_type": f"POLYMERGE_{code.upper()}: make a PEFT adapter of it with `polymerge export --to peft`"}
+
+
+def missing_siblings(keys: Iterable[str], layers: Iterable[BundleLayer]) -> list[BundleLayer]:
+    """Parameters that an adapter needs although they are the base's.
+
+    PEFT's `modules_to_save` takes whole modules: with an expert's own weight it wants the bias too, and the other way
+    round.
+    """
+    have = set(keys)
+    layers = list(layers)
+    own = {layer.module for layer in layers if f"{layer.module}.{layer.parameter}" in have}
+    return [layer for layer in layers if layer.module in own and f"{layer.module}.{layer.parameter}" not in have]
+
+
+def adapter_config(
+    tensors: Iterable[tuple[str, Sequence[int]]], layers: Iterable[BundleLayer], *, tied_embedding: str | None
+) -> dict[str, Any]:
+    """adapter_config.json for an adapter with these tensors (names of the model, shapes).
+
+    Every module's own rank stands in `rank_pattern` and `alpha_pattern` with alpha = rank, so that the scale is
+    1 under any reader's rule. Keys are escaped full names: PEFT matches them with `re.match(r"(.*\\.)?(key)$", name)`.
+    An embedding that the head is tied to goes to `trainable_token_indices` (all of them), because PEFT's
+    `modules_to_save` would leave the head with the base's weight, or want it stored twice.
+    """
+    ranks: dict[str, int] = {}
+    own: set[str] = set()
+    tokens: dict[str, list[int]] = {}
+    lora_bias = False
+    for name, shape in tensors:
+        factor = _FACTOR.fullmatch(name)
+        if factor:
+            ranks[factor[1]] = shape[0] if factor[2] == "A" else shape[1]
+        elif name.endswith(".lora_B.bias"):
+            lora_bias = True
+        elif tied_embedding and name == f"{tied_embedding}.weight":
+            tokens[tied_embedding] = list(range(shape[0]))
+        else:
+            own.add(name.rpartition(".")[0])
+    by_module = {layer.module: layer for layer in layers if layer.role == "linear"}
+    fused = {m: r for m, r in ranks.items() if m in by_module and is_fused(by_module[m])}
+    # transformers 5 holds a mixture's matrices in one parameter, for which PEFT takes the general rank alone.
+    rank = next(iter(fused.values()), None) or (Counter(ranks.values()).most_common(1)[0][0] if ranks else 1)
+    pattern = {re.escape(module): r for module, r in ranks.items() if r != rank}
+    whole_blocks = own & {module for module, layer in by_module.items() if is_fused(layer)}
+    return {
+        # PEFT has no place for whole matrices of a fused block and would leave them out without a word; a type that
+        # it does not know makes it refuse.
+        "peft_type": "POLYMERGE_WHOLE_BLOCKS" if whole_blocks else "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "lora_bias": lora_bias,
+        "init_lora_weights": True,
+        "fan_in_fan_out": any(layer.transposed for layer in by_module.values()),
+        "target_modules": sorted(ranks, key=natural_key) or "dummy-target-modules",
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "modules_to_save": sorted(own, key=natural_key) or None,
+        "trainable_token_indices": tokens or None,
+    }
+
+
+def is_fused(layer: BundleLayer) -> bool:
+    """Whether the tensor is one matrix of a parameter that transformers holds fused (mixture-of-experts blocks)."""
+    return layer.module == layer.tensor.removesuffix(".weight") and ".experts." in layer.module
+
+
+def _with_bias_everywhere(expert: str, pieces: Sequence[Piece], layers: Sequence[BundleLayer]) -> list[Piece]:
+    """PEFT's `lora_bias` is one switch for the whole adapter: with one bias, every factor pair needs one, and the
+    other way round a bias needs a factor pair. What is missing is zeros."""
+    have = {piece.key for piece in pieces}
+    if not any(key.endswith(".lora_B.bias") for key in have):
+        return list(pieces)
+    filled = list(pieces)
+    for layer in (layer for layer in layers if layer.role == "linear"):
+        rows, columns = layer.shape[::-1] if layer.transposed else layer.shape
+        a, b, bias = (f"{layer.module}.{part}" for part in ("lora_A.weight", "lora_B.weight", "lora_B.bias"))
+        if a in have and bias not in have:
+            filled.append(zeros_piece(expert, bias, "F32", (rows,)))
+        if bias in have and a not in have:
+            filled.append(zeros_piece(expert, a, "F32", (1, columns)))
+            filled.append(zeros_piece(expert, b, "F32", (rows, 1)))
+    return filled
+
+
+def _stored_name(name: str, tied_embedding: str | None) -> str:
+    if tied_embedding and name == f"{tied_embedding}.weight":
+        name = tied_embedding + TIED_ROWS
+    return PEFT_PREFIX + name

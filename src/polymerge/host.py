@@ -1,0 +1,73 @@
+"""What this machine is: where to compute, in which dtype, how much memory was needed, where the cache lies.
+
+Knows torch, the process and the environment; does not know models, bundles or recipes.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from .errors import DeviceError
+
+# The dtypes that a bundle may be stored in, by the names of recipes, manifests and config.json.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """torch.float32 for "float32". Raises DeviceError for a name that is no dtype for weights."""
+    if name not in DTYPES:
+        raise DeviceError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def pick_device(device: str | torch.device | None = "auto") -> torch.device:
+    """Where to compute; `auto` and None are the GPU where there is one.
+
+    Raises:
+        DeviceError: no device's name, or this machine or this torch lacks it.
+    """
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError):  # torch raises either, by how it was built
+        raise DeviceError(f"device {str(device)!r}: this machine or this torch has no such device; try auto") from None
+    return chosen
+
+
+def pick_dtype(dtype: str | torch.dtype | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """What to compute in: as asked; by default float32 on a CPU (most multiply bfloat16 hundreds of times slower), and
+    what is `stored` elsewhere.
+
+    Raises:
+        DeviceError: a name that is no dtype for weights.
+    """
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else stored
+    return dtype_of(dtype) if isinstance(dtype, str) else dtype
+
+
+def cache_folder() -> Path:
+    """Where polymerge keeps what can be made again: `$POLYMERGE_CACHE`, else `~/.cache/polymerge`."""
+    return Path(os.environ.get("POLYMERGE_CACHE") or Path.home() / ".cache" / "polymerge")
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process so far."""
+    status = Path("/proc/self/status")
+    if status.exists():  # the kernel's other count (ru_maxrss) starts with that of the process that started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
