@@ -47,14 +47,16 @@ def pick_device(device: str | torch.device | None = "auto") -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """What to compute in: as asked; by default float32 on a CPU (most multiply bfloat16 hundreds of times slower), and
-    what is `stored` elsewhere.
+    """What to compute in: as asked (float64 too); by default float32 on a CPU, where most multiply bfloat16 hundreds of
+    times slower, and what is `stored` elsewhere.
 
     Raises:
         DeviceError: a name that is no dtype for weights.
     """
     if dtype is None:
         return torch.float32 if device.type == "cpu" else stored
+    if dtype == "float64":
+        return torch.float64
     return dtype_of(dtype) if isinstance(dtype, str) else dtype
 
 
