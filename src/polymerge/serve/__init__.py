@@ -1,7 +1,7 @@
 """A bundle behind the OpenAI API.
 
 app.py          create_app: the application
-settings.py     limits and keys
+settings.py     every limit, and the keys
 access.py       who may ask, before every route
 schema.py       requests
 shapes.py       answers

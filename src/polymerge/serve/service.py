@@ -40,9 +40,9 @@ class Service:
         self, engine: StreamingEngine, router: Routes | None, pipeline: Responds | None, settings: ServeSettings
     ) -> None:
         self.engine, self.settings = engine, settings
-        self.stages = Stages(pipeline, settings.seconds) if pipeline else None
+        self.stages = Stages(pipeline, settings) if pipeline else None
         self.metrics = Metrics(lambda: engine.state)
-        self.chooser = Chooser(engine, router, staged=pipeline is not None, margin=settings.margin)
+        self.chooser = Chooser(engine, router, settings, staged=pipeline is not None)
         self.ready = True
 
     async def choose(self, request: Request, model: str, turns: Sequence[str], *, sticky: bool = True) -> Choice:
