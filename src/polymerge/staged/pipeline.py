@@ -16,7 +16,7 @@ from ..engine.base import Engine
 from ..recipe.response import PromptVersion, StageSettings
 from ..router.route import Route, Routes
 from .evidence import Evidence
-from .formatter import Answer, Formatter, Job, Question
+from .formatter import Answer, FormatRequest, Formatter, Question
 from .templates import Templates
 from .thinker import Thinker, Thought
 
@@ -156,12 +156,12 @@ class Pipeline:
 
     def answer(self, steps: Sequence[Step], thoughts: Sequence[Thought | None]) -> list[Response]:
         """The responses; a step without a usable thought is answered directly."""
-        taken, jobs = [], []
+        taken, requests = [], []
         for step, thought in zip(steps, thoughts, strict=True):
-            step, job = self._job(step, thought)
+            step, request = self._format_request(step, thought)
             taken.append(step)
-            jobs.append(job)
-        answers = self._formatter.answer(jobs)
+            requests.append(request)
+        answers = self._formatter.answer(requests)
         return [_response(*parts) for parts in zip(taken, thoughts, answers, strict=True)]
 
     def _decided(self, question: Question, expert: RowExpert, field: str, route: Route | None) -> Step:
@@ -231,8 +231,8 @@ class Pipeline:
             stage, question=question.text, choices=question.choices, field=step.field, thought=thought
         )
 
-    def _job(self, step: Step, thought: Thought | None) -> tuple[Step, Job]:
-        direct = Job(step.question, step.question.text, step.expert)
+    def _format_request(self, step: Step, thought: Thought | None) -> tuple[Step, FormatRequest]:
+        direct = FormatRequest(step.question, step.question.text, step.expert)
         if step.version is None:
             return step, direct
         if thought is None or not thought.usable:
@@ -240,10 +240,10 @@ class Pipeline:
         prompt = self._prompt("format", step, thought.text)
         # v2 asks whether the thought's answer and the direct one agree: choices are scored after both prompts
         second = step.question.text if step.version == "v2" and step.question.choices else None
-        job = Job(step.question, prompt, step.expert, second)
-        if not self._formatter.fits(job):
+        request = FormatRequest(step.question, prompt, step.expert, second)
+        if not self._formatter.fits(request):
             return step.direct("question and thought do not fit the model's context"), direct
-        return step, job
+        return step, request
 
 
 def _response(step: Step, thought: Thought | None, answer: Answer) -> Response:
