@@ -71,11 +71,11 @@ class Choice:
     @property
     def headers(self) -> dict[str, str]:
         """Header values are percent-encoded where they are not plain ASCII."""
-        found = {"x-polymerge-expert": quote(self.name, safe=' {}":,.')}
+        headers = {"x-polymerge-expert": quote(self.name, safe=' {}":,.')}
         if self.route:
-            found["x-polymerge-field"] = quote(self.route.field, safe=" ")
-            found["x-polymerge-confidence"] = f"{self.route.confidence:.4f}"
-        return found
+            headers["x-polymerge-field"] = quote(self.route.field, safe=" ")
+            headers["x-polymerge-confidence"] = f"{self.route.confidence:.4f}"
+        return headers
 
 
 class Chooser:
@@ -122,17 +122,17 @@ class Chooser:
             raise ApiError(404, "this bundle has no router", code="model_not_found")
         keys = [hashlib.sha256(text.encode()).digest() for text in texts]
         with self._lock:
-            found = {key: self._known[key] for key in keys if key in self._known}
-        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in found}
+            routes = {key: self._known[key] for key in keys if key in self._known}
+        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in routes}
         if new:
-            found |= dict(zip(new, self._router.route(list(new.values())), strict=True))
+            routes |= dict(zip(new, self._router.route(list(new.values())), strict=True))
         with self._lock:
             for key in keys:
-                self._known[key] = found[key]
+                self._known[key] = routes[key]
                 self._known.move_to_end(key)
             while len(self._known) > self._settings.max_routes:
                 self._known.popitem(last=False)
-        return [found[key] for key in keys]
+        return [routes[key] for key in keys]
 
     def _walk(self, routes: Sequence[Route]) -> Choice:
         kept = routes[0]
