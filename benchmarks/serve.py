@@ -217,12 +217,14 @@ def serve_dense(folder: str) -> None:
     from polymerge.engine.local.batching import BatchingEngine
     from polymerge.serve.app import create_app
     from polymerge.serve.run import listener, run_app
+    from polymerge.serve.settings import ServeSettings
 
     hush_libraries()
     engine = BatchingEngine(HFEngine.from_checkpoint(folder))
     app = create_app(engine)  # its only model is "average", a plain model itself
     place = listener("127.0.0.1", 0)
-    run_app(app, place, 5, lambda: print(json.dumps({"url": f"http://127.0.0.1:{place.getsockname()[1]}"}), flush=True))
+    told = json.dumps({"url": f"http://127.0.0.1:{place.getsockname()[1]}"})
+    run_app(app, place, ServeSettings(drain_seconds=5), lambda: print(told, flush=True))
     engine.close(5)
 
 

@@ -11,7 +11,7 @@ import pytest
 from polymerge.assess import Assessment, assess, assess_bundle, load_assess_recipe, write_assessment_table
 from polymerge.assess.measure import AskSettings
 from polymerge.assess.process import run_in_process
-from polymerge.assess.worker import Job, run_job
+from polymerge.assess.worker import CandidateJob, run_job
 from polymerge.errors import ModelError, RecipeError
 from polymerge.report import write_assessment, write_report
 from tests.conftest import Merged
@@ -39,10 +39,10 @@ class Scripted:
     """Runs jobs on scripted engines in this process. e0 adds, e1 picks; the expert counts where there is one."""
 
     def __init__(self) -> None:
-        self.jobs: list[Job] = []
+        self.jobs: list[CandidateJob] = []
         self.die_after: int | None = None
 
-    def __call__(self, job: Job) -> Iterator[dict[str, Any]]:
+    def __call__(self, job: CandidateJob) -> Iterator[dict[str, Any]]:
         self.jobs.append(job)
         name = Path(job.source.get("source", "")).name[-1:]
 
@@ -110,7 +110,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(checkpoints: Checkpoints, da
 
 def test_a_candidate_that_fails_is_a_row_with_its_reason(checkpoints: Checkpoints, data: Path, tmp_path: Path) -> None:
     class Fails(Scripted):
-        def __call__(self, job: Job) -> Iterator[dict[str, Any]]:
+        def __call__(self, job: CandidateJob) -> Iterator[dict[str, Any]]:
             if job.source["source"].endswith("1"):
                 yield {"event": "failed", "expert": None, "task": None, "reason": "its process was ended by SIGKILL"}
             else:
@@ -141,7 +141,7 @@ def test_a_task_that_fails_leaves_the_others(checkpoints: Checkpoints, data: Pat
         def loglikelihood(self, requests: Any) -> Any:
             raise ModelError("out of memory on one request")
 
-    def runner(job: Job) -> Iterator[dict[str, Any]]:
+    def runner(job: CandidateJob) -> Iterator[dict[str, Any]]:
         events: list[dict[str, Any]] = []
         run_job(job, Narrow(lambda expert, prompt: "it is 1"), events.append)
         return iter(events)
@@ -215,6 +215,6 @@ class Unknown(AskSettings):
 
 
 def test_a_worker_that_dies_is_a_failure_with_its_last_words() -> None:
-    [event] = list(run_in_process(Job({}, [], Unknown())))
+    [event] = list(run_in_process(CandidateJob({}, [], Unknown())))
     assert event["event"] == "failed" and "its process ended with 1" in event["reason"]
     assert "mood" in event["reason"]

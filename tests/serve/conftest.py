@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from polymerge import load_model
+from polymerge.engine.admission import DEFAULT_LIMITS, Limits
 from polymerge.engine.local.batching import BatchingEngine
 from polymerge.engine.local.engine import HFEngine
 from polymerge.router import Route
@@ -97,11 +98,11 @@ def running(app: FastAPI, engine: Any) -> Iterator[Server]:
     thread.join(20)
 
 
-def tiny_engine(merged: Merged, **options: Any) -> BatchingEngine:
+def tiny_engine(merged: Merged, limits: Limits = DEFAULT_LIMITS) -> BatchingEngine:
     bundle, _ = merged("llama")
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    return BatchingEngine(HFEngine(load_model(bundle), tokenizer, fingerprint=bundle.digest), **options)
+    return BatchingEngine(HFEngine(load_model(bundle), tokenizer, fingerprint=bundle.digest), limits)
 
 
 @pytest.fixture(scope="module")

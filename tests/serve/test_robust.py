@@ -18,6 +18,7 @@ import openai
 import psutil
 import pytest
 
+from polymerge.engine.admission import Limits
 from polymerge.engine.local.batching import BatchingEngine
 from polymerge.serve.app import create_app
 from polymerge.serve.settings import ServeSettings
@@ -31,7 +32,7 @@ HELLO: list[Any] = [{"role": "user", "content": "w5 w6"}]
 @pytest.fixture
 def slow(merged: Merged) -> Iterator[Server]:
     """A server whose answers end only at their budget, a few milliseconds a token, one at a time."""
-    engine = tiny_engine(merged, max_rows=1, max_waiting=2)
+    engine = tiny_engine(merged, Limits(max_rows=1, max_waiting=2))
     slowed(engine, 0.01)
     with running(create_app(engine, ScriptedRouter(), settings=ServeSettings(max_tokens=120)), engine) as server:
         yield server

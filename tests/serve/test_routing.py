@@ -17,8 +17,9 @@ from polymerge.router.samples import Sample
 from polymerge.router.settings import FitSettings
 from polymerge.serve.app import create_app
 from polymerge.serve.errors import ApiError
-from polymerge.serve.routing import REMEMBERED, Choice, Chooser
-from polymerge.serve.run import open_router
+from polymerge.serve.routing import Choice, Chooser
+from polymerge.serve.run import bundle_router
+from polymerge.serve.settings import ServeSettings
 from tests.conftest import Merged
 from tests.serve.conftest import KEY, ScriptedRouter, Server, running
 
@@ -29,8 +30,8 @@ class Experts:
     experts = ("e0", "e1", "e2")
 
 
-def chooser(router: Any = None, **options: Any) -> Chooser:
-    return Chooser(Experts(), router, **options)  # type: ignore[arg-type]
+def chooser(router: Any = None, **limits: Any) -> Chooser:
+    return Chooser(Experts(), router, ServeSettings(**limits))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -64,14 +65,23 @@ def test_a_kept_expert_says_where_the_turn_alone_would_go(turn: str, alone: str)
 
 def test_only_new_turns_are_embedded_and_few_are_remembered() -> None:
     router = ScriptedRouter()
-    choose = chooser(router)
+    choose = chooser(router, max_routes=30)
     choose.choose("auto", ["w10"])
     choose.choose("auto", ["w10", "w11"])
     choose.choose("auto", ["w10", "w11", "w11"])
     assert router.asked == ["w10", "w11"]
-    for number in range(REMEMBERED + 10):
+    for number in range(40):
         choose.choose("auto", [f"text {number}"])
-    assert len(choose._known) == REMEMBERED
+    assert len(choose._known) == 30
+
+
+def test_only_the_latest_turns_and_a_clear_lead_count() -> None:
+    turns = ["w10", "w5", "w5"]
+    assert chooser(ScriptedRouter(), max_turns=3).choose("auto", turns).expert == "e0"
+    assert chooser(ScriptedRouter(), max_turns=2).choose("auto", turns).expert is None
+    turns = ["w10", "w11 w13"]  # 0.1 ahead
+    assert chooser(ScriptedRouter(), margin=0.05).choose("auto", turns).expert == "e1"
+    assert chooser(ScriptedRouter(), margin=0.15).choose("auto", turns).expert == "e0"
 
 
 def test_without_a_router_there_is_no_auto() -> None:
@@ -125,13 +135,13 @@ def test_the_bundles_own_router_embeds_through_the_running_engine(
 ) -> None:
     """A router that was really fitted: `auto` goes where it says, /v1/embeddings gives what it judges by."""
     bundle = Bundle.open(shutil.copytree(merged("llama")[0].path, tmp_path / "bundle"))
-    assert open_router(bundle, engine) is None
+    assert bundle_router(bundle, engine) is None
     fields = {"zero": "w10", "one": "w11", "two": "w12"}
     training = [Sample(f"{word} w{20 + n} {word}", field) for field, word in fields.items() for n in range(12)]
     settings = FitSettings(embed=EmbedSettings(template="{input} w3", layers=(-1,)))
     experts = {"zero": "e0", "one": "e1", "two": "e2"}
     fit_router(bundle, engine, training, settings=settings, experts=experts).router.save(bundle)
-    router: Any = open_router(bundle, engine)
+    router: Any = bundle_router(bundle, engine)
     text = "w11 w40 w11"
     with running(create_app(engine, router), engine) as server:
         found = httpx2.post(f"{server.url}/v1/route", json={"input": text}).json()["data"][0]

@@ -11,7 +11,7 @@ import pytest
 from polymerge.recipe.response import StageSettings
 from polymerge.staged import Evidence, LocalThinker, Pipeline, Question, Thought
 from polymerge.staged.evidence import FieldEvidence, weigh
-from polymerge.staged.thinker import OUT_OF_TIME, failed
+from polymerge.staged.thought import OUT_OF_TIME, failed
 from tests.staged.scripted import ScriptedEngine, ScriptedRouter, ScriptedThinker
 
 ALWAYS = StageSettings(use="always")

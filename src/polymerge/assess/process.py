@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .worker import Job, as_json
+from .worker import CandidateJob, as_json
 
 TAIL = 300  # characters of a worker's last words
 PACKAGE = Path(__file__).parents[2]  # the worker runs this very copy of polymerge
 
 
-def run_in_process(job: Job) -> Iterator[dict[str, Any]]:
+def run_in_process(job: CandidateJob) -> Iterator[dict[str, Any]]:
     """What the worker of a job says, event by event; where it dies, at last a failure of the whole job."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
         worker = subprocess.Popen(

@@ -28,10 +28,10 @@ from .propose import Choices, Proposals, propose
 from .recipe import DATA_SUFFIXES, TASK_SUFFIXES, AssessRecipe
 from .results import Assessment, Candidate
 from .sizes import dense_bytes, families
-from .worker import Job, measurement
+from .worker import CandidateJob, measurement
 
 # Runs a job and yields what its worker says.
-RunJob = Callable[[Job], Iterator[dict[str, Any]]]
+RunJob = Callable[[CandidateJob], Iterator[dict[str, Any]]]
 # (expert or None, task) -> the name under which its measurement is remembered
 Keys = dict[tuple[str | None, str], str]
 
@@ -153,7 +153,7 @@ class _Run:
         answers = self.cache / f"{fingerprint[:40]}.sqlite"
         if self.fresh:
             answers.unlink(missing_ok=True)
-        job = Job(
+        job = CandidateJob(
             source,
             left,
             self.ask,
@@ -166,7 +166,7 @@ class _Run:
         if self._listen(job, keys, rows):
             answers.unlink(missing_ok=True)  # only what was interrupted needs them again
 
-    def _listen(self, job: Job, keys: Keys, rows: Mapping[str | None, Candidate]) -> bool:
+    def _listen(self, job: CandidateJob, keys: Keys, rows: Mapping[str | None, Candidate]) -> bool:
         """Takes in what the worker says. False where the model could not be loaded or the process died."""
         place: tuple[str | None, str] = job.work[0][:2]
         pending = {item[:2] for item in job.work}

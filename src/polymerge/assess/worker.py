@@ -1,7 +1,7 @@
 """One candidate in a process of its own, so that its peak of memory is its own and its death takes nothing along.
 
-`python -m polymerge.assess.worker` reads a Job as JSON from standard input and writes one JSON object a line to
-standard output: a measurement, a failure, progress. Whatever libraries print goes to standard error.
+`python -m polymerge.assess.worker` reads a CandidateJob as JSON from standard input and writes one JSON object a line
+to standard output: a measurement, a failure, progress. Whatever libraries print goes to standard error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Emit = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class Job:
+class CandidateJob:
     """What a worker does.
 
     Attributes:
@@ -42,7 +42,7 @@ class Job:
     cache: str | None = None
 
 
-def run_job(job: Job, engine: Engine, emit: Emit) -> None:
+def run_job(job: CandidateJob, engine: Engine, emit: Emit) -> None:
     """Every task of the job on an engine. A task that fails is said and the next one begins."""
     from ..engine.wrappers.cached import CachedEngine
     from ..engine.wrappers.metered import MeteredEngine
@@ -71,7 +71,7 @@ def run_job(job: Job, engine: Engine, emit: Emit) -> None:
         emit({"event": "measured", **place, "measurement": found.to_json()})
 
 
-def load_engine(job: Job) -> Engine:
+def load_engine(job: CandidateJob) -> Engine:
     """The job's model. Raises PolymergeError where it cannot be loaded."""
     import torch
 
@@ -118,7 +118,7 @@ def main() -> None:
         lines.write(json.dumps(event) + "\n")
 
     data = json.load(sys.stdin)
-    job = Job(**{**data, "ask": AskSettings(**data["ask"]), "work": [tuple(item) for item in data["work"]]})
+    job = CandidateJob(**{**data, "ask": AskSettings(**data["ask"]), "work": [tuple(item) for item in data["work"]]})
     try:
         engine = load_engine(job)
         emit({"event": "loaded"})
@@ -127,7 +127,7 @@ def main() -> None:
         emit({"event": "failed", "expert": None, "task": None, "reason": str(error)})
 
 
-def as_json(job: Job) -> str:
+def as_json(job: CandidateJob) -> str:
     """A job as the worker reads it."""
     return json.dumps(asdict(job))
 

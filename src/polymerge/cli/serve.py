@@ -7,11 +7,18 @@ from typing import Annotated
 
 import typer
 
+from ..serve.settings import ServeSettings, read_keys
+
+DEFAULT = ServeSettings()
 Names = Annotated[list[str] | None, typer.Option(help="May be asked by this host name too; repeat for several.")]
 Arguments = Annotated[
     list[str] | None, typer.Option(help="For vLLM, such as --vllm-arg=--tensor-parallel-size=8; repeat for several.")
 ]
 Origins = Annotated[list[str] | None, typer.Option(help="Let web pages of this origin ask; repeat for several.")]
+Queue = Annotated[int, typer.Option(help="Requests in the queue; more are refused (429).", min=1)]
+Caches = Annotated[int, typer.Option(help="Tokens in the caches of all answers.", min=1)]
+Drain = Annotated[float, typer.Option(help="Seconds to finish what runs when the server ends.", min=0)]
+Margin = Annotated[float, typer.Option(help="How much likelier a new field must be to change the expert.")]
 
 
 def serve(
@@ -23,14 +30,14 @@ def serve(
     rate_limit: Annotated[int | None, typer.Option(help="Requests a minute for each key.", min=1)] = None,
     allow_host: Names = None,
     cors_origin: Origins = None,
-    max_tokens: Annotated[int, typer.Option(help="Of one answer.", min=1)] = 2048,
-    max_body: Annotated[int, typer.Option(help="Bytes of one request.", min=1)] = 2**20,
-    max_rows: Annotated[int, typer.Option(help="Answers that are made at the same time.", min=1)] = 32,
-    max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more are refused (429).", min=1)] = 256,
-    cache_tokens: Annotated[int, typer.Option(help="Tokens in the caches of all answers.", min=1)] = 32768,
-    timeout: Annotated[float, typer.Option(help="Seconds for one answer.", min=0)] = 600.0,
-    drain: Annotated[float, typer.Option(help="Seconds to finish what runs when the server ends.", min=0)] = 60.0,
-    margin: Annotated[float, typer.Option(help="How much likelier a new field must be to change the expert.")] = 0.2,
+    max_tokens: Annotated[int, typer.Option(help="Of one answer.", min=1)] = DEFAULT.max_tokens,
+    max_body: Annotated[int, typer.Option(help="Bytes of one request.", min=1)] = DEFAULT.max_body_bytes,
+    max_rows: Annotated[int, typer.Option(help="Answers that are made at the same time.", min=1)] = DEFAULT.max_rows,
+    max_waiting: Queue = DEFAULT.max_waiting,
+    cache_tokens: Caches = DEFAULT.cache_tokens,
+    timeout: Annotated[float, typer.Option(help="Seconds for one answer.", min=0)] = DEFAULT.seconds,
+    drain: Drain = DEFAULT.drain_seconds,
+    margin: Margin = DEFAULT.margin,
     recipe: Annotated[Path | None, typer.Option(help="Its thinker and stages make the model `staged`.")] = None,
     thinker: Annotated[str | None, typer.Option(help="The same by a source or the URL of an endpoint.")] = None,
     thinker_model: Annotated[str | None, typer.Option("--model", help="The endpoint's name for the model.")] = None,
@@ -53,7 +60,6 @@ def serve(
     with needs_extra("serve"):
         from ..serve.run import Running, ThinkerChoice, serve_vllm
         from ..serve.run import serve as run
-        from ..serve.settings import ServeSettings, read_keys
 
     hush_libraries()
     log_to_stderr("WARNING" if quiet else "INFO")
@@ -69,7 +75,11 @@ def serve(
         requests_per_minute=rate_limit,
         max_body_bytes=max_body,
         max_tokens=max_tokens,
+        max_rows=max_rows,
+        max_waiting=max_waiting,
+        cache_tokens=cache_tokens,
         seconds=timeout,
+        drain_seconds=drain,
         margin=margin,
         cors_origins=tuple(cors_origin or ()),
         hosts=tuple(name.lower() for name in allow_host or ()),
@@ -83,12 +93,11 @@ def serve(
     if vllm or vllm_url:
         serve_vllm(
             bundle, url=vllm_url, python=vllm_python, extra=vllm_arg or (), host=host, port=port, settings=settings,
-            everyone=open_, max_waiting=max_waiting, drain=drain, say=say, on_ready=ready,
+            everyone=open_, say=say, on_ready=ready,
         )  # fmt: skip
         return
     stages = ThinkerChoice(recipe, thinker, thinker_model, key_env, policy) if recipe or thinker else None
     run(
         bundle, host=host, port=port, settings=settings, everyone=open_, device=device, kernel=kernel,
-        max_rows=max_rows, max_waiting=max_waiting, cache_tokens=cache_tokens, stages=stages, probe=probe,
-        drain=drain, say=say, on_ready=ready,
+        stages=stages, probe=probe, say=say, on_ready=ready,
     )  # fmt: skip

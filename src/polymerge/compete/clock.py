@@ -12,7 +12,7 @@ from typing import Literal
 
 from ..host import peak_memory
 from ..staged.formatter import Question
-from ..staged.thinker import Thought
+from ..staged.thought import Thought
 
 TIME_LIMIT = 3600.0  # the competition's, in seconds
 WRITTEN = 16.0  # a token that is written costs as much as so many characters that are read

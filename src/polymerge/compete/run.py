@@ -19,7 +19,7 @@ from ..bundle.files import write_bytes
 from ..errors import OutputExistsError, PolymergeError
 from ..staged.formatter import Question
 from ..staged.pipeline import Pipeline, Response, Step
-from ..staged.thinker import Thought
+from ..staged.thought import Thought
 from ..version import __version__
 from .clock import TIME_LIMIT, Clock, OnProgress, Progress, cost_of, peak_bytes
 from .journal import Journal

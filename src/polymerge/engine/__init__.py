@@ -2,6 +2,7 @@
 
 base.py            the contract: requests, results, Engine
 streaming.py       the contract of an engine that answers many at once
+admission.py       what a running batch may hold, and who joins it now
 hf_engine.py       a bundle or a plain checkpoint, run by transformers in this process
 batching.py        the same with a running batch; answer, running, cache, jobs, text are its parts
 vllm_engine.py     an exported bundle, run by a vLLM server

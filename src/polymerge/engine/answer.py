@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
+from .admission import Demand
 from .streaming import Finish, Listener, Piece, StreamRequest, TokenScore
 from .text import TextStream
 
@@ -67,6 +68,11 @@ class Answer:
     def longest(self) -> int:
         """Tokens of prompt and answer at most."""
         return len(self.prompt) + self.request.generate.max_new_tokens
+
+    @property
+    def demand(self) -> Demand:
+        """What it takes of a batch that it joins now."""
+        return Demand(len(self.prompt) + len(self.made), self.longest, self.failures, self.request.score_prompt)
 
     def cancel(self) -> None:
         self.over = True

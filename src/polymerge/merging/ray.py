@@ -41,7 +41,7 @@ Contents = dict[str, bytes]
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkOrder:
     """What a worker needs to know once.
 
     Attributes:
@@ -103,7 +103,7 @@ def _on_ray(plan: MergePlan, staging: Staging, todo: Sequence[int]) -> Iterator[
 
     token = f"token-{secrets.token_hex(8)}"
     (staging.folder / token).touch()
-    job = ray.put(_job(plan, staging, token))
+    order = ray.put(_work_order(plan, staging, token))
     cpus, gpus, slots = _shares(plan)
     remote = ray.remote(_work).options(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)
     left = list(reversed(todo))
@@ -112,7 +112,7 @@ def _on_ray(plan: MergePlan, staging: Staging, todo: Sequence[int]) -> Iterator[
         while left or running:
             while left and len(running) < 2 * slots:  # no more: results wait in memory
                 index = left.pop()
-                running[remote.remote(job, plan.tasks[index], index)] = index
+                running[remote.remote(order, plan.tasks[index], index)] = index
             (done, *_), _ = ray.wait(list(running), num_returns=1)
             index = running.pop(done)
             note, contents = _result(done, plan.tasks[index].name)
@@ -155,9 +155,9 @@ def _result(reference: Any, tensor: str) -> tuple[Note, Contents]:
         ) from None
 
 
-def _job(plan: MergePlan, staging: Staging, token: str) -> Job:
+def _work_order(plan: MergePlan, staging: Staging, token: str) -> WorkOrder:
     experts = {name: _absolute(source) for name, source in plan.recipe.experts.items()}
-    return Job(
+    return WorkOrder(
         recipe=plan.recipe.model_copy(update={"experts": experts}),
         dtype=plan.dtype,
         threads=torch.get_num_threads(),
@@ -183,13 +183,13 @@ def _files(checkpoint: Checkpoint) -> tuple[tuple[str, int], ...]:
     return tuple((name, size) for name, size, _ in checkpoint.fingerprint())
 
 
-def _work(job: Job, task: TensorTask, index: int) -> tuple[Note, Contents]:
+def _work(order: WorkOrder, task: TensorTask, index: int) -> tuple[Note, Contents]:
     """On a worker: one tensor."""
-    torch.set_num_threads(job.threads)
-    checkpoints, settings = _opened(job), settings_of(job.recipe, job.dtype)
+    torch.set_num_threads(order.threads)
+    checkpoints, settings = _opened(order), settings_of(order.recipe, order.dtype)
     name = f"{index:06d}-{secrets.token_hex(4)}"  # of this attempt alone: a machine that was given up may still write
-    if (job.staging / job.token).exists():
-        return _compressed(task, checkpoints, settings, job.staging, name), {}
+    if (order.staging / order.token).exists():
+        return _compressed(task, checkpoints, settings, order.staging, name), {}
     with tempfile.TemporaryDirectory(prefix="polymerge-") as scratch:
         note = _compressed(task, checkpoints, settings, Path(scratch), name)
         return note, {piece["file"]: (Path(scratch) / piece["file"]).read_bytes() for piece in note["pieces"]}
@@ -203,11 +203,11 @@ def _compressed(
     return compress_task(task, checkpoints, settings, PieceWriter(root, folder))
 
 
-def _opened(job: Job) -> dict[str, Checkpoint]:
+def _opened(order: WorkOrder) -> dict[str, Checkpoint]:
     """The sources as this machine sees them, opened once in a process."""
-    if job.version != __version__:
-        raise PolymergeError(f"a worker has polymerge {__version__}, this machine {job.version}; install one version")
-    return _open_all(tuple(job.recipe.experts.items()), tuple(job.sources.items()))
+    if order.version != __version__:
+        raise PolymergeError(f"a worker has polymerge {__version__}, this machine {order.version}; install one version")
+    return _open_all(tuple(order.recipe.experts.items()), tuple(order.sources.items()))
 
 
 @lru_cache(maxsize=2)

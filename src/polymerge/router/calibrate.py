@@ -24,8 +24,8 @@ ECE_BINS = 10
 def softmax(logits: Floats) -> Floats:
     """Rows of [n, k] as probabilities."""
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    found: Floats = shifted / shifted.sum(axis=1, keepdims=True)
-    return found
+    probabilities: Floats = shifted / shifted.sum(axis=1, keepdims=True)
+    return probabilities
 
 
 def fit_temperature(logits: Floats, labels: Ints) -> float:
@@ -49,13 +49,13 @@ def fit_temperature(logits: Floats, labels: Ints) -> float:
 def reliability(confidence: Floats, right: Bools, bins: int = ECE_BINS) -> list[dict[str, float]]:
     """Bins of equal width that hold samples: their number, mean confidence and share of right ones."""
     place = np.minimum((confidence * bins).astype(int), bins - 1)
-    found = []
+    filled = []
     for number in range(bins):
         inside = place == number
         if inside.any():
             means = {"confidence": float(confidence[inside].mean()), "accuracy": float(right[inside].mean())}
-            found.append({"count": int(inside.sum()), **means})
-    return found
+            filled.append({"count": int(inside.sum()), **means})
+    return filled
 
 
 def calibration_error(confidence: Floats, right: Bools, bins: int = ECE_BINS) -> float:

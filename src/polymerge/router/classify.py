@@ -56,16 +56,16 @@ def fit_classifier(kind: Kind, vectors: FloatArray, labels: Ints) -> Classifier:
 def _fit_logistic(vectors: FloatArray, labels: Ints) -> dict[str, Floats]:
     from sklearn.linear_model import LogisticRegression
 
-    found = LogisticRegression(C=LOGISTIC_C, max_iter=1000).fit(vectors, labels)
-    weights, bias = found.coef_, found.intercept_
+    fitted = LogisticRegression(C=LOGISTIC_C, max_iter=1000).fit(vectors, labels)
+    weights, bias = fitted.coef_, fitted.intercept_
     if len(weights) == 1:  # two fields: scikit-learn keeps the second's weights alone
         weights, bias = np.concatenate([np.zeros_like(weights), weights]), np.concatenate([np.zeros_like(bias), bias])
     return {"weights": weights, "bias": bias}
 
 
 def _logistic_logits(vectors: Floats, arrays: Arrays) -> Floats:
-    found: Floats = vectors @ arrays["weights"].T.astype(np.float64) + arrays["bias"]
-    return found
+    logits: Floats = vectors @ arrays["weights"].T.astype(np.float64) + arrays["bias"]
+    return logits
 
 
 def _fit_centroid(vectors: FloatArray, labels: Ints) -> dict[str, Floats]:
@@ -91,15 +91,15 @@ def _knn_logits(vectors: Floats, arrays: Arrays) -> Floats:
     nearest = np.argsort(distances, axis=1, kind="stable")[:, :count]  # [n, count]
     weights = 1 / (np.take_along_axis(distances, nearest, axis=1) + 1e-6)
     shares = (votes[nearest] * weights[..., None]).sum(axis=1) / weights.sum(axis=1, keepdims=True)
-    found: Floats = np.log(shares + 1e-3)
-    return found
+    logits: Floats = np.log(shares + 1e-3)
+    return logits
 
 
 def squared_distances(vectors: Floats, others: FloatArray) -> Floats:
     """[n, m] squared Euclidean distances, at least 0."""
     wide = np.asarray(others, dtype=np.float64)
-    found = (vectors**2).sum(1)[:, None] + (wide**2).sum(1)[None] - 2 * vectors @ wide.T
-    positive: Floats = np.maximum(found, 0.0)
+    squared = (vectors**2).sum(1)[:, None] + (wide**2).sum(1)[None] - 2 * vectors @ wide.T
+    positive: Floats = np.maximum(squared, 0.0)
     return positive
 
 

@@ -127,12 +127,12 @@ def fit_router(
 
 def embed_all(embedder: Embedder, texts: Sequence[str], progress: Progress | None = None) -> FloatArray:
     """Raw vectors [n, d] of all texts; `progress` hears of every few hundred."""
-    found = []
+    vectors = []
     for start in range(0, len(texts), EMBED_BATCH):
-        found.append(embedder.embed(texts[start : start + EMBED_BATCH]).vectors)
+        vectors.append(embedder.embed(texts[start : start + EMBED_BATCH]).vectors)
         if progress:
             progress(min(start + EMBED_BATCH, len(texts)), len(texts))
-    return np.concatenate(found)
+    return np.concatenate(vectors)
 
 
 class Calibrated(NamedTuple):
@@ -147,12 +147,12 @@ class Calibrated(NamedTuple):
 def calibrate(train: Labelled, held: Labelled | None, settings: FitSettings) -> Calibrated:
     """Temperature, the calibration of distances and the threshold."""
     scores, signs, labels, inside, outside = [], [], [], [], []
-    for own, other in _splits(train, held, settings.seed):
-        head = fit_head(settings.classifier, own.vectors, own.labels)
-        scores.append(head.logits(other.vectors))
-        signs.append(head.signs(other.vectors))
-        labels.append(other.labels)
-        near, far = leave_fields_out(own, other)
+    for fitting, measuring in _splits(train, held, settings.seed):
+        head = fit_head(settings.classifier, fitting.vectors, fitting.labels)
+        scores.append(head.logits(measuring.vectors))
+        signs.append(head.signs(measuring.vectors))
+        labels.append(measuring.labels)
+        near, far = leave_fields_out(fitting, measuring)
         inside.append(near)
         outside.append(far)
     logits, right_ones = np.concatenate(scores), np.concatenate(labels)
@@ -186,29 +186,30 @@ def _splits(train: Labelled, held: Labelled | None, seed: int) -> Iterator[tuple
         return
     from sklearn.model_selection import StratifiedKFold
 
-    folds = min(FOLDS, int(np.bincount(train.labels).min()))
-    for own, other in StratifiedKFold(folds, shuffle=True, random_state=seed).split(train.vectors, train.labels):
-        yield train.take(own), train.take(other)
+    count = min(FOLDS, int(np.bincount(train.labels).min()))
+    folds = StratifiedKFold(count, shuffle=True, random_state=seed)
+    for fitting, measuring in folds.split(train.vectors, train.labels):
+        yield train.take(fitting), train.take(measuring)
 
 
-def leave_fields_out(own: Labelled, other: Labelled) -> tuple[Floats, Floats]:
-    """Signs of `other`'s samples of known fields, and of those of a field that was kept away: every field in its turn
-    plays the one that nobody has seen. That is what a stranger looks like, with no strangers at hand."""
+def leave_fields_out(fitting: Labelled, measuring: Labelled) -> tuple[Floats, Floats]:
+    """Signs of `measuring`'s samples of known fields, and of those of a field that was kept away: every field in its
+    turn plays the one that nobody has seen. That is what a stranger looks like, with no strangers at hand."""
     inside, outside = [], []
-    for field in np.unique(own.labels):
-        rest = own.take(own.labels != field)
+    for field in np.unique(fitting.labels):
+        rest = fitting.take(fitting.labels != field)
         space = fit_space(rest.vectors)
         vectors = space(rest.vectors)
-        found = fit_outside(vectors, rest.labels).signs(space(other.vectors), vectors)
-        inside.append(found[other.labels != field])
-        outside.append(found[other.labels == field])
+        signs = fit_outside(vectors, rest.labels).signs(space(measuring.vectors), vectors)
+        inside.append(signs[measuring.labels != field])
+        outside.append(signs[measuring.labels == field])
     return np.concatenate(inside), np.concatenate(outside)
 
 
 def learning_curve(train: Labelled, held: Labelled, settings: FitSettings) -> list[dict[str, float]]:
     """Accuracy on the held-out samples for growing numbers of training samples a field, over several draws."""
     smallest = int(np.bincount(train.labels).min())
-    found = []
+    points = []
     for size in [*(size for size in CURVE_SIZES if size < smallest), smallest]:
         scores = []
         for draw in range(CURVE_DRAWS if size < smallest else 1):
@@ -216,12 +217,12 @@ def learning_curve(train: Labelled, held: Labelled, settings: FitSettings) -> li
             numbers = [
                 rng.choice(np.flatnonzero(train.labels == n), size, replace=False) for n in np.unique(train.labels)
             ]
-            own = train.take(np.concatenate(numbers))
-            space = fit_space(own.vectors)
-            classifier = fit_classifier(settings.classifier, space(own.vectors), own.labels)
-            found_fields = classifier.logits(space(held.vectors)).argmax(axis=1)
-            scores.append(float((found_fields == held.labels).mean()))
-        found.append(
+            drawn = train.take(np.concatenate(numbers))
+            space = fit_space(drawn.vectors)
+            classifier = fit_classifier(settings.classifier, space(drawn.vectors), drawn.labels)
+            answers = classifier.logits(space(held.vectors)).argmax(axis=1)
+            scores.append(float((answers == held.labels).mean()))
+        points.append(
             {"samples": size, "accuracy": float(np.mean(scores)), "lowest": min(scores), "highest": max(scores)}
         )
-    return found
+    return points

@@ -68,10 +68,12 @@ class Head:
     @classmethod
     def from_arrays(cls, kind: Kind, arrays: Arrays) -> Head:
         """The head that `to_arrays` wrote. Raises KeyError where an array is missing."""
-        own = {name.removeprefix("classifier."): a for name, a in arrays.items() if name.startswith("classifier.")}
+        classifier = {
+            name.removeprefix("classifier."): a for name, a in arrays.items() if name.startswith("classifier.")
+        }
         first, second, middle, slope = map(float, arrays["outside.calibration"])
         outside = Outside(arrays["outside.weights"], arrays["outside.bias"], (first, second), middle, slope)
-        return cls(Space(arrays["mean"], arrays["scale"]), Classifier(kind, own), arrays["vectors"], outside)
+        return cls(Space(arrays["mean"], arrays["scale"]), Classifier(kind, classifier), arrays["vectors"], outside)
 
 
 def fit_head(kind: Kind, raw: FloatArray, labels: Ints) -> Head:

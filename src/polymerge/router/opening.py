@@ -15,11 +15,11 @@ from .record import read_record, router_folder
 from .router import Router
 
 
-def open_router(bundle: Bundle | str | Path, own: Callable[[], Engine], other: Callable[[str], Engine]) -> Router:
+def open_router(bundle: Bundle | str | Path, engine: Callable[[], Engine], other: Callable[[str], Engine]) -> Router:
     """The bundle's router.
 
     Args:
-        own: the bundle's engine; asked for only where the router embeds with it.
+        engine: the bundle's; asked for only where the router embeds with it.
         other: the engine of another model, by its source.
 
     Raises:
@@ -27,4 +27,4 @@ def open_router(bundle: Bundle | str | Path, own: Callable[[], Engine], other: C
     """
     bundle = Bundle.open(bundle)
     model = read_record(router_folder(bundle.path)).model
-    return Router.load(bundle, own() if model is None else other(model))
+    return Router.load(bundle, engine() if model is None else other(model))

@@ -41,14 +41,14 @@ class Outside:
         cosines = wide @ training.T.astype(np.float64)
         count = min(NEAREST, len(training))
         nearest = np.partition(cosines, len(training) - count, axis=1)[:, -count:]
-        found: Floats = np.stack([-claims.max(axis=1), 1 - nearest.mean(axis=1)], axis=1)
-        return found
+        signs: Floats = np.stack([-claims.max(axis=1), 1 - nearest.mean(axis=1)], axis=1)
+        return signs
 
     def known(self, signs: Floats) -> Floats:
         """[n] probabilities that vectors with these signs [n, 2] belong to a field."""
         strangeness = signs @ np.asarray(self.mix)
-        found: Floats = 1 / (1 + np.exp(np.clip(self.slope * (strangeness - self.middle), -50, 50)))
-        return found
+        probabilities: Floats = 1 / (1 + np.exp(np.clip(self.slope * (strangeness - self.middle), -50, 50)))
+        return probabilities
 
 
 def fit_outside(vectors: FloatArray, labels: Ints) -> Outside:
@@ -58,8 +58,8 @@ def fit_outside(vectors: FloatArray, labels: Ints) -> Outside:
     fields = np.unique(labels)
     weights, bias = np.zeros((len(fields), vectors.shape[1]), np.float32), np.zeros(len(fields), np.float32)
     for row, field in enumerate(fields if len(fields) > 1 else ()):
-        found = LogisticRegression(C=CLAIM_C, max_iter=1000, class_weight="balanced").fit(vectors, labels == field)
-        weights[row], bias[row] = found.coef_[0], found.intercept_[0]
+        fitted = LogisticRegression(C=CLAIM_C, max_iter=1000, class_weight="balanced").fit(vectors, labels == field)
+        weights[row], bias[row] = fitted.coef_[0], fitted.intercept_[0]
     return Outside(weights, bias)
 
 

@@ -125,8 +125,8 @@ def read_arrays(folder: Path, record: RouterRecord) -> dict[str, FloatArray]:
     """The numbers, whole and unchanged. Raises RouterError otherwise."""
     data = _read_named(folder, record.weights)
     try:
-        found: dict[str, FloatArray] = load(data)
-        return found
+        arrays: dict[str, FloatArray] = load(data)
+        return arrays
     except SafetensorError as error:
         raise RouterError(f"{folder / record.weights}: {error}; run `polymerge router fit` again") from None
 

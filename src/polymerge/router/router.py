@@ -44,8 +44,8 @@ class Judgement:
     @property
     def confidence(self) -> Floats:
         """[n], probability that the text belongs to a field and that it is the likeliest one."""
-        found: Floats = self.probabilities.max(axis=1) * self.known
-        return found
+        confidence: Floats = self.probabilities.max(axis=1) * self.known
+        return confidence
 
 
 class Router:

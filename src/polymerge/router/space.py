@@ -27,8 +27,8 @@ class Space:
 
     def __call__(self, raw: FloatArray) -> FloatArray:
         moved = (raw - self.mean) / self.scale
-        found: FloatArray = moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-12)
-        return found
+        directions: FloatArray = moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-12)
+        return directions
 
 
 def fit_space(raw: FloatArray) -> Space:

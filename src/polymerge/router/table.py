@@ -64,25 +64,25 @@ def experts_of_fields(
     for field in given:
         if field not in fields:
             raise RouterError(f"field {field!r} is given an expert but has no samples{_hint(field, fields)}")
-    found = {}
+    chosen = {}
     for field in fields:
         row = (table or {}).get(field)
         for expert in [*(row or ()), *([given[field]] if field in given else [])]:
             check_expert(expert, experts, f"field {field!r}")
         if field in given:
-            found[field] = given[field]
+            chosen[field] = given[field]
         elif row:
             order = [field, *experts, AVERAGE]
-            found[field] = max(row, key=lambda expert: (row[expert], -order.index(expert)))
+            chosen[field] = max(row, key=lambda expert: (row[expert], -order.index(expert)))
         elif field in experts:
-            found[field] = field
+            chosen[field] = field
         else:
             known = ", ".join(experts)
             raise RouterError(
                 f"field {field!r} is no expert's name (the bundle holds {known}); give it one with "
                 f"`--assign {field}=EXPERT` or with an assessment table"
             )
-    return found
+    return chosen
 
 
 def check_expert(expert: str, experts: Collection[str], where: str) -> None:
@@ -119,17 +119,17 @@ def label_by_experts(
     for number, sample in enumerate(samples, 1):
         if not sample.answer.strip():
             raise RouterError(f"sample {number} ({sample.text[:40]!r}) has no answer to label it by")
-    found = []
+    labelled = []
     for start in range(0, len(samples), LABEL_BATCH):
         batch = samples[start : start + LABEL_BATCH]
         scores = engine.loglikelihood([request for sample in batch for request in _requests(engine, sample, chat)])
         for number, sample in enumerate(batch):
-            own = scores[number * len(engine.experts) : (number + 1) * len(engine.experts)]
-            best = max(range(len(own)), key=lambda n: own[n].log_likelihood)
-            found.append(Sample(sample.text, engine.experts[best], sample.answer))
+            answers = scores[number * len(engine.experts) : (number + 1) * len(engine.experts)]
+            best = max(range(len(answers)), key=lambda n: answers[n].log_likelihood)
+            labelled.append(Sample(sample.text, engine.experts[best], sample.answer))
         if progress:
-            progress(len(found), len(samples))
-    return found
+            progress(len(labelled), len(samples))
+    return labelled
 
 
 def _requests(engine: Engine, sample: Sample, chat: bool) -> list[ScoreRequest]:

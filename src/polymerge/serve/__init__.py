@@ -1,7 +1,7 @@
 """A bundle behind the OpenAI API.
 
 app.py          create_app: the application
-settings.py     limits and keys
+settings.py     every limit, and the keys
 access.py       who may ask, before every route
 schema.py       requests
 shapes.py       answers
@@ -9,7 +9,9 @@ routing.py      which expert answers
 service.py      from requests to answers
 answers.py      ... across threads
 completions.py  /v1/chat/completions, /v1/completions
-others.py       /v1/models, /v1/embeddings, /v1/route, /health, /ready, /metrics, /
+models.py       /v1/models
+judgements.py   /v1/embeddings, /v1/route
+status.py       /health, /ready, /metrics
 stages.py       the model `staged`
 playground.py   the page at /
 metrics.py      what is counted

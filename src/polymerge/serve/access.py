@@ -27,7 +27,6 @@ from .settings import ServeSettings
 logger = logging.getLogger("polymerge.serve")
 
 OPEN = "/health"
-BODY_SECONDS = 60  # a body must be there so long after its headers
 
 
 class Buckets:
@@ -127,7 +126,7 @@ class Access:
         if kind != "application/json":  # the others are what a web page may send anywhere without being asked
             raise ApiError(415, "the body must be application/json")
         try:
-            body = await asyncio.wait_for(self._body(scope, receive), BODY_SECONDS)
+            body = await asyncio.wait_for(self._body(scope, receive), self._settings.body_seconds)
         except TimeoutError:
             raise ApiError(408, "the body did not come in time") from None
         messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]

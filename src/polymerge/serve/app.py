@@ -16,10 +16,13 @@ from ..version import __version__
 from .access import Access
 from .completions import completion_routes
 from .errors import ApiError, invalid, told
-from .others import other_routes
+from .judgements import judgement_routes
+from .models import model_routes
+from .playground import playground_routes
 from .service import Service
 from .settings import ServeSettings
 from .stages import Responds
+from .status import status_routes
 
 
 def create_app(
@@ -48,8 +51,14 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
-    app.include_router(completion_routes(service))
-    app.include_router(other_routes(service, router))
+    for routes in (
+        completion_routes(service),
+        model_routes(service),
+        judgement_routes(service, router),
+        status_routes(service),
+        playground_routes(),
+    ):
+        app.include_router(routes)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
     for known in (ApiError, PolymergeError):

@@ -20,14 +20,12 @@ from urllib.parse import quote
 from ..engine.base import Engine
 from ..router.route import Route, Routes
 from .errors import ApiError
+from .settings import ServeSettings
 
 if TYPE_CHECKING:
     from ..model.assignment import RowExpert
 
 AUTO, AVERAGE, STAGED = "auto", "average", "staged"
-REMEMBERED = 4096  # routes
-# Turns of a conversation that are looked at, the latest ones: an older turn's field has no say in a long one.
-TURNS = 8
 
 
 @dataclass(frozen=True)
@@ -73,22 +71,22 @@ class Choice:
     @property
     def headers(self) -> dict[str, str]:
         """Header values are percent-encoded where they are not plain ASCII."""
-        found = {"x-polymerge-expert": quote(self.name, safe=' {}":,.')}
+        headers = {"x-polymerge-expert": quote(self.name, safe=' {}":,.')}
         if self.route:
-            found["x-polymerge-field"] = quote(self.route.field, safe=" ")
-            found["x-polymerge-confidence"] = f"{self.route.confidence:.4f}"
-        return found
+            headers["x-polymerge-field"] = quote(self.route.field, safe=" ")
+            headers["x-polymerge-confidence"] = f"{self.route.confidence:.4f}"
+        return headers
 
 
 class Chooser:
     """Names and texts to experts. Blocks while the router embeds; called from threads.
 
     Args:
-        margin: how much likelier a new turn's field must be than the conversation's.
+        settings: its `margin`, `max_turns` and `max_routes` count.
     """
 
-    def __init__(self, engine: Engine, router: Routes | None, *, staged: bool = False, margin: float = 0.2) -> None:
-        self._engine, self._router, self._margin = engine, router, margin
+    def __init__(self, engine: Engine, router: Routes | None, settings: ServeSettings, *, staged: bool = False) -> None:
+        self._engine, self._router, self._settings = engine, router, settings
         self.models = [*([AUTO] if router else []), *engine.experts, AVERAGE, *([STAGED] if staged else [])]
         self._known: OrderedDict[bytes, Route] = OrderedDict()
         self._lock = threading.Lock()
@@ -105,7 +103,7 @@ class Chooser:
         texts = [turn for turn in turns if turn.strip()]
         if not texts:
             return Choice(None, reason="there is no text to route by")
-        routes = self.routes(texts[-TURNS:] if sticky else texts[-1:])
+        routes = self.routes(texts[-self._settings.max_turns :] if sticky else texts[-1:])
         return self._walk(routes)
 
     def check(self, model: str) -> None:
@@ -124,17 +122,17 @@ class Chooser:
             raise ApiError(404, "this bundle has no router", code="model_not_found")
         keys = [hashlib.sha256(text.encode()).digest() for text in texts]
         with self._lock:
-            found = {key: self._known[key] for key in keys if key in self._known}
-        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in found}
+            routes = {key: self._known[key] for key in keys if key in self._known}
+        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in routes}
         if new:
-            found |= dict(zip(new, self._router.route(list(new.values())), strict=True))
+            routes |= dict(zip(new, self._router.route(list(new.values())), strict=True))
         with self._lock:
             for key in keys:
-                self._known[key] = found[key]
+                self._known[key] = routes[key]
                 self._known.move_to_end(key)
-            while len(self._known) > REMEMBERED:
+            while len(self._known) > self._settings.max_routes:
                 self._known.popitem(last=False)
-        return [found[key] for key in keys]
+        return [routes[key] for key in keys]
 
     def _walk(self, routes: Sequence[Route]) -> Choice:
         kept = routes[0]
@@ -153,4 +151,4 @@ class Chooser:
         if route.fallback:
             return False
         ahead = route.scores.get(route.field, route.confidence) - route.scores.get(kept.field, 0.0)
-        return route.field == kept.field or ahead >= self._margin
+        return route.field == kept.field or ahead >= self._settings.margin

@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from ..bundle.bundle import Bundle
-from ..engine.local.batching import CACHE_TOKENS, MAX_ROWS, MAX_WAITING, BatchingEngine
+from ..engine.local.batching import BatchingEngine
 from ..engine.local.engine import HFEngine
 from ..errors import PolymergeError
 from ..router.route import Routes
@@ -81,18 +81,15 @@ def serve(
     everyone: bool = False,
     device: str | None = None,
     kernel: str = "plain",
-    max_rows: int = MAX_ROWS,
-    max_waiting: int = MAX_WAITING,
-    cache_tokens: int = CACHE_TOKENS,
     stages: ThinkerChoice | None = None,
     probe: bool = True,
-    drain: float = 60.0,
     say: Say = lambda text: None,
     on_ready: Callable[[Running], None] = lambda running: None,
 ) -> None:
-    """Serves a bundle until SIGTERM or SIGINT; then finishes what runs, for `drain` seconds at most.
+    """Serves a bundle until SIGTERM or SIGINT; then finishes what runs, for `drain_seconds` at most.
 
     Args:
+        settings: every limit of the server, and its keys.
         everyone: listen to other machines although there are no keys.
         kernel: plain or triton, as `load_model` takes it.
         stages: the thinker of the model `staged`; None leaves that model out.
@@ -109,13 +106,13 @@ def serve(
     loaded = HFEngine.from_bundle(opened, device=device, kernel=kernel)
     if probe:
         check(loaded, opened, progress=lambda expert: say(f"checking expert {expert}"))
-    engine = BatchingEngine(loaded, max_rows=max_rows, max_waiting=max_waiting, cache_tokens=cache_tokens)
+    engine = BatchingEngine(loaded, settings.limits)
     try:
-        router = open_router(opened, engine, device)
+        router = bundle_router(opened, engine, device)
         app = create_app(engine, router, stages.open(opened, engine, router, device) if stages else None, settings)
-        _listen(app, place, host, settings, drain, on_ready)
+        _listen(app, place, host, settings, on_ready)
     finally:
-        engine.close(5.0)
+        engine.close(settings.close_seconds)
 
 
 def serve_vllm(
@@ -128,8 +125,6 @@ def serve_vllm(
     port: int = 8000,
     settings: ServeSettings | None = None,
     everyone: bool = False,
-    max_waiting: int = MAX_WAITING,
-    drain: float = 60.0,
     say: Say = lambda text: None,
     on_ready: Callable[[Running], None] = lambda running: None,
 ) -> None:
@@ -149,11 +144,11 @@ def serve_vllm(
     settings = guarded(settings or ServeSettings(), host, everyone=everyone)
     place = listener(host, port)
     with vllm_engine(folder, url=url, python=python, extra=extra, say=say, kind=VllmStreaming) as engine:
-        engine.max_waiting = max_waiting
+        engine.max_waiting = settings.max_waiting
         try:
-            _listen(create_app(engine, settings=settings), place, host, settings, drain, on_ready)
+            _listen(create_app(engine, settings=settings), place, host, settings, on_ready)
         finally:
-            engine.close(5.0)
+            engine.close(settings.close_seconds)
 
 
 def _listen(
@@ -161,13 +156,12 @@ def _listen(
     place: socket.socket,
     host: str,
     settings: ServeSettings,
-    drain: float,
     on_ready: Callable[[Running], None],
 ) -> None:
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{place.getsockname()[1]}"
     models = app.state.service.chooser.models
-    run_app(app, place, drain, lambda: on_ready(Running(url, models, len(settings.keys))))
+    run_app(app, place, settings, lambda: on_ready(Running(url, models, len(settings.keys))))
 
 
 def guarded(settings: ServeSettings, host: str, *, everyone: bool = False) -> ServeSettings:
@@ -185,13 +179,13 @@ def guarded(settings: ServeSettings, host: str, *, everyone: bool = False) -> Se
     return settings
 
 
-def open_router(bundle: Bundle, engine: BatchingEngine, device: str | None = None) -> Routes | None:
+def bundle_router(bundle: Bundle, engine: BatchingEngine, device: str | None = None) -> Routes | None:
     """The bundle's router, which embeds between the running batch's steps; None where the bundle has none.
 
     Raises:
         RouterError: it is damaged, or was fitted for another bundle.
     """
-    from ..router import opening
+    from ..router.opening import open_router
     from ..router.record import has_router
 
     if not has_router(bundle.path):
@@ -200,7 +194,7 @@ def open_router(bundle: Bundle, engine: BatchingEngine, device: str | None = Non
     def other(model: str) -> BatchingEngine:
         return BatchingEngine(HFEngine.from_checkpoint(model, device=device))
 
-    return opening.open_router(bundle, lambda: engine, other)
+    return open_router(bundle, lambda: engine, other)
 
 
 class _Server(uvicorn.Server):
@@ -219,15 +213,15 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def run_app(app: FastAPI, place: socket.socket, drain: float, on_ready: Callable[[], None]) -> None:
-    """Answers on a bound socket until a signal; then finishes what runs, for `drain` seconds at most."""
+def run_app(app: FastAPI, place: socket.socket, settings: ServeSettings, on_ready: Callable[[], None]) -> None:
+    """Answers on a bound socket until a signal; then finishes what runs, for `drain_seconds` at most."""
     config = uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=max(1, int(drain)),
-        timeout_keep_alive=75,
+        timeout_graceful_shutdown=max(1, int(settings.drain_seconds)),
+        timeout_keep_alive=int(settings.keep_alive_seconds),
     )
     # uvicorn raises the signal that ended it once more when it is done; by then it has been obeyed
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}

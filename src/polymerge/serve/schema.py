@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+# OpenAI's own bounds, the same at every server; this one's are in `polymerge.serve.settings`.
 MOST_LOGPROBS = 20
+MOST_STOPS = 4
 LARGEST_SEED = 2**63 - 1
 
 
@@ -85,7 +87,7 @@ class ChatMessage(Strict):
         return {"role": "system" if self.role == "developer" else self.role, "content": self.text}
 
 
-Stop = str | Annotated[list[str], Field(max_length=4)]
+Stop = str | Annotated[list[str], Field(max_length=MOST_STOPS)]
 
 
 class Generating(Strict):

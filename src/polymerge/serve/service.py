@@ -40,9 +40,9 @@ class Service:
         self, engine: StreamingEngine, router: Routes | None, pipeline: Responds | None, settings: ServeSettings
     ) -> None:
         self.engine, self.settings = engine, settings
-        self.stages = Stages(pipeline, settings.seconds) if pipeline else None
+        self.stages = Stages(pipeline, settings) if pipeline else None
         self.metrics = Metrics(lambda: engine.state)
-        self.chooser = Chooser(engine, router, staged=pipeline is not None, margin=settings.margin)
+        self.chooser = Chooser(engine, router, settings, staged=pipeline is not None)
         self.ready = True
 
     async def choose(self, request: Request, model: str, turns: Sequence[str], *, sticky: bool = True) -> Choice:
@@ -86,7 +86,7 @@ class Service:
         count = body.n or 1
         if count * len(prompts) > self.settings.max_choices:
             raise ApiError(400, f"n: at most {self.settings.max_choices} answers a request", param="n")
-        found = []
+        requests = []
         for prompt, choice in zip(prompts, choices, strict=True):
             asked = GenerateRequest(
                 prompt,
@@ -98,11 +98,11 @@ class Service:
                 stop=body.stops,
             )
             seeds = [None if body.seed is None else body.seed + k for k in range(count)]
-            found += [
+            requests += [
                 StreamRequest(replace(asked, seed=seed), logprobs, score_prompt, self.settings.seconds)
                 for seed in seeds
             ]
-        return found
+        return requests
 
     async def respond(
         self,
@@ -126,11 +126,11 @@ class Service:
         finally:
             run.close()
         self._log(requests, answers)
-        found = [shape.choice(number, answer) for number, answer in enumerate(answers)]
+        listed = [shape.choice(number, answer) for number, answer in enumerate(answers)]
         if len(choices) > 1:
-            found = [one | {"polymerge": choices[n // count].body} for n, one in enumerate(found)]
+            listed = [one | {"polymerge": choices[n // count].body} for n, one in enumerate(listed)]
         spent = usage(read, sum(answer.tokens for answer in answers))
-        return JSONResponse(shape.head() | {"choices": found, "usage": spent} | extra, headers=choices[0].headers)
+        return JSONResponse(shape.head() | {"choices": listed, "usage": spent} | extra, headers=choices[0].headers)
 
     async def respond_in_stages(self, request: Request, body: ChatRequest) -> Response:
         """The answer of the model `staged`; as a stream, it comes in one piece."""

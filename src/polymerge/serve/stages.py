@@ -17,11 +17,10 @@ from ..router.route import Route
 from ..staged import Question
 from .errors import ApiError
 from .schema import ChatRequest
+from .settings import ServeSettings
 
 if TYPE_CHECKING:
     from ..model.assignment import RowExpert
-
-MOST_WAITING = 64
 
 
 class Response(Protocol):
@@ -58,17 +57,18 @@ class Stages:
     """Questions that wait at the same time are one batch of the pipeline, in a thread of its own.
 
     Args:
-        seconds: no thought is begun so long after its batch was.
+        settings: its `seconds` and `max_questions` count.
     """
 
-    def __init__(self, pipeline: Responds, seconds: float) -> None:
-        self._pipeline, self._seconds = pipeline, seconds
+    def __init__(self, pipeline: Responds, settings: ServeSettings) -> None:
+        self._pipeline, self._settings = pipeline, settings
         self._jobs, self._turn = Jobs(), threading.Lock()
 
     def ask(self, question: Question) -> Response:
         """Blocks until the answer is there. Raises EngineBusyError where too many wait."""
-        if len(self._jobs) >= MOST_WAITING:
-            raise EngineBusyError(f"{MOST_WAITING} questions are waiting for the thinker; try again later")
+        most = self._settings.max_questions
+        if len(self._jobs) >= most:
+            raise EngineBusyError(f"{most} questions are waiting for the thinker; try again later")
         future: Future[list[Any]] = self._jobs.put("question", [question], self._respond)
         with self._turn:  # whoever comes first answers for all who wait by then
             if not future.done():
@@ -77,7 +77,7 @@ class Stages:
         return response
 
     def _respond(self, questions: Sequence[Question]) -> list[Response]:
-        return list(self._pipeline.respond(questions, deadline=time.monotonic() + self._seconds))
+        return list(self._pipeline.respond(questions, deadline=time.monotonic() + self._settings.seconds))
 
 
 def question_of(body: ChatRequest, most_tokens: int) -> Question:

@@ -19,7 +19,7 @@ import httpx2
 
 from ..errors import RecipeError
 from ..recipe.response import ThinkerSettings
-from .thinker import OUT_OF_TIME, Thought, failed
+from .thought import OUT_OF_TIME, Thought, failed
 
 log = logging.getLogger(__name__)
 

@@ -73,11 +73,11 @@ def weigh(scores: Mapping[str, Sequence[float]]) -> FieldEvidence:
     less.
     """
     direct = scores["direct"]
-    means = {way: sum(own) / max(1, len(own)) for way, own in scores.items()}
+    means = {way: sum(rows) / max(1, len(rows)) for way, rows in scores.items()}
     best: Way = "direct"
     for way in ("v1", "v2"):
-        own = scores.get(way)
-        if own is not None and means[way] > means[best] and _chance(direct, own) < SIGNIFICANCE:
+        rows = scores.get(way)
+        if rows is not None and means[way] > means[best] and _chance(direct, rows) < SIGNIFICANCE:
             best = way
     return FieldEvidence(rows=len(direct), scores=means, best=best)
 

@@ -27,8 +27,8 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One answer to write.
+class FormatRequest:
+    """One answer to write, or to choose.
 
     Attributes:
         prompt: what stands before the answer.
@@ -39,6 +39,10 @@ class Job:
     prompt: str
     expert: RowExpert = None
     second: str | None = None
+
+    @property
+    def prompts(self) -> list[str]:
+        return [self.prompt] if self.second is None else [self.prompt, self.second]
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Answer:
 
 
 class Formatter:
-    """Answers jobs with an engine.
+    """Answers with an engine.
 
     Args:
         chat: put the prompt into the model's chat template; off, the text stands as it is, as in the competition.
@@ -68,42 +72,41 @@ class Formatter:
     def __init__(self, engine: Engine, *, length_norm: LengthNorm = "none", chat: bool = True) -> None:
         self._engine, self._norm, self._chat = engine, length_norm, chat
 
-    def answer(self, jobs: Sequence[Job]) -> list[Answer]:
-        """One answer a job, in their order. A prompt that is too long for the model loses its beginning.
+    def answer(self, asked: Sequence[FormatRequest]) -> list[Answer]:
+        """One answer a request, in their order. A prompt that is too long for the model loses its beginning.
 
         Raises:
             ModelError: an unknown expert.
         """
-        texts = [n for n, job in enumerate(jobs) if not job.question.choices]
-        closed = [n for n, job in enumerate(jobs) if job.question.choices]
-        found = dict(zip(texts, self._write([jobs[n] for n in texts]), strict=True))
-        found |= dict(zip(closed, self._choose([jobs[n] for n in closed]), strict=True))
-        return [found[n] for n in range(len(jobs))]
+        texts = [n for n, one in enumerate(asked) if not one.question.choices]
+        closed = [n for n, one in enumerate(asked) if one.question.choices]
+        answers = dict(zip(texts, self._write([asked[n] for n in texts]), strict=True))
+        answers |= dict(zip(closed, self._choose([asked[n] for n in closed]), strict=True))
+        return [answers[n] for n in range(len(asked))]
 
-    def fits(self, job: Job) -> bool:
+    def fits(self, request: FormatRequest) -> bool:
         """Whether the prompt and the longest answer fit the model's context."""
-        return len(self._ids(job.prompt)) + self._longest_answer(job.question) <= self._engine.max_length
+        return len(self._ids(request.prompt)) + self._longest_answer(request.question) <= self._engine.max_length
 
-    def _write(self, jobs: Sequence[Job]) -> list[Answer]:
+    def _write(self, asked: Sequence[FormatRequest]) -> list[Answer]:
         requests = [
-            GenerateRequest(self._context(job, job.prompt), job.expert, max_new_tokens=job.question.max_new_tokens)
-            for job in jobs
+            GenerateRequest(self._context(one, one.prompt), one.expert, max_new_tokens=one.question.max_new_tokens)
+            for one in asked
         ]
         return [Answer(g.text, None, (), g.prompt_tokens, g.tokens) for g in self._engine.generate(requests)]
 
-    def _choose(self, jobs: Sequence[Job]) -> list[Answer]:
-        prompts = [[job.prompt] if job.second is None else [job.prompt, job.second] for job in jobs]
-        contexts = [[self._context(job, prompt) for prompt in own] for job, own in zip(jobs, prompts, strict=True)]
+    def _choose(self, asked: Sequence[FormatRequest]) -> list[Answer]:
+        contexts = [[self._context(one, prompt) for prompt in one.prompts] for one in asked]
         requests = [
-            ScoreRequest(context, choice, job.expert)
-            for job, own in zip(jobs, contexts, strict=True)
+            ScoreRequest(context, choice, one.expert)
+            for one, own in zip(asked, contexts, strict=True)
             for context in own
-            for choice in job.question.choices
+            for choice in one.question.choices
         ]
         scores = iter(self._engine.loglikelihood(requests))
         answers = []
-        for job, own in zip(jobs, contexts, strict=True):
-            choices = job.question.choices
+        for one, own in zip(asked, contexts, strict=True):
+            choices = one.question.choices
             rows = [[self._score(next(scores), choice) for choice in choices] for _ in own]
             total = tuple(sum(column) / len(own) for column in zip(*rows, strict=True))
             best = max(range(len(total)), key=lambda n: total[n])  # the first of equals, as in the kit
@@ -119,8 +122,8 @@ class Formatter:
             return self._engine.chat_prompt([{"role": "user", "content": prompt}])
         return self._engine.encode(prompt)
 
-    def _context(self, job: Job, prompt: str) -> list[int]:
-        room = max(1, self._engine.max_length - self._longest_answer(job.question))
+    def _context(self, request: FormatRequest, prompt: str) -> list[int]:
+        room = max(1, self._engine.max_length - self._longest_answer(request.question))
         return self._ids(prompt)[-room:]
 
     def _longest_answer(self, question: Question) -> int:

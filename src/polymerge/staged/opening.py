@@ -15,7 +15,7 @@ from ..recipe.merge import load_recipe
 from ..recipe.response import StageSettings, ThinkerSettings
 from .evidence import Evidence
 from .pipeline import Pipeline
-from .thinker import open_thinker
+from .thinker import LocalThinker, Thinker
 
 if TYPE_CHECKING:
     from ..engine.base import Engine
@@ -65,12 +65,27 @@ def open_pipeline(
         engine,
         chosen,
         thinker=thinks,
-        router=open_router(bundle, engine, device, needed=expert == "auto") if expert in (None, "auto") else None,
+        router=_router(bundle, engine, device, needed=expert == "auto") if expert in (None, "auto") else None,
         expert=None if expert in ("auto", "average") else expert,
         evidence=Evidence.load(bundle) if thinks else None,
         chat=chat,
         low_memory=low_memory,
     )
+
+
+def open_thinker(settings: ThinkerSettings, device: str | None = None) -> Thinker:
+    """The thinker that the settings name. A local one loads nothing yet; it will be on the device.
+
+    Raises:
+        RecipeError: the key's environment variable is not set.
+    """
+    from ..engine.local.engine import HFEngine
+    from .endpoint import EndpointThinker
+
+    if settings.endpoint is not None:
+        return EndpointThinker(settings)
+    source, trust = str(settings.source), settings.trust_remote_code
+    return LocalThinker(source, lambda: HFEngine.from_checkpoint(source, device=device, trust_remote_code=trust))
 
 
 def stage_settings(base: StageSettings | None, **settings: Any) -> StageSettings:
@@ -103,9 +118,7 @@ def thinker_settings(
         raise RecipeError(f"thinker: {_first(error)}") from None
 
 
-def open_router(
-    bundle: str | Path, engine: Engine, device: str | None = None, *, needed: bool = False
-) -> Routes | None:
+def _router(bundle: str | Path, engine: Engine, device: str | None = None, *, needed: bool = False) -> Routes | None:
     """The bundle's router, with the model that it was fitted with; None where it has none and none is `needed`.
 
     Raises:
@@ -121,6 +134,6 @@ def open_router(
 
 
 def _first(error: ValidationError) -> str:
-    found = error.errors()[0]
-    place = ".".join(str(part) for part in found["loc"])
-    return f"{place + ': ' if place else ''}{found['msg'].removeprefix('Value error, ')}"
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')}"

@@ -16,9 +16,10 @@ from ..engine.base import Engine
 from ..recipe.response import PromptVersion, StageSettings
 from ..router.route import Route, Routes
 from .evidence import Evidence
-from .formatter import Answer, Formatter, Job, Question
+from .formatter import Answer, FormatRequest, Formatter, Question
 from .templates import Templates
-from .thinker import Thinker, Thought
+from .thinker import Thinker
+from .thought import Thought
 
 if TYPE_CHECKING:
     from ..model.assignment import RowExpert
@@ -124,8 +125,8 @@ class Pipeline:
         """
         steps = self.steps(questions)
         if self.settings.thought_seconds is not None:
-            own = time.monotonic() + self.settings.thought_seconds
-            deadline = own if deadline is None else min(own, deadline)
+            latest = time.monotonic() + self.settings.thought_seconds
+            deadline = latest if deadline is None else min(latest, deadline)
         thoughts = self.think(steps, deadline=deadline)
         if self.low_memory and self.thinker:
             self.thinker.unload()
@@ -149,19 +150,19 @@ class Pipeline:
         if wanted and self.thinker:
             prompts = [self._prompt("think", steps[number]) for number in wanted]
             tokens = self.settings.thought_tokens
-            found = self.thinker.think(prompts, max_tokens=tokens, deadline=deadline)
-            for number, thought in zip(wanted, found, strict=True):
+            written = self.thinker.think(prompts, max_tokens=tokens, deadline=deadline)
+            for number, thought in zip(wanted, written, strict=True):
                 thoughts[number] = thought
         return thoughts
 
     def answer(self, steps: Sequence[Step], thoughts: Sequence[Thought | None]) -> list[Response]:
         """The responses; a step without a usable thought is answered directly."""
-        taken, jobs = [], []
+        taken, requests = [], []
         for step, thought in zip(steps, thoughts, strict=True):
-            step, job = self._job(step, thought)
+            step, request = self._format_request(step, thought)
             taken.append(step)
-            jobs.append(job)
-        answers = self._formatter.answer(jobs)
+            requests.append(request)
+        answers = self._formatter.answer(requests)
         return [_response(*parts) for parts in zip(taken, thoughts, answers, strict=True)]
 
     def _decided(self, question: Question, expert: RowExpert, field: str, route: Route | None) -> Step:
@@ -185,11 +186,11 @@ class Pipeline:
             return None, self._mismatch
         if not field:
             return None, "no field is known: name an expert, or let the router choose"
-        found = self._evidence.fields.get(field)
-        if found is None or found.best == "direct":
+        measured = self._evidence.fields.get(field)
+        if measured is None or measured.best == "direct":
             return None, f"validation shows no gain from thinking in field {field!r}"
-        gain = found.scores[found.best] - found.scores["direct"]
-        return found.best, f"{found.best} gained {gain:+.3f} in field {field!r} on validation data"
+        gain = measured.scores[measured.best] - measured.scores["direct"]
+        return measured.best, f"{measured.best} gained {gain:+.3f} in field {field!r} on validation data"
 
     def _checked(self, evidence: Evidence | None) -> tuple[Evidence | None, str]:
         if evidence is None:
@@ -221,8 +222,10 @@ class Pipeline:
     def digest(self) -> str:
         """Of all prompts and of what else the gain of a thought depends on."""
         settings = self.settings
-        own = [templates.digest for templates in self.templates.values()]
-        return "-".join([*own, str(settings.thought_tokens), settings.length_norm, "chat" if self._chat else "bare"])
+        prompts = [templates.digest for templates in self.templates.values()]
+        return "-".join(
+            [*prompts, str(settings.thought_tokens), settings.length_norm, "chat" if self._chat else "bare"]
+        )
 
     def _prompt(self, stage: Literal["think", "format"], step: Step, thought: str = "") -> str:
         templates = self.templates[step.version or self.settings.prompts]
@@ -231,8 +234,8 @@ class Pipeline:
             stage, question=question.text, choices=question.choices, field=step.field, thought=thought
         )
 
-    def _job(self, step: Step, thought: Thought | None) -> tuple[Step, Job]:
-        direct = Job(step.question, step.question.text, step.expert)
+    def _format_request(self, step: Step, thought: Thought | None) -> tuple[Step, FormatRequest]:
+        direct = FormatRequest(step.question, step.question.text, step.expert)
         if step.version is None:
             return step, direct
         if thought is None or not thought.usable:
@@ -240,10 +243,10 @@ class Pipeline:
         prompt = self._prompt("format", step, thought.text)
         # v2 asks whether the thought's answer and the direct one agree: choices are scored after both prompts
         second = step.question.text if step.version == "v2" and step.question.choices else None
-        job = Job(step.question, prompt, step.expert, second)
-        if not self._formatter.fits(job):
+        request = FormatRequest(step.question, prompt, step.expert, second)
+        if not self._formatter.fits(request):
             return step.direct("question and thought do not fit the model's context"), direct
-        return step, job
+        return step, request
 
 
 def _response(step: Step, thought: Thought | None, answer: Answer) -> Response:

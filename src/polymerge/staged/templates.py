@@ -92,15 +92,15 @@ def _files_below(folder: Path) -> dict[tuple[str, str], Path]:
     """(field, template's name) -> file; the field is "" for the templates of all fields."""
     if not folder.is_dir():
         raise RecipeError(f"{folder}: no such folder of templates")
-    found = {}
+    files = {}
     for file in sorted([*folder.glob("*.jinja"), *folder.glob("*/*.jinja")]):
         field = "" if file.parent == folder else file.parent.name
         if file.stem not in NAMES:
             raise RecipeError(f"{file}: not the name of a template; they are {', '.join(NAMES)} (.jinja)")
         if field and not FIELD.fullmatch(field):
             raise RecipeError(f"{file.parent}: not the name of a field")
-        found[field, file.stem] = file
-    return found
+        files[field, file.stem] = file
+    return files
 
 
 def _reason(error: Any) -> str:

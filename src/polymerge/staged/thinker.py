@@ -8,41 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from ..engine.base import Engine, GenerateRequest
 from ..errors import MissingExtraError, PolymergeError, SourceError
-from ..recipe.response import ThinkerSettings
+from .thought import OUT_OF_TIME, Thought, failed
 
 # Thoughts between two looks at the clock.
 ROUND = 16
-OUT_OF_TIME = "the time for thoughts was over"
-
-
-@dataclass(frozen=True)
-class Thought:
-    """What the thinker wrote to one prompt.
-
-    Attributes:
-        tokens, prompt_tokens: as the thinker counts them.
-        finish: "stop", "length" (cut at the budget of tokens, still of use) or "failed", with the reason in `error`.
-    """
-
-    text: str
-    prompt_tokens: int = 0
-    tokens: int = 0
-    finish: Literal["stop", "length", "failed"] = "stop"
-    error: str = ""
-
-    @property
-    def usable(self) -> bool:
-        return self.finish != "failed" and bool(self.text.strip())
-
-
-def failed(reason: str) -> Thought:
-    """No thought, and why."""
-    return Thought("", finish="failed", error=" ".join(reason.split())[:300])
 
 
 class Thinker(Protocol):
@@ -97,8 +70,8 @@ class LocalThinker:
             if deadline is not None and time.monotonic() >= deadline:
                 break
             numbers = order[start : start + ROUND]
-            found = self._round(engine, [prompts[number] for number in numbers], max_tokens)
-            for number, thought in zip(numbers, found, strict=True):
+            written = self._round(engine, [prompts[number] for number in numbers], max_tokens)
+            for number, thought in zip(numbers, written, strict=True):
                 thoughts[number] = thought
         return thoughts
 
@@ -110,27 +83,12 @@ class LocalThinker:
     def _round(self, engine: Engine, prompts: Sequence[str], max_tokens: int) -> list[Thought]:
         try:
             requests = [GenerateRequest(_prompt(engine, prompt), max_new_tokens=max_tokens) for prompt in prompts]
-            found = engine.generate(requests)
+            generations = engine.generate(requests)
         except (PolymergeError, RuntimeError, MemoryError) as error:
             if len(prompts) == 1:
                 return [failed(str(error) or type(error).__name__)]
             return [thought for prompt in prompts for thought in self._round(engine, [prompt], max_tokens)]
-        return [Thought(g.text.strip(), g.prompt_tokens, g.tokens, g.finish) for g in found]
-
-
-def open_thinker(settings: ThinkerSettings, device: str | None = None) -> Thinker:
-    """The thinker that the settings name. A local one loads nothing yet; it will be on the device.
-
-    Raises:
-        RecipeError: the key's environment variable is not set.
-    """
-    from ..engine.local.engine import HFEngine
-    from .endpoint import EndpointThinker
-
-    if settings.endpoint is not None:
-        return EndpointThinker(settings)
-    source, trust = str(settings.source), settings.trust_remote_code
-    return LocalThinker(source, lambda: HFEngine.from_checkpoint(source, device=device, trust_remote_code=trust))
+        return [Thought(g.text.strip(), g.prompt_tokens, g.tokens, g.finish) for g in generations]
 
 
 def _prompt(engine: Engine, text: str) -> str | list[int]:

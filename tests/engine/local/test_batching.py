@@ -12,6 +12,7 @@ import torch
 
 from polymerge import load_model
 from polymerge.engine import GenerateRequest, ScoreRequest
+from polymerge.engine.admission import Limits
 from polymerge.engine.local.batching import BatchingEngine
 from polymerge.engine.local.engine import HFEngine
 from polymerge.engine.streaming import Piece, StreamRequest
@@ -53,7 +54,7 @@ def engines(merged: Merged, request: pytest.FixtureRequest) -> Iterator[Offline]
     bundle, _ = merged(getattr(request, "param", "llama"))
     # two models: the running one belongs to its thread
     offline, running = (HFEngine(load_model(bundle), tiny_tokenizer(), fingerprint=bundle.digest) for _ in range(2))
-    batching = BatchingEngine(running, max_rows=5)
+    batching = BatchingEngine(running, Limits(max_rows=5))
     yield offline, batching
     batching.close(0)
 
@@ -177,7 +178,8 @@ def test_a_late_answer_is_an_error_and_the_others_go_on(engines: Offline) -> Non
 
 def test_a_full_queue_refuses_all_or_none(merged: Merged) -> None:
     bundle, _ = merged("llama")
-    batching = BatchingEngine(HFEngine(load_model(bundle), tiny_tokenizer(), fingerprint=""), max_rows=1, max_waiting=2)
+    offline = HFEngine(load_model(bundle), tiny_tokenizer(), fingerprint="")
+    batching = BatchingEngine(offline, Limits(max_rows=1, max_waiting=2))
     without_end(batching)
     first = start(batching, endless())[0]
     assert first.first.wait(30)
@@ -242,7 +244,7 @@ def test_a_model_that_is_beyond_use_stops_the_engine(engines: Offline, monkeypat
 
 def test_a_cache_budget_holds_rows_back_but_one_always_runs(merged: Merged, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle, _ = merged("llama")
-    batching = BatchingEngine(HFEngine(load_model(bundle), tiny_tokenizer(), fingerprint=""), cache_tokens=50)
+    batching = BatchingEngine(HFEngine(load_model(bundle), tiny_tokenizer(), fingerprint=""), Limits(cache_tokens=50))
     most: list[int] = []
     step = batching._batch.step
     monkeypatch.setattr(batching._batch, "step", lambda: (most.append(len(batching._batch)), step()))

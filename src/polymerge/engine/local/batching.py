@@ -20,6 +20,7 @@ import torch
 
 from ...errors import DeadlineError, EngineBusyError, EngineDownError, ModelError
 from ...model.assignment import Assignment
+from ..admission import DEFAULT_LIMITS, Limits, admit
 from ..answer import Answer
 from ..base import FloatArray, GenerateRequest, Generation, Message, Pooling, Prompt, Score, ScoreRequest
 from ..jobs import Jobs
@@ -29,12 +30,6 @@ from .running import RunningBatch
 
 logger = logging.getLogger(__name__)
 
-MAX_ROWS = 32
-MAX_WAITING = 256
-# Tokens in the caches of all rows at most, padding and room for the answers included.
-CACHE_TOKENS = 32768
-# Padded tokens of prompts that are read at once, while the running answers wait; one prompt always fits.
-PROMPT_TOKENS = 2048
 # After a broken step the model is tried so often, with growing pauses, before the engine gives up.
 RESTART_PAUSES = (0.0, 0.2, 1.0, 5.0)
 Result = TypeVar("Result")
@@ -45,25 +40,11 @@ class BatchingEngine:
 
     Args:
         engine: its model belongs to this object from now on.
-        max_rows: answers in the running batch at most.
-        max_waiting: requests that wait for a place at most; more are refused.
-        cache_tokens: rows times their longest possible length at most; one request always fits.
+        limits: of the running batch and of the queue before it.
     """
 
-    def __init__(
-        self,
-        engine: HFEngine,
-        *,
-        max_rows: int = MAX_ROWS,
-        max_waiting: int = MAX_WAITING,
-        cache_tokens: int = CACHE_TOKENS,
-    ) -> None:
-        self._engine, self._max_rows, self._max_waiting, self._cache_tokens = (
-            engine,
-            max_rows,
-            max_waiting,
-            cache_tokens,
-        )
+    def __init__(self, engine: HFEngine, limits: Limits = DEFAULT_LIMITS) -> None:
+        self._engine, self._limits = engine, limits
         # A tokenizer changes its settings while it encodes, so every thread needs its own or a lock.
         self._front = copy.copy(engine)
         self._front.tokenizer = copy.deepcopy(engine.tokenizer)
@@ -156,7 +137,7 @@ class BatchingEngine:
         with self._changed:
             if self._closing or self._status != "ready":
                 raise EngineDownError("the engine is " + ("stopping" if self._closing else self._status))
-            if bounded and len(self._waiting) + len(answers) > self._max_waiting:
+            if bounded and len(self._waiting) + len(answers) > self._limits.max_waiting:
                 raise EngineBusyError(f"{len(self._waiting)} requests are waiting already; try again later")
             self._waiting.extend(answers)
             self._changed.notify_all()
@@ -233,27 +214,11 @@ class BatchingEngine:
         self._batch.leave()
 
     def _newcomers(self) -> list[Answer]:
-        """The next answers, in order, for which there is a place. Those that score their prompts are read apart."""
-        found: list[Answer] = []
-        running = list(self._batch.answers)
+        """The next answers, in order, for which there is a place."""
+        running = [answer.demand for answer in self._batch.answers]
         with self._changed:
-            while self._waiting:
-                answer = self._waiting[0]
-                together = [*running, *found, answer]
-                width = max(len(a.tokens) for a in [*found, answer])
-                fits = (
-                    len(together) <= self._max_rows
-                    and len(together) * max(a.longest for a in together) <= self._cache_tokens
-                    and not any(a.failures > 1 for a in together)
-                )
-                readable = not found or (
-                    width * (len(found) + 1) <= PROMPT_TOKENS
-                    and answer.request.score_prompt == found[0].request.score_prompt
-                )
-                if len(together) > 1 and not (fits and readable):
-                    break
-                found.append(self._waiting.popleft())
-        return found
+            joining = admit((answer.demand for answer in self._waiting), running, self._limits)
+            return [self._waiting.popleft() for _ in range(joining)]
 
     def _recover(self, error: Exception) -> None:
         """After a broken step every answer goes on from the tokens that it has.
@@ -265,7 +230,7 @@ class BatchingEngine:
         running = [answer for answer in self._batch.clear() if not answer.over]
         if isinstance(error, torch.OutOfMemoryError) and len(running) > 1:
             torch.cuda.empty_cache()
-            self._max_rows = max(1, len(running) // 2)
+            self._limits = replace(self._limits, max_rows=max(1, len(running) // 2))
         elif len(running) == 1 and running[0].failures:
             running.pop().fail(error)
         for answer in running:

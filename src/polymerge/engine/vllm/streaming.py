@@ -19,6 +19,7 @@ from typing import Any
 
 from ...errors import DeadlineError, EngineBusyError, EngineDownError, ModelError, PolymergeError
 from ...sources.checkpoint import read_json
+from ..admission import DEFAULT_LIMITS
 from ..answer import Answer
 from ..streaming import EngineState, Listener, Stream, StreamRequest, TokenScore
 from .api import VllmApi
@@ -27,7 +28,6 @@ from .scores import TOKEN_ID, prompt_scores
 
 logger = logging.getLogger(__name__)
 
-MAX_WAITING = 1024
 HEALTH_SECONDS = 1.0
 
 
@@ -43,7 +43,7 @@ class VllmStreaming(VllmEngine):
 
     def __init__(self, folder: str | Path, api: VllmApi, *, concurrency: int = CONCURRENCY) -> None:
         super().__init__(folder, api, concurrency=concurrency)
-        self.max_waiting = MAX_WAITING
+        self.max_waiting = DEFAULT_LIMITS.max_waiting
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="polymerge-vllm")
         self._rows = concurrency
         self._answers: set[Answer] = set()

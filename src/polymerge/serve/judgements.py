@@ -1,40 +1,24 @@
-"""The other endpoints: models, embeddings, routes, health, metrics and the playground's page."""
+"""POST /v1/embeddings and /v1/route: what the router judges by, and where it would send a request."""
 
 from __future__ import annotations
 
 import base64
-import time
 from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Request
-from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.responses import JSONResponse, Response
+from fastapi import APIRouter
 
 from ..engine.base import FloatArray
 from ..router.route import Routes
-from .errors import RETRY_SECONDS, ApiError
-from .playground import HEADERS, page
+from .errors import ApiError
 from .schema import EmbeddingRequest, RouteRequest
 from .service import Service, in_thread
 from .shapes import usage
 
 
-def other_routes(service: Service, router: Routes | None) -> APIRouter:
-    """All of them."""
+def judgement_routes(service: Service, router: Routes | None) -> APIRouter:
+    """Both endpoints."""
     routes = APIRouter()
-    began = int(time.time())
-
-    @routes.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        """What `model` may be."""
-        return {"object": "list", "data": [_model(service, name, began) for name in service.chooser.models]}
-
-    @routes.get("/v1/models/{model}")
-    async def model(model: str) -> dict[str, Any]:
-        """One of them."""
-        service.chooser.check(model)
-        return _model(service, model, began)
 
     @routes.post("/v1/embeddings")
     async def embeddings(body: EmbeddingRequest) -> dict[str, Any]:
@@ -58,40 +42,10 @@ def other_routes(service: Service, router: Routes | None) -> APIRouter:
         texts = [body.input] if isinstance(body.input, str) else body.input or []
         if not all(text.strip() for text in texts):
             raise ApiError(400, "input: an empty text cannot be routed", param="input")
-        found = await in_thread(lambda: service.chooser.routes(texts))
-        return {"object": "list", "data": [one.to_json() for one in found]}
-
-    @routes.get("/health")
-    async def health() -> Response:
-        """Whether this process is of use; after 503 it should be started anew."""
-        stopped = service.ready and service.engine.state.status == "stopped"
-        return JSONResponse({"status": "stopped" if stopped else "ok"}, status_code=503 if stopped else 200)
-
-    @routes.get("/ready")
-    async def ready() -> Response:
-        """Whether new requests are welcome now."""
-        status = service.engine.state.status if service.ready else "draining"
-        if status == "ready":
-            return JSONResponse({"status": status})
-        return JSONResponse({"status": status}, status_code=503, headers={"retry-after": str(RETRY_SECONDS)})
-
-    @routes.get("/metrics")
-    async def metrics() -> Response:
-        """For Prometheus."""
-        return Response(service.metrics.page(), media_type=CONTENT_TYPE_LATEST)
-
-    @routes.get("/", include_in_schema=False)
-    async def playground(request: Request) -> Response:
-        """A page to try the experts."""
-        return Response(page(), media_type="text/html", headers=HEADERS)
+        chosen = await in_thread(lambda: service.chooser.routes(texts))
+        return {"object": "list", "data": [route.to_json() for route in chosen]}
 
     return routes
-
-
-def _model(service: Service, name: str, created: int) -> dict[str, Any]:
-    """`max_model_len` is what vLLM calls the context; `max_tokens` is the server's limit for one answer."""
-    limits = {"max_model_len": service.engine.max_length, "max_tokens": service.settings.max_tokens}
-    return {"id": name, "object": "model", "created": created, "owned_by": "polymerge"} | limits
 
 
 def _embedded(service: Service, router: Routes | None, body: EmbeddingRequest) -> tuple[FloatArray, int]:
