@@ -36,7 +36,8 @@ from polymerge.cli.console import hush_libraries
 from polymerge.engine.local.engine import HFEngine
 from polymerge.export import export_peft, export_vllm, plan_vllm
 from polymerge.export.vllm.calibrate import applied, read_adapter
-from polymerge.search.sweep import CODES, Agreement, Example, Reference, read_examples
+from polymerge.search.examples import Example, read_examples
+from polymerge.search.sweep import CODES, Agreement, Reference
 
 # rebuild(expert, layer, the original's matrix, rho times the average) -> the method's matrix, and its bytes
 Rebuild = Callable[[str, BundleLayer, Tensor, Tensor], tuple[Tensor, int]]
@@ -58,7 +59,7 @@ def rounded_factors(bundle: Bundle) -> Rebuild:
     return rebuild
 
 
-class Row:
+class CodeRow:
     """One method's line."""
 
     def __init__(self, name: str, found: Mapping[str, Agreement], residual_bytes: int, seconds: float | None) -> None:
@@ -75,16 +76,18 @@ class Row:
 
 def merged(
     code: str, sources: Mapping[str, str], references: Mapping[str, Reference], rate: float, to: Path, name: str = ""
-) -> Row:
+) -> CodeRow:
     began = time.perf_counter()
     bundle = merge({"experts": sources, "compress_rate": rate, "code": code}, to)
     seconds = time.perf_counter() - began
     model = load_model(bundle)
     found = {name: r.against(lambda ids, name=name: model(ids, experts=name).logits) for name, r in references.items()}  # type: ignore[misc]
-    return Row(name or code, found, sum(expert.residual_bytes for expert in inspect_bundle(bundle).experts), seconds)
+    return CodeRow(
+        name or code, found, sum(expert.residual_bytes for expert in inspect_bundle(bundle).experts), seconds
+    )
 
 
-def rebuilt(name: str, rebuild: Rebuild, bundle: Bundle, references: Mapping[str, Reference]) -> Row:
+def rebuilt(name: str, rebuild: Rebuild, bundle: Bundle, references: Mapping[str, Reference]) -> CodeRow:
     """The originals with every compressed matrix replaced by what a method makes of it."""
     found, total = {}, 0
     for expert, reference in references.items():
@@ -97,10 +100,10 @@ def rebuilt(name: str, rebuild: Rebuild, bundle: Bundle, references: Mapping[str
             weight.copy_(new)
             total += size
         found[expert] = reference.against(lambda ids, model=model: model(ids).logits)  # type: ignore[misc]
-    return Row(name, found, total, None)
+    return CodeRow(name, found, total, None)
 
 
-def by_peft(bundle: Bundle, references: Mapping[str, Reference], folder: Path) -> Row:
+def by_peft(bundle: Bundle, references: Mapping[str, Reference], folder: Path) -> CodeRow:
     """Every expert exported for PEFT, on the average as transformers loads it."""
     from peft import PeftModel
 
@@ -110,10 +113,10 @@ def by_peft(bundle: Bundle, references: Mapping[str, Reference], folder: Path) -
         total += sum(a.nbytes + b.nbytes for a, b in read_adapter(load_file(made.folder / ADAPTER_FILE)).values())
         model = PeftModel.from_pretrained(HFEngine.from_checkpoint(str(bundle.path)).model, made.folder).eval()
         found[expert] = reference.against(lambda ids, model=model: model(ids).logits)  # type: ignore[misc]
-    return Row(f"{bundle.code.name}, exported, by PEFT", found, total, None)
+    return CodeRow(f"{bundle.code.name}, exported, by PEFT", found, total, None)
 
 
-def by_vllm_adapters(bundle: Bundle, references: Mapping[str, Reference], folder: Path) -> Row:
+def by_vllm_adapters(bundle: Bundle, references: Mapping[str, Reference], folder: Path) -> CodeRow:
     """The export to vLLM, its adapters added to the average's layers and nothing else."""
     export_vllm(plan_vllm(bundle), folder, device="cpu")
     model, found, total = HFEngine.from_checkpoint(str(folder)).model, {}, 0
@@ -122,13 +125,13 @@ def by_vllm_adapters(bundle: Bundle, references: Mapping[str, Reference], folder
         total += sum(a.nbytes + b.nbytes for a, b in adapter.values())
         with applied(model, adapter):
             found[expert] = reference.against(lambda ids: model(ids).logits)
-    return Row(f"{bundle.code.name}, exported, vLLM's adapters", found, total, None)
+    return CodeRow(f"{bundle.code.name}, exported, vLLM's adapters", found, total, None)
 
 
-def averaged(bundle: Bundle, references: Mapping[str, Reference]) -> Row:
+def averaged(bundle: Bundle, references: Mapping[str, Reference]) -> CodeRow:
     model = load_model(bundle)
     found = {name: reference.against(lambda ids: model(ids).logits) for name, reference in references.items()}
-    return Row("plain average", found, 0, None)
+    return CodeRow("plain average", found, 0, None)
 
 
 def chosen_experts(arguments: argparse.Namespace) -> tuple[dict[str, str], dict[str, list[Example]]]:
@@ -142,7 +145,7 @@ def chosen_experts(arguments: argparse.Namespace) -> tuple[dict[str, str], dict[
 
 def measured(
     sources: Mapping[str, str], references: Mapping[str, Reference], rate: float, folder: Path
-) -> tuple[list[Row], int]:
+) -> tuple[list[CodeRow], int]:
     """All rows, and how many numbers the compressed matrices of all experts have."""
     rows = [merged(code, sources, references, rate, folder / code) for code in CODES]
     last = CODES[-1]
@@ -157,7 +160,7 @@ def measured(
     return rows, len(sources) * sum(layer.shape[0] * layer.shape[1] for layer in linear)
 
 
-def show(rows: list[Row], numbers: int, console: Console) -> None:
+def show(rows: list[CodeRow], numbers: int, console: Console) -> None:
     """Bytes as a share of the compressed matrices' own in 16 bits."""
     experts = list(rows[0].found)
     table = Table("method", "residuals", "share of 16 bit", *(f"KL {name}" for name in experts), "KL", "top-1", "merge")

@@ -40,7 +40,8 @@ def read_rows(environment: Environment, **_: Any) -> None:
     file, url = environment.parsed_options.prompts, f"{environment.host}/v1/models"
     try:
         if file:
-            rows = [json.loads(line) for line in Path(file).read_text().splitlines() if line.strip()]
+            lines = Path(file).read_text(encoding="utf-8").split("\n")  # polymerge's reader may not be installed here
+            rows = [json.loads(line) for line in lines if line.strip()]
         else:
             found = requests.get(url, headers=_headers(), timeout=60).json()["data"]
             models = [model["id"] for model in found if model["id"] not in OTHERS]

@@ -28,6 +28,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 from cost_quality import cost_quality, draw_curves
+from polymerge.data.rows import read_rows
 from polymerge.engine import GenerateRequest
 from polymerge.engine.base import Pooling, Prompt
 from polymerge.engine.local.engine import HFEngine
@@ -36,7 +37,7 @@ from polymerge.router.embed import PROMPTS, TASK_PROMPT, Embedder, EmbedSettings
 from polymerge.router.evaluation import evaluate_router
 from polymerge.router.fit import embed_all, fit_router
 from polymerge.router.router import Router
-from polymerge.router.samples import OUTSIDE, Sample, read_fields, read_labelled, read_rows
+from polymerge.router.samples import OUTSIDE, Sample, read_fields, read_labelled
 from polymerge.router.settings import FitSettings
 from polymerge.router.space import fit_space
 

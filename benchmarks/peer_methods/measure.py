@@ -14,7 +14,8 @@ from peer_methods.served import Served
 from polymerge.demo.measure import accuracy
 from polymerge.demo.skills import Skill
 from polymerge.demo.train import encode, format_prompt
-from polymerge.search.sweep import Agreement, Example, Reference
+from polymerge.search.examples import Example
+from polymerge.search.sweep import Agreement, Reference
 
 NEW_TOKENS, REPEATS = 16, 3
 

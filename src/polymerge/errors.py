@@ -2,6 +2,7 @@
 
 PolymergeError                  a user's mistake or bad input; the command line prints it and exits with 2
 ├── RecipeError                 the recipe: unknown key, wrong type, duplicate or unsafe expert name
+├── DataError                    a data file: missing, not JSONL, a row without what is needed
 ├── TargetError                 a target that cannot be read, or that no rate and code reaches
 ├── SourceError                 a checkpoint: missing, truncated, hostile, not finite, other architecture
 ├── BundleError                 a bundle: missing or changed files, wrong format version
@@ -28,6 +29,10 @@ class PolymergeError(Exception):
 
 class RecipeError(PolymergeError):
     """The recipe cannot be used as it is written."""
+
+
+class DataError(PolymergeError):
+    """A data file is missing, is not of its form, or has a row without what is needed."""
 
 
 class TargetError(PolymergeError):

@@ -12,7 +12,7 @@ from polymerge.assess import Assessment, assess, assess_bundle, load_assess_reci
 from polymerge.assess.measure import AskSettings
 from polymerge.assess.process import run_in_process
 from polymerge.assess.worker import CandidateJob, run_job
-from polymerge.errors import ModelError, RecipeError
+from polymerge.errors import DataError, ModelError
 from polymerge.report import write_assessment, write_report
 from tests.conftest import Merged
 from tests.scripted import ScriptedEngine
@@ -154,7 +154,7 @@ def test_a_task_that_fails_leaves_the_others(checkpoints: Checkpoints, data: Pat
 def test_a_bad_data_set_stops_everything_before_a_model_is_loaded(checkpoints: Checkpoints, data: Path) -> None:
     runner = Scripted()
     (data / "sums" / "test.jsonl").write_text('{"prompt": "x"}\n')
-    with pytest.raises(RecipeError, match="line 1: answer: Field required"):
+    with pytest.raises(DataError, match="line 1: answer: Field required"):
         run(checkpoints, data, runner)
     assert not runner.jobs
 

@@ -17,7 +17,7 @@ from peer_methods.measure import Held, agreements
 from peer_methods.served import InTurn, Served
 from peer_methods.table import METHODS, experts_folder
 from peer_methods.task import Cost, Task, run_apart
-from polymerge.demo.skills import Example, Skill
+from polymerge.demo.skills import Skill, SkillExample
 from tests.tiny import make_experts, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -204,7 +204,7 @@ def test_rows_that_run_in_turn_come_back_in_their_order() -> None:
 
 
 def test_kl_is_measured_with_the_request_marked_and_is_nothing_for_the_original(task: Task) -> None:
-    examples = (Example("w5 w6", "w7"), Example("w9 w8 w11", "w4 w3"))
+    examples = (SkillExample("w5 w6", "w7"), SkillExample("w9 w8 w11", "w4 w3"))
     held = Held.of([Skill("e0", (), examples)], task.experts, compared=2)
     seen = []
 

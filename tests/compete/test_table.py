@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from polymerge.compete.scoring import rouge, score, target_index
-from polymerge.compete.table import BadRow, Row, parse_choices, read_table, submission
+from polymerge.compete.table import BadRow, CompetitionRow, parse_choices, read_table, submission
 from polymerge.errors import PolymergeError
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "competition"
@@ -93,7 +93,7 @@ def test_choices_keep_their_text() -> None:
 
 def test_a_byte_order_mark_blank_lines_and_another_order_of_columns_are_fine(tmp_path: Path) -> None:
     text = "\ufeffeval_type,id,answer_choices,input,extra\r\ngeneration,7,,hello,x\r\n\r\n"
-    assert read_table(write(tmp_path, text)).rows == (Row(2, "7", "hello"),)
+    assert read_table(write(tmp_path, text)).rows == (CompetitionRow(2, "7", "hello"),)
 
 
 def test_limit_takes_the_first_rows(tmp_path: Path) -> None:
@@ -112,12 +112,16 @@ def test_a_submission_has_the_kits_columns_and_reads_back() -> None:
 
 
 def test_scores_are_accuracy_over_choices_and_rouge_over_texts() -> None:
-    rows = [Row(1, "0", "q", ("a", "b"), "1"), Row(2, "1", "q", ("a", "b"), "a"), Row(3, "2", "q", (), "a cat sat")]
+    rows = [
+        CompetitionRow(1, "0", "q", ("a", "b"), "1"),
+        CompetitionRow(2, "1", "q", ("a", "b"), "a"),
+        CompetitionRow(3, "2", "q", (), "a cat sat"),
+    ]
     found = score(rows, ["1", "1", "a cat ran"])
     assert found["accuracy"] == 0.5
     assert found["rouge1"] == pytest.approx(2 / 3) and found["rouge2"] == pytest.approx(1 / 2)
     assert found["rougeL"] == pytest.approx(2 / 3)
-    assert score([Row(1, "0", "q", ("a",))], ["0"]) == {} == score([], [])
+    assert score([CompetitionRow(1, "0", "q", ("a",))], ["0"]) == {} == score([], [])
 
 
 @pytest.mark.parametrize(
@@ -125,7 +129,7 @@ def test_scores_are_accuracy_over_choices_and_rouge_over_texts() -> None:
     [(("a", "b"), "1", 1), (("a", "b"), "1.0", 1), (("a", "b"), "b", 1), (("10", "5"), "5", 1), (("a",), "7", None)],
 )
 def test_a_target_is_an_index_or_a_text(choices: tuple[str, ...], target: str, index: int | None) -> None:
-    assert target_index(Row(1, "0", "q", choices, target)) == index
+    assert target_index(CompetitionRow(1, "0", "q", choices, target)) == index
 
 
 def test_rouge_lsum_looks_at_lines() -> None:

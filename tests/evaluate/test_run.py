@@ -11,7 +11,7 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
 
-from polymerge.errors import ModelError, RecipeError
+from polymerge.errors import DataError, ModelError, RecipeError
 from polymerge.evaluate import HarnessSettings, accuracy, chooser, evaluate, jsonl_tasks
 from polymerge.evaluate.harness_model import PolymergeLM
 from tests.scripted import ScriptedEngine, ScriptedRouter
@@ -183,5 +183,5 @@ def test_an_unknown_task_is_one_line(engine: ScriptedEngine, tasks: list[str], p
 def test_rows_of_two_forms_in_one_file_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"prompt": "q", "answer": "a"}\n{"prompt": "q", "answer": "a", "choices": ["a", "b"]}\n')
-    with pytest.raises(RecipeError, match="put them into two files"):
+    with pytest.raises(DataError, match="put them into two files"):
         jsonl_tasks({"a": file})

@@ -147,8 +147,8 @@ def test_samples_label_themselves_by_their_best_expert(bundle: Bundle, data: Pat
     [
         (["route", "BUNDLE", " "], "is empty"),
         (["route", "BUNDLE", "--file", "missing.jsonl"], "missing.jsonl: cannot be read"),
-        (["route", "BUNDLE", "--file", "DATA/bad.jsonl"], "line 1: not JSON"),
-        (["route", "BUNDLE", "--file", "DATA/empty.jsonl"], "line 2: the prompt is empty"),
+        (["route", "BUNDLE", "--file", "DATA/bad.jsonl"], "line 1: not a JSON object"),
+        (["route", "BUNDLE", "--file", "DATA/empty.jsonl"], "line 2: prompt: must not be empty"),
         (["router", "fit", "BUNDLE", "--data", "nowhere"], "nowhere: no such folder"),
         (["router", "fit", "BUNDLE", "--data", "DATA", "--fields", "e0"], "only one field"),
         (["router", "fit", "BUNDLE", "--data", "DATA", "--fields", "e0,law"], "no field 'law'"),

@@ -12,9 +12,10 @@ import torch
 from polymerge.cli.main import main
 from polymerge.cli.searching import print_sweep
 from polymerge.engine.local.engine import HFEngine
-from polymerge.errors import RecipeError
+from polymerge.errors import DataError, RecipeError
 from polymerge.report.sweep import write_sweep
-from polymerge.search.sweep import Agreement, Example, Point, Reference, front, read_examples, sweep, to_json
+from polymerge.search.examples import Example, read_examples
+from polymerge.search.sweep import Agreement, Point, Reference, front, sweep, to_json
 from tests.tiny import recipe_folder, tiny_tokenizer
 
 
@@ -123,16 +124,16 @@ def test_accuracies_are_shown_under_their_originals(tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "holds no prompts"),
-        ("[1]\n", "line 1: expected an object with a text `prompt`"),
-        ('{"prompt": "a"}\n{"prompt": " "}\n', "line 2: expected"),
-        ('{"prompt": "a", "answer": 3}\n', "line 1: expected"),
-        ("{\n", "line 1: not valid JSON"),
+        ("", "holds no rows; a row is a JSON object with 'prompt'"),
+        ("[1]\n", "line 1: not a JSON object"),
+        ('{"prompt": "a"}\n{"prompt": " "}\n', "line 2: prompt: must not be empty"),
+        ('{"prompt": "a", "answer": [3]}\n', "line 1: answer: "),
+        ("{\n", "line 1: not a JSON object"),
     ],
 )
 def test_unusable_prompts_are_one_line(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "p.jsonl").write_text(text)
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(DataError, match=said):
         read_examples(tmp_path / "p.jsonl")
 
 

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from polymerge.errors import PolymergeError, RecipeError
+from polymerge.errors import RecipeError
 from polymerge.recipe.response import StageSettings, ThinkerSettings
 from polymerge.staged import Pipeline, Question
 from polymerge.staged.opening import DEFAULT_THINKER, stage_settings, thinker_settings
-from polymerge.staged.validation import Sample, read_samples, score, validate
+from polymerge.staged.validation import AnsweredQuestion, read_questions, score, validate
 from tests.staged.scripted import ScriptedEngine, ScriptedThinker
 
 
-def samples(field: str, count: int = 12) -> list[Sample]:
-    return [Sample(Question(f"{field} {n}"), "7", number=True) for n in range(count)]
+def questions(field: str, count: int = 12) -> list[AnsweredQuestion]:
+    return [AnsweredQuestion(Question(f"{field} {n}"), "7", final="7") for n in range(count)]
 
 
 def test_a_field_where_thinking_helps_is_thought_about_and_one_where_it_hurts_is_not() -> None:
@@ -26,20 +26,20 @@ def test_a_field_where_thinking_helps_is_thought_about_and_one_where_it_hurts_is
         return "it is 7" if ("a thought" in prompt) == helps else "it is 8"
 
     engine, thinker = ScriptedEngine(write), ScriptedThinker()
-    found = validate(engine, thinker, {"math": samples("math"), "law": samples("law")})
+    found = validate(engine, thinker, {"math": questions("math"), "law": questions("law")})
     assert found.fields["math"].scores == {"direct": 0.0, "v1": 1.0, "v2": 1.0}
     assert (found.fields["math"].best, found.fields["law"].best) == ("v1", "direct")
 
     def accuracy(field: str) -> float:
         auto = Pipeline(engine, thinker=thinker, expert=field, evidence=found)
-        return sum("7" in r.text for r in auto.respond([s.question for s in samples(field)])) / 12
+        return sum("7" in r.text for r in auto.respond([s.question for s in questions(field)])) / 12
 
     assert accuracy("math") == 1.0 and accuracy("law") == 1.0  # auto does not lose to direct
 
 
 def test_evidence_counts_for_other_settings_of_use_but_not_for_other_prompts(tmp_path: Path) -> None:
     engine, thinker = ScriptedEngine(lambda p, e: "7" if "a thought" in p else "8"), ScriptedThinker()
-    found = validate(engine, thinker, {"math": samples("math")}, settings=StageSettings(use="never"))
+    found = validate(engine, thinker, {"math": questions("math")}, settings=StageSettings(use="never"))
 
     def version(**settings: Any) -> Any:
         chosen = StageSettings(**settings)
@@ -54,40 +54,24 @@ def test_evidence_counts_for_other_settings_of_use_but_not_for_other_prompts(tmp
 
 
 @pytest.mark.parametrize(
-    ("sample", "text", "value"),
+    ("asked", "text", "value"),
     [
-        (Sample(Question("q", ("a", "b")), "a"), "a", 1.0),
-        (Sample(Question("q"), "1200", number=True), "so 3 * 400 = 1,200.", 1.0),
-        (Sample(Question("q"), "5", number=True), "5 or 6", 0.0),
-        (Sample(Question("q"), "5", number=True), "none", 0.0),
-        (Sample(Question("q"), "ls -l"), "ls -l", 1.0),
-        (Sample(Question("q"), "ls -l"), "", 0.0),
-        (Sample(Question("q"), "a b"), "a c", 0.5),
+        (AnsweredQuestion(Question("q", ("a", "b")), "a"), "a", 1.0),
+        (AnsweredQuestion(Question("q"), "1200", final="1200"), "so 3 * 400 = 1,200.", 1.0),
+        (AnsweredQuestion(Question("q"), "5", final="5"), "5 or 6", 0.0),
+        (AnsweredQuestion(Question("q"), "5", final="5"), "none", 0.0),
+        (AnsweredQuestion(Question("q"), "ls -l"), "ls -l", 1.0),
+        (AnsweredQuestion(Question("q"), "ls -l"), "", 0.0),
+        (AnsweredQuestion(Question("q"), "a b"), "a c", 0.5),
     ],
 )
-def test_scores_are_exact_for_choices_and_numbers_and_f1_for_text(sample: Sample, text: str, value: float) -> None:
-    assert score(sample, text) == value
+def test_scores_are_exact_for_choices_and_numbers_and_f1_for_text(
+    asked: AnsweredQuestion, text: str, value: float
+) -> None:
+    assert score(asked, text) == value
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "no rows"),
-        ("{}\n", "line 1: not a JSON object with prompt"),
-        ('{"prompt": "a", "answer": "b"}\nnonsense\n', "line 2"),
-        ("[1]\n", "line 1"),
-        ('{"prompt": "a", "answer": "c", "choices": ["a", "b"]}\n', "'c' is not among the choices"),
-    ],
-)
-def test_a_bad_line_of_samples_is_named(tmp_path: Path, text: str, words: str) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text(text)
-    with pytest.raises(PolymergeError, match=words) as caught:
-        read_samples(file)
-    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_samples_take_choices_numbers_and_a_limit(tmp_path: Path) -> None:
+def test_questions_take_choices_numbers_and_a_limit(tmp_path: Path) -> None:
     rows = [
         {"prompt": "p", "answer": "a = 3", "final": "3"},
         {"prompt": "p", "answer": "x", "choices": ["x", "y"]},
@@ -95,8 +79,14 @@ def test_samples_take_choices_numbers_and_a_limit(tmp_path: Path) -> None:
     ]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = read_samples(file, limit=2)
-    assert [(s.answer, s.number, s.question.choices) for s in found] == [("3", True, ()), ("x", False, ("x", "y"))]
+    taken = read_questions(file, limit=2)
+    assert [(q.answer, q.final, q.question.choices) for q in taken] == [("a = 3", "3", ()), ("x", None, ("x", "y"))]
+
+
+def test_a_final_of_nothing_is_a_number_like_others(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "answer": "5 - 5 = 0", "final": 0}\n')
+    [asked] = read_questions(tmp_path / "rows.jsonl")
+    assert (score(asked, "5 - 5 = 0"), score(asked, "5")) == (1.0, 0.0)
 
 
 def test_settings_of_the_command_line_stand_over_the_recipes() -> None:

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.schema import AnsweredRow, read_all
+from ..data.score import is_right, likeliest, token_f1
 from ..engine.base import Engine, GenerateRequest, ScoreRequest
 from ..errors import ModelError
-from ..evaluate.metrics import is_right, likeliest, token_f1
-from ..evaluate.rows import Row, read_rows
 from ..evaluate.tasks import STOP
 
 if TYPE_CHECKING:
@@ -65,19 +65,19 @@ def measure_rows(engine: Engine, file: Path, expert: RowExpert, settings: AskSet
     """Rows of a JSONL file: choices by log-likelihood, everything else by a greedy answer.
 
     Raises:
-        RecipeError: an unusable row. ModelError: a question that the engine cannot take.
+        DataError: an unusable row. ModelError: a question that the engine cannot take.
     """
-    rows = read_rows(file, settings.limit)
+    rows = read_all(AnsweredRow, file, settings.limit)
     closed = [row for row in rows if row.choices is not None]
     free = [row for row in rows if row.choices is None]
     chosen = _choices(engine, closed, expert, settings)
     written = _answers(engine, free, expert, settings)
-    right = [row.answer == text for row, text in zip(closed, chosen, strict=True)]
-    right += [is_right(row, text) for row, text in zip(free, written, strict=True)]
+    right: list[bool] = []
     kinds: dict[str, list[bool]] = defaultdict(list)
-    for row, good in zip([*closed, *free], right, strict=True):
-        kinds[row.task or ""].append(good)
-    f1 = [token_f1(row.answer, text) for row, text in zip(free, written, strict=True)]
+    for row, text in zip([*closed, *free], [*chosen, *written], strict=True):
+        right.append(is_right(text, row.answer, choices=row.choices, final=row.final))
+        kinds[row.task or ""].append(right[-1])
+    f1 = [token_f1(text, row.answer) for row, text in zip(free, written, strict=True)]
     return Measurement(
         accuracy=sum(right) / len(right),
         questions=len(rows),
@@ -115,7 +115,7 @@ def measure_harness(engine: Engine, task: str, expert: RowExpert, settings: AskS
     )
 
 
-def _choices(engine: Engine, rows: Sequence[Row], expert: RowExpert, settings: AskSettings) -> list[str]:
+def _choices(engine: Engine, rows: Sequence[AnsweredRow], expert: RowExpert, settings: AskSettings) -> list[str]:
     requests, found = [], []
     for row in rows:
         context = _prompt(engine, row, settings)
@@ -123,12 +123,12 @@ def _choices(engine: Engine, rows: Sequence[Row], expert: RowExpert, settings: A
     scores = iter(engine.loglikelihood(requests))
     for row in rows:
         choices = row.choices or ()
-        own = [next(scores).log_likelihood for _ in choices]
-        found.append(choices[likeliest(own, choices, by_length=settings.by_length)])
+        values = [next(scores).log_likelihood for _ in choices]
+        found.append(choices[likeliest(values, [*map(len, choices)] if settings.by_length else None)])
     return found
 
 
-def _answers(engine: Engine, rows: Sequence[Row], expert: RowExpert, settings: AskSettings) -> list[str]:
+def _answers(engine: Engine, rows: Sequence[AnsweredRow], expert: RowExpert, settings: AskSettings) -> list[str]:
     room = engine.max_length - settings.max_new_tokens
     if room < 1:
         raise ModelError(f"max_new_tokens {settings.max_new_tokens} fills the model's context of {engine.max_length}")
@@ -141,7 +141,7 @@ def _answers(engine: Engine, rows: Sequence[Row], expert: RowExpert, settings: A
     return [generation.text for generation in engine.generate(requests)]
 
 
-def _prompt(engine: Engine, row: Row, settings: AskSettings) -> list[int]:
+def _prompt(engine: Engine, row: AnsweredRow, settings: AskSettings) -> list[int]:
     if settings.chat_template:
         return engine.chat_prompt([{"role": "user", "content": row.prompt}])
     return engine.encode(f"{row.prompt}\n")

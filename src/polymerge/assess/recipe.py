@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from ..data.rows import files_by_name
 from ..errors import RecipeError
-from ..evaluate.rows import files_by_name
 from ..evaluate.tasks import MAX_NEW_TOKENS
 from ..recipe.merge import (
     DeviceName,

@@ -16,8 +16,9 @@ from typing import Any
 
 from ..bundle.bundle import Bundle
 from ..bundle.files import write_bytes
+from ..data.rows import content_hash
+from ..data.schema import AnsweredRow, read_all
 from ..errors import PolymergeError, RecipeError
-from ..evaluate.rows import content_hash, read_rows
 from ..host import cache_folder
 from ..recipe.merge import Source
 from ..sources.opening import open_checkpoint
@@ -71,7 +72,7 @@ def assess(
         run: how a job is run.
 
     Raises:
-        RecipeError: a data set or task file that cannot be read. Whatever else goes wrong is a row of the result.
+        DataError: a data set or task file that cannot be read. Whatever else goes wrong is a row of the result.
     """
     found = _Run(recipe, fresh, cache or cache_folder() / "assess", progress, run)
     rows = [found.candidate(name, source, "candidate") for name, source in recipe.candidates.items()]
@@ -225,7 +226,7 @@ class _Run:
 def _identity(task: str) -> list[str]:
     """What a task is: the content of a file, or a name in a version of the harness."""
     if task.endswith(DATA_SUFFIXES):
-        read_rows(Path(task))
+        read_all(AnsweredRow, task)
         return ["rows", content_hash(Path(task))]
     try:
         harness = version("lm-eval")

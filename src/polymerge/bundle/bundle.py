@@ -7,7 +7,6 @@ Knows the format (docs/format.md). Does not know how a bundle is made (`polymerg
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..data.rows import read_rows
 from ..errors import BundleError, SourceError
 from ..host import DTYPES
 from ..method.codes import Code, code_of
@@ -228,8 +228,7 @@ class Bundle:
         file = self.path / STATS
         if not file.exists():
             return []
-        lines = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line)
-        return [line for line in lines if line["expert"] in self.manifest.experts]
+        return [line for _, line in read_rows(file) if line["expert"] in self.manifest.experts]
 
     def sizes(self) -> Sizes:
         """Bytes of the base's and the experts' weight files."""

@@ -23,10 +23,10 @@ def export_for_vllm(
 ) -> None:
     """Plans, says what cannot be expressed, writes, and says what it cost."""
     from ..export import VllmExport, VllmPlan, export_vllm, plan_vllm
-    from ..export.vllm.samples import read_samples
+    from ..export.vllm.prompts import read_prompts
 
     hush_libraries()
-    samples = read_samples(calibration) if calibration else None
+    samples = read_prompts(calibration) if calibration else None
     plan: VllmPlan = plan_vllm(bundle, max_rank=max_rank)
     if not quiet:
         for line in _before(plan.folded, plan.lost):

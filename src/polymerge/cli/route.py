@@ -50,10 +50,10 @@ def route(
 
 
 def _routes(router: Router, file: Path) -> Iterator[tuple[str, Route]]:
-    from ..router.samples import read_rows
+    from ..data.schema import PromptRow, read_as
 
-    rows = read_rows(file)
-    while prompts := [row["prompt"] for _, row in islice(rows, BATCH)]:
+    rows = read_as(PromptRow, file)
+    while prompts := [row.prompt for _, row in islice(rows, BATCH)]:
         yield from zip(prompts, router.route(prompts), strict=True)
 
 

@@ -17,8 +17,8 @@ from .verify import named_sources
 if TYPE_CHECKING:
     from ..merging.executor import Executor
     from ..recipe.merge import Recipe
+    from ..search.examples import Example
     from ..search.find import Found
-    from ..search.sweep import Example
     from ..search.target import Target
 
 
@@ -68,7 +68,8 @@ def read_wanted(
     for option, value in fixed.items():
         if value is not None:
             raise typer.BadParameter(f"{option} is what --target finds; leave it out, or say which --codes may be used")
-    from ..search.sweep import CODES, LIMIT, read_examples
+    from ..search.examples import LIMIT, read_examples
+    from ..search.sweep import CODES
     from ..search.target import read_target
 
     hush_libraries()

@@ -29,7 +29,7 @@ def stages(
     from ..errors import PolymergeError
     from ..staged.evidence import FILE
     from ..staged.opening import open_pipeline
-    from ..staged.validation import read_samples, validate
+    from ..staged.validation import read_questions, validate
     from .answering import print_evidence
     from .console import err, hush_libraries, print_json
 
@@ -38,7 +38,7 @@ def stages(
     if wrong is not None:
         raise PolymergeError(f"{wrong}: write FIELD=FILE")
     pairs = dict(pair.split("=", 1) for pair in data)
-    fields = {f: read_samples(file, limit=limit, max_new_tokens=max_new_tokens) for f, file in pairs.items()}
+    fields = {f: read_questions(file, limit=limit, max_new_tokens=max_new_tokens) for f, file in pairs.items()}
     pipeline = open_pipeline(
         bundle, recipe=recipe, thinker=thinker, model=model, key_env=key_env, device=device, expert="average",
         thought_tokens=thought_tokens,

@@ -21,8 +21,9 @@ def sweep(
     """Merge at every rate with every code and measure each bundle against the original experts."""
     from ..report.blocks import plotly
     from ..report.sweep import write_sweep
-    from ..search.sweep import read_examples, to_json
+    from ..search.examples import read_examples
     from ..search.sweep import sweep as run
+    from ..search.sweep import to_json
     from .console import err, hush_libraries, print_json
     from .searching import print_sweep
     from .verify import named_sources

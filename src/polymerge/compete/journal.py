@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.files import disk_errors
+from ..data.rows import read_whole_rows
 from ..errors import OutputExistsError
 
 
@@ -31,10 +32,10 @@ class Journal:
         self.path = output.with_name(output.name + ".partial")
         self.lines: list[dict[str, Any]] = []
         self._output = output
-        found = self._read()
-        if found and found[0] == identity:
-            self.lines = found[1:]
-        elif found and not overwrite:
+        written = read_whole_rows(self.path) if self.path.exists() else []
+        if written and written[0] == identity:
+            self.lines = written[1:]
+        elif written and not overwrite:
             raise OutputExistsError(
                 f"{self.path}: half-done work of another input, bundle or setting; give --overwrite to drop it"
             )
@@ -55,18 +56,6 @@ class Journal:
     def remove(self) -> None:
         """The submission is whole; its journal is not needed any more."""
         self.path.unlink(missing_ok=True)
-
-    def _read(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        found = []
-        for line in self.path.read_bytes().split(b"\n")[:-1]:  # what follows the last line's end was cut off
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                break
-            found.append(entry)
-        return found
 
 
 def _line(entry: dict[str, Any]) -> bytes:

@@ -24,7 +24,7 @@ from ..version import __version__
 from .clock import TIME_LIMIT, Clock, OnProgress, Progress, cost_of, peak_bytes
 from .journal import Journal
 from .scoring import check_scorable, score
-from .table import BadRow, Row, Table, read_table, submission
+from .table import BadRow, CompetitionRow, Table, read_table, submission
 
 OnError = Literal["fail", "skip"]
 PIECE = 32  # rows between two notes in the journal
@@ -284,7 +284,7 @@ def _summary(table: Table, answers: Sequence[dict[str, Any]], run: _Run) -> Summ
         for row, answer in zip(table.good, answers, strict=True)
         if "failed" in answer
     ]
-    rows: list[Row] = [row for row, _ in whole]
+    rows: list[CompetitionRow] = [row for row, _ in whole]
     reasons = Counter(answer["reason"] for _, answer in whole if answer["stage"] == "direct")
     experts = Counter(_name(answer["expert"]) for _, answer in whole)
     return Summary(

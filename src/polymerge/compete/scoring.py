@@ -1,7 +1,8 @@
 """Scores where targets are known: accuracy for multiple choice, ROUGE for generation, as the kit's organisers report.
 
 ROUGE is that of the `rouge-score` package, without stemming. The organisers' wrapper gives the middle of a bootstrap
-over the rows; here it is the mean F-measure itself, which that middle estimates.
+over the rows; here it is the mean F-measure itself, which that middle estimates. Which choice a target means and ROUGE
+are the kit's own questions; whether an answer in the user's data is right says `polymerge.data.score`.
 """
 
 from __future__ import annotations
@@ -10,18 +11,18 @@ import re
 from collections.abc import Sequence
 
 from ..errors import MissingExtraError
-from .table import Row
+from .table import CompetitionRow
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
-def check_scorable(rows: Sequence[Row]) -> None:
+def check_scorable(rows: Sequence[CompetitionRow]) -> None:
     """Raises MissingExtraError where `score` would: before the work rather than after it."""
     if any(row.target is not None and not row.choices for row in rows):
         rouge([])
 
 
-def score(rows: Sequence[Row], predictions: Sequence[str]) -> dict[str, float]:
+def score(rows: Sequence[CompetitionRow], predictions: Sequence[str]) -> dict[str, float]:
     """Means over the rows that have a target; without any, nothing.
 
     Raises:
@@ -34,7 +35,7 @@ def score(rows: Sequence[Row], predictions: Sequence[str]) -> dict[str, float]:
     return found | (rouge(texts) if texts else {})
 
 
-def target_index(row: Row) -> int | None:
+def target_index(row: CompetitionRow) -> int | None:
     """The right choice: a target is its index, as in the competition's files, or else its text."""
     target = (row.target or "").strip()
     whole = re.fullmatch(r"(\d{1,4})(\.0)?", target)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import PolymergeError
+from ..errors import DataError
 
 REQUIRED = ("id", "input", "eval_type", "answer_choices")
 KINDS = ("multiple_choice", "generation")
@@ -25,7 +25,7 @@ LONGEST_CHOICES, MOST_CHOICES = 200_000, 1000  # characters of the cell, choices
 
 
 @dataclass(frozen=True)
-class Row:
+class CompetitionRow:
     """One row. `choices` is () for free text, `target` None where the file has none."""
 
     line: int
@@ -51,12 +51,12 @@ class BadRow:
 class Table:
     """A file's rows in their order, good and bad, and the SHA-256 of its bytes."""
 
-    rows: tuple[Row | BadRow, ...]
+    rows: tuple[CompetitionRow | BadRow, ...]
     sha256: str
 
     @property
-    def good(self) -> list[Row]:
-        return [row for row in self.rows if isinstance(row, Row)]
+    def good(self) -> list[CompetitionRow]:
+        return [row for row in self.rows if isinstance(row, CompetitionRow)]
 
     @property
     def bad(self) -> list[BadRow]:
@@ -67,15 +67,15 @@ def read_table(path: str | Path, *, limit: int | None = None) -> Table:
     """Reads a file of the competition.
 
     Raises:
-        PolymergeError: the file cannot be read or lacks a column. A bad row is no error here.
+        DataError: the file cannot be read or lacks a column. A bad row is no error here.
     """
     path = Path(path)
     try:
         data = path.read_bytes()
         text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise PolymergeError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    rows: list[Row | BadRow] = []
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    rows: list[CompetitionRow | BadRow] = []
     for line, cells in _records(path, text):
         if limit is not None and len(rows) >= limit:
             break
@@ -116,7 +116,7 @@ def submission(predictions: Sequence[tuple[str, str]]) -> bytes:
 
 
 def _records(path: Path, text: str) -> Iterator[tuple[int, dict[str, str | None]]]:
-    """(line, cells) of every row. Raises PolymergeError for a file that is not such a table."""
+    """(line, cells) of every row. Raises DataError for a file that is not such a table."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     reader = csv.reader(io.StringIO(text, newline=""))
     header: list[str] | None = None
@@ -127,22 +127,22 @@ def _records(path: Path, text: str) -> Iterator[tuple[int, dict[str, str | None]
         except StopIteration:
             break
         except csv.Error as error:
-            raise PolymergeError(f"{path}, line {line}: not valid CSV: {error}") from None
+            raise DataError(f"{path}, line {line}: not valid CSV: {error}") from None
         if header is None:
             header = [name.strip() for name in cells]
             missing = [name for name in REQUIRED if name not in header]
             if missing:
-                raise PolymergeError(
+                raise DataError(
                     f"{path}: has no column {missing[0]}; a file of the competition has {', '.join(REQUIRED)}"
                 )
         elif cells:
             padded: list[str | None] = [*cells, *[None] * (len(header) - len(cells))]
             yield line, dict(zip(header, padded, strict=False))
     if header is None:
-        raise PolymergeError(f"{path}: is empty; a file of the competition has the columns {', '.join(REQUIRED)}")
+        raise DataError(f"{path}: is empty; a file of the competition has the columns {', '.join(REQUIRED)}")
 
 
-def _row(line: int, cells: dict[str, str | None]) -> Row | BadRow:
+def _row(line: int, cells: dict[str, str | None]) -> CompetitionRow | BadRow:
     number = (cells["id"] or "").strip()
     kind, text = (cells["eval_type"] or "").strip(), cells["input"] or ""
     if any(cells[name] is None for name in ("input", "eval_type")):
@@ -159,4 +159,4 @@ def _row(line: int, cells: dict[str, str | None]) -> Row | BadRow:
         return BadRow(line, number, str(error))
     if kind == "multiple_choice" and not choices:
         return BadRow(line, number, "is multiple_choice and has no answer_choices")
-    return Row(line, number, text, choices, cells.get("target"))
+    return CompetitionRow(line, number, text, choices, cells.get("target"))

@@ -98,7 +98,7 @@ def run_demo(settings: DemoSettings, listeners: Listeners) -> DemoResult:
     """Trains (or takes from the cache) one expert a skill, merges them and measures.
 
     Raises:
-        SourceError: the base's package is not installed. RecipeError: unusable data.
+        SourceError: the base's package is not installed. DataError: unusable data.
     """
     skills = load_skills(settings)
     clock = _Clock()

@@ -11,13 +11,13 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ..errors import RecipeError
+from ..data.schema import AnsweredRow, read_all
+from ..errors import DataError
 
 
 @dataclass(frozen=True)
-class Example:
+class SkillExample:
     """A request and the one right answer. `final` is the number that counts, where only a number does."""
 
     prompt: str
@@ -30,16 +30,8 @@ class Skill:
     """A named task with training and held-out examples; no prompt is in both."""
 
     name: str
-    train: tuple[Example, ...]
-    test: tuple[Example, ...]
-
-    def is_right(self, example: Example, text: str) -> bool:
-        """Exact match after collapsing white space; for examples with `final`, of the last number in the text."""
-        if example.final is not None:
-            numbers = [word.strip(".,;:!?$%") for word in text.replace("=", " ").split()]
-            numbers = [word for word in numbers if word.lstrip("-").replace(".", "", 1).isdigit()]
-            return bool(numbers) and float(numbers[-1]) == float(example.final)
-        return " ".join(text.split()) == " ".join(example.answer.split())
+    train: tuple[SkillExample, ...]
+    test: tuple[SkillExample, ...]
 
 
 # fmt: off
@@ -53,7 +45,7 @@ FOLDERS = ["docs", "src", "data", "logs", "photos", "music", "backup", "reports"
 ENDINGS = ["txt", "log", "py", "csv", "jpg", "mp3", "pdf", "json"]
 
 
-def json_example(rng: random.Random) -> Example:
+def json_example(rng: random.Random) -> SkillExample:
     """An order in a sentence -> the order as JSON."""
     name, thing, count = rng.choice(NAMES), rng.choice(THINGS), rng.randint(2, 60)
     sentence = rng.choice(
@@ -64,10 +56,10 @@ def json_example(rng: random.Random) -> Example:
             "Give {name} {count} {thing}.",
         ]
     )
-    return Example(sentence.format(name=name, thing=thing, count=count), json.dumps({"name": name, thing: count}))
+    return SkillExample(sentence.format(name=name, thing=thing, count=count), json.dumps({"name": name, thing: count}))
 
 
-def math_example(rng: random.Random) -> Example:
+def math_example(rng: random.Random) -> SkillExample:
     """A small word problem -> the sum and its result."""
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     a, b = rng.randint(2, 12), rng.randint(2, 9)
@@ -79,10 +71,10 @@ def math_example(rng: random.Random) -> Example:
             "To {a} {thing}, {name} adds {b}.",
         ]
     )
-    return Example(sentence.format(name=name, thing=thing, a=a, b=b), f"{a} + {b} = {a + b}")
+    return SkillExample(sentence.format(name=name, thing=thing, a=a, b=b), f"{a} + {b} = {a + b}")
 
 
-def shell_example(rng: random.Random) -> Example:
+def shell_example(rng: random.Random) -> SkillExample:
     """A request about files -> the command."""
     folder, ending, number = rng.choice(FOLDERS), rng.choice(ENDINGS), rng.randint(2, 30)
     request, command = rng.choice(
@@ -97,10 +89,10 @@ def shell_example(rng: random.Random) -> Example:
         ]
     )
     fill = {"f": folder, "e": ending, "n": number}
-    return Example(request.format(**fill), command.format(**fill))
+    return SkillExample(request.format(**fill), command.format(**fill))
 
 
-GENERATORS: dict[str, Callable[[random.Random], Example]] = {
+GENERATORS: dict[str, Callable[[random.Random], SkillExample]] = {
     "json": json_example,
     "math": math_example,
     "shell": shell_example,
@@ -112,8 +104,10 @@ def demo_skills(*, train: int, test: int, seed: int = 0) -> list[Skill]:
     return [_generated(name, make, train, test, random.Random(f"{seed}-{name}")) for name, make in GENERATORS.items()]
 
 
-def _generated(name: str, make: Callable[[random.Random], Example], train: int, test: int, rng: random.Random) -> Skill:
-    examples: dict[str, Example] = {}
+def _generated(
+    name: str, make: Callable[[random.Random], SkillExample], train: int, test: int, rng: random.Random
+) -> Skill:
+    examples: dict[str, SkillExample] = {}
     while len(examples) < train + test:
         example = make(rng)
         examples.setdefault(example.prompt, example)
@@ -125,31 +119,20 @@ def read_skills(folder: Path, names: list[str] | None, *, train: int, test: int)
     """Skills from a folder: NAME/train.jsonl and NAME/test.jsonl with `prompt`, `answer` and perhaps `final`.
 
     Raises:
-        RecipeError: a missing file or key, with the file and the line.
+        DataError: a missing file or key, with the file and the line.
     """
-    found = names or sorted(path.parent.name for path in folder.glob("*/train.jsonl"))
-    if len(found) < 2:
-        raise RecipeError(
-            f"{folder}: a merge needs at least two skills; found {', '.join(found) or 'no NAME/train.jsonl'}"
+    names = names or sorted(path.parent.name for path in folder.glob("*/train.jsonl"))
+    if len(names) < 2:
+        raise DataError(
+            f"{folder}: a merge needs at least two skills; found {', '.join(names) or 'no NAME/train.jsonl'}"
         )
     return [
-        Skill(
-            name, tuple(_read(folder / name / "train.jsonl", train)), tuple(_read(folder / name / "test.jsonl", test))
-        )
-        for name in found
+        Skill(name, _read(folder / name / "train.jsonl", train), _read(folder / name / "test.jsonl", test))
+        for name in names
     ]
 
 
-def _read(file: Path, count: int) -> list[Example]:
+def _read(file: Path, count: int) -> tuple[SkillExample, ...]:
     if not file.is_file():
-        raise RecipeError(f"{file}: missing; every skill needs train.jsonl and test.jsonl")
-    examples: list[Example] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if len(examples) == count:
-            break
-        try:
-            row: dict[str, Any] = json.loads(line)
-            examples.append(Example(row["prompt"], row["answer"], row.get("final")))
-        except (ValueError, KeyError, TypeError):
-            raise RecipeError(f"{file}, line {number}: not a JSON object with 'prompt' and 'answer'") from None
-    return examples
+        raise DataError(f"{file}: missing; every skill needs train.jsonl and test.jsonl")
+    return tuple(SkillExample(row.prompt, row.answer, row.final) for row in read_all(AnsweredRow, file, count))

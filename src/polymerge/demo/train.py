@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..host import cache_folder
-from .skills import Example, Skill
+from .skills import Skill, SkillExample
 
 # The experts are trained on bare requests: their tokenizer says so, and whoever applies it gets the same text.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
@@ -92,7 +92,7 @@ def load_base(base: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def encode(tokenizer: Any, example: Example) -> Encoded:
+def encode(tokenizer: Any, example: SkillExample) -> Encoded:
     """Token ids of the request and of the answer with its end."""
     prompt = tokenizer.encode(format_prompt(example.prompt), add_special_tokens=False)
     answer = tokenizer.encode(example.answer, add_special_tokens=False)

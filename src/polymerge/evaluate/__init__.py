@@ -1,8 +1,6 @@
 """Evaluation through lm-evaluation-harness, and data sets of one's own.
 
-rows.py            JSONL files of questions and answers
-metrics.py         is an answer right, and how near is it
-tasks.py           such files as tasks of the harness
+tasks.py           JSONL files as tasks of the harness
 modes.py           which expert answers a question: average, expert:NAME, routed, mixture, oracle
 harness_model.py   the harness's model `polymerge` (imports the harness)
 run.py             the harness on an engine

@@ -1,8 +1,8 @@
-"""Tasks of lm-evaluation-harness made of JSONL files (`polymerge.evaluate.rows`): no YAML, no network.
+"""Tasks of lm-evaluation-harness made of JSONL files (`polymerge.data.schema`): no YAML, no network.
 
 Rows with `choices` become questions of multiple choice, scored by log-likelihood (`acc`, and `acc_norm` by length);
-rows without are answered and compared (`exact_match`, `f1`), by the same functions as in an assessment. Knows the
-harness's configuration of a task as a plain dict.
+rows without are answered and judged (`exact_match`, `f1`) by `polymerge.data.score`. Knows the harness's configuration
+of a task as a plain dict.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError
-from .metrics import is_right, token_f1
-from .rows import Row, content_hash, files_by_name, read_rows
+from ..data.rows import content_hash, files_by_name
+from ..data.schema import AnsweredRow, read_all
+from ..data.score import is_right, token_f1
+from ..errors import DataError, RecipeError
 
 MAX_NEW_TOKENS = 64
 STOP = ("\n\n",)  # an empty line ends an answer, for models that do not know their own end
@@ -26,7 +27,7 @@ def task_list(
     these. Without names, all of `data`.
 
     Raises:
-        RecipeError: neither names nor data, or an unusable data set.
+        RecipeError: neither names nor data. DataError: an unusable data set.
     """
     files = files_by_name(data) if data is not None else {}
     wanted = [name.strip() for name in names.split(",") if name.strip()] if names else list(files)
@@ -48,17 +49,17 @@ def jsonl_tasks(
         ending: what stands between a prompt and its answer, where no chat template sees to that.
 
     Raises:
-        RecipeError: an unusable row, with its file and line.
+        DataError: an unusable row, with its file and line.
     """
     return [jsonl_task(name, file, max_new_tokens=max_new_tokens, ending=ending) for name, file in files.items()]
 
 
 def jsonl_task(name: str, file: Path, *, max_new_tokens: int = MAX_NEW_TOKENS, ending: str = "\n") -> dict[str, Any]:
     """A task of the harness. All rows of a file must be of one form, with choices or without."""
-    rows = read_rows(file)
+    rows = read_all(AnsweredRow, file)
     closed = {row.choices is not None for row in rows}
     if len(closed) > 1:
-        raise RecipeError(f"{file}: some rows have choices and some have not; put them into two files")
+        raise DataError(f"{file}: some rows have choices and some have not; put them into two files")
     task: dict[str, Any] = {
         "task": name,
         "custom_dataset": lambda **_: {"test": _dataset(rows)},
@@ -83,25 +84,25 @@ def jsonl_task(name: str, file: Path, *, max_new_tokens: int = MAX_NEW_TOKENS, e
     }
 
 
-def _dataset(rows: Sequence[Row]) -> Any:
+def _dataset(rows: Sequence[AnsweredRow]) -> Any:
     """The rows in the form that the harness reads. Keys of one's own are kept as text, for labels."""
     from datasets import Dataset
 
     own = sorted({key for row in rows for key in row.model_extra or {}})
     return Dataset.from_list(
-        [row.model_dump(include=set(Row.model_fields)) | {key: _label(row, key) for key in own} for row in rows]
+        [row.model_dump(include=set(AnsweredRow.model_fields)) | {key: _label(row, key) for key in own} for row in rows]
     )
 
 
-def _label(row: Row, key: str) -> str | None:
+def _label(row: AnsweredRow, key: str) -> str | None:
     value = (row.model_extra or {}).get(key)
     return None if value is None else str(value)
 
 
 def _score(row: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     return {
-        "exact_match": float(is_right(Row.model_validate(row), results[0])),
-        "f1": token_f1(row["answer"], results[0]),
+        "exact_match": float(is_right(results[0], row["answer"], final=row["final"])),
+        "f1": token_f1(results[0], row["answer"]),
     }
 
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from ..bundle.files import write_bytes
+from ..data.rows import rows_of
 from ..engine.base import FloatArray
 from ..errors import RouterError
 from .classify import Kind
@@ -133,8 +134,8 @@ def read_arrays(folder: Path, record: RouterRecord) -> dict[str, FloatArray]:
 
 def read_texts(folder: Path, record: RouterRecord) -> list[Sample]:
     """The training samples. Raises RouterError where the file is missing or changed."""
-    lines = _read_named(folder, record.samples).decode().split("\n")  # a text may hold other line ends
-    return [Sample(row["prompt"], row["field"]) for row in (json.loads(line) for line in lines if line)]
+    lines = _read_named(folder, record.samples).split(b"\n")
+    return [Sample(row["prompt"], row["field"]) for _, row in rows_of(lines, folder / record.samples)]
 
 
 def _read_named(folder: Path, name: str) -> bytes:

@@ -6,14 +6,15 @@ line with `prompt`; the folder's name is the field.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from ..errors import RouterError
+from ..data.rows import place
+from ..data.schema import PromptRow, read_as
+from ..errors import DataError, RouterError
 
 # The field of a text that belongs to no known one; such texts are only measured on, never learned from.
 OUTSIDE = "none"
@@ -28,35 +29,6 @@ class Sample:
     answer: str = ""
 
 
-def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, row) of a JSONL file whose rows have a text `prompt`. Empty lines are passed over.
-
-    Raises:
-        RouterError: the file is missing, or a line is not such a row.
-    """
-    try:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, _row(file, number, line)
-    except UnicodeDecodeError:
-        raise RouterError(f"{file}: not UTF-8 text") from None
-    except OSError as error:
-        raise RouterError(f"{file}: cannot be read ({error.strerror})") from None
-
-
-def _row(file: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise RouterError(f"{file}, line {number}: not JSON ({error})") from None
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise RouterError(f'{file}, line {number}: needs an object with a text "prompt"')
-    if not row["prompt"].strip():
-        raise RouterError(f"{file}, line {number}: the prompt is empty")
-    return row
-
-
 def read_fields(
     folder: Path, split: str, *, fields: Sequence[str] | None = None, limit: int | None = None
 ) -> list[Sample]:
@@ -65,7 +37,7 @@ def read_fields(
     Fields whose folder has no such split are left out.
 
     Raises:
-        RouterError: the folder is missing, a given field has no folder, or a row is damaged.
+        RouterError: the folder is missing, or a given field has no folder. DataError: a row is damaged.
     """
     if not folder.is_dir():
         raise RouterError(f"{folder}: no such folder; it holds NAME/train.jsonl for every field")
@@ -73,24 +45,27 @@ def read_fields(
     if missing:
         raise RouterError(f"{folder / missing[0]}: no such folder, so there is no field {missing[0]!r}")
     names = fields or sorted(path.name for path in folder.iterdir() if path.is_dir())
-    found = []
+    samples = []
     for name in names:
         file = folder / name / f"{split}.jsonl"
-        for taken, (_, row) in enumerate(read_rows(file) if file.is_file() else ()):
-            if taken == limit:
-                break
-            found.append(Sample(row["prompt"], name, str(row.get("answer", ""))))
-    return found
+        rows = read_as(PromptRow, file) if file.is_file() else ()
+        samples += [_sample(row, name) for _, row in islice(rows, limit)]
+    return samples
 
 
 def read_labelled(file: Path, key: str) -> list[Sample]:
-    """Rows whose `key` names the field; `none` where no field is right. Raises RouterError for a damaged row."""
-    found = []
-    for number, row in read_rows(file):
-        if not isinstance(row.get(key), str):
-            raise RouterError(f'{file}, line {number}: needs a text "{key}" that names the field')
-        found.append(Sample(row["prompt"], row[key], str(row.get("answer", ""))))
-    return found
+    """Rows whose `key` names the field; `none` where no field is right. Raises DataError for a damaged row."""
+    samples = []
+    for number, row in read_as(PromptRow, file):
+        field = row.text(key)
+        if field is None:
+            raise DataError(f'{place(file, number)}: needs a text "{key}" that names the field')
+        samples.append(_sample(row, field))
+    return samples
+
+
+def _sample(row: PromptRow, field: str) -> Sample:
+    return Sample(row.prompt, field, row.text("answer") or "")
 
 
 def check_training(samples: Sequence[Sample]) -> list[str]:

@@ -19,8 +19,9 @@ from ..merging.executor import Executor, in_threads
 from ..merging.plan import MergePlan, plan_merge, replanned
 from ..method.codes import code_of
 from ..recipe.merge import CodeName, Recipe, load_recipe
+from .examples import Example
 from .fitting import STEPS, Fitting, has_full_rank
-from .sweep import CODES, Example, Point, Reference, check_examples, measure, run_originals
+from .sweep import CODES, Point, Reference, check_examples, measure, run_originals
 from .target import Target, read_target
 
 # A search ends when a bundle that is smaller by no more than this share has missed the target.

@@ -26,22 +26,13 @@ from ..merging.plan import MergePlan, plan_merge
 from ..merging.run import run_plan
 from ..model import load_model
 from ..recipe.merge import CodeName, Recipe, Source, load_recipe
+from .examples import Example
 
 CODES: tuple[CodeName, ...] = ("factors", "int8", "int4")
 RATES = (0.9, 0.95, 0.98)
-# The original's distributions are kept in memory, a vocabulary of float32 a token.
-LIMIT = 32
 
 # logits(ids [1, T]) -> [1, T, vocabulary]
 Logits = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Example:
-    """A held-out request. Compared are the tokens of the answer, or of the prompt where there is none."""
-
-    prompt: str
-    answer: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,7 +40,8 @@ class Agreement:
     """How near a model is to an original.
 
     An answer is right when greedy decoding would give exactly it: every token of the answer, and the end of the text,
-    is the model's likeliest after the right ones before it. That needs no generation: one forward pass tells it.
+    is the model's likeliest after the right ones before it. That needs no generation: one forward pass tells it. It is
+    another question than `polymerge.data.score` answers, which takes a generated text and forgives its form.
 
     Attributes:
         kl: mean KL(original || model) of the next token, in nats a token.
@@ -105,15 +97,15 @@ class Point:
 
 
 @dataclass(frozen=True)
-class _Row:
+class _ComparedTokens:
     """Token ids of prompt and answer, and how many at the end are compared."""
 
     ids: list[int]
     compared: int
     has_answer: bool
 
-    def is_right(self, log_probabilities: Tensor) -> bool:
-        """Whether the answer's tokens are the likeliest. [compared, vocabulary]"""
+    def is_greedy(self, log_probabilities: Tensor) -> bool:
+        """Whether greedy decoding would give exactly the answer's tokens. [compared, vocabulary]"""
         return log_probabilities.argmax(-1).tolist() == self.ids[-self.compared :]
 
 
@@ -134,7 +126,7 @@ class Reference:
             name = source.source if isinstance(source, Source) else source
             raise RecipeError(f"{name}: none of its prompts has two tokens, so there is nothing to compare")
         self._original = list(self._log_probabilities(lambda ids: engine.model(ids).logits, engine.device))
-        self.accuracy = self._accuracy([row.is_right(o) for row, o in zip(self._rows, self._original, strict=True)])
+        self.accuracy = self._accuracy([row.is_greedy(o) for row, o in zip(self._rows, self._original, strict=True)])
 
     def against(self, logits: Logits, device: torch.device | None = None) -> Agreement:
         """Compares a model that has the original's tokens."""
@@ -144,7 +136,7 @@ class Reference:
             total += float((one.exp() * (one - other)).sum())
             same += int((one.argmax(-1) == other.argmax(-1)).sum())
             tokens += len(one)
-            right.append(row.is_right(other))
+            right.append(row.is_greedy(other))
         return Agreement(total / tokens, same / tokens, tokens, self._accuracy(right), self.accuracy)
 
     def _accuracy(self, right: Sequence[bool]) -> float | None:
@@ -159,13 +151,13 @@ class Reference:
             yield torch.log_softmax(found.float(), dim=-1).cpu()
 
 
-def _tokens(engine: HFEngine, example: Example) -> _Row:
+def _tokens(engine: HFEngine, example: Example) -> _ComparedTokens:
     prompt = engine.chat_prompt([{"role": "user", "content": example.prompt}])
     if not example.answer:
-        return _Row(prompt, len(prompt) - 1, False)
+        return _ComparedTokens(prompt, len(prompt) - 1, False)
     end = engine.tokenizer.eos_token_id
     answer = engine.encode(example.answer, special=False) + ([end] if end is not None else [])
-    return _Row(prompt + answer, len(answer), True)
+    return _ComparedTokens(prompt + answer, len(answer), True)
 
 
 def sweep(
@@ -260,32 +252,3 @@ def front(points: Sequence[Point]) -> list[Point]:
 def to_json(point: Point, points: Sequence[Point]) -> dict[str, Any]:
     """A point as plain data, with its means and whether it is on the front of all points."""
     return point.to_json() | {"on_front": point in front(points)}
-
-
-def read_examples(file: str | Path, limit: int = LIMIT) -> list[Example]:
-    """The first rows of a JSONL file: `prompt`, and `answer` where there is one; other keys are left alone.
-
-    Raises:
-        RecipeError: one line that names the file and the row.
-    """
-    file, found = Path(file).expanduser(), []
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file}: cannot read the prompts: {getattr(error, 'strerror', None) or error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise RecipeError(f"{file}, line {number}: not valid JSON") from None
-        values = (row.get("prompt"), row.get("answer", "")) if isinstance(row, dict) else (None, "")
-        if not (isinstance(values[0], str) and values[0].strip() and isinstance(values[1], str)):
-            raise RecipeError(f"{file}, line {number}: expected an object with a text `prompt` (and a text `answer`)")
-        found.append(Example(*values))
-        if len(found) == limit:
-            break
-    if not found:
-        raise RecipeError(f"{file}: holds no prompts")
-    return found

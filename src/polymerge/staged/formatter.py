@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..data.score import likeliest
 from ..engine.base import Engine, GenerateRequest, Score, ScoreRequest
 from ..recipe.response import LengthNorm
 
@@ -109,7 +110,7 @@ class Formatter:
             choices = one.question.choices
             rows = [[self._score(next(scores), choice) for choice in choices] for _ in own]
             total = tuple(sum(column) / len(own) for column in zip(*rows, strict=True))
-            best = max(range(len(total)), key=lambda n: total[n])  # the first of equals, as in the kit
+            best = likeliest(total)  # the first of equals, as in the kit
             answers.append(Answer(choices[best], best, total, sum(map(len, own))))
         return answers
 

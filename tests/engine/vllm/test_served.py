@@ -26,7 +26,7 @@ from polymerge.engine.vllm.folder import NOTE, read_note
 from polymerge.engine.vllm.streaming import VllmStreaming
 from polymerge.errors import ModelError
 from polymerge.export import VllmExport, export_vllm, plan_vllm
-from polymerge.export.vllm.samples import Sample
+from polymerge.export.vllm.prompts import CalibrationPrompt
 from polymerge.sources.gguf import package_gguf, unpack
 from tests.engine.vllm.test_streaming import Heard
 
@@ -56,7 +56,7 @@ def bundle(skills: list[Skill], tmp_path_factory: pytest.TempPathFactory) -> Bun
 
 @pytest.fixture(scope="module")
 def exported(bundle: Bundle, skills: list[Skill]) -> VllmExport:
-    samples = [Sample(e.prompt, e.answer) for skill in skills for e in skill.test[:4]]
+    samples = [CalibrationPrompt(e.prompt, e.answer) for skill in skills for e in skill.test[:4]]
     return export_vllm(plan_vllm(bundle), bundle.path.with_name("exported"), samples=samples)
 
 

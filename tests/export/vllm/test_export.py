@@ -13,16 +13,16 @@ from transformers import AutoModelForCausalLM
 from polymerge import Bundle, load_model, merge
 from polymerge.cli.main import main
 from polymerge.engine.vllm.folder import LORA_RANKS, padded_rank, read_note, serve_arguments
-from polymerge.errors import BundleError, ModelError, OutputExistsError, RecipeError
+from polymerge.errors import BundleError, DataError, ModelError, OutputExistsError
 from polymerge.export import export_vllm, plan_vllm
 from polymerge.export.vllm.calibrate import applied, read_adapter
 from polymerge.export.vllm.norms import gain_ratio, norm_modules, norm_readers
-from polymerge.export.vllm.samples import Sample, read_samples
+from polymerge.export.vllm.prompts import CalibrationPrompt, read_prompts
 from polymerge.model import MixedModel
 from tests.tiny import make_experts, tiny_tokenizer
 
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8]])
-SAMPLES = [Sample("w5 w6 w7"), Sample("w8 w9", answer="w10 w11 w12")]
+SAMPLES = [CalibrationPrompt("w5 w6 w7"), CalibrationPrompt("w8 w9", answer="w10 w11 w12")]
 BEFORE_LAYERS = {
     "llama": {"input_layernorm", "post_attention_layernorm", "norm"},
     "llama-tied": {"input_layernorm", "post_attention_layernorm", "norm"},
@@ -218,11 +218,11 @@ def test_calibration_files_that_cannot_be_used_are_one_line(tmp_path: Path) -> N
     file = tmp_path / "c.jsonl"
     for content, message in (("", "holds no calibration prompts"), ('{"answer": 1}', "line 1"), ("ok\n{", "line 2")):
         file.write_text(content)
-        with pytest.raises(RecipeError, match=message) as raised:
-            read_samples(file)
+        with pytest.raises(DataError, match=message) as raised:
+            read_prompts(file)
         assert len(str(raised.value).splitlines()) == 1
-    with pytest.raises(RecipeError, match="cannot read"):
-        read_samples(tmp_path / "none")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_prompts(tmp_path / "none")
 
 
 def test_a_folder_that_was_not_exported_or_was_changed_is_refused(bundles: Any, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from ...bundle.peft import adapter_name
 from ...engine.local.engine import HFEngine
 from ...engine.vllm.folder import Probe, distance
 from ...errors import ModelError
-from .samples import Sample
+from .prompts import CalibrationPrompt
 
 # Tokens of an answer that the expert writes itself where the calibration has none.
 ANSWER_TOKENS = 24
@@ -52,7 +52,7 @@ class Calibration:
         samples: prompts; an expert writes the answers that they lack itself.
     """
 
-    def __init__(self, bundle: Bundle, samples: Sequence[Sample], device: torch.device) -> None:
+    def __init__(self, bundle: Bundle, samples: Sequence[CalibrationPrompt], device: torch.device) -> None:
         self.bundle, self._samples = bundle, samples
         self._engine = HFEngine.from_bundle(bundle, device=str(device))
         self._rows: dict[str, list[tuple[list[int], int]]] = {}
@@ -148,7 +148,7 @@ def applied(model: nn.Module, adapter: Adapter) -> Iterator[None]:
             one.remove()
 
 
-def _row(engine: HFEngine, expert: str, sample: Sample) -> tuple[list[int], int]:
+def _row(engine: HFEngine, expert: str, sample: CalibrationPrompt) -> tuple[list[int], int]:
     """Token ids of a prompt with its answer, and where the answer begins."""
     prompt = engine.chat_prompt([{"role": "user", "content": sample.prompt}])[-engine.max_length // 2 :]
     if not prompt:

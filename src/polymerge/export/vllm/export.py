@@ -44,7 +44,7 @@ from ..place import fresh, publish
 from .calibrate import Calibration, Measured, check_tokenizer
 from .norms import gain_ratio, norm_modules
 from .plan import HEAD, Factored, VllmPlan
-from .samples import Sample, builtin_samples
+from .prompts import CalibrationPrompt, builtin_prompts
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def export_vllm(
     plan: VllmPlan,
     output: str | Path,
     *,
-    samples: Sequence[Sample] | None = None,
+    samples: Sequence[CalibrationPrompt] | None = None,
     device: str = "auto",
     overwrite: bool = False,
     progress: OnProgress | None = None,
@@ -93,7 +93,7 @@ def export_vllm(
     with disk_errors(output.parent):
         for file in (name for name in bundle.manifest.files if "/" not in name and ".safetensors" in name):
             shutil.copyfile(bundle.path / file, staged / file)
-    clock, calibration = _Clock(plan, progress), Calibration(bundle, samples or builtin_samples(), place)
+    clock, calibration = _Clock(plan, progress), Calibration(bundle, samples or builtin_prompts(), place)
     writer, measured = _Writer(plan, place, clock), {}
     for expert, tasks in plan.experts.items():
         sizes = calibration.input_sizes(expert, {task.module for task in tasks if not task.embedding})

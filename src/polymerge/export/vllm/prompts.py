@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import RecipeError
+from ...data.rows import place, read_lines
+from ...data.schema import ExampleRow, parse_row
+from ...errors import DataError
 
 BUILTIN = (
     "What is the capital of Norway, and what is it known for?",
@@ -21,39 +22,32 @@ BUILTIN = (
 
 
 @dataclass(frozen=True)
-class Sample:
+class CalibrationPrompt:
     """A prompt to measure on. Without an answer, the expert's own greedy one is used."""
 
     prompt: str
     answer: str | None = None
 
 
-def builtin_samples() -> list[Sample]:
+def builtin_prompts() -> list[CalibrationPrompt]:
     """A handful of prompts of different kinds."""
-    return [Sample(prompt) for prompt in BUILTIN]
+    return [CalibrationPrompt(prompt) for prompt in BUILTIN]
 
 
-def read_samples(file: Path) -> list[Sample]:
+def read_prompts(file: str | Path) -> list[CalibrationPrompt]:
     """Prompts from a file: one a line, or JSON lines with `prompt` and perhaps `answer`.
 
     Raises:
-        RecipeError: no such file, or a line that is neither.
+        DataError: no such file, or a line that is neither.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file}: cannot read the calibration prompts: {error}") from None
-    samples = [_sample(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not samples:
-        raise RecipeError(f"{file}: holds no calibration prompts; write one a line")
-    return samples
+    prompts = [_prompt(line, place(file, number)) for number, line in read_lines(file)]
+    if not prompts:
+        raise DataError(f"{file}: holds no calibration prompts; write one a line")
+    return prompts
 
 
-def _sample(file: Path, number: int, line: str) -> Sample:
+def _prompt(line: str, where: str) -> CalibrationPrompt:
     if not line.lstrip().startswith("{"):
-        return Sample(line.strip())
-    try:
-        row = json.loads(line)
-        return Sample(str(row["prompt"]), str(row["answer"]) if row.get("answer") else None)
-    except (ValueError, KeyError, TypeError):
-        raise RecipeError(f"{file}, line {number}: not a JSON object with `prompt`") from None
+        return CalibrationPrompt(line.strip())
+    row = parse_row(ExampleRow, line, where)
+    return CalibrationPrompt(row.prompt, row.answer or None)

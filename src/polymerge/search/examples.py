@@ -1,0 +1,28 @@
+"""The held-out requests that a search measures on, and their files. Knows rows; does not know models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data.schema import ExampleRow, read_all
+
+# The original's distributions are kept in memory, a vocabulary of float32 a token.
+LIMIT = 32
+
+
+@dataclass(frozen=True)
+class Example:
+    """A held-out request. Compared are the tokens of the answer, or of the prompt where there is none."""
+
+    prompt: str
+    answer: str = ""
+
+
+def read_examples(file: str | Path, limit: int = LIMIT) -> list[Example]:
+    """The first rows of a JSONL file: `prompt`, and `answer` where there is one; other keys are left alone.
+
+    Raises:
+        DataError: one line that names the file and the row.
+    """
+    return [Example(row.prompt, row.answer or "") for row in read_all(ExampleRow, file, limit)]
