@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from polymerge import Bundle, load_model
 from polymerge.compete import PolymergeMerges, compete
 from polymerge.engine.local.engine import HFEngine
-from polymerge.errors import PolymergeError
+from polymerge.errors import OutputExistsError, PolymergeError
 from polymerge.staged import Pipeline
 from tests.conftest import Merged
 from tests.tiny import tiny_tokenizer
@@ -77,6 +77,21 @@ def as_the_kit_does(method: Any, folder: Path) -> list[tuple[int, str]]:
                 assert isinstance(ids[0][0], int)
                 predictions.append((batch["id"][0], texts[0]))
     return predictions
+
+
+def test_the_bundles_own_place_is_never_cleared(method: PolymergeMerges, bundle: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(bundle, tmp_path / "kit" / "bundle")
+    (tmp_path / "link").symlink_to(copy.parent)
+    method.bundle = copy
+    for folder in (copy.parent, copy, tmp_path / "link"):
+        with pytest.raises(OutputExistsError, match="own place"):
+            method.save_model(folder)
+    (tmp_path / "other" / "bundle").mkdir(parents=True)
+    (tmp_path / "other" / "bundle" / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputExistsError, match="never overwritten"):
+        method.save_model(tmp_path / "other")
+    assert (tmp_path / "other" / "bundle" / "thesis.txt").exists()
+    assert Bundle.open(copy).experts == ["e0", "e1", "e2"]
 
 
 def dense(bundle: Path) -> Any:

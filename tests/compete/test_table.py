@@ -103,11 +103,12 @@ def test_limit_takes_the_first_rows(tmp_path: Path) -> None:
 
 
 def test_a_submission_has_the_kits_columns_and_reads_back() -> None:
-    texts = ["2", 'a "quoted", text', "two\nlines", "", "ünï 🦊", "trailing ", "\ud800"]
+    texts = ["2", 'a "quoted", text', "two\nlines", "bare\rreturn", "both\r\n", "", "ünï 🦊", "trailing ", "\ud800"]
     data = submission([(str(n), text) for n, text in enumerate(texts)])
     assert data.startswith(b"id,prediction,dummy_field\n0,2,0\n")
     rows = list(csv.DictReader(io.StringIO(data.decode(), newline="")))
     assert [row["prediction"] for row in rows[:-1]] == texts[:-1]
+    assert rows[-1]["prediction"] == "\ufffd"
     assert {row["dummy_field"] for row in rows} == {"0"} and list(rows[0]) == ["id", "prediction", "dummy_field"]
 
 

@@ -174,6 +174,8 @@ def test_norms_take_the_fast_path(merged: Merged) -> None:
         ({"e0": -1.0, "e1": 1.0}, ["mixture"]),
         ({}, ["mixture"]),
         ({"e0": 0.0}, ["mixture"]),
+        ({"e0": float("nan"), "e1": 1.0}, ["mixture", "finite"]),
+        ({"e0": float("inf"), "e1": 1.0}, ["mixture", "finite"]),
         ([3, None, None, None, None], ["3", "neither"]),
     ],
 )

@@ -117,6 +117,7 @@ def test_a_good_answer_becomes_a_thought_with_its_usage(server: Server) -> None:
         (lambda h: answer(h, {"choices": [{"message": {"content": None}}]}), "not a chat completion", 3),
         (lambda h: answer(h, b"[" * 100_000), "not a chat completion", 3),
         (lambda h: answer(h, {}, 429, Retry_After="1"), "status 429", 3),
+        (lambda h: answer(h, {}, 429, Retry_After="\u00b2"), "status 429", 3),
         (lambda h: answer(h, {}, 503), "status 503", 3),
         (lambda h: answer(h, {}, 401), "is the key right", 1),
         (lambda h: answer(h, {}, 404), "its /v1", 1),
@@ -124,7 +125,7 @@ def test_a_good_answer_becomes_a_thought_with_its_usage(server: Server) -> None:
         (cut_off, "RemoteProtocolError", 3),
         (lambda h: h.connection.close(), "Error", 3),
     ],
-    ids=["slow", "drip", "html", "empty", "null", "deep", "429", "503", "401", "404", "redirect", "cut-off", "closed"],
+    ids=("slow drip html empty null deep 429 429-odd 503 401 404 redirect cut-off closed".split()),
 )
 def test_whatever_goes_wrong_is_one_line_after_the_right_number_of_tries(
     server: Server, act: Act, reason: str, tries: int
@@ -138,6 +139,11 @@ def test_whatever_goes_wrong_is_one_line_after_the_right_number_of_tries(
 def test_an_endless_thought_is_cut(server: Server) -> None:
     server.acts = [lambda h: answer(h, {"choices": [{"message": {"content": "x" * 1_000_000}}]})]
     assert len(think(server.thinker()).text) == 32 * 16
+
+
+def test_half_a_character_is_replaced_where_it_enters(server: Server) -> None:
+    server.acts = [lambda h: answer(h, b'{"choices": [{"message": {"content": "so \\ud83d it is"}}]}')]
+    assert think(server.thinker()).text == "so \ufffd it is"
 
 
 def test_a_fault_that_passes_costs_nothing(server: Server) -> None:

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PolymergeError
+from ..bundle.files import check_output
+from ..errors import OutputExistsError, PolymergeError
 from ..merging.run import merge
 from ..staged.formatter import Question
 from ..staged.opening import open_pipeline
@@ -107,9 +108,15 @@ class PolymergeMerges:
         return ids, [response.text for response in responses]
 
     def save_model(self, output_dir: str | Path) -> None:
-        """Puts the bundle into the kit's folder: links where the file system can, copies elsewhere."""
-        folder = Path(str(self.bundle))
-        target = Path(output_dir) / "bundle"
+        """Puts the bundle into the kit's folder: links where the file system can, copies elsewhere.
+
+        Raises:
+            OutputExistsError: the bundle itself lies there or around it, or what lies there is no bundle.
+        """
+        folder, target = Path(str(self.bundle)).resolve(), (Path(output_dir) / "bundle").resolve()
+        if target.is_relative_to(folder) or folder.is_relative_to(target):
+            raise OutputExistsError(f"{target}: is the bundle's own place; give save_model another folder")
+        check_output(target, overwrite=True)
         if target.exists():
             shutil.rmtree(target)
         shutil.copytree(folder, target, copy_function=_link)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.text import encodable
 from ..errors import DataError
 
 REQUIRED = ("id", "input", "eval_type", "answer_choices")
@@ -103,16 +104,21 @@ def parse_choices(text: str) -> tuple[str, ...]:
         raise ValueError(f"answer_choices has {len(found)} choices, at most {MOST_CHOICES} are read")
     if not all(str(choice) for choice in found):
         raise ValueError("one of answer_choices is empty")
-    return tuple(str(choice) for choice in found)
+    return tuple(encodable(str(choice)) for choice in found)
 
 
 def submission(predictions: Sequence[tuple[str, str]]) -> bytes:
     """The submission's bytes from (id, prediction) pairs, as the kit's `DataFrame.to_csv(index=False)` writes them."""
+    rows = [("id", "prediction", "dummy_field"), *((number, prediction, 0) for number, prediction in predictions)]
+    return encodable("".join(map(_line, rows))).encode()
+
+
+def _line(cells: Sequence[object]) -> str:
+    """A line of CSV that ends with a line feed. The writer quotes what stands in its own line end only, and a bare
+    carriage return would end the row for pandas."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["id", "prediction", "dummy_field"])
-    writer.writerows([number, prediction, 0] for number, prediction in predictions)
-    return out.getvalue().encode("utf-8", errors="replace")  # a lone surrogate has no bytes
+    csv.writer(out, lineterminator="\r\n").writerow(cells)
+    return out.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _records(path: Path, text: str) -> Iterator[tuple[int, dict[str, str | None]]]:

@@ -6,6 +6,7 @@ An assignment is set before a forward pass and holds for all layers. Knows rows 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -91,8 +92,8 @@ class Assignment:
             row[self._number(entry)] = 1.0
         elif isinstance(entry, Mapping):
             total = sum(entry.values())
-            if not entry or total <= 0 or any(weight < 0 for weight in entry.values()):
-                raise ModelError(f"experts: mixture {dict(entry)} needs weights of at least 0 and one over 0")
+            if not (math.isfinite(total) and total > 0 and all(weight >= 0 for weight in entry.values())):
+                raise ModelError(f"experts: mixture {dict(entry)} needs finite weights of at least 0 and one over 0")
             for name, weight in entry.items():
                 row[-1 if name == "average" else self._number(name)] += weight / total
         else:

@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx2
 
+from ..data.text import encodable
 from ..errors import RecipeError
 from ..recipe.response import ThinkerSettings
 from .thought import OUT_OF_TIME, Thought, failed
@@ -151,7 +152,7 @@ def _check_status(response: httpx2.Response) -> None:
     status = response.status_code
     if status in AGAIN:
         asked = response.headers.get("retry-after", "")
-        raise _Retry(f"status {status}", float(asked) if asked.isdigit() else None)
+        raise _Retry(f"status {status}", float(asked) if asked.isascii() and asked.isdigit() else None)
     if status != 200:
         hint = {401: ": is the key right?", 403: ": is the key right?", 404: ": is endpoint right, with its /v1?"}
         raise _Refused(f"status {status}{hint.get(status, '')}")
@@ -171,7 +172,7 @@ def _thought(data: bytes, longest: int) -> Thought:
         raise _Retry("the answer is not a chat completion") from None
     finish = "length" if choice.get("finish_reason") == "length" else "stop"
     return Thought(
-        text.strip()[:longest],
+        encodable(text).strip()[:longest],
         _count(usage, "prompt_tokens"),
         _count(usage, "completion_tokens"),
         finish,  # type: ignore[arg-type]
