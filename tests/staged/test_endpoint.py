@@ -125,7 +125,24 @@ def test_a_good_answer_becomes_a_thought_with_its_usage(server: Server) -> None:
         (cut_off, "RemoteProtocolError", 3),
         (lambda h: h.connection.close(), "Error", 3),
     ],
-    ids=("slow drip html empty null deep 429 429-odd 503 401 404 redirect cut-off closed".split()),
+    ids=(
+        [
+            "slow",
+            "drip",
+            "html",
+            "empty",
+            "null",
+            "deep",
+            "429",
+            "429-odd",
+            "503",
+            "401",
+            "404",
+            "redirect",
+            "cut-off",
+            "closed",
+        ]
+    ),
 )
 def test_whatever_goes_wrong_is_one_line_after_the_right_number_of_tries(
     server: Server, act: Act, reason: str, tries: int
