@@ -1,10 +1,10 @@
-"""Half-done work that survives a kill: finished tensors as pieces beside the output, and the move into place.
+"""Half-done work that survives a kill: finished tensors as pieces beside the output.
 
 `<output>.partial/` holds one folder of raw pieces per tensor and, written last, one JSON note that says that the
 tensor is whole, with the SHA-256 of every piece. A resumed merge trusts a note only after checking its pieces.
 Safetensors files are then put together from pieces without holding more than a buffer in memory.
 
-Knows bytes, names and renames; does not know what a tensor means.
+Knows bytes and names; does not know how a folder gets to its place (`polymerge.bundle.files`) or what a tensor means.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..bundle.files import DTYPE_NAMES, Piece, check_output, disk_errors, raw_bytes, sync_folder
+from ..bundle.files import DTYPE_NAMES, Piece, check_output, disk_errors, publish, raw_bytes, restore
 from ..errors import OutputExistsError
 
 BUFFER = 8 * 2**20
@@ -36,9 +36,7 @@ class Staging:
     def __init__(self, output: Path, fingerprint: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
         self.output = output
         self.folder = output.with_name(output.name + ".partial")
-        self._previous = output.with_name(output.name + ".previous")
-        if self._previous.exists() and not output.exists():  # killed between the two renames of `publish`
-            self._previous.rename(output)
+        restore(output)
         check_output(output, overwrite=overwrite)
         note = self.folder / "merge.json"
         text = json.dumps(fingerprint, sort_keys=True, indent=1)
@@ -91,13 +89,7 @@ class Staging:
 
     def publish(self, assembled: Path) -> None:
         """Moves the finished folder to the output's place; a previous bundle stays until the new one is there."""
-        sync_folder(assembled)
-        shutil.rmtree(self._previous, ignore_errors=True)
-        if self.output.exists():
-            self.output.rename(self._previous)
-        assembled.rename(self.output)
-        sync_folder(self.output.parent)
-        shutil.rmtree(self._previous, ignore_errors=True)
+        publish(assembled, self.output)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def content(self, piece: Piece) -> Iterator[bytes]:
