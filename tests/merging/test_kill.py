@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -28,6 +27,7 @@ import polymerge
 from polymerge import Bundle, merge, verify
 from polymerge.cli.main import main
 from polymerge.errors import OutputExistsError
+from tests.killed import assert_nothing_beside, content, moves_until_death, started
 from tests.tiny import COMMON, make_experts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,59 +59,15 @@ def undisturbed(experts: dict[str, str], tmp_path_factory: pytest.TempPathFactor
     return content(merge(recipe_of(experts), tmp_path_factory.mktemp("undisturbed") / "b").path)
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    """Every file but the statistics, which carry seconds."""
-    files = [file for file in folder.rglob("*") if file.is_file() and file.name != "merge_stats.jsonl"]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
-
-
-# Processes that start in milliseconds: copies of a server that has imported everything and computed nothing.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.merging.test_kill"])
-
-
-def started(target: Callable[..., None], *arguments: Any) -> BaseProcess:
-    process = FORKS.Process(target=target, args=arguments)
-    process.start()
-    return process
-
-
 def work(recipe: dict[str, Any], out: str, options: dict[str, Any]) -> None:
     """In the process that will be killed."""
     torch.set_num_threads(1)
     merge(recipe, out, **options)
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def work_and_die(recipe: dict[str, Any], out: str, options: dict[str, Any], call: int, after: bool) -> None:
     """Is killed just before or just after the given rename or deletion of the whole run."""
-    calls = 0
-
-    def deadly(real: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            mine = calls
-            if mine == call and not after:
-                die()
-            found = real(*args, **kwargs)
-            if mine == call:
-                die()
-            return found
-
-        return called
-
-    Path.rename = deadly(Path.rename)  # type: ignore[method-assign]
-    shutil.rmtree = deadly(shutil.rmtree)  # type: ignore[assignment]
-    work(recipe, out, options)
-    Path(out).with_name("calls").write_text(str(calls))
-
-
-def assert_nothing_beside(out: Path) -> None:
-    assert [path.name for path in out.parent.iterdir() if path.name.startswith(out.name)] == [out.name]
+    moves_until_death(lambda: work(recipe, out, options), call, after, Path(out).with_name("calls"))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from polymerge.cli.main import main
 from polymerge.errors import PolymergeError, SourceError
 from polymerge.merging.ray import ray_cluster
 from polymerge.merging.run import Progress
-from tests.merging.test_kill import LONG, content
+from tests.killed import content
+from tests.merging.test_kill import LONG
 from tests.tiny import make_experts
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'polymerge[ray]')")

@@ -13,6 +13,7 @@ from polymerge import Bundle, load_recipe, merge, plan_merge
 from polymerge.errors import ErrorBudgetExceeded
 from polymerge.sources.opening import open_checkpoint
 from tests.conftest import Merged
+from tests.killed import content
 from tests.tiny import ARCHITECTURES, make_experts
 
 
@@ -21,12 +22,6 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     for file in sorted(path.glob("*.safetensors")):
         found |= load_file(file)
     return found
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """Every file but the statistics, which carry seconds."""
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != "merge_stats.jsonl"]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -23,7 +23,7 @@ from polymerge.method.rsvd import rank_for_rate, rsvd
 from polymerge.recipe.merge import load_recipe
 from polymerge.sources.opening import open_checkpoint
 from tests.conftest import Merged
-from tests.merging.test_kill import content
+from tests.killed import content
 
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
 CODED = ["int8", "int4"]

@@ -19,7 +19,7 @@ from polymerge.search.examples import Example
 from polymerge.search.find import find
 from polymerge.search.fitting import Fitting
 from polymerge.search.sweep import Agreement, Point, Reference
-from tests.merging.test_run import content
+from tests.killed import content
 from tests.tiny import recipe_folder
 
 ROWS = [{"prompt": "w3 w4 w5", "answer": "w6 w7"}, {"prompt": "w8 w9 w10"}]

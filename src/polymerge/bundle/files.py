@@ -142,13 +142,18 @@ def write_bytes(target: Path, data: bytes) -> FileEntry:
     return FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raises OutputExistsError unless a bundle may be written to `output`."""
+def check_name(output: Path) -> None:
+    """Raises OutputExistsError unless a folder could be made at `output`, were nothing there."""
     if not output.name or output.name == "..":
         raise OutputExistsError(f"{output}: not the name of a folder to make; give one, such as ./bundle")
     blocking = next((parent for parent in output.parents if parent.exists() and not parent.is_dir()), None)
     if blocking:
         raise OutputExistsError(f"{output}: {blocking} is a file, so no folder can be made in it")
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Raises OutputExistsError unless a bundle may be written to `output`."""
+    check_name(output)
     if output.exists() and not overwrite:
         raise OutputExistsError(f"{output}: exists; give --overwrite to replace it, or another --output")
     if output.exists() and not _is_bundle(output):
@@ -181,13 +186,54 @@ def disk_errors(folder: Path) -> Iterator[None]:
         raise
 
 
+def publish(assembled: Path, output: Path) -> Path:
+    """Moves a whole folder to its place. What was there stays, as `<output>.previous`, until the new one is there.
+
+    Killed anywhere, it leaves the old folder or the new one at the output, or, between the two renames, the old one
+    beside it, from where `restore` brings it back.
+    """
+    with disk_errors(output):
+        sync_tree(assembled)
+    previous = _previous(output)
+    shutil.rmtree(previous, ignore_errors=True)
+    if output.exists():
+        output.rename(previous)
+    assembled.rename(output)
+    sync_folder(output.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+    return output
+
+
+def restore(output: Path) -> None:
+    """Brings back what a `publish` that was killed between its two renames left beside the output."""
+    previous = _previous(output)
+    if previous.exists() and not output.exists():
+        previous.rename(output)
+
+
+def sync_tree(folder: Path) -> None:
+    """Returns when all files in the folder and the folders themselves are on the disk, the innermost first."""
+    for parent, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            _sync(Path(parent, name))
+        _sync(Path(parent))
+
+
 def sync_folder(folder: Path) -> None:
     """Returns when the folder's entries are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _previous(output: Path) -> Path:
+    return output.with_name(output.name + ".previous")
 
 
 def _is_bundle(folder: Path) -> bool:

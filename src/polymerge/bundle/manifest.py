@@ -7,6 +7,7 @@ or read (`polymerge.bundle.bundle`).
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -105,6 +106,37 @@ class Manifest(_Strict):
         if self.format_version == 1:
             del data["method"]["code"]  # which readers of version 1 alone do not know
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+    def with_expert(
+        self,
+        name: str,
+        record: ExpertRecord,
+        *,
+        files: Mapping[str, FileEntry],
+        ratios: Sequence[float],
+        notes: Sequence[str] = (),
+    ) -> Manifest:
+        """With one more expert: its files, its ratios rho, and what a user should hear of."""
+        return self.model_copy(
+            update={
+                "experts": {**self.experts, name: record},
+                "files": dict(sorted({**self.files, **files}.items())),
+                "scale_ratio_range": (
+                    min([self.scale_ratio_range[0], *ratios]),
+                    max([self.scale_ratio_range[1], *ratios]),
+                ),
+                "notes": (*self.notes, *notes),
+            }
+        )
+
+    def without_expert(self, name: str) -> Manifest:
+        """Without an expert and its files."""
+        return self.model_copy(
+            update={
+                "experts": {n: record for n, record in self.experts.items() if n != name},
+                "files": {n: entry for n, entry in self.files.items() if not n.startswith(f"experts/{name}/")},
+            }
+        )
 
     @model_validator(mode="after")
     def _version_fits_the_code(self) -> Manifest:

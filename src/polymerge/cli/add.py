@@ -32,6 +32,9 @@ def add(
             bar.update(task, completed=done, total=total)
 
         added = add_expert(bundle, name, Source(source=source, base=base), device=device, progress=show)
+    if not quiet:
+        for note in added.notes:
+            err.print(f"note: {note}", markup=False)
     sizes = added.bundle.sizes()
     now, fresh = added.relative_error, added.fresh_relative_error
     if as_json:
@@ -42,6 +45,7 @@ def add(
                 "relative_error": now,
                 "fresh_relative_error": fresh,
                 "scale_ratio_range": added.scale_ratio_range,
+                "notes": added.notes,
             }
         )
     elif not quiet:

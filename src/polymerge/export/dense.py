@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from ..bundle.bundle import Bundle
-from ..bundle.files import DTYPE_NAMES, Entry, check_free_space, raw_bytes
+from ..bundle.files import DTYPE_NAMES, Entry, check_free_space, publish, raw_bytes
 from ..bundle.write import bundle_config, copy_model_files, write_weights
 from ..host import dtype_of
 from ..sources.checkpoint import read_json
-from .place import fresh, publish
+from .place import fresh
 
 
 def export_dense(

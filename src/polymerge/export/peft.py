@@ -15,6 +15,7 @@ from ..bundle.files import (
     Piece,
     check_free_space,
     disk_errors,
+    publish,
     raw_bytes,
     write_bytes,
     write_json,
@@ -24,7 +25,7 @@ from ..bundle.manifest import ADAPTER_FILE
 from ..bundle.peft import peft_adapter
 from ..errors import ModelError
 from ..sources.checkpoint import read_json
-from .place import fresh, publish
+from .place import fresh
 
 
 @dataclass(frozen=True)

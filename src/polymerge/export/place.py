@@ -1,17 +1,19 @@
-"""Where an export is written: beside its place, and moved there when whole."""
+"""Where an export is written: beside its place. `polymerge.bundle.files.publish` moves it there when whole."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
+from ..bundle.files import check_name, restore
 from ..bundle.manifest import MANIFEST
 from ..bundle.write import clear
 from ..errors import OutputExistsError
 
 
 def fresh(output: Path, *, overwrite: bool) -> Path:
-    """An empty folder beside the output, to be renamed to it when whole."""
+    """An empty folder beside the output, to be published when whole."""
+    check_name(output)
+    restore(output)
     if output.exists() and not overwrite:
         raise OutputExistsError(f"{output}: exists; give --overwrite to replace it, or another --output")
     if output.exists() and not (output.is_dir() and _is_export(output)):
@@ -19,14 +21,6 @@ def fresh(output: Path, *, overwrite: bool) -> Path:
     staged = output.with_name(output.name + ".partial")
     clear(staged)
     return staged
-
-
-def publish(staged: Path, output: Path) -> Path:
-    """Moves what is whole to its place."""
-    if output.exists():
-        shutil.rmtree(output)
-    staged.rename(output)
-    return output
 
 
 def _is_export(folder: Path) -> bool:

@@ -14,27 +14,22 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import SourceError
-from ..host import dtype_name
+from ..bundle.files import raw_bytes
+from ..bundle.stats import StatsLine
 from ..method.codes import Code
 from ..method.rsvd import rsvd, sketch_seed
-from .plan import TensorTask
+from .reading import Read, check_copy, check_values, checked_digest, slabs
+from .treatment import TensorTask
 
-# read(expert, tensor name, start row, stop row) -> rows on the CPU in the stored dtype
-Read = Callable[[str, str, int, int], Tensor]
 # emit(owner, key, tensor): owner None is the base, otherwise an expert's name; key as in the owner's file
 Emit = Callable[[str | None, str, Tensor], None]
-
-# Tensors that are not linear weights are read in slabs of about this many numbers: a vocabulary of 128,256 x 4,096
-# in float32 would be 2 GB.
-SLAB_NUMEL = 16_777_216
 
 
 @dataclass(frozen=True)
@@ -50,6 +45,15 @@ class Settings:
     n_iter: int
 
 
+@dataclass(frozen=True)
+class Loss:
+    """What a residual is and what was lost of it: the fields of these names in `StatsLine`."""
+
+    residual_norm: float
+    energy_kept: float
+    relative_error: float
+
+
 @dataclass
 class TensorReport:
     """What became of one tensor.
@@ -57,12 +61,12 @@ class TensorReport:
     Attributes:
         digests: expert -> SHA-256 of the source tensor's bytes.
         scales: expert -> rho_i (float32), for tensors that are stored against the base.
-        stats: one dict an expert, a line of merge_stats.jsonl.
+        stats: one line of merge_stats.jsonl an expert, for linear weights.
     """
 
     digests: dict[str, str] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
-    stats: list[dict[str, object]] = field(default_factory=list)
+    stats: list[StatsLine] = field(default_factory=list)
 
 
 def compress_tensor(task: TensorTask, settings: Settings, read: Read, emit: Emit) -> TensorReport:
@@ -103,27 +107,44 @@ def _compress_linear(
     del total, base
     for expert in experts:
         began = time.perf_counter()
-        ratio = norms[expert] / mean_scale if settings.per_expert_scale and mean_scale else 1.0
-        ratio = float(np.float32(ratio))
         weight = _read_matrix(task, expert, settings, read)
-        stats = compress_residual(task, expert, weight, base32, ratio, settings, emit)
-        if task.treatment != "full":
-            report.scales[expert] = ratio
-        report.stats.append(stats_line(task, expert, norms[expert], mean_scale, ratio, stats, began))
+        compress_against(task, expert, weight, base32, (norms[expert], mean_scale), settings, emit, report)
+        report.stats[-1] = replace(report.stats[-1], seconds=round(time.perf_counter() - began, 4))
     return report
+
+
+def compress_against(
+    task: TensorTask,
+    expert: str,
+    weight: Tensor,
+    base: Tensor,
+    scales: tuple[float, float],
+    settings: Settings,
+    emit: Emit,
+    report: TensorReport,
+) -> None:
+    """One expert's linear weight against the base as stored: its residual, its ratio, its line of statistics.
+
+    Args:
+        weight, base: as for `compress_residual`.
+        scales: s_i of this expert and s̄ of the base.
+    """
+    scale, mean_scale = scales
+    ratio = float(np.float32(scale / mean_scale)) if settings.per_expert_scale and mean_scale else 1.0
+    loss = compress_residual(task, expert, weight, base, ratio, settings, emit)
+    if task.treatment != "full":
+        report.scales[expert] = ratio
+    report.stats.append(_stats_line(task, expert, scales, ratio, loss))
 
 
 def compress_residual(
     task: TensorTask, expert: str, weight: Tensor, base: Tensor, ratio: float, settings: Settings, emit: Emit
-) -> dict[str, float]:
+) -> Loss:
     """Stores what `weight` has beyond `ratio * base`, and measures what was lost.
 
     Args:
         weight: [out, in] (or [in, out] for a transposed record), float32; overwritten.
         base: the average as stored, float32, same shape.
-
-    Returns:
-        residual_norm ||R|| / ||W||, energy_kept 1 - ||R - BA||² / ||R||², relative_error ||W - W'|| / ||W||.
     """
     norm = frobenius_norm(weight)
     if task.treatment == "full":
@@ -131,7 +152,7 @@ def compress_residual(
         emit(expert, adapter_key(task), stored)
         residual_norm = frobenius_norm(weight.sub(base, alpha=ratio))
         error = frobenius_norm(weight.sub_(stored.float()))
-        return _measures(norm, residual_norm, error)
+        return _loss(norm, residual_norm, error)
     residual = weight.sub_(base, alpha=ratio)
     residual_norm = error = frobenius_norm(residual)
     if task.treatment == "low_rank" and residual_norm:
@@ -143,7 +164,7 @@ def compress_residual(
             emit(expert, adapter_key(task, suffix), part)
         b, a = settings.code.decode(coded, *matrix.shape)
         error = frobenius_norm(matrix.addmm_(b, a, alpha=-1.0))
-    return _measures(norm, residual_norm, error)
+    return _loss(norm, residual_norm, error)
 
 
 def _shared_by_all(
@@ -157,8 +178,8 @@ def _shared_by_all(
     error = frobenius_norm(weight - stored.float())
     for expert in task.sources:
         report.scales[expert] = 1.0
-        stats = _measures(frobenius_norm(weight), error, error)
-        report.stats.append(stats_line(task, expert, scale, scale, 1.0, stats, time.perf_counter(), rank=0))
+        loss = _loss(frobenius_norm(weight), error, error)
+        report.stats.append(_stats_line(task, expert, (scale, scale), 1.0, loss, shared=True))
     return report
 
 
@@ -172,8 +193,8 @@ def _keep_or_average(
         total = None
         for expert in experts:
             rows = read(expert, task.sources[expert], start, stop)
-            _check_values(rows, settings.dtype, expert, task.sources[expert])
-            hashes[expert].update(_raw(rows))
+            check_values(rows, settings.dtype, expert, task.sources[expert])
+            hashes[expert].update(raw_bytes(rows))
             total = rows.float() if total is None else total.add_(rows.float())
         assert total is not None
         mean[start:stop] = total.div_(len(experts)).to(settings.dtype)
@@ -183,29 +204,35 @@ def _keep_or_average(
         _read_into(mean, experts[0], task, read)
     emit(None, task.name, mean.view(task.shape))
     if task.treatment == "keep" and not agreed:
-        _emit_own(task, mean, read, emit)
+        for expert in experts:
+            emit_own(task, expert, mean, read, emit)
     return report
 
 
-def _emit_own(task: TensorTask, mean: Tensor, read: Read, emit: Emit) -> None:
-    """Every expert's own tensor. The bias of a compressed layer travels as a difference, where PEFT looks for it."""
-    average = mean.float() if task.as_difference else None
-    for expert in task.sources:
-        if average is not None:
-            own = read(expert, task.sources[expert], 0, task.shape[0])
-            emit(expert, adapter_key(task, "lora_B.bias"), own.float() - average)
-            continue
-        own = torch.empty_like(mean)
-        _read_into(own, expert, task, read)
-        emit(expert, adapter_key(task), own.view(task.shape))
+def emit_own(task: TensorTask, expert: str, base: Tensor, read: Read, emit: Emit) -> None:
+    """An expert's own tensor. The bias of a compressed layer travels as a difference, where PEFT looks for it.
+
+    Args:
+        base: the average as stored; a number without dimensions as a row of one.
+    """
+    if task.as_difference:
+        bias = read(expert, task.sources[expert], 0, task.shape[0])
+        emit(expert, adapter_key(task, "lora_B.bias"), bias.float() - base.float())
+        return
+    whole = torch.empty_like(base)
+    _read_into(whole, expert, task, read)
+    emit(expert, adapter_key(task), whole.view(task.shape))
 
 
 def _copy(task: TensorTask, read: Read, emit: Emit, report: TensorReport) -> TensorReport:
+    first: Tensor | None = None
     for expert, source in task.sources.items():
         whole = read(expert, source, 0, task.shape[0] if task.shape else 1)
-        report.digests[expert] = hashlib.sha256(_raw(whole)).hexdigest()
-        if not report.digests.keys() - {expert}:
+        report.digests[expert] = hashlib.sha256(raw_bytes(whole)).hexdigest()
+        if first is None:
+            first = whole
             emit(None, task.name, whole)
+        check_copy(whole, first, expert, source)
     return report
 
 
@@ -214,58 +241,15 @@ def _read_into(target: Tensor, expert: str, task: TensorTask, read: Read) -> Non
         target[start:stop] = read(expert, task.sources[expert], start, stop).to(target.dtype)
 
 
-def slabs(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """(start, stop) rows of a tensor, about SLAB_NUMEL numbers at a time; a number without dimensions is one row."""
-    width = 1
-    for size in shape[1:]:
-        width *= size
-    step = max(1, SLAB_NUMEL // max(1, width))
-    rows = shape[0] if shape else 1
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
-
-
 def _read_matrix(
     task: TensorTask, expert: str, settings: Settings, read: Read, report: TensorReport | None = None
 ) -> Tensor:
     """One expert's matrix in float32 on the device. With a report, it is checked and hashed on the way."""
     raw = read(expert, task.sources[expert], 0, task.shape[0])
     if report is not None:
-        read_checked(raw, settings.dtype, expert, task.sources[expert], report)
+        report.digests[expert] = checked_digest(raw, settings.dtype, expert, task.sources[expert])
     weight = raw.to(device=settings.device, dtype=torch.float32)
     return weight.clone() if weight.data_ptr() == raw.data_ptr() else weight
-
-
-def read_checked(raw: Tensor, dtype: torch.dtype, expert: str, tensor: str, report: TensorReport) -> Tensor:
-    """The tensor itself, after its values were checked and its bytes hashed into the report."""
-    report.digests[expert] = hashlib.sha256(_raw(raw)).hexdigest()
-    _check_values(raw, dtype, expert, tensor)
-    return raw
-
-
-def _check_values(values: Tensor, dtype: torch.dtype, expert: str, tensor: str) -> None:
-    """Refuses values that are not finite, or too large for the arithmetic (float32) or the bundle (`dtype`).
-
-    The extremes say both in one pass: a NaN anywhere is the minimum and the maximum.
-    """
-    if not values.is_floating_point() or not values.numel():
-        return
-    low, high = torch.aminmax(values)
-    largest = max(-float(low), float(high))
-    if not math.isfinite(largest):
-        bad = int((~torch.isfinite(values)).sum())
-        raise SourceError(
-            f"expert {expert!r}: tensor {tensor!r} holds {bad} NaN or infinite values; the checkpoint is damaged"
-        )
-    if largest > min(torch.finfo(dtype).max, torch.finfo(torch.float32).max):
-        raise SourceError(
-            f"expert {expert!r}: tensor {tensor!r} holds {largest:.3g}, too large for {dtype_name(dtype)}; "
-            "say a wider `dtype:` in the recipe"
-        )
-
-
-def _raw(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def frobenius_norm(matrix: Tensor) -> float:
@@ -279,36 +263,29 @@ def frobenius_norm(matrix: Tensor) -> float:
     return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
 
 
-def _measures(norm: float, residual: float, error: float) -> dict[str, float]:
-    return {
-        "residual_norm": residual / norm if norm else 0.0,
-        "energy_kept": 1.0 - (error / residual) ** 2 if residual else 1.0,
-        "relative_error": error / norm if norm else 0.0,
-    }
+def _loss(norm: float, residual: float, error: float) -> Loss:
+    return Loss(
+        residual_norm=residual / norm if norm else 0.0,
+        energy_kept=1.0 - (error / residual) ** 2 if residual else 1.0,
+        relative_error=error / norm if norm else 0.0,
+    )
 
 
-def stats_line(
-    task: TensorTask,
-    expert: str,
-    scale: float,
-    mean_scale: float,
-    ratio: float,
-    stats: dict[str, float],
-    began: float,
-    rank: int | None = None,
-) -> dict[str, object]:
-    """A line of merge_stats.jsonl. `began` is a time.perf_counter(), 0 where no time was taken."""
-    shared = rank == 0
-    return {
-        "tensor": task.name,
-        "expert": expert,
-        "module": task.record.module,
-        "shape": list(task.matrix_shape),
-        "rank": 0 if shared else task.rank,
-        "storage": "average" if shared else task.treatment,
-        "scale": scale,
-        "mean_scale": mean_scale,
-        "scale_ratio": ratio,
-        **stats,
-        "seconds": round(time.perf_counter() - began, 4) if began else None,
-    }
+def _stats_line(
+    task: TensorTask, expert: str, scales: tuple[float, float], ratio: float, loss: Loss, *, shared: bool = False
+) -> StatsLine:
+    return StatsLine(
+        tensor=task.name,
+        expert=expert,
+        module=task.record.module,
+        shape=task.matrix_shape,
+        rank=0 if shared else task.rank,
+        storage="average" if shared else task.treatment,
+        scale=scales[0],
+        mean_scale=scales[1],
+        scale_ratio=ratio,
+        residual_norm=loss.residual_norm,
+        energy_kept=loss.energy_kept,
+        relative_error=loss.relative_error,
+        seconds=0.0 if shared else None,
+    )

@@ -9,28 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from typing import Any
 
 import torch
-from torch import Tensor
 
+from ..bundle.manifest import Method
 from ..host import pick_device
 from ..method.codes import code_of
 from ..recipe.merge import Recipe
 from ..sources.checkpoint import Checkpoint
-from .compress import Settings, TensorReport, compress_tensor
-from .journal import PieceWriter, Staging
-from .plan import MergePlan, TensorTask
+from .compress import Settings, compress_tensor
+from .journal import Note, PieceWriter, Staging
+from .plan import MergePlan
+from .reading import reader_of
+from .treatment import TensorTask
 
-# What is known of a finished tensor: its pieces and its report.
-Note = dict[str, Any]
 Executor = Callable[[MergePlan, Staging, Sequence[int]], Iterator[tuple[int, Note]]]
 
 
 def in_threads(plan: MergePlan, staging: Staging, todo: Sequence[int]) -> Iterator[tuple[int, Note]]:
     """Does a plan's tasks with the recipe's `workers`, in this process."""
-    settings = settings_of(plan.recipe, plan.dtype)
+    settings = settings_of(plan.recipe, plan.dtype, plan.recipe.device)
 
     def work(index: int) -> Note:
         with staging.tensor(index) as writer:
@@ -57,26 +55,19 @@ def compress_task(
     task: TensorTask, checkpoints: Mapping[str, Checkpoint], settings: Settings, writer: PieceWriter
 ) -> Note:
     """One tensor, from its checkpoints to its finished pieces. Independent of every other tensor."""
-
-    def read(expert: str, tensor: str, start: int, stop: int) -> Tensor:
-        checkpoint = checkpoints[expert]
-        info = checkpoint.tensors[tensor]
-        whole = not info.shape or (start == 0 and stop >= info.shape[0])
-        return checkpoint.read(tensor) if whole else checkpoint.read_rows(tensor, start, stop)
-
     with torch.no_grad():
-        report: TensorReport = compress_tensor(task, settings, read, writer.emit)
-    return writer.note(asdict(report))
+        report = compress_tensor(task, settings, reader_of(checkpoints), writer.emit)
+    return writer.note(report.digests, report.scales, report.stats)
 
 
-def settings_of(recipe: Recipe, dtype: torch.dtype) -> Settings:
-    """The arithmetic's part of a plan, on this machine."""
+def settings_of(method: Recipe | Method, dtype: torch.dtype, device: str) -> Settings:
+    """The arithmetic's part of a recipe, or of the manifest of a bundle that was made of one, on this machine."""
     return Settings(
         dtype=dtype,
-        code=code_of(recipe.code, dtype),
-        device=pick_device(recipe.device),
-        per_expert_scale=recipe.scale == "per_expert",
-        seed=recipe.seed,
-        n_oversamples=recipe.n_oversamples,
-        n_iter=recipe.n_iter,
+        code=code_of(method.code, dtype),
+        device=pick_device(device),
+        per_expert_scale=method.scale == "per_expert",
+        seed=method.seed,
+        n_oversamples=method.n_oversamples,
+        n_iter=method.n_iter,
     )

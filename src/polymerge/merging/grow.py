@@ -10,30 +10,31 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..bundle.bundle import Bundle
-from ..bundle.files import FileEntry, Piece, check_free_space
-from ..bundle.manifest import BundleLayer, ExpertRecord, Manifest
+from ..bundle.files import FileEntry, check_free_space, raw_bytes
+from ..bundle.manifest import Manifest
 from ..bundle.peft import missing_siblings
 from ..bundle.write import clear, write_expert, write_manifest, write_stats
-from ..errors import BundleError, RecipeError, SourceError
-from ..host import DTYPES, dtype_name, pick_device
-from ..method.rsvd import factors_are_smaller, rank_for_rate, rsvd
+from ..errors import BundleError, RecipeError
+from ..host import DTYPES
+from ..method.rsvd import rsvd
 from ..recipe.merge import Source, check_expert_name
 from ..sources.checkpoint import Checkpoint
-from ..sources.layers import LayerRecord, map_layers
+from ..sources.layers import map_layers
 from ..sources.opening import open_checkpoint
-from .compress import Settings, TensorReport, compress_residual, frobenius_norm, read_checked, stats_line
-from .journal import Staging, pieces_of
-from .plan import TensorTask, Treatment, with_differences
+from .compress import Emit, Settings, TensorReport, compress_against, emit_own, frobenius_norm
+from .executor import settings_of
+from .journal import Note, Staging
+from .reading import check_copy, checked_digest, reader_of
+from .records import expert_record, ratios_of, scales_of
+from .treatment import Expert, TensorTask, check_settings, frame_of_bundle, tasks_for
 
 SAMPLED_LAYERS = 12
 
@@ -47,12 +48,14 @@ class Added:
         relative_error: mean relative error of the new expert's sampled layers, against the base as it stands.
         fresh_relative_error: the same if all experts were merged anew (estimated).
         scale_ratio_range: smallest and largest rho of the new expert.
+        notes: what differs from the bundle and is the bundle's for all experts.
     """
 
     bundle: Bundle
     relative_error: float
     fresh_relative_error: float
     scale_ratio_range: tuple[float, float]
+    notes: tuple[str, ...] = ()
 
 
 def add_expert(
@@ -80,23 +83,30 @@ def add_expert(
     if name.casefold() in {expert.casefold() for expert in bundle.experts}:
         raise BundleError(f"{bundle.path}: already holds an expert {name!r}; remove it first or choose another name")
     checkpoint = open_checkpoint(source)
-    tasks = _tasks(bundle, name, checkpoint, trust_remote_code=trust_remote_code)
-    settings = _settings(bundle, device)
+    expert = Expert(name, checkpoint, map_layers(checkpoint, trust_remote_code=trust_remote_code))
+    frame = frame_of_bundle(bundle)
+    heard = check_settings(frame, expert)
+    tasks = tasks_for(frame, [expert], bundle.manifest.method)
+    settings = settings_of(bundle.manifest.method, DTYPES[bundle.manifest.dtype], device)
     check_free_space(bundle.path, 2 * sum(task.expert_bytes(settings.dtype, settings.code) for task in tasks))
     shutil.rmtree(bundle.path / "experts" / name, ignore_errors=True)  # left by a kill before the manifest was written
     staging = Staging(bundle.path / "experts" / name, {}, resume=False, overwrite=False)
     notes = []
     try:
         for index, task in enumerate(tasks):
-            notes.append(_add_tensor(bundle, name, checkpoint, task, settings, staging, index))
+            notes.append(_add_tensor(bundle, checkpoint, task, settings, staging, index))
             if progress:
                 progress(index + 1, len(tasks), task.name)
-        files = _write(staging, bundle, name, notes)
+        files = _write(staging, bundle, name, tasks, notes)
     except Exception:
         shutil.rmtree(staging.folder, ignore_errors=True)  # a second `add` starts again
         raise
-    _commit(bundle, name, checkpoint, tasks, notes, files)
-    return _assess(Bundle.open(bundle.path), name, checkpoint, tasks, settings, notes)
+    record = expert_record(name, checkpoint, tasks, notes)
+    lines = [line.to_json() for note in notes for line in note.stats]
+    write_stats(bundle.path, [*bundle.stats(), *lines])
+    manifest = bundle.manifest.with_expert(name, record, files=files, ratios=ratios_of(notes), notes=heard)
+    _write_manifest(bundle, manifest)
+    return _assess(Bundle.open(bundle.path), name, checkpoint, tasks, settings, notes, tuple(heard))
 
 
 def remove_expert(bundle: Bundle | str | Path, name: str) -> Bundle:
@@ -109,91 +119,31 @@ def remove_expert(bundle: Bundle | str | Path, name: str) -> Bundle:
     folder = bundle.expert_folder(name)
     if len(bundle.experts) == 1:
         raise BundleError(f"{bundle.path}: {name!r} is the only expert left; delete the bundle instead")
-    manifest = bundle.manifest
-    kept = {n: entry for n, entry in manifest.files.items() if not n.startswith(f"experts/{name}/")}
-    experts = {n: record for n, record in manifest.experts.items() if n != name}
     lines = [line for line in bundle.stats() if line["expert"] != name]
-    _write_manifest(bundle, manifest.model_copy(update={"files": kept, "experts": experts}))
+    _write_manifest(bundle, bundle.manifest.without_expert(name))
     shutil.rmtree(folder)
     write_stats(bundle.path, lines)
     return Bundle.open(bundle.path)
 
 
-def _tasks(bundle: Bundle, name: str, checkpoint: Checkpoint, *, trust_remote_code: bool) -> list[TensorTask]:
-    """The bundle's tensors as tasks for the new expert; its names may differ by the model's prefix or by tying."""
-    layer_map = map_layers(checkpoint, trust_remote_code=trust_remote_code)
-    sources = {(r.module, r.parameter): r.tensor for r in layer_map.records.values()}
-    architecture = (checkpoint.config.get("architectures") or ["unknown"])[0]
-    if architecture != bundle.manifest.architecture:
-        raise SourceError(
-            f"{checkpoint.label}: is a {architecture}, the bundle holds {bundle.manifest.architecture} experts"
-        )
-    head = next((layer.tensor for layer in bundle.layers.values() if layer.role == "lm_head"), None)
-    tasks = []
-    for layer in bundle.layers.values():
-        source = sources.get((layer.module, layer.parameter))
-        if layer.tensor == head and layer_map.tied:
-            source = layer_map.embedding
-        if source is None:
-            raise SourceError(f"{checkpoint.label}: lacks tensor {layer.tensor!r} that the bundle's experts have")
-        found = checkpoint.tensors[source].shape
-        if found != layer.shape:
-            raise SourceError(
-                f"{checkpoint.label}: tensor {source!r} is {list(found)}, the bundle's is {list(layer.shape)}"
-            )
-        tasks.append(_task(bundle, layer, name, source))
-    return with_differences(tasks)
-
-
-def _task(bundle: Bundle, layer: BundleLayer, name: str, source: str) -> TensorTask:
-    method = bundle.manifest.method
-    record = LayerRecord(layer.tensor, layer.module, layer.parameter, layer.role, layer.transposed)
-    treatment: Treatment
-    if layer.role == "linear":
-        rank = rank_for_rate(layer.shape[0], layer.shape[1], method.compress_rate)
-        small = factors_are_smaller(layer.shape[0], layer.shape[1], rank)
-        treatment = "full" if not small else "low_rank" if rank else "average"
-    else:
-        treatment = {"embedding": method.embeddings, "lm_head": method.lm_head}.get(layer.role, method.norms)
-    return TensorTask(record, layer.shape, treatment, layer.rank, {name: source})
-
-
-def _settings(bundle: Bundle, device: str) -> Settings:
-    method = bundle.manifest.method
-    return Settings(
-        dtype=DTYPES[bundle.manifest.dtype],
-        code=bundle.code,
-        device=pick_device(device),
-        per_expert_scale=method.scale == "per_expert",
-        seed=method.seed,
-        n_oversamples=method.n_oversamples,
-        n_iter=method.n_iter,
-    )
-
-
 def _add_tensor(
-    bundle: Bundle,
-    name: str,
-    checkpoint: Checkpoint,
-    task: TensorTask,
-    settings: Settings,
-    staging: Staging,
-    index: int,
-) -> dict[str, Any]:
+    bundle: Bundle, checkpoint: Checkpoint, task: TensorTask, settings: Settings, staging: Staging, index: int
+) -> Note:
+    [(name, source)] = task.sources.items()
     report = TensorReport()
-    base = bundle.base_tensor(task.name)
-    source = task.sources[name]
+    base, raw = bundle.base_tensor(task.name), checkpoint.read(source)
     with staging.tensor(index) as writer, torch.no_grad():
-        raw = read_checked(checkpoint.read(source), settings.dtype, name, source, report)
+        if task.treatment == "copy":
+            check_copy(raw, base, name, source)
+            report.digests[name] = hashlib.sha256(raw_bytes(raw)).hexdigest()
+            return staging.finish(index, writer.note(report.digests, {}, ()))
+        report.digests[name] = checked_digest(raw, settings.dtype, name, source)
         if task.record.role == "linear":
             _add_linear(bundle, name, task, raw, base, settings, writer.emit, report)
         elif task.treatment == "keep" and not torch.equal(raw.to(base.dtype), base):
-            if task.as_difference:
-                writer.emit(name, f"{task.record.module}.lora_B.bias", raw.float() - base.float())
-            else:
-                writer.emit(name, f"{task.record.module}.{task.record.parameter}", raw.to(base.dtype))
-        note = writer.note(asdict(report))
-    return staging.finish(index, note)
+            base = base.view(task.shape or (1,))
+            emit_own(task, name, base, reader_of({name: checkpoint}), writer.emit)
+        return staging.finish(index, writer.note(report.digests, report.scales, report.stats))
 
 
 def _add_linear(
@@ -203,69 +153,32 @@ def _add_linear(
     raw: Tensor,
     base: Tensor,
     settings: Settings,
-    emit: Callable[[str | None, str, Tensor], None],
+    emit: Emit,
     report: TensorReport,
 ) -> None:
     mean_scale = bundle.layers[task.name].mean_scale
     assert mean_scale is not None, "every linear weight of a manifest has its mean scale"
     weight = raw.to(settings.device, torch.float32, copy=True)
-    scale = frobenius_norm(weight)
-    ratio = float(np.float32(scale / mean_scale)) if settings.per_expert_scale and mean_scale else 1.0
-    stats = compress_residual(task, name, weight, base.to(settings.device, torch.float32), ratio, settings, emit)
-    if task.treatment != "full":
-        report.scales[name] = ratio
-    report.stats.append(stats_line(task, name, scale, mean_scale, ratio, stats, 0.0))
+    base = base.to(settings.device, torch.float32)
+    compress_against(task, name, weight, base, (frobenius_norm(weight), mean_scale), settings, emit, report)
 
 
-def _write(staging: Staging, bundle: Bundle, name: str, notes: list[dict[str, Any]]) -> dict[str, FileEntry]:
-    pieces: list[Piece] = [piece for note in notes for piece in pieces_of(note)]
+def _write(
+    staging: Staging, bundle: Bundle, name: str, tasks: Sequence[TensorTask], notes: Sequence[Note]
+) -> dict[str, FileEntry]:
+    pieces = [piece for note in notes for piece in note.pieces]
     layers = list(bundle.layers.values())
     with staging.tensor(len(notes)) as writer:
         for layer in missing_siblings((piece.key for piece in pieces), layers):
             writer.emit(name, f"{layer.module}.{layer.parameter}", bundle.base_tensor(layer.tensor))
-        pieces += pieces_of(staging.finish(len(notes), writer.note({})))
-    scales = {
-        line["tensor"]: note["report"]["scales"][name]
-        for note in notes
-        for line in note["report"]["stats"]
-        if name in note["report"]["scales"]
-    }
+        pieces += staging.finish(len(notes), writer.note({}, {}, ())).pieces
     folder = staging.folder / "bundle"
     clear(folder)
-    tied = bundle.manifest.tied_embedding
-    code = bundle.manifest.method.code
+    tied, code = bundle.manifest.tied_embedding, bundle.manifest.method.code
+    scales = scales_of(name, tasks, notes)
     files = write_expert(folder, name, pieces, scales, layers, staging.content, code=code, tied_embedding=tied)
     staging.publish(folder / "experts" / name)
     return files
-
-
-def _commit(
-    bundle: Bundle,
-    name: str,
-    checkpoint: Checkpoint,
-    tasks: list[TensorTask],
-    notes: list[dict[str, Any]],
-    files: dict[str, FileEntry],
-) -> None:
-    digests = "".join(f"{t.sources[name]} {n['report']['digests'][name]}\n" for t, n in zip(tasks, notes, strict=True))
-    linear = next(task for task in tasks if task.record.role == "linear")
-    dtype = checkpoint.tensors[linear.sources[name]].dtype
-    record = ExpertRecord(
-        source=checkpoint.label,
-        sha256=hashlib.sha256(digests.encode()).hexdigest(),
-        dtype=dtype_name(dtype) if dtype else "unknown",
-    )
-    manifest = bundle.manifest
-    low, high = manifest.scale_ratio_range
-    ratios = [ratio for note in notes for ratio in note["report"]["scales"].values()]
-    update = {
-        "experts": {**manifest.experts, name: record},
-        "files": dict(sorted({**manifest.files, **files}.items())),
-        "scale_ratio_range": (min([low, *ratios]), max([high, *ratios])),
-    }
-    lines = [line for note in notes for line in note["report"]["stats"]]
-    write_stats(bundle.path, [*bundle.stats(), *lines])
-    _write_manifest(bundle, manifest.model_copy(update=update))
 
 
 def _write_manifest(bundle: Bundle, manifest: Manifest) -> None:
@@ -277,11 +190,12 @@ def _assess(
     bundle: Bundle,
     name: str,
     checkpoint: Checkpoint,
-    tasks: list[TensorTask],
+    tasks: Sequence[TensorTask],
     settings: Settings,
-    notes: list[dict[str, Any]],
+    notes: Sequence[Note],
+    heard: tuple[str, ...],
 ) -> Added:
-    errors = {line["tensor"]: line["relative_error"] for note in notes for line in note["report"]["stats"]}
+    errors = {line.tensor: line.relative_error for note in notes for line in note.stats}
     linear = [task for task in tasks if task.treatment == "low_rank"]
     sample = linear[:: max(1, len(linear) // SAMPLED_LAYERS)][:SAMPLED_LAYERS]
     fresh = [_fresh_error(bundle, name, checkpoint, task, settings) for task in sample]
@@ -291,6 +205,7 @@ def _assess(
         relative_error=sum(errors[task.name] for task in sample) / max(1, len(sample)),
         fresh_relative_error=sum(fresh) / max(1, len(fresh)),
         scale_ratio_range=(min(ratios), max(ratios)),
+        notes=heard,
     )
 
 

@@ -1,10 +1,10 @@
-"""Half-done work that survives a kill: finished tensors as pieces beside the output, and the move into place.
+"""Half-done work that survives a kill: finished tensors as pieces beside the output.
 
 `<output>.partial/` holds one folder of raw pieces per tensor and, written last, one JSON note that says that the
 tensor is whole, with the SHA-256 of every piece. A resumed merge trusts a note only after checking its pieces.
 Safetensors files are then put together from pieces without holding more than a buffer in memory.
 
-Knows bytes, names and renames; does not know what a tensor means.
+Knows bytes and names; does not know how a folder gets to its place (`polymerge.bundle.files`) or what a tensor means.
 """
 
 from __future__ import annotations
@@ -12,18 +12,52 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from torch import Tensor
 
-from ..bundle.files import DTYPE_NAMES, Piece, check_output, disk_errors, raw_bytes, sync_folder
+from ..bundle.files import DTYPE_NAMES, Piece, check_output, disk_errors, publish, raw_bytes, restore
+from ..bundle.stats import StatsLine
 from ..errors import OutputExistsError
 
 BUFFER = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Note:
+    """What is known of a finished tensor.
+
+    Attributes:
+        pieces: where its bytes lie, of the base and of every expert.
+        digests: expert -> SHA-256 of the source tensor's bytes.
+        scales: expert -> rho_i (float32), for tensors that are stored against the base.
+        stats: a line of merge_stats.jsonl an expert, for linear weights.
+    """
+
+    pieces: tuple[Piece, ...]
+    digests: dict[str, str]
+    scales: dict[str, float]
+    stats: tuple[StatsLine, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Note:
+        """Raises ValueError where the text is not a whole note, field for field."""
+        note: Note = _note_reader().validate_json(text, strict=True)
+        return note
+
+
+@cache
+def _note_reader() -> TypeAdapter[Note]:
+    return TypeAdapter(Note)
 
 
 class Staging:
@@ -36,9 +70,7 @@ class Staging:
     def __init__(self, output: Path, fingerprint: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
         self.output = output
         self.folder = output.with_name(output.name + ".partial")
-        self._previous = output.with_name(output.name + ".previous")
-        if self._previous.exists() and not output.exists():  # killed between the two renames of `publish`
-            self._previous.rename(output)
+        restore(output)
         check_output(output, overwrite=overwrite)
         note = self.folder / "merge.json"
         text = json.dumps(fingerprint, sort_keys=True, indent=1)
@@ -54,17 +86,16 @@ class Staging:
         (self.folder / "parts").mkdir(parents=True, exist_ok=True)
         _write_text(note, text)
 
-    def finished(self, index: int) -> dict[str, Any] | None:
+    def finished(self, index: int) -> Note | None:
         """The note of a finished tensor, or None when it must be done (again)."""
         note = self._note(index)
         if not note.exists():
             return None
         try:
-            data: dict[str, Any] = json.loads(note.read_text())
-            pieces = pieces_of(data)
-        except (ValueError, KeyError, TypeError):
+            finished = Note.from_json(note.read_bytes())
+        except ValueError:  # damaged: the tensor is done again
             return None
-        return data if all(self._is_whole(piece) for piece in pieces) else None
+        return finished if all(self._is_whole(piece) for piece in finished.pieces) else None
 
     @contextmanager
     def tensor(self, index: int) -> Iterator[PieceWriter]:
@@ -75,13 +106,13 @@ class Staging:
         with disk_errors(self.folder):
             yield PieceWriter(self.folder, folder)
 
-    def finish(self, index: int, note: dict[str, Any]) -> dict[str, Any]:
+    def finish(self, index: int, note: Note) -> Note:
         """Notes that a tensor is whole. The pieces that the note lists lie in this folder."""
         with disk_errors(self.folder):
-            _write_text(self._note(index), json.dumps(note))
+            _write_text(self._note(index), note.to_json())
         return note
 
-    def take(self, index: int, note: dict[str, Any], contents: Mapping[str, bytes]) -> dict[str, Any]:
+    def take(self, index: int, note: Note, contents: Mapping[str, bytes]) -> Note:
         """Notes that a tensor is whole whose pieces were written elsewhere: file -> bytes, as the note lists them."""
         with disk_errors(self.folder):
             for file, data in contents.items():
@@ -91,13 +122,7 @@ class Staging:
 
     def publish(self, assembled: Path) -> None:
         """Moves the finished folder to the output's place; a previous bundle stays until the new one is there."""
-        sync_folder(assembled)
-        shutil.rmtree(self._previous, ignore_errors=True)
-        if self.output.exists():
-            self.output.rename(self._previous)
-        assembled.rename(self.output)
-        sync_folder(self.output.parent)
-        shutil.rmtree(self._previous, ignore_errors=True)
+        publish(assembled, self.output)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def content(self, piece: Piece) -> Iterator[bytes]:
@@ -148,14 +173,9 @@ class PieceWriter:
             )
         )
 
-    def note(self, report: dict[str, Any]) -> dict[str, Any]:
+    def note(self, digests: Mapping[str, str], scales: Mapping[str, float], stats: Sequence[StatsLine]) -> Note:
         """What there is to know of the tensor, once all its pieces are written."""
-        return {"pieces": [asdict(piece) for piece in self._pieces], "report": report}
-
-
-def pieces_of(note: dict[str, Any]) -> list[Piece]:
-    """The pieces that a finished tensor's note lists."""
-    return [Piece(**{**piece, "shape": tuple(piece["shape"])}) for piece in note["pieces"]]
+        return Note(tuple(self._pieces), dict(digests), dict(scales), tuple(stats))
 
 
 def half_done(output: Path) -> int:

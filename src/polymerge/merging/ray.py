@@ -29,9 +29,10 @@ from ..sources.checkpoint import Checkpoint
 from ..sources.opening import open_checkpoint
 from ..version import __version__
 from .compress import Settings
-from .executor import Executor, Note, compress_task, settings_of
-from .journal import PieceWriter, Staging
-from .plan import MergePlan, TensorTask
+from .executor import Executor, compress_task, settings_of
+from .journal import Note, PieceWriter, Staging
+from .plan import MergePlan
+from .treatment import TensorTask
 
 # A task whose machine is lost is done again so many times; a merge that kills its machines must end some day.
 RETRIES = 5
@@ -186,13 +187,13 @@ def _files(checkpoint: Checkpoint) -> tuple[tuple[str, int], ...]:
 def _work(order: WorkOrder, task: TensorTask, index: int) -> tuple[Note, Contents]:
     """On a worker: one tensor."""
     torch.set_num_threads(order.threads)
-    checkpoints, settings = _opened(order), settings_of(order.recipe, order.dtype)
+    checkpoints, settings = _opened(order), settings_of(order.recipe, order.dtype, order.recipe.device)
     name = f"{index:06d}-{secrets.token_hex(4)}"  # of this attempt alone: a machine that was given up may still write
     if (order.staging / order.token).exists():
         return _compressed(task, checkpoints, settings, order.staging, name), {}
     with tempfile.TemporaryDirectory(prefix="polymerge-") as scratch:
         note = _compressed(task, checkpoints, settings, Path(scratch), name)
-        return note, {piece["file"]: (Path(scratch) / piece["file"]).read_bytes() for piece in note["pieces"]}
+        return note, {piece.file: (Path(scratch) / piece.file).read_bytes() for piece in note.pieces}
 
 
 def _compressed(

@@ -6,7 +6,6 @@ Knows the order of the work, progress and resuming. Who does the tensors is the 
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from typing import Any
 
 from ..bundle.bundle import Bundle
 from ..bundle.files import FileEntry, check_free_space, check_output, disk_errors
-from ..bundle.manifest import BundleLayer, ExpertRecord, Manifest, Method, version_of
+from ..bundle.manifest import BundleLayer, Manifest, Method, version_of
 from ..bundle.peft import missing_siblings
 from ..bundle.write import (
     bundle_config,
@@ -31,9 +30,11 @@ from ..errors import ErrorBudgetExceeded
 from ..host import dtype_name, peak_memory, pick_device
 from ..recipe.merge import Recipe, load_recipe
 from ..version import __version__
-from .executor import Executor, Note, in_threads
-from .journal import Staging, half_done, pieces_of
-from .plan import MergePlan, TensorTask, plan_merge
+from .executor import Executor, in_threads
+from .journal import Note, Staging, half_done
+from .plan import MergePlan, plan_merge
+from .records import bundle_layer, expert_record, ratios_of, scales_of
+from .treatment import TensorTask
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,8 @@ def _work(task: TensorTask) -> int:
 
 def _assemble(plan: MergePlan, staging: Staging, notes: list[Note], folder: Path) -> None:
     clear(folder)
-    pieces = [piece for note in notes for piece in pieces_of(note)]
-    layers = tuple(bundle_layer(task, note["report"]) for task, note in zip(plan.tasks, notes, strict=True))
+    pieces = [piece for note in notes for piece in note.pieces]
+    layers = tuple(bundle_layer(task, note) for task, note in zip(plan.tasks, notes, strict=True))
     code = plan.recipe.trust_remote_code
     config = bundle_config(plan.first.config, dtype=dtype_name(plan.dtype), tied=plan.tied, code=code)
     files = copy_model_files(plan.first.folder, folder, config, code=code)
@@ -163,40 +164,20 @@ def _assemble(plan: MergePlan, staging: Staging, notes: list[Note], folder: Path
         own = [piece for piece in pieces if piece.owner == expert]
         for layer in missing_siblings((piece.key for piece in own), layers):
             own.append(replace(base[layer.tensor], owner=expert, key=f"{layer.module}.{layer.parameter}"))
-        scales = _scales_of(plan, notes, expert)
+        scales = scales_of(expert, plan.tasks, notes)
         tied = plan.tied_embedding
         files |= write_expert(
             folder, expert, own, scales, layers, staging.content, code=plan.recipe.code, tied_embedding=tied
         )
-    write_stats(folder, (line for note in notes for line in note["report"]["stats"]))
+    write_stats(folder, (line.to_json() for note in notes for line in note.stats))
     write_manifest(folder, _manifest(plan, notes, layers, files).to_json())
-
-
-def bundle_layer(task: TensorTask, report: dict[str, Any]) -> BundleLayer:
-    """The manifest's line for a finished task."""
-    record = task.record
-    return BundleLayer(
-        tensor=record.tensor,
-        module=record.module,
-        parameter=record.parameter,
-        role=record.role,
-        transposed=record.transposed,
-        shape=task.shape,
-        rank=task.rank,
-        mean_scale=report["stats"][0]["mean_scale"] if report["stats"] else None,
-    )
-
-
-def _scales_of(plan: MergePlan, notes: list[Note], expert: str) -> dict[str, float]:
-    pairs = zip(plan.tasks, notes, strict=True)
-    return {t.name: n["report"]["scales"][expert] for t, n in pairs if expert in n["report"]["scales"]}
 
 
 def _manifest(
     plan: MergePlan, notes: list[Note], layers: tuple[BundleLayer, ...], files: dict[str, FileEntry]
 ) -> Manifest:
     recipe = plan.recipe
-    ratios = [ratio for note in notes for ratio in note["report"]["scales"].values()]
+    ratios = ratios_of(notes)
     return Manifest(
         format_version=version_of(recipe.code),
         polymerge_version=__version__,
@@ -205,30 +186,13 @@ def _manifest(
         architecture=(plan.first.config.get("architectures") or ["unknown"])[0],
         layers_from=plan.layer_map.layers_from,
         tied_embedding=plan.tied_embedding,
-        experts={
-            name: ExpertRecord(source=c.label, sha256=_digest(plan, notes, name), dtype=_stored_dtype(plan, name))
-            for name, c in plan.checkpoints.items()
-        },
+        experts={name: expert_record(name, c, plan.tasks, notes) for name, c in plan.checkpoints.items()},
         scale_ratio_range=(min(ratios, default=1.0), max(ratios, default=1.0)),
         layers=layers,
         files=dict(sorted(files.items())),
         versions=tool_versions(),
         notes=plan.notes,
     )
-
-
-def _digest(plan: MergePlan, notes: list[Note], expert: str) -> str:
-    lines = (
-        f"{task.sources[expert]} {note['report']['digests'][expert]}\n"
-        for task, note in zip(plan.tasks, notes, strict=True)
-    )
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _stored_dtype(plan: MergePlan, expert: str) -> str:
-    linear = next((t for t in plan.tasks if t.record.role == "linear"), plan.tasks[0])
-    dtype = plan.checkpoints[expert].tensors[linear.sources[expert]].dtype
-    return dtype_name(dtype) if dtype else "unknown"
 
 
 def _check_budget(recipe: Recipe, bundle: Bundle) -> None:

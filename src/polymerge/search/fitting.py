@@ -16,8 +16,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..merging.compress import slabs
-from ..merging.plan import MergePlan, TensorTask, replanned
+from ..merging.plan import MergePlan, replanned
+from ..merging.reading import slabs
+from ..merging.treatment import TensorTask
 from ..recipe.merge import CodeName
 from ..sources.checkpoint import Checkpoint
 

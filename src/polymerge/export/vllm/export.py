@@ -25,6 +25,7 @@ from ...bundle.files import (
     Entry,
     check_free_space,
     disk_errors,
+    publish,
     raw_bytes,
     write_bytes,
     write_json,
@@ -40,7 +41,7 @@ from ...merging.run import OnProgress, Progress
 from ...method.rsvd import rsvd, sketch_seed
 from ...sources.checkpoint import read_json
 from ...version import __version__
-from ..place import fresh, publish
+from ..place import fresh
 from .calibrate import Calibration, Measured, check_tokenizer
 from .norms import gain_ratio, norm_modules
 from .plan import HEAD, Factored, VllmPlan

@@ -1,0 +1,134 @@
+"""Is a bundle whole? Every file's hash, and the structure of the base and of every adapter.
+
+Knows the format alone; whether the experts are still what their checkpoints say is `polymerge.merging.sources`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import BundleError
+from ..sources.checkpoint import read_json
+from .bundle import Bundle
+from .manifest import BundleLayer
+from .peft import adapter_config, coded_config
+
+# Settings of an adapter that follow from its tensors.
+CHECKED_SETTINGS = (
+    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save",
+    "trainable_token_indices", "lora_bias", "fan_in_fan_out",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SourceCheck:
+    """One expert against its checkpoint.
+
+    Attributes:
+        tensors: how many were compared.
+        exact: how many came back to the bit.
+        worst_error: largest relative error ||W - W'|| / ||W||, and the tensor where it is.
+    """
+
+    expert: str
+    source: str
+    tensors: int
+    exact: int
+    worst_error: float
+    worst_tensor: str
+
+
+@dataclass
+class Verification:
+    """What `verify` found. `problems` is empty for a good bundle."""
+
+    files: int
+    problems: list[str] = field(default_factory=list)
+    sources: list[SourceCheck] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify_files(bundle: Bundle, progress: Callable[[str], None] | None = None) -> Verification:
+    """Checks hashes, and where these are right the structure. `progress` is called with what is being looked at."""
+    say = progress or (lambda what: None)
+    result = Verification(files=len(bundle.manifest.files))
+    say("hashes")
+    result.problems += [f"{name}: {what}" for name, what in bundle.damaged_files()]
+    if result.problems:  # the structure of damaged files says nothing new
+        return result
+    result.problems += base_problems(bundle)
+    for expert in bundle.experts:
+        say(f"structure of {expert}")
+        result.problems += adapter_problems(bundle, expert)
+    return result
+
+
+def base_problems(bundle: Bundle) -> Iterator[str]:
+    """Where the average's tensors are not the manifest's."""
+    stored = bundle.base.tensors
+    for layer in bundle.layers.values():
+        if layer.tensor not in stored:
+            yield f"base: tensor {layer.tensor!r} of the manifest is missing"
+        elif stored[layer.tensor].shape != layer.shape:
+            shape = list(stored[layer.tensor].shape)
+            yield f"base: tensor {layer.tensor!r} is {shape}, the manifest says {list(layer.shape)}"
+    for tensor in stored:
+        if tensor not in bundle.layers:
+            yield f"base: tensor {tensor!r} is not in the manifest"
+
+
+def adapter_problems(bundle: Bundle, expert: str) -> Iterator[str]:
+    """Where an expert's tensors, ratios or settings do not fit the base or each other."""
+    try:
+        adapter = bundle.adapter(expert)
+    except BundleError as error:  # a code that cannot be decoded
+        yield f"expert {expert!r}: {error}"
+        return
+    allowed: dict[str, tuple[int, ...] | None] = {}
+    for layer in bundle.layers.values():
+        allowed |= _allowed_keys(layer, adapter)
+    for key, tensor in adapter.items():
+        if key not in allowed:
+            yield f"expert {expert!r}: {key!r} belongs to no tensor of the base"
+        elif allowed[key] is not None and tuple(tensor.shape) != allowed[key]:
+            yield f"expert {expert!r}: {key!r} is {list(tensor.shape)}, expected {list(allowed[key] or ())}"
+        elif not bool(torch.isfinite(tensor.float()).all()):
+            yield f"expert {expert!r}: {key!r} holds NaN or infinite values"
+    for tensor_name, ratio in bundle.scales(expert).items():
+        if tensor_name not in bundle.layers:
+            yield f"expert {expert!r}: a scale for {tensor_name!r}, which is not in the base"
+        elif not (math.isfinite(ratio) and ratio >= 0):
+            yield f"expert {expert!r}: scale {ratio} of {tensor_name!r} is not a ratio"
+    config = read_json(bundle.expert_folder(expert) / "adapter_config.json")
+    expected = _expected_config(bundle, adapter)
+    for key in CHECKED_SETTINGS:
+        if config.get(key) != expected.get(key):
+            yield f"expert {expert!r}: adapter_config.json's {key!r} does not fit the adapter's tensors"
+
+
+def _expected_config(bundle: Bundle, adapter: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    manifest = bundle.manifest
+    if manifest.method.code != "factors":
+        return coded_config(manifest.method.code)
+    shapes = [(key, tuple(tensor.shape)) for key, tensor in adapter.items()]
+    return adapter_config(shapes, bundle.layers.values(), tied_embedding=manifest.tied_embedding)
+
+
+def _allowed_keys(layer: BundleLayer, adapter: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...] | None]:
+    keys: dict[str, tuple[int, ...] | None] = {f"{layer.module}.{layer.parameter}": layer.shape}
+    if layer.role == "linear":
+        rows, columns = layer.shape[::-1] if layer.transposed else layer.shape
+        a = adapter.get(f"{layer.module}.lora_A.weight")
+        rank = a.shape[0] if a is not None else layer.rank
+        keys[f"{layer.module}.lora_A.weight"] = (rank, columns)
+        keys[f"{layer.module}.lora_B.weight"] = (rows, rank)
+        keys[f"{layer.module}.lora_B.bias"] = (rows,)
+    return keys

@@ -1,0 +1,54 @@
+"""What the manifest and the statistics say of experts, gathered from the notes of their finished tensors.
+
+For a merge's experts and for one that is added alike. Knows tasks and notes; does not know how they came about.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from ..bundle.manifest import BundleLayer, ExpertRecord
+from ..host import dtype_name
+from ..sources.checkpoint import Checkpoint
+from .journal import Note
+from .treatment import TensorTask
+
+
+def bundle_layer(task: TensorTask, note: Note) -> BundleLayer:
+    """The manifest's line for a finished tensor."""
+    record = task.record
+    return BundleLayer(
+        tensor=record.tensor,
+        module=record.module,
+        parameter=record.parameter,
+        role=record.role,
+        transposed=record.transposed,
+        shape=task.shape,
+        rank=task.rank,
+        mean_scale=note.stats[0].mean_scale if note.stats else None,
+    )
+
+
+def expert_record(
+    expert: str, checkpoint: Checkpoint, tasks: Sequence[TensorTask], notes: Sequence[Note]
+) -> ExpertRecord:
+    """Where an expert came from, and the hash over the names and bytes of its tensors."""
+    lines = (f"{task.sources[expert]} {note.digests[expert]}\n" for task, note in zip(tasks, notes, strict=True))
+    linear = next((task for task in tasks if task.record.role == "linear"), tasks[0])
+    dtype = checkpoint.tensors[linear.sources[expert]].dtype
+    return ExpertRecord(
+        source=checkpoint.label,
+        sha256=hashlib.sha256("".join(lines).encode()).hexdigest(),
+        dtype=dtype_name(dtype) if dtype else "unknown",
+    )
+
+
+def scales_of(expert: str, tasks: Sequence[TensorTask], notes: Sequence[Note]) -> dict[str, float]:
+    """Tensor -> rho_i, where the expert has one."""
+    return {task.name: n.scales[expert] for task, n in zip(tasks, notes, strict=True) if expert in n.scales}
+
+
+def ratios_of(notes: Sequence[Note]) -> list[float]:
+    """Every rho of every expert."""
+    return [ratio for note in notes for ratio in note.scales.values()]

@@ -1,0 +1,282 @@
+"""Who fits whom, which tensor of a checkpoint is which of the bundle, and how each is stored.
+
+For `merge`, `add` and `verify` alike: all three ask here and nowhere else. Knows configurations, names, shapes and
+dtypes. Reads no weight; knows nothing of what a merge costs (`polymerge.merging.plan`) nor of the arithmetic
+(`polymerge.merging.compress`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..bundle.bundle import Bundle
+from ..bundle.manifest import BundleLayer, Method
+from ..errors import SourceError
+from ..method.codes import Code, code_of
+from ..method.rsvd import factors_are_smaller, rank_for_rate
+from ..recipe.merge import Recipe
+from ..sources.checkpoint import Checkpoint, read_json
+from ..sources.layers import LayerMap, LayerRecord
+
+Treatment = Literal["low_rank", "full", "average", "keep", "copy"]
+# What says how tensors are stored: a recipe, and the manifest of the bundle that was made of one.
+Settings = Recipe | Method
+
+# Settings that shapes do not show, and with which one set of weights means two different models.
+MUST_AGREE = (
+    "model_type",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "num_experts_per_tok",
+)
+SHOULD_AGREE = (
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "sliding_window",
+)
+
+
+@dataclass(frozen=True)
+class TensorTask:
+    """What happens to one tensor.
+
+    Attributes:
+        record: what the tensor is.
+        shape: as stored.
+        treatment: "low_rank" (factors per expert), "full" (each expert's own, because factors would be no smaller),
+            "average" (one for all), "keep" (each expert's own), "copy" (unknown to the model: the first expert's).
+        rank: of the residuals; 0 unless "low_rank".
+        sources: expert -> the tensor's name in that expert's checkpoint.
+        as_difference: a bias of a low-rank layer: an adapter holds its difference from the base's, as PEFT does.
+    """
+
+    record: LayerRecord
+    shape: tuple[int, ...]
+    treatment: Treatment
+    rank: int
+    sources: Mapping[str, str]
+    as_difference: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.record.tensor
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in) of a linear weight."""
+        rows, columns = self.shape
+        return (columns, rows) if self.record.transposed else (rows, columns)
+
+    def expert_bytes(self, dtype: torch.dtype, code: Code) -> int:
+        """What one expert's adapter stores for this tensor, at most."""
+        if self.treatment in ("full", "keep"):
+            return self.numel * dtype.itemsize
+        return code.bytes(*self.matrix_shape, self.rank) if self.treatment == "low_rank" else 0
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A checkpoint that shall be in a bundle, under its name there."""
+
+    name: str
+    checkpoint: Checkpoint
+    layer_map: LayerMap
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor that every expert of a bundle has."""
+
+    record: LayerRecord
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What all experts of a bundle have in common: those of one of them, or those of the bundle that is there.
+
+    Attributes:
+        expert: whose they are; None for a bundle's.
+        folder: where configuration and tokenizer lie.
+        slots: the bundle's name of a tensor -> the tensor.
+        lm_head: the tensor of the output head; None where that is the input embedding.
+    """
+
+    expert: str | None
+    folder: Path
+    config: Mapping[str, Any]
+    slots: Mapping[str, Slot]
+    lm_head: str | None
+
+    @property
+    def label(self) -> str:
+        return f"the bundle {self.folder}" if self.expert is None else f"expert {self.expert!r}"
+
+
+def frame_of(expert: Expert) -> Frame:
+    """What others must have to be merged with this expert. A head that is stored beside the embedding that it is tied
+    to is left out."""
+    layer_map, tensors = expert.layer_map, expert.checkpoint.tensors
+    left_out = layer_map.lm_head if layer_map.tied else None
+    slots = {n: Slot(layer_map.records[n], info.shape) for n, info in tensors.items() if n != left_out}
+    head = None if layer_map.tied else layer_map.lm_head
+    return Frame(expert.name, expert.checkpoint.folder, expert.checkpoint.config, slots, head)
+
+
+def frame_of_bundle(bundle: Bundle) -> Frame:
+    """What an expert must have to be added to a bundle, and what each of its experts has."""
+    slots = {layer.tensor: Slot(_record(layer), layer.shape) for layer in bundle.manifest.layers}
+    head = next((layer.tensor for layer in bundle.manifest.layers if layer.role == "lm_head"), None)
+    return Frame(None, bundle.path, read_json(bundle.path / "config.json"), slots, head)
+
+
+def check_settings(frame: Frame, expert: Expert) -> list[str]:
+    """What a user should hear of: settings that differ and of which the bundle has one for all.
+
+    Raises:
+        SourceError: a setting differs with which the same weights are another model.
+    """
+    one, other = frame.config, expert.checkpoint.config
+    if one.get("architectures") != other.get("architectures"):
+        raise SourceError(
+            f"{frame.label} and expert {expert.name!r} have different architectures: "
+            f"{one.get('architectures')} and {other.get('architectures')}"
+        )
+    for key in MUST_AGREE:
+        if one.get(key) != other.get(key):
+            raise SourceError(
+                f"{frame.label} and expert {expert.name!r} differ in {key}: {one.get(key)} and {other.get(key)}"
+            )
+    notes = [_note(frame, expert, key) for key in SHOULD_AGREE if one.get(key) != other.get(key)]
+    files = [folder / "tokenizer.json" for folder in (frame.folder, expert.checkpoint.folder)]
+    if all(file.exists() for file in files) and files[0].read_bytes() != files[1].read_bytes():
+        notes.append(_note(frame, expert, "tokenizer.json"))
+    return notes
+
+
+def names_in(frame: Frame, expert: Expert) -> dict[str, str]:
+    """The bundle's name of every tensor -> its name in the expert's checkpoint.
+
+    Names may differ by the model's prefix; where the expert's head is its embedding, that stands for the bundle's head.
+
+    Raises:
+        SourceError: a tensor of one is missing in the other, has another shape, or a type that cannot be used.
+    """
+    layer_map = expert.layer_map
+    elsewhere = {(r.module, r.parameter): r.tensor for r in layer_map.records.values() if r.tensor not in frame.slots}
+    names = {}
+    for tensor, slot in frame.slots.items():
+        source = elsewhere.get((slot.record.module, slot.record.parameter))
+        source = tensor if tensor in layer_map.records else source
+        if tensor == frame.lm_head and layer_map.tied:
+            source = layer_map.embedding
+        if source is not None:
+            names[tensor] = source
+    _check_names(frame, expert, names)
+    _check_shapes(frame, expert, names)
+    _check_dtypes(expert, names)
+    return names
+
+
+def tasks_for(frame: Frame, experts: Sequence[Expert], settings: Settings) -> tuple[TensorTask, ...]:
+    """What happens to every tensor of the experts. Raises SourceError as `names_in` does."""
+    names = {expert.name: names_in(frame, expert) for expert in experts}
+    tasks = []
+    for tensor, slot in frame.slots.items():
+        sources = {expert.name: names[expert.name][tensor] for expert in experts}
+        # A manifest does not say which tensors the model does not know; the checkpoints do.
+        known = all(expert.layer_map.records[sources[expert.name]].known for expert in experts)
+        tasks.append(task_of(replace(slot.record, known=known), slot.shape, sources, settings))
+    return with_differences(tasks)
+
+
+def task_of(record: LayerRecord, shape: tuple[int, ...], sources: Mapping[str, str], settings: Settings) -> TensorTask:
+    """What happens to one tensor, before `with_differences`."""
+    return TensorTask(record, shape, *treatment_of(record, shape, settings), sources)
+
+
+def treatment_of(record: LayerRecord, shape: tuple[int, ...], settings: Settings) -> tuple[Treatment, int]:
+    """How a tensor is stored, and the rank of its residuals (0 where it has none)."""
+    if not record.known:
+        return "copy", 0
+    if record.role != "linear":
+        return {"embedding": settings.embeddings, "lm_head": settings.lm_head}.get(record.role, settings.norms), 0
+    rows, columns = shape
+    if not factors_are_smaller(rows, columns, rank_for_rate(rows, columns, settings.compress_rate)):
+        return "full", 0
+    rank = code_of(settings.code, torch.float32).rank(rows, columns, settings.compress_rate)
+    return ("low_rank" if rank else "average"), rank
+
+
+def with_differences(tasks: Sequence[TensorTask]) -> tuple[TensorTask, ...]:
+    """Biases beside a weight that is stored against the base are stored against the base's too."""
+    against_base = {task.record.module for task in tasks if task.treatment in ("low_rank", "average")}
+    return tuple(replace(t, as_difference=t.record.role == "bias" and t.record.module in against_base) for t in tasks)
+
+
+def _record(layer: BundleLayer) -> LayerRecord:
+    return LayerRecord(layer.tensor, layer.module, layer.parameter, layer.role, layer.transposed)
+
+
+def _note(frame: Frame, expert: Expert, what: str) -> str:
+    if frame.expert is None:
+        return f"{what} of {expert.name!r} differs from the bundle's; the bundle keeps its own"
+    return f"{what} differs between {frame.expert!r} and {expert.name!r}; the bundle takes {frame.expert!r}'s"
+
+
+def _check_names(frame: Frame, expert: Expert, names: Mapping[str, str]) -> None:
+    layer_map, label = expert.layer_map, f"expert {expert.name!r}"
+    missing = [tensor for tensor in frame.slots if tensor not in names]
+    used = {*names.values(), layer_map.lm_head if layer_map.tied else None}
+    more = [tensor for tensor in expert.checkpoint.tensors if tensor not in used]
+    if missing:
+        raise SourceError(f"{label} lacks tensors that {frame.label} has: {_some(missing)}")
+    if frame.lm_head is None and layer_map.lm_head in more:
+        raise SourceError(
+            f"{label} has an output head of its own ({layer_map.lm_head!r}), but in {frame.label} the head is the "
+            "embedding, so that it would be lost; merge all of them anew"
+        )
+    if more:
+        raise SourceError(f"{frame.label} lacks tensors that {label} has: {_some(more)}")
+
+
+def _check_shapes(frame: Frame, expert: Expert, names: Mapping[str, str]) -> None:
+    tensors = expert.checkpoint.tensors
+    pairs = {tensor: (frame.slots[tensor].shape, tensors[source].shape) for tensor, source in names.items()}
+    differing = [f"{tensor} {list(a)} and {list(b)}" for tensor, (a, b) in pairs.items() if a != b]
+    if differing:
+        vocabulary = any(a[1:] == b[1:] and len(a) == 2 for a, b in pairs.values() if a != b)
+        hint = "; another vocabulary cannot be merged" if vocabulary and len(differing) <= 2 else ""
+        raise SourceError(f"{frame.label} and expert {expert.name!r} differ in shape: {_some(differing)}{hint}")
+
+
+def _check_dtypes(expert: Expert, names: Mapping[str, str]) -> None:
+    for source in names.values():
+        info = expert.checkpoint.tensors[source]
+        if info.dtype is None and expert.layer_map.records[source].known:
+            raise SourceError(
+                f"expert {expert.name!r}: tensor {source!r} is stored as {info.stored_as}; "
+                "quantised checkpoints must be dequantised first"
+            )
+
+
+def _some(items: Sequence[str], count: int = 3) -> str:
+    more = f" and {len(items) - count} more" if len(items) > count else ""
+    return ", ".join(items[:count]) + more

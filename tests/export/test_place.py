@@ -1,0 +1,92 @@
+"""An export that is killed around any move: the old folder or the new one, whole, and the next run heals the rest."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from polymerge import export_dense, export_peft, merge
+from polymerge.errors import OutputExistsError
+from polymerge.export.place import fresh
+from tests.killed import assert_nothing_beside, content, moves_until_death, started
+from tests.tiny import COMMON, make_experts
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+EXPORTS: dict[str, Callable[..., object]] = {"dense": export_dense, "peft": export_peft}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundle")
+    config = LlamaConfig(**{**COMMON, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48})
+    experts = make_experts("llama", folder, count=2, config=config)
+    return merge({"experts": {n: str(p) for n, p in experts.items()}, "compress_rate": 0.6}, folder / "b").path
+
+
+def export_and_die(form: str, bundle: str, out: str, call: int, after: bool) -> None:
+    """In the process that will be killed: e1 over an export of e0."""
+    counted = Path(out).with_name("calls")
+    moves_until_death(lambda: EXPORTS[form](bundle, "e1", out, overwrite=True), call, after, counted)
+
+
+@pytest.mark.parametrize("form", EXPORTS)
+def test_a_kill_around_any_move_leaves_the_old_export_or_the_new_one(form: str, bundle: Path, tmp_path: Path) -> None:
+    EXPORTS[form](bundle, "e0", tmp_path / "old")
+    EXPORTS[form](bundle, "e1", tmp_path / "new")
+    old, new = content(tmp_path / "old"), content(tmp_path / "new")
+    out = tmp_path / "out"
+    shutil.copytree(tmp_path / "old", out)
+    process = started(export_and_die, form, str(bundle), str(out), -1, False)
+    process.join(60)
+    assert process.exitcode == 0 and content(out) == new
+    calls = int((tmp_path / "calls").read_text())
+    states = set()
+    for call in range(1, calls + 1):
+        for after in (False, True):
+            shutil.rmtree(out, ignore_errors=True)
+            shutil.copytree(tmp_path / "old", out)
+            process = started(export_and_die, form, str(bundle), str(out), call, after)
+            process.join(60)
+            assert process.exitcode == -signal.SIGKILL
+            if out.exists():
+                assert content(out) in (old, new), (call, after)
+                states.add("old" if content(out) == old else "new")
+            else:
+                assert content(tmp_path / "out.previous") == old, (call, after)
+                states.add("beside")
+            EXPORTS[form](bundle, "e1", out, overwrite=True)
+            assert content(out) == new
+            assert_nothing_beside(out)
+    assert states == {"old", "beside", "new"}
+
+
+def test_what_a_kill_left_beside_its_place_is_brought_back_by_the_next_run_whatever_it_is(
+    bundle: Path, tmp_path: Path
+) -> None:
+    export_dense(bundle, "e0", tmp_path / "out")
+    old = content(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "out.previous")
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        export_dense(bundle, "e1", tmp_path / "out")
+    assert content(tmp_path / "out") == old
+    assert_nothing_beside(tmp_path / "out")
+
+
+def test_a_bundle_is_never_the_place_of_an_export(bundle: Path) -> None:
+    before = content(bundle)
+    with pytest.raises(OutputExistsError, match="not an exported model"):
+        export_dense(bundle, "e0", bundle, overwrite=True)
+    assert content(bundle) == before
+
+
+@pytest.mark.parametrize("name", [".", "/", "file/out"])
+def test_what_cannot_be_a_folder_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(OutputExistsError, match=r"not the name of a folder|is a file"):
+        fresh(Path(name), overwrite=True)

@@ -1,0 +1,67 @@
+"""Processes that are killed at a given moment, and what they leave."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import polymerge.export.dense
+import polymerge.merging.run  # noqa: F401 (the server below has it imported)
+
+# Processes that start in milliseconds: copies of a server that has imported everything and computed nothing.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.killed"])
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file but the statistics, which carry seconds."""
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != "merge_stats.jsonl"]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def started(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    process = FORKS.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def moves_until_death(work: Callable[[], object], call: int, after: bool, counted: Path) -> None:
+    """Does the work and is killed just before or just after that rename or deletion of the whole run; with a number
+    that is never reached it writes how many there are to `counted`."""
+    calls = 0
+
+    def deadly(real: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            mine = calls
+            if mine == call and not after:
+                die()
+            result = real(*args, **kwargs)
+            if mine == call:
+                die()
+            return result
+
+        return called
+
+    Path.rename = deadly(Path.rename)  # type: ignore[method-assign]
+    shutil.rmtree = deadly(shutil.rmtree)  # type: ignore[assignment]
+    torch.set_num_threads(1)
+    work()
+    counted.write_text(str(calls))
+
+
+def assert_nothing_beside(out: Path) -> None:
+    assert [path.name for path in out.parent.iterdir() if path.name.startswith(out.name)] == [out.name]
