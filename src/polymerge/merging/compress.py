@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import SourceError
 from ..host import dtype_name
-from ..method.codes import Code
+from ..method.code import Code
 from ..method.rsvd import rsvd, sketch_seed
 from .plan import TensorTask
 

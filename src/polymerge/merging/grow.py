@@ -233,8 +233,7 @@ def _write(staging: Staging, bundle: Bundle, name: str, notes: list[dict[str, An
     folder = staging.folder / "bundle"
     clear(folder)
     tied = bundle.manifest.tied_embedding
-    code = bundle.manifest.method.code
-    files = write_expert(folder, name, pieces, scales, layers, staging.content, code=code, tied_embedding=tied)
+    files = write_expert(folder, name, pieces, scales, layers, staging.content, code=bundle.code, tied_embedding=tied)
     staging.publish(folder / "experts" / name)
     return files
 

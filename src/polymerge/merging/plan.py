@@ -13,7 +13,8 @@ import torch
 
 from ..errors import SourceError
 from ..host import DTYPES, dtype_name
-from ..method.codes import Code, code_of
+from ..method.code import Code
+from ..method.codes import code_of
 from ..method.rsvd import factors_are_smaller, rank_for_rate
 from ..recipe.merge import CodeName, Recipe, Source
 from ..sources.checkpoint import Checkpoint

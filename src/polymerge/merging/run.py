@@ -15,7 +15,7 @@ from typing import Any
 
 from ..bundle.bundle import Bundle
 from ..bundle.files import FileEntry, check_free_space, check_output, disk_errors
-from ..bundle.manifest import BundleLayer, ExpertRecord, Manifest, Method, version_of
+from ..bundle.manifest import BundleLayer, ExpertRecord, Manifest, Method
 from ..bundle.peft import missing_siblings
 from ..bundle.write import (
     bundle_config,
@@ -165,9 +165,7 @@ def _assemble(plan: MergePlan, staging: Staging, notes: list[Note], folder: Path
             own.append(replace(base[layer.tensor], owner=expert, key=f"{layer.module}.{layer.parameter}"))
         scales = _scales_of(plan, notes, expert)
         tied = plan.tied_embedding
-        files |= write_expert(
-            folder, expert, own, scales, layers, staging.content, code=plan.recipe.code, tied_embedding=tied
-        )
+        files |= write_expert(folder, expert, own, scales, layers, staging.content, code=plan.code, tied_embedding=tied)
     write_stats(folder, (line for note in notes for line in note["report"]["stats"]))
     write_manifest(folder, _manifest(plan, notes, layers, files).to_json())
 
@@ -198,7 +196,7 @@ def _manifest(
     recipe = plan.recipe
     ratios = [ratio for note in notes for ratio in note["report"]["scales"].values()]
     return Manifest(
-        format_version=version_of(recipe.code),
+        format_version=plan.code.format_version,
         polymerge_version=__version__,
         method=Method(**recipe.model_dump(include=set(Method.model_fields))),
         dtype=dtype_name(plan.dtype),

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from polymerge import Bundle, load_model, merge
 from polymerge.errors import BundleError, ModelError
-from polymerge.method.codes import code_of
+from polymerge.method.codes import CODES, code_of
 from polymerge.model.assignment import Assignment
 from polymerge.model.linear import MixedLinear
 from polymerge.model.triton import check
@@ -29,7 +29,6 @@ from tests.conftest import Merged
 from tests.tiny import VOCAB
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CODES = ["factors", "int8", "int4"]
 RANKS, RATIOS = (5, 0, 34), (0.5, 2.0, 1.5)
 # one expert, one without a rank, one and the average, all in turn
 BATCHES = [["e0"] * 3, ["e1"] * 3, ["e2", None, "e2"], ["e2", "e1", "e0", None, "e2"]]

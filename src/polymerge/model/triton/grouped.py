@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...method.codes import Code, Quantised, dequantise, unpack
+from ...method.code import Code
+from ...method.quantised import dequantise, unpack
 from ..assignment import Assignment
 
 # Tokens of a tile, by the bytes of an activation: tensor cores take 16 at least, and more would not fit the registers
@@ -156,7 +157,7 @@ def add_plain(y: Tensor, x: Tensor, residuals: Residuals, state: Assignment) -> 
 
 def _stack(factor: str, stored: Sequence[Mapping[str, Tensor]], code: Code, width: int) -> Rows:
     parts = [[expert[s] for expert in stored] for s in code.suffixes if s.startswith(f"lora_{factor}")]
-    bits = code.bits if isinstance(code, Quantised) else 0
+    bits = code.kernel_bits or 0
     if not stored:
         return Rows(torch.empty(0, width), None, width, 0)
     if factor == "B" and not bits:  # published factors hold B as it is, [out, r]
