@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import BundleError, SourceError
 from ..host import DTYPES
 from ..method.code import Code
+from ..method.dense import dense
 from ..sources.checkpoint import Checkpoint, open_folder
 from .manifest import MANIFEST, SCALES_FILE, STATS, BundleLayer, Manifest, read_manifest
 from .peft import adapter_name
@@ -287,12 +288,7 @@ class ExpertReader:
             return base if difference is None else base + difference.float()
         if layer.role != "linear":
             return base
-        weight = base * self._scales.get(tensor, 1.0)
-        factors = self.factors(tensor)
-        if factors is None:
-            return weight
-        update = factors[0] @ factors[1]  # [out, in]
-        return weight.add_(update.T if layer.transposed else update)
+        return dense(base, self._scales.get(tensor, 1.0), self.factors(tensor), transposed=layer.transposed)
 
     def factors(self, tensor: str) -> tuple[Tensor, Tensor] | None:
         """B [out, r] and A [r, in] of a linear weight, float32, decoded; None where the expert has none."""

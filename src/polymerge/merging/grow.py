@@ -26,6 +26,7 @@ from ..bundle.peft import missing_siblings
 from ..bundle.write import clear, write_expert, write_manifest, write_stats
 from ..errors import BundleError, RecipeError, SourceError
 from ..host import DTYPES, dtype_name, pick_device
+from ..method.dense import residual_of, unsaid
 from ..method.rsvd import factors_are_smaller, rank_for_rate, rsvd
 from ..recipe.merge import Source, check_expert_name
 from ..sources.checkpoint import Checkpoint
@@ -304,8 +305,8 @@ def _fresh_error(bundle: Bundle, name: str, checkpoint: Checkpoint, task: Tensor
         if other != name:
             dense = bundle.reconstruct(other, task.name).to(settings.device)
             average += dense / dense.norm()
-    residual = weight - average * (norm / len(bundle.experts))
+    residual = residual_of(weight.clone(), average, norm / len(bundle.experts))
     matrix = residual.T if task.record.transposed else residual
     u, v = rsvd(matrix, task.rank, n_oversamples=settings.n_oversamples, n_iter=settings.n_iter, seed=settings.seed)
-    u, v = settings.code.decode(settings.code.encode(u, v), *matrix.shape)
-    return float((matrix - u @ v).norm()) / norm
+    coded = settings.code.encode(u, v)
+    return float(unsaid(matrix, *settings.code.decode(coded, *matrix.shape)).norm()) / norm
