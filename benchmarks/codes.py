@@ -36,8 +36,9 @@ from polymerge.cli.console import hush_libraries
 from polymerge.engine.local.engine import HFEngine
 from polymerge.export import export_peft, export_vllm, plan_vllm
 from polymerge.export.vllm.calibrate import applied, read_adapter
+from polymerge.method.codes import CODES
 from polymerge.search.examples import Example, read_examples
-from polymerge.search.sweep import CODES, Agreement, Reference
+from polymerge.search.sweep import Agreement, Reference
 
 # rebuild(expert, layer, the original's matrix, rho times the average) -> the method's matrix, and its bytes
 Rebuild = Callable[[str, BundleLayer, Tensor, Tensor], tuple[Tensor, int]]
@@ -148,7 +149,7 @@ def measured(
 ) -> tuple[list[CodeRow], int]:
     """All rows, and how many numbers the compressed matrices of all experts have."""
     rows = [merged(code, sources, references, rate, folder / code) for code in CODES]
-    last = CODES[-1]
+    last = list(CODES)[-1]
     rows.append(merged(last, sources, references, (1 + rate) / 2, folder / "half", f"{last}, half the bytes"))
     rows.append(by_peft(Bundle.open(folder / last), references, folder / "peft"))
     rows.append(by_vllm_adapters(Bundle.open(folder / last), references, folder / "vllm"))

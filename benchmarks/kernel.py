@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from polymerge.method.codes import code_of
+from polymerge.method.codes import CODES, code_of
 from polymerge.model.assignment import Assignment
 from polymerge.model.linear import ExpertLinear, MixedLinear
 from polymerge.model.triton.check import objection
@@ -110,7 +110,7 @@ def table(found: list[dict[str, Any]], title: str) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="OUTxIN")
-    parser.add_argument("--code", choices=["factors", "int8", "int4"], default="int4")
+    parser.add_argument("--code", choices=list(CODES), default="int4")
     parser.add_argument("--rate", type=float, default=0.95)
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64])

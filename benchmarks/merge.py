@@ -33,7 +33,7 @@ from rich.table import Table
 from torch import Tensor
 
 from peer_methods.mergekit import MergekitFactors, mergekit_version
-from polymerge.method.codes import Quantised
+from polymerge.method.quantised import Quantised
 from polymerge.method.rsvd import OVERSAMPLING_SHARE, rank_for_rate, rsvd
 from shapes import LINEAR, checkpoint_bytes, tensor, write_checkpoint
 

@@ -39,7 +39,7 @@ def beside_one_model(folder: Path) -> int:
     """Bytes of the experts, factors at 16 bits, and of the router."""
     bundle = Bundle.open(folder / "bundle")
     experts = sum(bundle.sizes().experts.values())
-    if bundle.code.name == "factors" and bundle.manifest.dtype == "float32":
+    if bundle.code.peft_readable and bundle.manifest.dtype == "float32":
         experts -= sum(expert.residual_bytes for expert in inspect_bundle(bundle).experts) // 2
     return experts + sum(file.stat().st_size for file in (bundle.path / "router").rglob("*") if file.is_file())
 
@@ -50,7 +50,7 @@ class Ours(Served):
     def __init__(self, folder: Path, routed: bool) -> None:
         self.model = load_model(folder / "bundle")
         self.tokenizer = self.model.tokenizer
-        if self.model.bundle.code.name == "factors":
+        if self.model.bundle.code.peft_readable:
             for module in self.model.modules():
                 if isinstance(module, MixedLinear):
                     module.stacked_a.copy_(module.stacked_a.to(STORED))

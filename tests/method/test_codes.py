@@ -1,253 +1,150 @@
-"""A code of residuals: what it stores, gives back and costs, and that a bundle with one is a whole bundle."""
+"""The registry: a code is one file and one line. A third code, made here, lives in a bundle as the others do."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
+import ast
+import logging
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from polymerge import Bundle, add_expert, export_dense, export_peft, load_model, merge, remove_expert, verify
-from polymerge.bundle.inspect import inspect_bundle
-from polymerge.bundle.manifest import ADAPTER_FILE, CODED_FILE
-from polymerge.errors import BundleError, PolymergeError, RecipeError
+import polymerge
+from polymerge import Bundle, add_expert, export_dense, export_peft, load_model, merge, verify
+from polymerge.errors import BundleError, RecipeError
 from polymerge.merging.plan import plan_merge
-from polymerge.method.codes import GROUP, Quantised, code_of, dequantise, pack, quantise, unpack
-from polymerge.method.rsvd import rank_for_rate, rsvd
+from polymerge.method.code import Code, check_tensor
+from polymerge.method.codes import CODES, PUBLISHED, code_of
+from polymerge.method.rsvd import rank_for_rate
+from polymerge.model.linear import MixedLinear
 from polymerge.recipe.merge import load_recipe
-from polymerge.sources.opening import open_checkpoint
 from tests.conftest import Merged
-from tests.killed import content
 
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
-CODED = ["int8", "int4"]
-# Squared error of a standard normal number at the best uniform step (Max, 1960, table II).
-BEST_UNIFORM = {4: 0.01154, 8: 0.0001}
 
 
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+@dataclass(frozen=True)
+class Halves(Code):
+    """A component a row: its part of A, then its part of B, in float16 whatever the bundle's dtype."""
+
+    dtype: torch.dtype
+
+    name = "halves"
+    suffixes = ("lora.half",)
+
+    def rank(self, out_features: int, in_features: int, compress_rate: float) -> int:
+        return rank_for_rate(out_features, in_features, compress_rate)
+
+    def bytes(self, out_features: int, in_features: int, rank: int) -> int:
+        return 2 * rank * (out_features + in_features)
+
+    def encode(self, b: Tensor, a: Tensor) -> dict[str, Tensor]:
+        return {"lora.half": torch.cat([a, b.T], dim=1).half()}
+
+    def check(self, stored: Mapping[str, Tensor], out_features: int, in_features: int) -> None:
+        rows = stored["lora.half"]
+        check_tensor("lora.half", rows, torch.float16, (len(rows), in_features + out_features))
+
+    def decode(self, stored: Mapping[str, Tensor], out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+        self.check(stored, out_features, in_features)
+        a, b = stored["lora.half"].float().split([in_features, out_features], dim=1)
+        return b.T, a
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("count", [1, 2, 77, 128, 130])
-def test_packing_loses_nothing(bits: int, count: int) -> None:
-    numbers = torch.randint(0, 2**bits, (3, count), dtype=torch.uint8)
-    packed = pack(numbers, bits)
-    assert packed.shape == (3, -(-count * bits // 8))
-    assert torch.equal(unpack(packed, bits, count), numbers)
+@pytest.fixture
+def halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line that a code costs."""
+    monkeypatch.setitem(CODES, "halves", f"{__name__}:Halves")
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_rounding_is_near_the_best_uniform_quantiser(bits: int) -> None:
-    rows = normal(64, 8 * GROUP)
-    numbers, scales = quantise(rows, bits)
-    assert float((dequantise(numbers, scales, bits) - rows).square().mean()) < 1.05 * BEST_UNIFORM[bits]
-
-
-@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-6, 1.0, 1e30])
-@pytest.mark.parametrize("count", [1, 5, 129, 576])
-def test_numbers_of_any_size_come_back(size: float, count: int) -> None:
-    rows = normal(3, count) * size
-    numbers, scales = quantise(rows, 8)
-    assert scales.shape == (3, -(-count // GROUP))
-    torch.testing.assert_close(dequantise(numbers, scales, 8), rows, rtol=0, atol=0.02 * size)
-
-
-def test_one_huge_number_spoils_only_its_own_group() -> None:
-    rows = normal(1, 4 * GROUP)
-    rows[0, 0] = 1e4
-    numbers, scales = quantise(rows, 8)
-    error = (dequantise(numbers, scales, 8) - rows).abs()
-    assert float(error[0, GROUP:].max()) < 0.02
-
-
-@pytest.mark.parametrize("name", ["factors", *CODED])
-@pytest.mark.parametrize("shape", [(576, 576), (192, 576), (1536, 576), (7, 1001), (129, 300)])
-def test_a_code_stores_what_it_says_and_never_more_than_16_bit_factors(name: str, shape: tuple[int, int]) -> None:
-    code = code_of(name, torch.bfloat16)
-    for rate in (0.5, 0.9, 0.95, 0.99, 1.0):
-        rank = code.rank(*shape, rate)
-        published = rank_for_rate(*shape, rate)
-        assert code.bytes(*shape, rank) <= 2 * published * sum(shape)
-        assert bool(rank) == bool(published)
-        if not rank:
-            continue
-        b, a = normal(shape[0], rank), normal(rank, shape[1])
-        stored = code.encode(b, a)
-        assert tuple(stored) == code.suffixes
-        assert sum(tensor.nbytes for tensor in stored.values()) == code.bytes(*shape, rank)
-        b_again, a_again = code.decode(stored, *shape)
-        assert b_again.shape == b.shape and a_again.shape == a.shape
-        assert float((b_again - b).norm() / b.norm()) < 0.12
-
-
-def test_at_equal_bytes_fewer_bits_keep_more_of_a_slow_spectrum() -> None:
-    left, right = (torch.linalg.qr(normal(256, 256, seed=seed)).Q for seed in (1, 2))
-    matrix = left * torch.arange(1, 257).float() ** -0.8 @ right
-    lost = {}
-    for name in ("factors", *CODED):
-        code = code_of(name, torch.bfloat16)
-        b, a = code.decode(code.encode(*rsvd(matrix, code.rank(256, 256, 0.9))), 256, 256)
-        lost[name] = float((matrix - b @ a).square().sum() / matrix.square().sum())
-    assert lost["int4"] < 0.8 * lost["int8"] < 0.8 * 0.8 * lost["factors"]
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda stored: stored | {"lora_A.int4": stored["lora_A.int4"][:-1]},
-        lambda stored: stored | {"lora_B.int4": stored["lora_B.int4"].float()},
-        lambda stored: stored | {"lora_B.int4_scale": stored["lora_B.int4_scale"].repeat(1, 2)},
-        lambda stored: stored | {"lora_A.int4": stored["lora_A.int4"][0, 0]},
-    ],
-)
-def test_decoding_refuses_what_does_not_fit(damage: object) -> None:
-    code = Quantised(4)
-    stored = code.encode(normal(20, 3), normal(3, 30))
-    with pytest.raises(ValueError, match="expected"):
-        code.decode(damage(stored), 20, 30)  # type: ignore[operator]
-
-
-@pytest.mark.parametrize(
-    ("architecture", "code"), [("llama-tied", "int8"), ("gpt2", "int4"), ("qwen2", "int4"), ("mixtral", "int4")]
-)
-def test_a_coded_bundle_is_whole_and_says_the_same_everywhere(
-    merged: Merged, tmp_path: Path, architecture: str, code: str
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+@torch.no_grad()
+def test_a_code_of_one_file_and_one_line_lives_in_a_bundle(
+    halves: None, merged: Merged, tmp_path: Path, architecture: str
 ) -> None:
-    bundle, _ = merged(architecture, compress_rate=0.7, code=code, scale="shared")
+    _, experts = merged(architecture, compress_rate=0.7, scale="shared")
+    sources = {name: str(path) for name, path in experts.items()}
+    recipe = {"experts": sources, "compress_rate": 0.7, "code": "halves", "scale": "shared"}
+    bundle = merge(recipe, tmp_path / "bundle")
+    assert bundle.expert_file("e0").name == "coded_expert.safetensors" and bundle.manifest.format_version == 2
     assert verify(bundle, sources=True).problems == []
     expected = load_model(bundle)(IDS, experts="e1").logits
-    dense = AutoModelForCausalLM.from_pretrained(export_dense(bundle, "e1", tmp_path / "dense"))
-    base = AutoModelForCausalLM.from_pretrained(bundle.path)
-    adapted = PeftModel.from_pretrained(base, export_peft(bundle, "e1", tmp_path / "peft").folder).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(dense(IDS).logits, expected, atol=1e-5, rtol=0)
-        torch.testing.assert_close(adapted(IDS).logits, expected, atol=1e-5, rtol=0)
+    folder = export_dense(bundle, "e1", tmp_path / "dense")
+    torch.testing.assert_close(plain(folder)(IDS).logits, expected, atol=1e-5, rtol=0)
+    adapted = PeftModel.from_pretrained(plain(bundle.path), export_peft(bundle, "e1", tmp_path / "peft").folder)
+    torch.testing.assert_close(adapted.eval()(IDS).logits, expected, atol=1e-5, rtol=0)
+    residuals = plan_merge(load_recipe(recipe)).residual_bytes
+    published = plan_merge(load_recipe(recipe | {"code": "factors"})).residual_bytes
+    assert 2 * residuals == published  # the experts are in float32
+    add_expert(bundle, "more", sources["e0"])
+    assert verify(Bundle.open(bundle.path)).problems == []
 
 
-@pytest.mark.parametrize("code", CODED)
-def test_the_same_rate_keeps_more_in_fewer_bytes(merged: Merged, code: str) -> None:
-    published, coded = (inspect_bundle(merged("llama", compress_rate=0.7, code=c)[0]) for c in ("factors", code))
-    for one, other in zip(published.experts, coded.experts, strict=True):
-        assert other.residual_bytes <= one.residual_bytes / 2  # the bundle is in float32, the budget is of 16 bits
-        assert other.relative_error < one.relative_error
-    assert (published.code, coded.code) == ("factors", code)
+def plain(folder: Path) -> torch.nn.Module:
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder).eval()
+    return model
 
 
-def test_a_plan_says_the_bytes_that_a_coded_bundle_has(merged: Merged) -> None:
-    bundle, experts = merged("llama", compress_rate=0.7, code="int4")
-    sources = {name: str(path) for name, path in experts.items()}
-    plan = plan_merge(load_recipe({"experts": sources, "compress_rate": 0.7, "code": "int4"}))
-    assert plan.residual_bytes == inspect_bundle(bundle).experts[0].residual_bytes
+def test_the_kernel_refuses_a_code_that_it_cannot_read(
+    halves: None, merged: Merged, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle, _ = merged("llama", compress_rate=0.7, code="halves")
+    caplog.set_level(logging.WARNING, "polymerge")
+    model = load_model(bundle, kernel="triton")
+    assert any(isinstance(module, MixedLinear) for module in model.modules())
+    assert [r for r in caplog.records if "does not read the code 'halves'" in r.message]
 
 
-def test_rate_0_is_exact_with_any_code(merged: Merged) -> None:
-    bundle, _ = merged("llama", compress_rate=0, code="int4")
-    checks = verify(bundle, sources=True).sources
-    assert all(check.exact == check.tensors for check in checks)
-
-
-def test_readers_of_adapters_refuse_a_coded_expert_and_say_what_to_do(merged: Merged) -> None:
-    bundle, _ = merged("llama", compress_rate=0.7, code="int4")
-    folder = bundle.expert_folder("e0")
-    assert not list(folder.glob("adapter_model*"))
-    base = AutoModelForCausalLM.from_pretrained(bundle.path)
-    with pytest.raises(KeyError, match="polymerge export --to peft"):
-        PeftModel.from_pretrained(base, folder)
-    with pytest.raises(PolymergeError, match="polymerge export --to peft"):
-        open_checkpoint(str(folder))
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    assert not {"r", "lora_alpha", "target_modules"} & set(settings)  # vLLM asks for these, whatever the type
-
-
-def test_growing_keeps_the_code(merged: Merged, tmp_path: Path) -> None:
-    bundle, experts = merged("llama", compress_rate=0.7, code="int4")
-    path = Path(shutil.copytree(bundle.path, tmp_path / "b"))
-    added = add_expert(path, "more", str(experts["e0"]))
-    assert (added.bundle.expert_folder("more") / CODED_FILE).is_file()
-    # e0 is in the average already: added again it is compressed from the same residual
-    assert added.bundle.reconstruct("more", "lm_head.weight").equal(bundle.reconstruct("e0", "lm_head.weight"))
-    left = remove_expert(remove_expert(added.bundle, "e0"), "e1")
-    assert verify(left, sources=True).problems == []
-    assert left.experts == ["e2", "more"]
-
-
-def test_a_merge_that_was_stopped_gives_the_same_bytes(merged: Merged, tmp_path: Path) -> None:
-    bundle, experts = merged("llama", compress_rate=0.7, code="int4")
-    recipe = {
-        "experts": {name: str(path) for name, path in experts.items()},
-        "compress_rate": 0.7,
-        "code": "int4",
-        "workers": 2,
-    }
-
-    class Stop(Exception):
-        pass
-
-    def stop(progress: object) -> None:
-        raise Stop
-
-    with pytest.raises(Stop):
-        merge(recipe, tmp_path / "b", progress=stop)
-    resumed = merge(recipe, tmp_path / "b", resume=True)
-    assert content(resumed.path) == content(bundle.path)
-
-
-def test_the_default_is_the_published_code_in_the_format_of_before(merged: Merged, tmp_path: Path) -> None:
-    bundle, _ = merged("llama", compress_rate=0.7)
-    text = json.loads((bundle.path / "polymerge.json").read_text())
-    assert text["format_version"] == 1 and "code" not in text["method"]
-    assert (bundle.expert_folder("e0") / ADAPTER_FILE).is_file()
-    coded, _ = merged("llama", compress_rate=0.7, code="int4")
-    text = json.loads((coded.path / "polymerge.json").read_text())
-    assert text["format_version"] == 2 and text["method"]["code"] == "int4"
-    path = Path(shutil.copytree(coded.path, tmp_path / "b"))
-    (path / "polymerge.json").write_text(json.dumps(text | {"format_version": 1}))
-    with pytest.raises(BundleError, match="does not fit code 'int4'"):
-        Bundle.open(path)
+def test_a_bundle_of_a_code_that_is_not_there_is_refused(
+    halves: None, merged: Merged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, _ = merged("llama", compress_rate=0.7, code="halves")
+    monkeypatch.delitem(CODES, "halves")
+    with pytest.raises(BundleError, match=r"method\.code: .*no code 'halves' among factors, int8, int4"):
+        Bundle.open(bundle.path)
 
 
 @pytest.mark.parametrize(
-    ("key", "damage", "said"),
+    ("name", "said"),
     [
-        ("lora_A.int4", "lost", "has lora_A.int4_scale but no lora_A.int4"),
-        ("lora_B.int4_scale", "lost", "has lora_A.int4 but no lora_B.int4_scale"),
-        ("lora_A.int4", "cut", "lora_A.int4 is uint8"),
-        ("lora_B.int4_scale", "nan", "NaN"),
+        ("facters", "no code 'facters' among factors, int8, int4; did you mean 'factors'?"),
+        ("zip", "no code 'zip'"),
     ],
 )
-def test_a_damaged_code_is_a_problem_and_not_loaded(
-    merged: Merged, tmp_path: Path, key: str, damage: str, said: str
-) -> None:
-    coded, _ = merged("llama", compress_rate=0.7, code="int4")
-    path = Path(shutil.copytree(coded.path, tmp_path / "b"))
-    file = path / "experts" / "e0" / CODED_FILE
-    tensors = load_file(file)
-    name = f"base_model.model.model.layers.0.mlp.up_proj.{key}"
-    if damage == "lost":
-        del tensors[name]
-    elif damage == "cut":
-        tensors[name] = tensors[name][:, :-1].contiguous()
-    else:
-        tensors[name][0] = float("nan")
-    save_file(tensors, file)
-    manifest = json.loads((path / "polymerge.json").read_text())
-    found = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-    manifest["files"][f"experts/e0/{CODED_FILE}"] = found
-    (path / "polymerge.json").write_text(json.dumps(manifest))
-    assert [problem for problem in verify(path).problems if said in problem and "up_proj" in problem]
-    if damage != "nan":
-        with pytest.raises(BundleError, match=said):
-            load_model(path)
+def test_an_unknown_code_is_one_line(name: str, said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe({"experts": {"a": "x", "b": "y"}, "code": name})
+    assert f"code: {said}" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_an_unknown_code_is_one_line() -> None:
-    with pytest.raises(RecipeError, match="code: Input should be 'factors', 'int8' or 'int4'"):
-        load_recipe({"experts": {"a": "x", "b": "y"}, "code": "int3"})
+def test_every_name_is_its_code_s_own_and_the_published_one_is_the_default() -> None:
+    for name in CODES:
+        assert code_of(name, torch.bfloat16).name == name
+    recipe = load_recipe({"experts": {"a": "x", "b": "y"}})
+    assert recipe.code == PUBLISHED
+    # readers of version 1 and PEFT know the published code and no other
+    version_1 = [name for name in CODES if code_of(name, torch.bfloat16).format_version == 1]
+    assert version_1 == [PUBLISHED] == [n for n in CODES if code_of(n, torch.bfloat16).peft_readable]
+
+
+def test_nobody_outside_the_method_compares_a_code_s_name() -> None:
+    source = Path(polymerge.__file__).parent
+    for file in (file for file in source.rglob("*.py") if file.parent.name != "method"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare | ast.MatchValue):
+                names = {leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant)} & CODES.keys()
+                assert not names, f"{file.name}, line {node.lineno}: asks whether a code is {names}"
+
+
+def test_names_of_codes_cost_no_torch() -> None:
+    """A recipe and the command line's help need names alone."""
+    code = "import sys, polymerge.recipe.merge, polymerge.cli.merge; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"

@@ -19,9 +19,10 @@ from torch import Tensor
 from ..data.rows import read_rows
 from ..errors import BundleError, SourceError
 from ..host import DTYPES
-from ..method.codes import Code, code_of
+from ..method.code import Code
+from ..method.dense import dense
 from ..sources.checkpoint import Checkpoint, open_folder
-from .manifest import ADAPTER_FILE, CODED_FILE, MANIFEST, SCALES_FILE, STATS, BundleLayer, Manifest, read_manifest
+from .manifest import MANIFEST, SCALES_FILE, STATS, BundleLayer, Manifest, read_manifest
 from .peft import adapter_name
 
 
@@ -128,11 +129,11 @@ class Bundle:
     @cached_property
     def code(self) -> Code:
         """How residuals are stored."""
-        return code_of(self.manifest.method.code, DTYPES[self.manifest.dtype])
+        return self.manifest.code
 
     def expert_file(self, expert: str) -> Path:
         """The file that holds an expert's tensors."""
-        return self.expert_folder(expert) / (ADAPTER_FILE if self.code.name == "factors" else CODED_FILE)
+        return self.expert_folder(expert) / self.code.file_name
 
     def base_tensor(self, tensor: str) -> Tensor:
         """One tensor of the average, as stored."""
@@ -148,7 +149,7 @@ class Bundle:
         """
         with _opened(self.expert_file(expert)) as handle:
             found = {adapter_name(key): handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
-        if self.code.name == "factors":
+        if self.code.peft_readable:
             return found
         dtype = DTYPES[self.manifest.dtype]
         for layer in self._linear:
@@ -166,7 +167,7 @@ class Bundle:
         """Shapes of what `adapter` gives, from the file's header alone."""
         with _opened(self.expert_file(expert)) as handle:
             found = {adapter_name(key): tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
-        if self.code.name == "factors":
+        if self.code.peft_readable:
             return found
         for layer in self._linear:
             stored = [found.pop(f"{layer.module}.{suffix}", None) for suffix in self.code.suffixes]
@@ -286,12 +287,7 @@ class ExpertReader:
             return base if difference is None else base + difference.float()
         if layer.role != "linear":
             return base
-        weight = base * self._scales.get(tensor, 1.0)
-        factors = self.factors(tensor)
-        if factors is None:
-            return weight
-        update = factors[0] @ factors[1]  # [out, in]
-        return weight.add_(update.T if layer.transposed else update)
+        return dense(base, self._scales.get(tensor, 1.0), self.factors(tensor), transposed=layer.transposed)
 
     def factors(self, tensor: str) -> tuple[Tensor, Tensor] | None:
         """B [out, r] and A [r, in] of a linear weight, float32, decoded; None where the expert has none."""

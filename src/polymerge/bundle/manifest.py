@@ -14,6 +14,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from ..errors import BundleError
+from ..host import DTYPES
+from ..method.code import Code
+from ..method.codes import PUBLISHED, code_of
 from ..recipe.merge import CodeName
 from .files import FileEntry
 
@@ -22,9 +25,8 @@ FORMAT = "polymerge-bundle"
 FORMAT_VERSIONS = (1, 2)
 MANIFEST = "polymerge.json"
 STATS = "merge_stats.jsonl"
+# PEFT's name for an adapter's weights. What an expert's file is called in a bundle says its code.
 ADAPTER_FILE = "adapter_model.safetensors"
-# An expert whose residuals have a code that PEFT does not know. No reader of adapters looks for a file of this name.
-CODED_FILE = "coded_expert.safetensors"
 SCALES_FILE = "scales.safetensors"
 
 
@@ -36,7 +38,7 @@ class Method(_Strict):
     """How the bundle was merged."""
 
     compress_rate: float
-    code: CodeName = "factors"
+    code: CodeName = PUBLISHED
     scale: Literal["per_expert", "shared"]
     embeddings: Literal["keep", "average"]
     lm_head: Literal["keep", "average"]
@@ -101,6 +103,11 @@ class Manifest(_Strict):
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
 
+    @property
+    def code(self) -> Code:
+        """How residuals are stored."""
+        return code_of(self.method.code, DTYPES[self.dtype])
+
     def to_json(self) -> str:
         data = self.model_dump(mode="json")
         if self.format_version == 1:
@@ -140,14 +147,11 @@ class Manifest(_Strict):
 
     @model_validator(mode="after")
     def _version_fits_the_code(self) -> Manifest:
-        if self.format_version != version_of(self.method.code):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.format_version != self.code.format_version:
             raise ValueError(f"format version {self.format_version} does not fit code {self.method.code!r}")
         return self
-
-
-def version_of(code: CodeName) -> Literal[1, 2]:
-    """The format version of a bundle whose residuals have this code."""
-    return 1 if code == "factors" else 2
 
 
 def read_manifest(path: Path) -> Manifest:

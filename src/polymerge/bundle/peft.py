@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..recipe.merge import CodeName
+from ..method.code import Code
 from ..sources.checkpoint import natural_key
 from .files import Piece, zeros_piece
 from .manifest import BundleLayer
@@ -41,13 +41,13 @@ def peft_adapter(
     return config, [replace(piece, key=_stored_name(piece.key, tied_embedding)) for piece in pieces]
 
 
-def coded_config(code: CodeName) -> dict[str, Any]:
+def coded_config(code: Code) -> dict[str, Any]:
     """adapter_config.json of an expert whose residuals have a code that PEFT does not know.
 
     PEFT looks the type up and stops with it in its message, so the type says what to do; vLLM and others look for
     the keys of a LoRA and for its weights' file, and find neither.
     """
-    return {"peft_type": f"POLYMERGE_{code.upper()}: make a PEFT adapter of it with `polymerge export --to peft`"}
+    return {"peft_type": f"POLYMERGE_{code.name.upper()}: make a PEFT adapter of it with `polymerge export --to peft`"}
 
 
 def missing_siblings(keys: Iterable[str], layers: Iterable[BundleLayer]) -> list[BundleLayer]:

@@ -116,8 +116,8 @@ def adapter_problems(bundle: Bundle, expert: str) -> Iterator[str]:
 
 def _expected_config(bundle: Bundle, adapter: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     manifest = bundle.manifest
-    if manifest.method.code != "factors":
-        return coded_config(manifest.method.code)
+    if not bundle.code.peft_readable:
+        return coded_config(bundle.code)
     shapes = [(key, tuple(tensor.shape)) for key, tensor in adapter.items()]
     return adapter_config(shapes, bundle.layers.values(), tied_embedding=manifest.tied_embedding)
 

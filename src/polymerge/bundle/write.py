@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from ..recipe.merge import CodeName
+from ..method.code import Code
 from ..sources.checkpoint import SAFETENSORS_INDEX, natural_key
 from .files import Content, Entry, FileEntry, Piece, write_bytes, write_json, write_pieces, write_safetensors
-from .manifest import ADAPTER_FILE, CODED_FILE, MANIFEST, SCALES_FILE, STATS, BundleLayer
+from .manifest import MANIFEST, SCALES_FILE, STATS, BundleLayer
 from .peft import PEFT_PREFIX, coded_config, peft_adapter
 
 SHARD_BYTES = 5 * 10**9
@@ -83,7 +83,7 @@ def write_expert(
     layers: Sequence[BundleLayer],
     content: Content,
     *,
-    code: CodeName,
+    code: Code,
     tied_embedding: str | None,
 ) -> dict[str, FileEntry]:
     """One expert as a PEFT adapter, with its ratios beside it. Returns paths relative to `folder`.
@@ -94,11 +94,11 @@ def write_expert(
         pieces: keys are names of the model, without PEFT's prefix.
     """
     home = f"experts/{expert}"
-    if code == "factors":
+    file = f"{home}/{code.file_name}"
+    if code.peft_readable:
         config, pieces = peft_adapter(expert, pieces, layers, tied_embedding=tied_embedding)
-        file = f"{home}/{ADAPTER_FILE}"
     else:
-        config, file = coded_config(code), f"{home}/{CODED_FILE}"
+        config = coded_config(code)
         pieces = [replace(p, key=PEFT_PREFIX + p.key) for p in sorted(pieces, key=lambda p: natural_key(p.key))]
     written = {
         f"{home}/adapter_config.json": write_json(folder / home / "adapter_config.json", config),

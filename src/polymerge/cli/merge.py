@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..method.codes import CODES
+
 
 class Where(StrEnum):
     """Who does the tensors."""
@@ -21,7 +23,7 @@ def merge(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")],
     compress_rate: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
-    code: Annotated[str | None, typer.Option(help="Instead of the recipe's: factors, int8, int4.")] = None,
+    code: Annotated[str | None, typer.Option(help=f"Instead of the recipe's: {', '.join(CODES)}.")] = None,
     target: Annotated[
         str | None,
         typer.Option(help="Find rate and code: kl=0.001, accuracy=99%, size=600MB or size=1.2x (one model's)."),

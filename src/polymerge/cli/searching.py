@@ -68,15 +68,15 @@ def read_wanted(
     for option, value in fixed.items():
         if value is not None:
             raise typer.BadParameter(f"{option} is what --target finds; leave it out, or say which --codes may be used")
+    from ..method.codes import CODES
     from ..search.examples import LIMIT, read_examples
-    from ..search.sweep import CODES
     from ..search.target import read_target
 
     hush_libraries()
     parsed = read_target(target)
     files = named_sources(prompts or [])
     examples = {name: read_examples(file, limit or LIMIT) for name, file in files.items()}
-    return Wanted(parsed, examples, codes.split(",") if codes else CODES)
+    return Wanted(parsed, examples, codes.split(",") if codes else tuple(CODES))
 
 
 def print_sweep(points: Sequence[Mapping[str, Any]], page: Path) -> None:

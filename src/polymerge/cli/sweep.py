@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
+from ..method.codes import CODES
+
 
 def sweep(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
     prompts: Annotated[list[str], typer.Option(help="NAME=FILE.jsonl for every expert: rows of prompt and answer.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="For sweep.json and sweep.html.")] = Path("sweep"),
     rates: Annotated[str, typer.Option(help="Compress rates, separated by commas.")] = "0.9,0.95,0.98",
-    codes: Annotated[str, typer.Option(help="Codes, separated by commas.")] = "factors,int8,int4",
+    codes: Annotated[str, typer.Option(help="Codes, separated by commas.")] = ",".join(CODES),
     limit: Annotated[int, typer.Option(min=1, help="Rows of each file that are used.")] = 32,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the table.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ..bundle.files import raw_bytes
 from ..bundle.stats import StatsLine
-from ..method.codes import Code
+from ..method.code import Code
+from ..method.dense import residual_of, unsaid
 from ..method.rsvd import rsvd, sketch_seed
 from .reading import Read, check_copy, check_values, checked_digest, slabs
 from .treatment import TensorTask
@@ -150,10 +151,10 @@ def compress_residual(
     if task.treatment == "full":
         stored = weight.to(settings.dtype)
         emit(expert, adapter_key(task), stored)
-        residual_norm = frobenius_norm(weight.sub(base, alpha=ratio))
+        residual_norm = frobenius_norm(residual_of(weight.clone(), base, ratio))
         error = frobenius_norm(weight.sub_(stored.float()))
         return _loss(norm, residual_norm, error)
-    residual = weight.sub_(base, alpha=ratio)
+    residual = residual_of(weight, base, ratio)
     residual_norm = error = frobenius_norm(residual)
     if task.treatment == "low_rank" and residual_norm:
         matrix = residual.T if task.record.transposed else residual  # [out, in]
@@ -162,8 +163,7 @@ def compress_residual(
         coded = settings.code.encode(b, a)
         for suffix, part in coded.items():
             emit(expert, adapter_key(task, suffix), part)
-        b, a = settings.code.decode(coded, *matrix.shape)
-        error = frobenius_norm(matrix.addmm_(b, a, alpha=-1.0))
+        error = frobenius_norm(unsaid(matrix, *settings.code.decode(coded, *matrix.shape)))
     return _loss(norm, residual_norm, error)
 
 

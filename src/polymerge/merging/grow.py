@@ -24,6 +24,7 @@ from ..bundle.peft import missing_siblings
 from ..bundle.write import clear, write_expert, write_manifest, write_stats
 from ..errors import BundleError, RecipeError
 from ..host import DTYPES
+from ..method.dense import residual_of, unsaid
 from ..method.rsvd import rsvd
 from ..recipe.merge import Source, check_expert_name
 from ..sources.checkpoint import Checkpoint
@@ -174,7 +175,7 @@ def _write(
         pieces += staging.finish(len(notes), writer.note({}, {}, ())).pieces
     folder = staging.folder / "bundle"
     clear(folder)
-    tied, code = bundle.manifest.tied_embedding, bundle.manifest.method.code
+    tied, code = bundle.manifest.tied_embedding, bundle.code
     scales = scales_of(name, tasks, notes)
     files = write_expert(folder, name, pieces, scales, layers, staging.content, code=code, tied_embedding=tied)
     staging.publish(folder / "experts" / name)
@@ -220,8 +221,8 @@ def _fresh_error(bundle: Bundle, name: str, checkpoint: Checkpoint, task: Tensor
         if other != name:
             dense = bundle.reconstruct(other, task.name).to(settings.device)
             average += dense / dense.norm()
-    residual = weight - average * (norm / len(bundle.experts))
+    residual = residual_of(weight.clone(), average, norm / len(bundle.experts))
     matrix = residual.T if task.record.transposed else residual
     u, v = rsvd(matrix, task.rank, n_oversamples=settings.n_oversamples, n_iter=settings.n_iter, seed=settings.seed)
-    u, v = settings.code.decode(settings.code.encode(u, v), *matrix.shape)
-    return float((matrix - u @ v).norm()) / norm
+    coded = settings.code.encode(u, v)
+    return float(unsaid(matrix, *settings.code.decode(coded, *matrix.shape)).norm()) / norm

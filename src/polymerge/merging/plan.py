@@ -14,7 +14,8 @@ import torch
 
 from ..errors import SourceError
 from ..host import DTYPES, dtype_name
-from ..method.codes import Code, code_of
+from ..method.code import Code
+from ..method.codes import code_of
 from ..recipe.merge import CodeName, Recipe, Source
 from ..sources.checkpoint import Checkpoint
 from ..sources.layers import LayerMap, map_layers

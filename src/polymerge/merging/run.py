@@ -14,7 +14,7 @@ from typing import Any
 
 from ..bundle.bundle import Bundle
 from ..bundle.files import FileEntry, check_free_space, check_output, disk_errors
-from ..bundle.manifest import BundleLayer, Manifest, Method, version_of
+from ..bundle.manifest import BundleLayer, Manifest, Method
 from ..bundle.peft import missing_siblings
 from ..bundle.write import (
     bundle_config,
@@ -166,9 +166,7 @@ def _assemble(plan: MergePlan, staging: Staging, notes: list[Note], folder: Path
             own.append(replace(base[layer.tensor], owner=expert, key=f"{layer.module}.{layer.parameter}"))
         scales = scales_of(expert, plan.tasks, notes)
         tied = plan.tied_embedding
-        files |= write_expert(
-            folder, expert, own, scales, layers, staging.content, code=plan.recipe.code, tied_embedding=tied
-        )
+        files |= write_expert(folder, expert, own, scales, layers, staging.content, code=plan.code, tied_embedding=tied)
     write_stats(folder, (line.to_json() for note in notes for line in note.stats))
     write_manifest(folder, _manifest(plan, notes, layers, files).to_json())
 
@@ -179,7 +177,7 @@ def _manifest(
     recipe = plan.recipe
     ratios = ratios_of(notes)
     return Manifest(
-        format_version=version_of(recipe.code),
+        format_version=plan.code.format_version,
         polymerge_version=__version__,
         method=Method(**recipe.model_dump(include=set(Method.model_fields))),
         dtype=dtype_name(plan.dtype),

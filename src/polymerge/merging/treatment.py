@@ -17,7 +17,8 @@ import torch
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import BundleLayer, Method
 from ..errors import SourceError
-from ..method.codes import Code, code_of
+from ..method.code import Code
+from ..method.codes import code_of
 from ..method.rsvd import factors_are_smaller, rank_for_rate
 from ..recipe.merge import Recipe
 from ..sources.checkpoint import Checkpoint, read_json

@@ -1,231 +1,40 @@
-"""How the two factors of a residual are written down: as numbers, or as small whole numbers with scales.
+"""Which codes there are. A new one is a file beside this and a line here.
 
-A code says which rank a compress rate pays for, turns factors B [out, r] and A [r, in] into stored tensors, and back.
-Fewer bits a number buy more rank for the same bytes: the spectrum of a fine-tuning residual falls so slowly that what
-a larger rank adds is far more than what rounding to four bits loses (docs/codes.md has the figures).
-
-Pure functions on tensors. Knows nothing of experts, files or bundles.
+Knows names alone: a code's own module, and torch with it, is imported when the code is asked for.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+import difflib
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
 
-from ..host import dtype_name
-from .rsvd import rank_for_rate
+    from .code import Code
 
-# A compress rate is a budget of bytes: those of the published factors at 16 bits a number.
-BUDGET_BYTES = 2
-# At most so many numbers of one component share a scale: few enough for one large number to spoil little, many enough
-# for the scale to cost an eighth of a bit a number.
-GROUP = 128
-# A scale has float32's range in two bytes. Its own rounding is made good by the whole numbers, chosen after it.
-SCALE_DTYPE = torch.bfloat16
-# Shares of a group's largest magnitude that are tried as the end of its range. With few bits it pays to clip.
-RANGES = (1.0, 0.9, 0.8)
+# Name -> "module:maker", in the order in which codes are offered. A maker takes the dtype of the bundle.
+CODES = {
+    "factors": ".factors:Factors",
+    "int8": ".quantised:int8",
+    "int4": ".quantised:int4",
+}
+# The published code, and a recipe's default.
+PUBLISHED = "factors"
 
 
-class Code(ABC):
-    """One way to store a pair of factors.
-
-    Attributes:
-        name: as in the recipe.
-        suffixes: what follows the module's name in the keys of the stored tensors.
-    """
-
-    name: str
-    suffixes: tuple[str, ...]
-
-    @abstractmethod
-    def rank(self, out_features: int, in_features: int, compress_rate: float) -> int:
-        """The rank that a compress rate pays for; 0 where the published code's is 0."""
-
-    @abstractmethod
-    def bytes(self, out_features: int, in_features: int, rank: int) -> int:
-        """Bytes of everything that is stored for a pair of factors."""
-
-    @abstractmethod
-    def encode(self, b: Tensor, a: Tensor) -> dict[str, Tensor]:
-        """B [out, r] and A [r, in] in float32 -> the stored tensors, by suffix."""
-
-    @abstractmethod
-    def check(self, stored: Mapping[str, Tensor], out_features: int, in_features: int) -> None:
-        """Raises ValueError where a tensor's shape or dtype is not the code's."""
-
-    @abstractmethod
-    def decode(self, stored: Mapping[str, Tensor], out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
-        """The stored tensors -> B [out, r] and A [r, in] in float32. Raises ValueError as `check` does."""
-
-
-@dataclass(frozen=True)
-class Factors(Code):
-    """The published code: the factors themselves, in the bundle's dtype, as PEFT reads them."""
-
-    dtype: torch.dtype
-
-    name = "factors"
-    suffixes = ("lora_A.weight", "lora_B.weight")
-
-    def rank(self, out_features: int, in_features: int, compress_rate: float) -> int:
-        return rank_for_rate(out_features, in_features, compress_rate)
-
-    def bytes(self, out_features: int, in_features: int, rank: int) -> int:
-        return rank * (out_features + in_features) * self.dtype.itemsize
-
-    def encode(self, b: Tensor, a: Tensor) -> dict[str, Tensor]:
-        return {"lora_A.weight": a.to(self.dtype), "lora_B.weight": b.to(self.dtype)}
-
-    def check(self, stored: Mapping[str, Tensor], out_features: int, in_features: int) -> None:
-        a, b = stored["lora_A.weight"], stored["lora_B.weight"]
-        rank = a.shape[:1].numel()
-        _check("lora_A.weight", a, self.dtype, (rank, in_features))
-        _check("lora_B.weight", b, self.dtype, (out_features, rank))
-
-    def decode(self, stored: Mapping[str, Tensor], out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
-        self.check(stored, out_features, in_features)
-        return stored["lora_B.weight"].float(), stored["lora_A.weight"].float()
-
-
-@dataclass(frozen=True)
-class Quantised(Code):
-    """Whole numbers of `bits` bits, each group of a component's numbers with a scale.
-
-    A component is a row of A and a column of B, which is stored as a row too. Its numbers are alike in size, those of
-    two components are not, so a group lies within one component. Then it does not matter how the singular values are
-    shared between the factors, and rounding to the nearest is near the best for the product, because components of an
-    SVD are orthogonal: an error in one cannot make good an error in another.
-    """
-
-    bits: int
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return f"int{self.bits}"
-
-    @cached_property
-    def suffixes(self) -> tuple[str, ...]:  # type: ignore[override]
-        return tuple(f"lora_{factor}.{part}" for factor in "AB" for part in (self.name, f"{self.name}_scale"))
-
-    def rank(self, out_features: int, in_features: int, compress_rate: float) -> int:
-        published = rank_for_rate(out_features, in_features, compress_rate)
-        budget = published * (out_features + in_features) * BUDGET_BYTES
-        return min(budget // self.bytes(out_features, in_features, 1), out_features, in_features)
-
-    def bytes(self, out_features: int, in_features: int, rank: int) -> int:
-        widths = (self._packed(n) + _groups(n) * SCALE_DTYPE.itemsize for n in (out_features, in_features))
-        return rank * sum(widths)
-
-    def encode(self, b: Tensor, a: Tensor) -> dict[str, Tensor]:
-        stored = {}
-        for factor, rows in (("A", a), ("B", b.T)):
-            numbers, scales = quantise(rows, self.bits)
-            stored[f"lora_{factor}.{self.name}"] = pack(numbers, self.bits)
-            stored[f"lora_{factor}.{self.name}_scale"] = scales
-        return stored
-
-    def check(self, stored: Mapping[str, Tensor], out_features: int, in_features: int) -> None:
-        rank = stored[self.suffixes[0]].shape[:1].numel()
-        for factor, width in (("A", in_features), ("B", out_features)):
-            numbers, scales = f"lora_{factor}.{self.name}", f"lora_{factor}.{self.name}_scale"
-            _check(numbers, stored[numbers], torch.uint8, (rank, self._packed(width)))
-            _check(scales, stored[scales], SCALE_DTYPE, (rank, _groups(width)))
-
-    def decode(self, stored: Mapping[str, Tensor], out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
-        self.check(stored, out_features, in_features)
-        found = {}
-        for factor, width in (("A", in_features), ("B", out_features)):
-            packed, scales = stored[f"lora_{factor}.{self.name}"], stored[f"lora_{factor}.{self.name}_scale"]
-            found[factor] = dequantise(unpack(packed, self.bits, width), scales, self.bits)
-        return found["B"].T, found["A"]
-
-    def _packed(self, count: int) -> int:
-        return -(-count * self.bits // 8)
+def known_code(name: str) -> str:
+    """The name itself. Raises ValueError, which says the names there are, where it is none of them."""
+    if name in CODES:
+        return name
+    near = difflib.get_close_matches(name, CODES, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"no code {name!r} among {', '.join(CODES)}{hint}")
 
 
 def code_of(name: str, dtype: torch.dtype) -> Code:
-    """The code of a recipe's or a manifest's name, for a bundle of this dtype."""
-    return Factors(dtype) if name == "factors" else Quantised(int(name.removeprefix("int")))
-
-
-def quantise(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Nearest whole numbers for scales near those that leave the smallest squared error in every group.
-
-    A number q stands for (q + 1/2 - 2^(bits-1)) times its group's scale: levels lie symmetric around zero, which costs
-    no second number a group and is the better choice for numbers that are symmetric themselves (measured: an offset a
-    group gains less than its bytes are worth).
-
-    Args:
-        rows: [r, n], float32.
-
-    Returns:
-        q [r, n] uint8 and scales [r, ceil(n / 128)] bfloat16.
-    """
-    r, n = rows.shape
-    size = group_size(n)
-    groups = F.pad(rows, (0, -n % size)).view(r, -1, size)
-    half = 2 ** (bits - 1)
-    largest = groups.abs().amax(-1, keepdim=True)
-    scale = best = torch.zeros_like(largest)
-    for share in RANGES:
-        levels = _levels(groups, largest * (share / (half - 0.5)), half)
-        # the scale nearest for given levels is <g, l> / <l, l>; the gain, squared, is what it takes off the error
-        dot, square = (groups * levels).sum(-1, keepdim=True), levels.square().sum(-1, keepdim=True)
-        gain = dot / square.sqrt()
-        scale = torch.where(gain > best, dot / square, scale)
-        best = torch.maximum(gain, best)
-    scale = scale.to(SCALE_DTYPE)
-    numbers = _levels(groups, scale.float(), half).add_(half - 0.5).to(torch.uint8)
-    return numbers.view(r, -1)[:, :n], scale.squeeze(-1)
-
-
-def dequantise(numbers: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """q [r, n] and scales [r, ceil(n / 128)] -> [r, n] float32."""
-    n = numbers.shape[1]
-    levels = numbers.float().sub_(2 ** (bits - 1) - 0.5)
-    return levels * scales.float().repeat_interleave(group_size(n), dim=1)[:, :n]
-
-
-def pack(numbers: Tensor, bits: int) -> Tensor:
-    """Whole numbers under 2^bits, [r, n] uint8 -> [r, ceil(n * bits / 8)] uint8, the first in the lowest bits."""
-    each = 8 // bits
-    if each == 1:
-        return numbers.contiguous()
-    parts = F.pad(numbers, (0, -numbers.shape[1] % each)).view(numbers.shape[0], -1, each)
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=numbers.device)
-    return (parts << shifts).sum(-1, dtype=torch.uint8)
-
-
-def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` numbers of every row of `pack`'s result."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    numbers: Tensor = (packed[:, :, None] >> shifts) & (2**bits - 1)
-    return numbers.flatten(1)[:, :count]
-
-
-def _levels(groups: Tensor, scale: Tensor, half: int) -> Tensor:
-    """The level nearest to every number, in units of the scale: -half + 1/2 ... half - 1/2."""
-    tiny = torch.finfo(torch.float32).tiny
-    return (groups / scale.clamp_min(tiny)).floor_().clamp_(-half, half - 1).add_(0.5)
-
-
-def _groups(count: int) -> int:
-    return -(-count // GROUP)
-
-
-def group_size(count: int) -> int:
-    """Groups of one row are equally long, so that next to no padding takes part in the choice of a scale."""
-    return -(-count // _groups(count))
-
-
-def _check(key: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        raise ValueError(
-            f"{key} is {dtype_name(tensor.dtype)} {list(tensor.shape)}, expected {dtype_name(dtype)} {list(shape)}"
-        )
+    """The code of a recipe's or a manifest's name, for a bundle of this dtype. Raises ValueError as `known_code`."""
+    module, _, maker = CODES[known_code(name)].partition(":")
+    code: Code = getattr(import_module(module, __package__), maker)(dtype)
+    return code

@@ -7,13 +7,14 @@ z = x A^T, masked by each row's weights, and z B^T added onto the base's output.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .assignment import Assignment
+from .residual import Term, add_mixed, add_one, mixed_ratio
 
 # With more experts than this in one batch, computing every row against all factors costs more than going through the
 # experts one after the other.
@@ -105,71 +106,62 @@ class MixedLinear(ExpertLinear):
         self.register_buffer("stacked_a", a, persistent=False)
         self.register_buffer("stacked_b", b, persistent=False)
         self.ratios = [*ratios, 1.0]
+        self._table = torch.tensor(self.ratios)  # not a buffer, which would follow the model to another dtype
         self.scaled = any(ratio != 1.0 for ratio in ratios)
         self.ranks_key = tuple(ranks)
 
     def add_residuals(self, x: Tensor, y: Tensor) -> None:
         """Two products for one expert or a few; one expert after the other for many."""
-        flat = y.view(-1, y.shape[-1])
-        if self.state.single is not None:
-            self._add_single(x, flat, self.state.single)
-        elif self.state.last - self.state.first > MAX_STACKED:
-            self._add_one_by_one(x, y)
+        expert = self.state.single
+        if expert is not None:
+            lo, hi = self.offsets[expert], self.offsets[expert + 1]
+            add_one(y, x, self.stacked_a[lo:hi], self.stacked_b[:, lo:hi], self.ratios[expert])
         else:
-            self._add_stacked(x, y, flat)
+            many = self.state.last - self.state.first > MAX_STACKED
+            add_mixed(y, self._row_ratio(y), self._one_by_one(x) if many else self._stacked(x))
 
-    def _add_single(self, x: Tensor, flat: Tensor, expert: int) -> None:
-        lo, hi = self.offsets[expert], self.offsets[expert + 1]
-        if lo == hi:
-            flat.mul_(self.ratios[expert])
-            return
-        z = F.linear(x, self.stacked_a[lo:hi])
-        flat.addmm_(z.view(-1, hi - lo), self.stacked_b[:, lo:hi].T, beta=self.ratios[expert])
-
-    def _add_stacked(self, x: Tensor, y: Tensor, flat: Tensor) -> None:
-        if self.scaled:
-            y.mul_(self._row_ratio(y))
+    def _stacked(self, x: Tensor) -> Iterator[Term]:
         lo, hi = self.offsets[self.state.first], self.offsets[self.state.last]
-        if lo == hi:
-            return
-        z = F.linear(x, self.stacked_a[lo:hi])  # [B, ..., sum of ranks]
-        z.mul_(self._row_mask(z, lo, hi))
-        flat.addmm_(z.view(-1, hi - lo), self.stacked_b[:, lo:hi].T)
+        if lo < hi:
+            share = self._row_mask(x, lo, hi)  # [B, ..., sum of ranks]
+            yield Term(x, self.stacked_a[lo:hi], self.stacked_b[:, lo:hi], share)
 
-    def _add_one_by_one(self, x: Tensor, y: Tensor) -> None:
+    def _one_by_one(self, x: Tensor) -> Iterator[Term]:
         state = self.state
-        if self.scaled:
-            y.mul_(self._row_ratio(y))
         repeats = state.repeats(x.shape[0])
         for n in range(state.first, state.last):
             lo, hi = self.offsets[n], self.offsets[n + 1]
             rows = state.weights[:, n].nonzero().squeeze(1)
             if lo == hi or not len(rows):
                 continue
-            weights = state.weights[rows, n].to(x.dtype)
+            share = state.weights[rows, n]
             if repeats > 1:
                 rows = (rows[:, None] * repeats + torch.arange(repeats, device=rows.device)).flatten()
-                weights = weights.repeat_interleave(repeats)
-            z = F.linear(x[rows], self.stacked_a[lo:hi]) * weights.view(-1, *[1] * (x.dim() - 1))
-            y.index_add_(0, rows, F.linear(z, self.stacked_b[:, lo:hi]))
+                share = share.repeat_interleave(repeats)
+            share = share.view(-1, *[1] * (x.dim() - 1))
+            yield Term(x[rows], self.stacked_a[lo:hi], self.stacked_b[:, lo:hi], share, rows)
 
-    def _row_ratio(self, y: Tensor) -> Tensor:
+    def _row_ratio(self, y: Tensor) -> Tensor | None:
+        """rho of every row, float32 [B, ..., 1]; None where it is 1 for all experts."""
+        if not self.scaled:
+            return None
+
         def make() -> Tensor:
-            ratios = torch.tensor(self.ratios, device=y.device)
-            rows = (self.state.weights @ ratios)[:, None].to(y.dtype)  # [B, 1]
+            self._table = self._table.to(y.device)
+            rows = mixed_ratio(self.state.weights, self._table)  # [B, 1]
             return self.state.of_rows(rows, y.shape[0], y.dim())
 
         return self.state.once((id(self), "ratio", y.shape[0], y.dim()), make)
 
-    def _row_mask(self, z: Tensor, lo: int, hi: int) -> Tensor:
-        """Every factor's weight in every row; shared by all layers with the same ranks."""
+    def _row_mask(self, x: Tensor, lo: int, hi: int) -> Tensor:
+        """Every factor's weight in every row, float32; shared by all layers with the same ranks."""
 
         def make() -> Tensor:
             owner = [n for n, rank in enumerate(self.ranks_key) for _ in range(rank)][lo:hi]
-            mask = self.state.weights[:, owner].to(z.dtype)  # [B, sum of ranks]
-            return self.state.of_rows(mask, z.shape[0], z.dim())
+            mask = self.state.weights[:, owner]  # [B, sum of ranks]
+            return self.state.of_rows(mask, x.shape[0], x.dim())
 
-        return self.state.once((self.ranks_key, z.shape[0], z.dim()), make)
+        return self.state.once((self.ranks_key, x.shape[0], x.dim()), make)
 
 
 def mixed_rows(state: Assignment, table: Tensor) -> Tensor:

@@ -22,8 +22,6 @@ from .linear import ExpertLinear, MixedLinear
 from .mixed import MixedModel
 from .moe import MixedBlockExperts, SlabResidual, Slabs, as_sequence, check_layout, locate_slabs
 from .own import wrap_own
-from .triton.check import objection
-from .triton.linear import CodedLinear
 
 logger = logging.getLogger(__name__)
 Kernel = Literal["plain", "triton"]
@@ -77,6 +75,8 @@ def _uses_kernel(kernel: Kernel, bundle: Bundle, device: torch.device, dtype: to
         raise ModelError(f"kernel: {kernel!r} is neither {' nor '.join(get_args(Kernel))}")
     if kernel == "plain":
         return False
+    from .triton.check import objection
+
     shapes = [layer.matrix_shape for layer in bundle.layers.values() if layer.rank]
     reason = objection(shapes, bundle.code, device, dtype)
     if reason:
@@ -232,6 +232,8 @@ class _CodedPlacer(_Placer):
     def _linear(
         self, layer: BundleLayer, weight: Tensor, bias: Tensor | None, biases: list[Tensor | None]
     ) -> ExpertLinear:
+        from .triton.linear import CodedLinear
+
         stored = [
             self.bundle.coded_factors(expert, layer, lambda key, own=adapter: own.pop(key, None))  # type: ignore[misc]
             for expert, adapter in zip(self.bundle.experts, self.adapters, strict=True)

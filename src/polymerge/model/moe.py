@@ -6,7 +6,7 @@ fine-tuned model, as everywhere else.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from .assignment import Assignment
+from .residual import Term, add_mixed, mixed_ratio
 
 
 @dataclass
@@ -27,12 +28,29 @@ class SlabResidual:
         factors: for every expert (A [r, in], B [out, r]) or None.
         ratios: rho of every expert.
         own: for every expert its own whole matrix, or None.
+        scales: [N + 1] float32, what the base counts for in every expert and in the average: rho, or 0 beside a whole
+            matrix.
     """
 
     rows: slice
     factors: list[tuple[Tensor, Tensor] | None]
     ratios: list[float]
     own: list[Tensor | None] = field(default_factory=list)
+    scales: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        whole = [value is not None for value in self.own] or [False] * len(self.ratios)
+        self.scales = torch.tensor([*(0.0 if w else r for w, r in zip(whole, self.ratios, strict=True)), 1.0])
+
+    def terms(self, x: Tensor, rows: Tensor, experts: Iterable[int]) -> Iterator[Term]:
+        """What these experts have beyond the base, for tokens x [t, in] with their weights in each, rows [t, N + 1]."""
+        for n in experts:
+            factor, own = self.factors[n], self.own[n] if self.own else None
+            share = rows[:, n : n + 1]
+            if own is not None:
+                yield Term(x, None, own, share)
+            elif factor:
+                yield Term(x, *factor, share)
 
 
 Slabs = dict[tuple[str, int], list[SlabResidual]]
@@ -57,6 +75,7 @@ class MixedBlockExperts(nn.Module):
         for residual in (residual for slab in self._slabs.values() for residual in slab):
             residual.factors = [(fn(f[0]), fn(f[1])) if f else None for f in residual.factors]  # type: ignore[operator]
             residual.own = [fn(o) if o is not None else None for o in residual.own]  # type: ignore[operator]
+            residual.scales = residual.scales.to(self.inner.gate_up_proj.device)
         return self
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -80,22 +99,10 @@ class MixedBlockExperts(nn.Module):
     def _product(self, parameter: str, block: int, x: Tensor, rows: Tensor) -> Tensor:
         """One matrix of the block for tokens x [t, in] with the experts' weights in each, rows [t, N + 1]."""
         y = F.linear(x, getattr(self.inner, parameter)[block])
+        experts = range(self.state.first, self.state.last)
         for residual in self._slabs.get((parameter, block), []):
-            _apply_residual(y[:, residual.rows], x, rows, residual)
+            add_mixed(y[:, residual.rows], mixed_ratio(rows, residual.scales), residual.terms(x, rows, experts))
         return y
-
-
-def _apply_residual(y: Tensor, x: Tensor, rows: Tensor, residual: SlabResidual) -> None:
-    """Turns the base's output y [t, out] into the experts', in place."""
-    base = y.clone()
-    ratios = torch.tensor([*residual.ratios, 1.0], device=y.device)
-    y.mul_((rows @ ratios)[:, None].to(y.dtype))
-    for n, factor in enumerate(residual.factors):
-        share = rows[:, n : n + 1].to(y.dtype)
-        if residual.own and residual.own[n] is not None:
-            y.add_(share * (F.linear(x, residual.own[n]) - residual.ratios[n] * base))  # type: ignore[arg-type]
-        elif factor:
-            y.add_(F.linear(F.linear(x, factor[0]) * share, factor[1]))
 
 
 def check_layout(inner: nn.Module) -> None:

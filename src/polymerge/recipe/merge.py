@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from ..errors import RecipeError
+from ..method.codes import PUBLISHED, known_code
 from .response import StageSettings, ThinkerSettings
 
 KeepOrAverage = Literal["keep", "average"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
-CodeName = Literal["factors", "int8", "int4"]
+CodeName = Annotated[str, AfterValidator(known_code)]
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 # A key's path in a YAML file -> its line.
 Lines = dict[tuple[str, ...], int]
@@ -91,7 +92,7 @@ class Recipe(BaseModel):
 
     experts: dict[str, WrittenSource]
     compress_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.95
-    code: CodeName = "factors"
+    code: CodeName = PUBLISHED
     scale: Literal["per_expert", "shared"] = "per_expert"
     embeddings: KeepOrAverage = "keep"
     lm_head: KeepOrAverage = "keep"

@@ -13,15 +13,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..bundle.bundle import Bundle
 from ..errors import TargetError
 from ..merging.executor import Executor, in_threads
 from ..merging.plan import MergePlan, plan_merge, replanned
-from ..method.codes import code_of
+from ..method.codes import CODES, code_of
 from ..recipe.merge import CodeName, Recipe, load_recipe
 from .examples import Example
 from .fitting import STEPS, Fitting, has_full_rank
-from .sweep import CODES, Point, Reference, check_examples, measure, run_originals
+from .sweep import Point, Reference, check_examples, measure, run_originals
 from .target import Target, read_target
 
 # A search ends when a bundle that is smaller by no more than this share has missed the target.
@@ -69,7 +71,7 @@ def find(
     target: Target | str,
     examples: Mapping[str, Sequence[Example]] | None = None,
     *,
-    codes: Sequence[str] = CODES,
+    codes: Sequence[str] = tuple(CODES),
     tolerance: float = TOLERANCE,
     folder: Path | None = None,
     executor: Executor = in_threads,
@@ -96,7 +98,8 @@ def find(
     target = read_target(target) if isinstance(target, str) else target
     recipe = load_recipe(recipe)
     names = list(dict.fromkeys(load_recipe({**recipe.model_dump(), "code": code}).code for code in codes))
-    names.sort(key=lambda name: name != "factors")  # where no factors are stored, a bundle is as published
+    # where no factors are stored, a bundle is as published
+    names.sort(key=lambda name: code_of(name, torch.float32).format_version)
     say, examples = progress or (lambda text: None), examples or {}
     if target.kind in ("size", "times"):
         if examples:

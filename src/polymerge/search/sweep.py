@@ -24,11 +24,11 @@ from ..errors import RecipeError
 from ..merging.executor import Executor, in_threads
 from ..merging.plan import MergePlan, plan_merge
 from ..merging.run import run_plan
+from ..method.codes import CODES
 from ..model import load_model
 from ..recipe.merge import CodeName, Recipe, Source, load_recipe
 from .examples import Example
 
-CODES: tuple[CodeName, ...] = ("factors", "int8", "int4")
 RATES = (0.9, 0.95, 0.98)
 
 # logits(ids [1, T]) -> [1, T, vocabulary]
@@ -166,7 +166,7 @@ def sweep(
     output: str | Path,
     *,
     rates: Sequence[float] = RATES,
-    codes: Sequence[str] = CODES,
+    codes: Sequence[str] = tuple(CODES),
     progress: Callable[[str], None] | None = None,
 ) -> list[Point]:
     """Merges at every rate with every code and measures each bundle. Writes `output`/sweep.json after every merge.

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from polymerge import Bundle, load_model, merge
 from polymerge.errors import BundleError, ModelError
-from polymerge.method.codes import code_of
+from polymerge.method.codes import CODES, code_of
 from polymerge.model.assignment import Assignment
 from polymerge.model.linear import MixedLinear
+from polymerge.model.residual import add_mixed, mixed_ratio
 from polymerge.model.triton import check
 from polymerge.model.triton.grouped import Residuals, add_plain, tiles_of
 from polymerge.model.triton.linear import CodedLinear
@@ -29,7 +30,6 @@ from tests.conftest import Merged
 from tests.tiny import VOCAB
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CODES = ["factors", "int8", "int4"]
 RANKS, RATIOS = (5, 0, 34), (0.5, 2.0, 1.5)
 # one expert, one without a rank, one and the average, all in turn
 BATCHES = [["e0"] * 3, ["e1"] * 3, ["e2", None, "e2"], ["e2", "e1", "e0", None, "e2"]]
@@ -106,6 +106,20 @@ def test_the_kernel_gives_the_plain_sum(kernel: Any, code: str, dtype: torch.dty
             kernel.add_fused(y, x, residuals, tiles)
             scale = expected.square().mean(-1, keepdim=True).sqrt()
             assert ((y - expected) / scale).abs().max() < check.TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_kernel_keeps_rho_as_the_plain_sum_does(kernel: Any, dtype: torch.dtype) -> None:
+    coder, shape, ratios = code_of("factors", dtype), (48, 32), (1.0028, 0.9972, 1.3)
+    nothing = coder.encode(torch.zeros(48, 3), torch.zeros(3, 32))
+    residuals = Residuals([nothing] * 3, coder, shape, ratios).to(DEVICE)
+    state = assigned(["e2", "e1", "e0", None], 4)
+    y, x = inputs(4 * 20, *shape, dtype)
+    expected = y.clone()
+    add_mixed(expected, mixed_ratio(state.weights, residuals.ratios).repeat_interleave(20, dim=0), [])
+    kernel.add_fused(y, x, residuals, tiles_of(state, x))
+    step = 2.0**-7 if kernel.INTERPRETED and dtype == torch.bfloat16 else 0.0  # where the interpreter does not round
+    torch.testing.assert_close(y, expected, rtol=step, atol=0)
 
 
 def test_a_prompt_longer_than_a_tile_and_an_empty_batch(kernel: Any) -> None:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ...method.codes import Code
+from ...method.code import Code
 from ..assignment import Assignment
 from .grouped import Residuals, add_plain, tiles_of
 
@@ -31,6 +31,8 @@ def objection(shapes: Collection[tuple[int, int]], code: Code, device: torch.dev
     """
     if not shapes:
         return "the bundle holds no factors"
+    if code.kernel_bits is None:
+        return f"it does not read the code {code.name!r}"
     if dtype not in TOLERANCES:
         return f"it does not compute in {str(dtype).removeprefix('torch.')}"
     if find_spec("triton") is None:

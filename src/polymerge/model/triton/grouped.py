@@ -9,16 +9,17 @@ Knows tensors and tokens; does not know modules, bundles or triton.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...method.codes import Code, Quantised, dequantise, unpack
+from ...method.code import Code
+from ...method.quantised import dequantise, unpack
 from ..assignment import Assignment
+from ..residual import Term, add_mixed, mixed_ratio
 
 # Tokens of a tile, by the bytes of an activation: tensor cores take 16 at least, and more would not fit the registers
 # (read off the kernel compiled for an A100 and an H100).
@@ -139,20 +140,22 @@ def add_plain(y: Tensor, x: Tensor, residuals: Residuals, state: Assignment) -> 
         x: [M, in]; M is a multiple of the batch's rows.
     """
     weights = state.weights.repeat_interleave(state.repeats(x.shape[0]), dim=0)  # [M, N + 1]
-    y.mul_((weights @ residuals.ratios)[:, None].to(y.dtype))
+    add_mixed(y, mixed_ratio(weights, residuals.ratios), _terms(x, residuals, state, weights))
+
+
+def _terms(x: Tensor, residuals: Residuals, state: Assignment, weights: Tensor) -> Iterator[Term]:
     starts = _starts(residuals.ranks)
     for expert in range(state.first, state.last):
         first, last = starts[expert], starts[expert + 1]
         if first == last or not any(row[expert] for row, _ in state.groups):
             continue
-        share = weights[:, expert : expert + 1].to(x.dtype)
-        z = F.linear(x, residuals.a.decoded(first, last).to(x.dtype)) * share  # [M, r]
-        y.addmm_(z, residuals.b.decoded(first, last).to(x.dtype))
+        a, b = (factor.decoded(first, last).to(x.dtype) for factor in (residuals.a, residuals.b))
+        yield Term(x, a, b.T, weights[:, expert : expert + 1])
 
 
 def _stack(factor: str, stored: Sequence[Mapping[str, Tensor]], code: Code, width: int) -> Rows:
     parts = [[expert[s] for expert in stored] for s in code.suffixes if s.startswith(f"lora_{factor}")]
-    bits = code.bits if isinstance(code, Quantised) else 0
+    bits = code.kernel_bits or 0
     if not stored:
         return Rows(torch.empty(0, width), None, width, 0)
     if factor == "B" and not bits:  # published factors hold B as it is, [out, r]

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...method.codes import GROUP, group_size
+from ...method.quantised import GROUP, group_size
 from .grouped import Residuals, Rows, Tiles
 
 # Components of a step. A tensor core takes 16 at least.

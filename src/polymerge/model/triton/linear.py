@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from ...method.codes import Code
+from ...method.code import Code
 from ..assignment import Assignment
 from ..linear import ExpertLinear
 from .grouped import Residuals, add_plain, tiles_of
