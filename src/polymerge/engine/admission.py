@@ -1,0 +1,99 @@
+"""What a running batch may hold, and which of the waiting requests join it now: a decision that is data.
+
+Knows numbers of tokens and limits. Does not know queues, caches or models; who asks acts on the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+from ..errors import PolymergeError
+
+# A request that was in more broken batches than this is run alone: one that breaks alone is the one at fault.
+FAILURES_TOGETHER = 1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of an engine that answers many at once.
+
+    Attributes:
+        max_rows: answers in the running batch.
+        max_waiting: requests that wait for a place; more are refused.
+        cache_tokens: tokens in the caches of all rows, padding and room for the answers included: rows times their
+            longest possible length. One request always fits.
+        prompt_tokens: padded tokens of prompts that are read at once, while the running answers wait. One prompt
+            always fits.
+
+    Raises:
+        PolymergeError: a limit under 1.
+    """
+
+    max_rows: int = 32
+    max_waiting: int = 256
+    cache_tokens: int = 32768
+    prompt_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value < 1:
+                raise PolymergeError(f"{field.name}: must be at least 1, not {value}")
+
+
+DEFAULT_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one request takes of a batch.
+
+    Attributes:
+        unread: tokens that are read when it joins: its prompt, and what it had made before a step broke.
+        longest: tokens of prompt and answer at most.
+        failures: batches that broke while it ran in them.
+        scores_prompt: its prompt's tokens are scored, so it is read with others of that kind alone.
+    """
+
+    unread: int
+    longest: int
+    failures: int = 0
+    scores_prompt: bool = False
+
+    @property
+    def alone(self) -> bool:
+        return self.failures > FAILURES_TOGETHER
+
+
+def admit(waiting: Iterable[Demand], running: Sequence[Demand], limits: Limits) -> int:
+    """How many of the waiting requests join the running batch now, counted from the first that waits.
+
+    Nobody overtakes: the first that has no place ends the count. Into an empty batch one request always goes, whatever
+    it takes. `waiting` is read no further than to the first without a place.
+    """
+    newcomers: list[Demand] = []
+    for demand in waiting:
+        if (running or newcomers) and not (
+            _fits([*running, *newcomers, demand], limits) and _read_together([*newcomers, demand], limits)
+        ):
+            break
+        newcomers.append(demand)
+    return len(newcomers)
+
+
+def _fits(rows: Sequence[Demand], limits: Limits) -> bool:
+    """Whether these can be one batch."""
+    return (
+        len(rows) <= limits.max_rows
+        and len(rows) * max(row.longest for row in rows) <= limits.cache_tokens
+        and not any(row.alone for row in rows)
+    )
+
+
+def _read_together(newcomers: Sequence[Demand], limits: Limits) -> bool:
+    """Whether the prompts of these can be read in one pass."""
+    return len(newcomers) == 1 or (
+        len(newcomers) * max(row.unread for row in newcomers) <= limits.prompt_tokens
+        and len({row.scores_prompt for row in newcomers}) == 1
+    )

@@ -1,0 +1,105 @@
+"""Who joins the running batch: by table, and by what must hold whatever is asked."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polymerge.engine.admission import Demand, Limits, admit
+from polymerge.errors import PolymergeError
+
+LIMITS = Limits(max_rows=4, cache_tokens=100, prompt_tokens=30)
+SMALL = Demand(unread=5, longest=10)
+SCORED = replace(SMALL, scores_prompt=True)
+POISON = replace(SMALL, failures=2)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "running", "joining"),
+    [
+        ([], [], 0),
+        ([SMALL] * 9, [], 4),  # no more rows than max_rows
+        ([SMALL] * 9, [SMALL] * 3, 1),
+        ([SMALL] * 9, [SMALL] * 4, 0),
+        ([SMALL, SMALL], [SMALL] * 5, 0),  # after max_rows was halved more may run than are let in
+        ([Demand(5, 50)] * 3, [], 2),  # 2 x 50 in the caches, and not 3 x 50
+        ([Demand(5, 50)] * 3, [SMALL], 1),  # short rows are padded to the longest
+        ([SMALL] * 3, [Demand(5, 50)], 1),
+        ([Demand(5, 51), SMALL], [], 1),
+        ([Demand(500, 900), SMALL], [], 1),  # one request always fits
+        ([Demand(500, 900)], [SMALL], 0),  # ... into an empty batch
+        ([SMALL], [Demand(500, 900)], 0),
+        ([Demand(15, 20)] * 4, [], 2),  # 2 x 15 are read at once, and not 3 x 15
+        ([Demand(31, 40), SMALL], [SMALL], 1),  # one prompt always fits beside the running answers
+        ([SMALL, Demand(16, 20), SMALL], [], 1),  # nobody overtakes: the short one behind waits as well
+        ([SMALL, SMALL, SCORED, SMALL], [], 2),  # those that score their prompts are read apart
+        ([SCORED, SCORED, SMALL], [], 2),
+        ([SCORED], [SMALL], 1),  # ... but run with the others
+        ([POISON, SMALL], [], 1),  # what was there twice when a step broke runs alone
+        ([SMALL, POISON], [], 1),
+        ([POISON], [SMALL], 0),
+        ([SMALL], [POISON], 0),
+        ([replace(SMALL, failures=1)] * 3, [SMALL], 3),
+    ],
+)
+def test_so_many_join(waiting: list[Demand], running: list[Demand], joining: int) -> None:
+    assert admit(waiting, running, LIMITS) == joining
+
+
+def test_the_queue_is_read_no_further_than_the_first_without_a_place() -> None:
+    def queue() -> Iterator[Demand]:
+        yield from [SMALL, SMALL, POISON]
+        raise AssertionError("read on")
+
+    assert admit(queue(), [], LIMITS) == 2
+
+
+def test_a_limit_under_one_is_refused_by_name() -> None:
+    for name in ("max_rows", "max_waiting", "cache_tokens", "prompt_tokens"):
+        with pytest.raises(PolymergeError, match=f"^{name}: must be at least 1, not 0$"):
+            Limits(**{name: 0})
+
+
+demands = st.builds(
+    lambda unread, answer, failures, scored: Demand(unread, unread + answer, failures, scored),
+    st.integers(1, 40), st.integers(0, 40), st.sampled_from([0, 0, 0, 0, 1, 2]), st.booleans(),
+)  # fmt: skip
+limits = st.builds(
+    Limits,
+    max_rows=st.integers(1, 6),
+    max_waiting=st.just(1),
+    cache_tokens=st.integers(1, 300),
+    prompt_tokens=st.integers(1, 90),
+)
+
+
+@given(st.lists(demands, max_size=8), st.lists(demands, max_size=4), limits)
+def test_no_limit_is_broken_and_nobody_waits_for_nothing(
+    waiting: list[Demand], running: list[Demand], bounds: Limits
+) -> None:
+    count = admit(waiting, running, bounds)
+    newcomers, batch = waiting[:count], [*running, *waiting[:count]]
+    if newcomers and len(batch) > 1:
+        assert len(batch) <= bounds.max_rows
+        assert len(batch) * max(row.longest for row in batch) <= bounds.cache_tokens
+        assert all(row.failures < 2 for row in batch)
+    if len(newcomers) > 1:
+        assert len(newcomers) * max(row.unread for row in newcomers) <= bounds.prompt_tokens
+        assert all(row.scores_prompt == newcomers[0].scores_prompt for row in newcomers)
+    if waiting and not running:
+        assert count >= 1
+    if count < len(waiting):  # the next one has no place: in the room of one row more it would break a limit
+        assert breaks([*newcomers, waiting[count]], running, bounds)
+
+
+def breaks(newcomers: Sequence[Demand], running: Sequence[Demand], bounds: Limits) -> bool:
+    batch = [*running, *newcomers]
+    return (
+        len(batch) > bounds.max_rows
+        or len(batch) * max(row.longest for row in batch) > bounds.cache_tokens
+        or any(row.failures > 1 for row in batch)
+        or (len(newcomers) > 1 and len(newcomers) * max(row.unread for row in newcomers) > bounds.prompt_tokens)
+        or len({row.scores_prompt for row in newcomers}) > 1
+    )
