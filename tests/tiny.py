@@ -91,6 +91,25 @@ def tiny_tokenizer() -> hf.PreTrainedTokenizerFast:
     )
 
 
+def byte_tokenizer() -> hf.PreTrainedTokenizerFast:
+    """One byte a token, of those that make "a" to "t", spaces and many longer characters; special tokens as in
+    `tiny_tokenizer`. Random tokens of it are mostly no whole characters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    leads = [0xC2, 0xC3, 0xCE, 0xD0, 0xE3, 0xE6, 0xE7, 0xF0]
+    known = [*range(ord("a"), ord("u")), ord(" "), *range(0x80, 0xC0), *leads]
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {letters[byte]: 3 + n for n, byte in enumerate(known)}
+    tokenizer = Tokenizer(models.BPE(words, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+
+
 def recipe_folder(folder: Path, rows: Sequence[dict[str, str]]) -> Path:
     """The folder, with two tiny Llamas, `recipe.yaml` that names them and `prompts.jsonl` with the rows."""
     experts = make_experts("llama", folder, count=2)

@@ -6,14 +6,18 @@ Knows tokens, texts and the listener; does not know batches or models.
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
-import torch
-
+from ..errors import ModelError
 from .admission import Demand
+from .base import Generation
+from .defaults import GenerationDefaults
+from .sampling import Sampler
 from .streaming import Finish, Listener, Piece, StreamRequest, TokenScore
-from .text import TextStream
+from .text import Decode, TextStream
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +28,10 @@ class Answer:
     Args:
         prompt: token ids.
         ends: tokens after which the answer is over.
-        decode: token ids -> text.
 
     Attributes:
-        made: tokens of the answer so far.
+        made: tokens of the answer so far, the end token among them.
+        sampler: what the tokens are chosen by, where they are chosen in this process.
         over: nothing more is to be made: it ended, failed, or was cancelled.
         failures: batches that broke while this answer ran in them.
     """
@@ -39,17 +43,13 @@ class Answer:
         listener: Listener,
         *,
         ends: Collection[int],
-        decode: Callable[[list[int]], str],
+        decode: Decode,
     ) -> None:
-        self.request, self.prompt, self._listener, self._ends = request, list(prompt), listener, ends
+        self.request, self.prompt, self._listener, self.ends = request, list(prompt), listener, ends
         self.made: list[int] = []
         self.over = False
         self.failures = 0
-        self.generator = torch.Generator()
-        if request.generate.seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(request.generate.seed)
+        self.sampler = Sampler(request.generate, prompt)
         self.due = time.monotonic() + request.seconds if request.seconds is not None else None
         self._text = TextStream(decode, request.generate.stop)
         self._scores: list[tuple[int, TokenScore]] = []  # where a token's text begins, and its score
@@ -94,9 +94,10 @@ class Answer:
         if self.over:
             return
         self.made.append(token)
+        self.sampler.seen.add(token)
         if score is not None:
             self._scores.append((self._text.read, score))
-        if token in self._ends:
+        if token in self.ends:
             self._end(self._text.finish(), "stop")
             return
         text = self._text.push(token)
@@ -127,3 +128,61 @@ class Answer:
         except Exception:  # a listener that is gone must not stop the others' answers
             self.over = True
             logger.warning("a listener failed; its answer was dropped", exc_info=True)
+
+
+def new_answer(
+    request: StreamRequest,
+    prompt: Sequence[int],
+    listener: Listener,
+    *,
+    defaults: GenerationDefaults,
+    max_length: int,
+    decode: Decode,
+    spare: int = 0,
+) -> Answer:
+    """The answer to a request of a model: its budget is what its own context has room for, whoever runs beside it, and
+    what the checkpoint decides is written into it.
+
+    Args:
+        max_length: of the context, in tokens.
+        spare: tokens that the context must have room for even where no answer is wanted.
+
+    Raises:
+        ModelError: an empty prompt, or one that leaves no room.
+    """
+    asked = request.generate
+    if not prompt:
+        raise ModelError("generate: the prompt is empty")
+    room = max_length - len(prompt)
+    if room < max(spare, min(1, asked.max_new_tokens)):
+        raise ModelError(f"generate: the prompt has {len(prompt)} tokens, the model's context {max_length}")
+    penalty = defaults.repetition_penalty if asked.repetition_penalty is None else asked.repetition_penalty
+    asked = replace(asked, max_new_tokens=min(asked.max_new_tokens, room), repetition_penalty=penalty)
+    return Answer(replace(request, generate=asked), prompt, listener, ends=defaults.ends, decode=decode)
+
+
+class Collector:
+    """A listener that waits for the whole answer."""
+
+    def __init__(self) -> None:
+        self._done = threading.Event()
+        self._pieces: list[Piece] = []
+        self._error: Exception | None = None
+
+    def __call__(self, heard: Piece | Exception) -> None:
+        if isinstance(heard, Exception):
+            self._error = heard
+        else:
+            self._pieces.append(heard)
+        if self._error or self._pieces[-1].finish:
+            self._done.set()
+
+    def result(self, prompt_tokens: int) -> Generation:
+        """Blocks until the answer is there. Raises what the engine failed with."""
+        self._done.wait()
+        if self._error:
+            raise self._error
+        last = self._pieces[-1]
+        return Generation(
+            "".join(piece.text for piece in self._pieces), prompt_tokens, last.tokens, last.finish or "stop"
+        )

@@ -6,9 +6,12 @@ loads nothing heavy, so that a scripted engine can stand in for a model in tests
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+
+from ..errors import ModelError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +25,8 @@ Pooling = Literal["last", "mean"]
 FloatArray: TypeAlias = "npt.NDArray[np.float32]"
 # A turn of a conversation: {"role": "user", "content": "..."}.
 Message = Mapping[str, str]
+# A temperature under this is greedy: dividing by it leaves the range of numbers.
+COLDEST = 1e-4
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,15 @@ class GenerateRequest:
 
     Attributes:
         expert: a name, a mixture {name: weight}, or None for the average.
-        temperature: 0 takes the likeliest token every time.
-        stop: texts at which the answer ends; they are not part of it.
+        temperature: 0 takes the likeliest token every time; `top_p`, `top_k`, `min_p` and `seed` then mean nothing.
+        stop: texts at which the answer ends; they are not part of it. Special tokens are looked through as well.
+        top_k: draw from so many of the likeliest tokens; 0 is all of them.
+        min_p: draw from the tokens that are at least so likely, as a share of the likeliest one.
+        repetition_penalty: of every token that stands in the prompt or the answer so far; 1 is none, and None is what
+            the checkpoint's generation_config.json says.
+
+    Raises:
+        ModelError: a number that means nothing.
     """
 
     prompt: Prompt
@@ -41,11 +53,37 @@ class GenerateRequest:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float | None = None
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "temperature": 0 <= self.temperature < math.inf,
+            "top_p": self.greedy or 0 < self.top_p <= 1,
+            "top_k": self.greedy or self.top_k >= 0,
+            "min_p": self.greedy or 0 <= self.min_p <= 1,
+            "repetition_penalty": self.repetition_penalty is None or 0 < self.repetition_penalty < math.inf,
+        }
+        for name, fits in allowed.items():
+            if not fits:
+                raise ModelError(f"generate: {name} cannot be {getattr(self, name)}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken every time."""
+        return self.temperature < COLDEST
 
 
 @dataclass(frozen=True)
 class Generation:
-    """An answer. `tokens` counts what was generated, `finish` says whether it ended or ran out of `max_new_tokens`."""
+    """An answer.
+
+    Attributes:
+        tokens: written up to the one that ended the answer, and that one too: an end token, or the token that made a
+            stop text whole.
+        finish: whether it ended, or ran out of `max_new_tokens` or of the context.
+    """
 
     text: str
     prompt_tokens: int

@@ -1,81 +1,103 @@
-"""How an answer goes on and when it ends: the next token of single rows, their stop texts and budgets."""
+"""How an answer goes on: the next token of single rows, each by its own request. All loops of this process ask here.
+
+Knows logits, requests and random numbers. Does not know text, ends or batches.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from .base import GenerateRequest
 
-# A temperature under this is greedy: dividing by it leaves the range of numbers.
-COLDEST = 1e-4
 # The nucleus is looked for among so many of the likeliest tokens before the whole vocabulary is sorted.
 NUCLEUS = 256
 
 
-class StopTexts:
-    """A stopping criterion of transformers: a row is done at one of its stop texts or at its own budget of tokens.
+class Sampler:
+    """What one answer's tokens are chosen by.
 
-    Args:
-        stops, budgets: of every row.
-        start: tokens of the padded prompts.
+    Attributes:
+        generator: its own random numbers, so that a seeded answer is the same whatever else runs.
+        seen: the tokens of its prompt and of the answer so far.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[Sequence[str]], budgets: Sequence[int], start: int) -> None:
-        self._tokenizer, self._stops, self._budgets, self._start = tokenizer, stops, budgets, start
-        self._any = any(stops)
+    def __init__(self, request: GenerateRequest, prompt: Iterable[int]) -> None:
+        self.request, self.seen = request, set(prompt)
+        self.generator = torch.Generator()
+        if request.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(request.seed)
 
-    def __call__(self, ids: Tensor, scores: Any = None, **_: Any) -> Tensor:
-        """ids [B, T] -> bool [B]"""
-        made = ids.shape[1] - self._start
-        done = [made >= budget for budget in self._budgets]
-        if self._any:
-            for row, stops in enumerate(self._stops):
-                if stops and not done[row]:
-                    done[row] = first_stop(self._tokenizer.decode(ids[row, self._start :]), stops)[1]
-        return torch.tensor(done, device=ids.device)
-
-
-def first_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """The text before its first stop text, and whether there was one."""
-    found = [place for place in (text.find(stop) for stop in stops if stop) if place >= 0]
-    return (text[: min(found)], True) if found else (text, False)
+    @property
+    def penalty(self) -> float:
+        penalty = self.request.repetition_penalty
+        return 1.0 if penalty is None else penalty
 
 
-def choose_tokens(
-    logits: Tensor, requests: Sequence[GenerateRequest], generators: Sequence[torch.Generator]
-) -> list[int]:
-    """The next token of every row, each by its own request.
+def choose_tokens(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """The next token of every row, each by its own sampler. A row that draws takes one number from its generator.
 
-    A row that samples takes one number from its own generator, so a seeded answer is the same whatever else runs.
+    First the repetition penalty, then the likeliest token or, over a softmax at the row's temperature, a draw from what
+    `min_p`, `top_k` and `top_p` leave, in this order: that of vLLM.
 
     Args:
-        logits: [B, V].
-        generators: of every row, on the CPU; used where the row samples.
+        logits: [B, V], left as they are.
     """
+    logits = _penalised(logits.float(), samplers)
     tokens: list[int] = logits.argmax(dim=-1).tolist()
-    for row, (request, generator) in enumerate(zip(requests, generators, strict=True)):
-        if request.temperature >= COLDEST:
-            tokens[row] = _sample(logits[row], request.temperature, request.top_p, generator)
+    for row, sampler in enumerate(samplers):
+        if not sampler.request.greedy:
+            tokens[row] = _sample(logits[row], sampler.request, sampler.generator)
     return tokens
 
 
-def _sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """One token of the likeliest ones that make up `top_p`. logits [V]"""
-    probabilities = torch.softmax(logits.double() / temperature, dim=-1)
+def _penalised(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    """Logits of seen tokens divided by their row's penalty, or multiplied where they are under 0 (Keskar et al. 2019,
+    arXiv 1909.05858, as transformers and vLLM have it). [B, V]"""
+    places = [(row, token, s.penalty) for row, s in enumerate(samplers) if s.penalty != 1 for token in s.seen]
+    if not places:
+        return logits
+    rows, tokens, penalties = zip(*places, strict=True)
+    index = (torch.tensor(rows, device=logits.device), torch.tensor(tokens, device=logits.device))
+    factors = torch.tensor(penalties, dtype=logits.dtype, device=logits.device)
+    values = logits[index]
+    return logits.index_put(index, torch.where(values < 0, values * factors, values / factors))
+
+
+def _sample(logits: Tensor, request: GenerateRequest, generator: torch.Generator) -> int:
+    """One token of those that the request leaves. logits [V]"""
+    probabilities = torch.softmax(logits.double() / request.temperature, dim=-1)
     draw = torch.rand((), generator=generator, dtype=torch.float64).to(logits.device)
-    if top_p >= 1:
+    if request.top_p >= 1 and not request.top_k and not request.min_p:
         return _drawn(probabilities, draw)
-    few = min(NUCLEUS, len(probabilities))
-    values, tokens = probabilities.topk(few)
-    if few < len(probabilities) and values.sum() < top_p:
-        values, tokens = probabilities.sort(descending=True)
-    before = values.cumsum(0) - values
-    values = values[: max(1, int((before < top_p).sum()))]  # the token that crosses the share belongs to it
+    values, tokens = _kept(probabilities, request)
     return int(tokens[_drawn(values, draw)])
+
+
+def _kept(probabilities: Tensor, request: GenerateRequest) -> tuple[Tensor, Tensor]:
+    """Probabilities of the tokens that may be drawn, the likeliest first, and the tokens, some of them too many."""
+    values, tokens = _likeliest(probabilities, request)
+    values = values[values >= request.min_p * values[0]]
+    share = float(values.sum()) if request.top_k or request.min_p else 1.0
+    before = values.cumsum(0) - values
+    kept = max(1, int((before < request.top_p * share).sum()))  # the token that crosses the share belongs to it
+    return values[:kept], tokens
+
+
+def _likeliest(probabilities: Tensor, request: GenerateRequest) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens in order, as many as the request may draw from. probabilities [V]"""
+    few = min(request.top_k or NUCLEUS, len(probabilities))
+    values, tokens = probabilities.topk(few)
+    if request.top_k or few == len(probabilities):
+        return values, tokens
+    left = values[-1] >= request.min_p * values[0] if request.min_p else values.sum() < request.top_p
+    if left:
+        values, tokens = probabilities.sort(descending=True)
+    return values, tokens
 
 
 def _drawn(weights: Tensor, draw: Tensor) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from .base import Engine, GenerateRequest
+from .defaults import GenerationDefaults
 
 Finish = Literal["stop", "length"]
 
@@ -51,7 +52,7 @@ class Piece:
     """What has been added to an answer. The texts of all pieces make up the answer; only the last one has `finish`.
 
     Attributes:
-        tokens: generated so far, the end token and stop texts among them.
+        tokens: written so far; in the last piece as in `Generation`.
         scores: of the tokens whose text begins in this piece, where asked for.
         prompt_scores: of the prompt, in the first piece, where asked for.
     """
@@ -87,7 +88,14 @@ class EngineState:
 
 
 class StreamingEngine(Engine, Protocol):
-    """An engine that takes requests while others run."""
+    """An engine that takes requests while others run.
+
+    Attributes:
+        defaults: what the checkpoint says of a request that leaves a setting out.
+    """
+
+    @property
+    def defaults(self) -> GenerationDefaults: ...
 
     @property
     def state(self) -> EngineState: ...

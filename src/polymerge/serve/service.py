@@ -86,16 +86,18 @@ class Service:
         count = body.n or 1
         if count * len(prompts) > self.settings.max_choices:
             raise ApiError(400, f"n: at most {self.settings.max_choices} answers a request", param="n")
-        requests = []
+        requests, defaults = [], self.engine.defaults
         for prompt, choice in zip(prompts, choices, strict=True):
             asked = GenerateRequest(
                 prompt,
                 choice.expert,
                 max_new_tokens=self._budget(len(prompt), tokens),
-                temperature=1.0 if body.temperature is None else body.temperature,
-                top_p=1.0 if body.top_p is None else body.top_p,
+                temperature=defaults.temperature if body.temperature is None else body.temperature,
+                top_p=defaults.top_p if body.top_p is None else body.top_p,
                 seed=body.seed,
                 stop=body.stops,
+                top_k=defaults.top_k,
+                min_p=defaults.min_p,
             )
             seeds = [None if body.seed is None else body.seed + k for k in range(count)]
             requests += [
@@ -168,7 +170,8 @@ class Service:
         """Tokens that an answer may have."""
         room = self.engine.max_length - prompt
         if tokens is None:
-            tokens = max(1, min(room, self.settings.max_tokens))
+            usual = self.engine.defaults.max_new_tokens or room
+            tokens = max(1, min(room, usual, self.settings.max_tokens))
         if tokens > self.settings.max_tokens:
             raise ApiError(400, f"max_tokens: this server gives at most {self.settings.max_tokens}", param="max_tokens")
         if tokens > room:

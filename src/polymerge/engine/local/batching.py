@@ -18,13 +18,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from ...errors import DeadlineError, EngineBusyError, EngineDownError, ModelError
+from ...errors import DeadlineError, EngineBusyError, EngineDownError
 from ...model.assignment import Assignment
 from ..admission import DEFAULT_LIMITS, Limits, admit
-from ..answer import Answer
+from ..answer import Answer, Collector, new_answer
 from ..base import FloatArray, GenerateRequest, Generation, Message, Pooling, Prompt, Score, ScoreRequest
+from ..defaults import GenerationDefaults
 from ..jobs import Jobs
-from ..streaming import EngineState, Listener, Piece, Stream, StreamRequest
+from ..streaming import EngineState, Listener, Stream, StreamRequest
 from .engine import HFEngine
 from .running import RunningBatch
 
@@ -50,7 +51,6 @@ class BatchingEngine:
         self._front.tokenizer = copy.deepcopy(engine.tokenizer)
         self._tokenizing = threading.Lock()
         self._checks = Assignment(engine.experts, torch.device("cpu"))
-        self._ends = engine.end_tokens()
         self._waiting: deque[Answer] = deque()
         self._batch = RunningBatch(engine)
         self._changed = threading.Condition()
@@ -73,6 +73,10 @@ class BatchingEngine:
         return self._engine.fingerprint
 
     @property
+    def defaults(self) -> GenerationDefaults:
+        return self._engine.defaults
+
+    @property
     def state(self) -> EngineState:
         return EngineState(self._status, len(self._batch), len(self._waiting))
 
@@ -93,9 +97,9 @@ class BatchingEngine:
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """As in the contract; the requests share the running batch with everyone else's, however long the queue is."""
-        collectors = [_Collector() for _ in requests]
+        collectors = [Collector() for _ in requests]
         streams = self._take([StreamRequest(r) for r in requests], collectors, bounded=False)
-        return [collector.result(stream) for collector, stream in zip(collectors, streams, strict=True)]
+        return [collector.result(stream.prompt_tokens) for collector, stream in zip(collectors, streams, strict=True)]
 
     def loglikelihood(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         """As in the contract."""
@@ -144,20 +148,15 @@ class BatchingEngine:
         return list(answers)
 
     def _answer(self, request: StreamRequest, listener: Listener) -> Answer:
-        asked = request.generate
-        prompt = self.encode(asked.prompt) if isinstance(asked.prompt, str) else self._engine.checked(asked.prompt)
-        if not prompt:
-            raise ModelError("generate: the prompt is empty")
-        room = self.max_length - len(prompt)
-        if room < min(1, asked.max_new_tokens):
-            raise ModelError(f"generate: the prompt has {len(prompt)} tokens, the model's context {self.max_length}")
-        if self.experts:
-            with self._tokenizing:
+        asked, defaults = request.generate, self.defaults
+        with self._tokenizing:
+            prompt = self._front.ids(asked.prompt)
+            if self.experts:
                 self._checks.set(asked.expert, 1)
-        elif asked.expert not in (None, "average"):
-            raise ModelError(f"a plain model has no experts; the request asks for {asked.expert!r}")
-        request = replace(request, generate=replace(asked, max_new_tokens=min(asked.max_new_tokens, room)))
-        return Answer(request, prompt, listener, ends=self._ends, decode=self._engine.decode)
+            else:
+                self._front.check_expert(asked.expert)
+        length, decode = self.max_length, self._engine.text
+        return new_answer(request, prompt, listener, defaults=defaults, max_length=length, decode=decode)
 
     def _on_worker(self, key: Any, items: Sequence[Any], run: Callable[[Sequence[Any]], list[Result]]) -> list[Result]:
         """Runs something on the model between two steps."""
@@ -252,34 +251,8 @@ class BatchingEngine:
         """Whether the model can still be used at all."""
         time.sleep(pause)
         try:
-            self._engine.embed([[min(self._ends, default=0)]])
+            self._engine.embed([[min(self.defaults.ends, default=0)]])
         except Exception:
             logger.exception("the model cannot be used")
             return False
         return True
-
-
-class _Collector:
-    """A listener that waits for the whole answer."""
-
-    def __init__(self) -> None:
-        self._done = threading.Event()
-        self._pieces: list[Piece] = []
-        self._error: Exception | None = None
-
-    def __call__(self, heard: Piece | Exception) -> None:
-        if isinstance(heard, Exception):
-            self._error = heard
-        else:
-            self._pieces.append(heard)
-        if self._error or self._pieces[-1].finish:
-            self._done.set()
-
-    def result(self, stream: Stream) -> Generation:
-        self._done.wait()
-        if self._error:
-            raise self._error
-        last = self._pieces[-1]
-        return Generation(
-            "".join(piece.text for piece in self._pieces), stream.prompt_tokens, last.tokens, last.finish or "stop"
-        )

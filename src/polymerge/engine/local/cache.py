@@ -7,6 +7,7 @@ are written so that they end where everyone's do. Knows columns and rows; does n
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ...errors import ModelError
 
 # Columns of room for new tokens that are made at a time: the live columns are moved once in so many steps.
 GROWTH = 256
+
+
+def joins(model: Any) -> bool:
+    """Whether rows of this transformers model can come and go: it keeps their keys and values and nothing else, and is
+    told where their tokens stand."""
+    if not {"past_key_values", "attention_mask", "position_ids"} <= inspect.signature(model.forward).parameters.keys():
+        return False
+    layers = DynamicCache(config=model.config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 @dataclass

@@ -1,163 +1,70 @@
 """The embedded engine: a bundle or a plain checkpoint, run by transformers in this process.
 
-Puts requests of like length into batches of bounded size, and halves a batch that runs out of memory. Knows tokens,
-padding and caches; does not know routers or prompts' wording.
+Makes answers by the running batch that a server has. Scores and embeddings go in batches of like length and bounded
+size; one that runs out of memory is halved. Knows padding and caches; does not know routers or prompts' wording.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...bundle.bundle import Bundle
 from ...errors import ModelError
-from ...host import DTYPES, pick_device, pick_dtype
-from ...model import MixedModel, load_model
-from ...recipe.merge import Source
-from ...sources.adapter import AdapterCheckpoint
-from ...sources.checkpoint import Checkpoint
-from ...sources.opening import open_checkpoint
-from ..base import FloatArray, GenerateRequest, Generation, Message, Pooling, Prompt, Score, ScoreRequest
-from ..sampling import StopTexts, first_stop
+from ..answer import Answer, Collector, new_answer
+from ..base import FloatArray, GenerateRequest, Generation, Pooling, Prompt, Score, ScoreRequest
 from ..scoring import scored_pair
+from ..streaming import Listener, StreamRequest
+from .cache import joins
+from .fixed import answer_fixed
+from .loaded import LoadedModel, positions
+from .offline import answer_all
 
-# Tokens of a batch, padding included: wide enough to keep two to sixteen cores busy, small enough for a laptop.
-BATCH_TOKENS = 4096
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class HFEngine:
-    """Runs a model that transformers has loaded.
-
-    Args:
-        model: a MixedModel, or a transformers causal language model whose requests name no expert.
-        fingerprint: changes with anything that the results depend on.
-        batch_tokens: tokens of one batch at most, padding included; one request always fits.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any, *, fingerprint: str, batch_tokens: int = BATCH_TOKENS) -> None:
-        self.model, self.tokenizer, self.fingerprint = model, tokenizer, fingerprint
-        self.batch_tokens = batch_tokens
-        self._mixed = isinstance(model, MixedModel)
-        self.hf: Any = model.hf if self._mixed else model
-        self._vocabulary = int(self.hf.config.get_text_config().vocab_size)
-
-    @classmethod
-    def from_bundle(cls, bundle: Bundle | str | Path, *, batch_tokens: int = BATCH_TOKENS, **load: Any) -> HFEngine:
-        """A bundle; further arguments are `load_model`'s."""
-        model = load_model(bundle, **load)
-        return cls(model, model.tokenizer, fingerprint=model.bundle.digest, batch_tokens=batch_tokens)
-
-    @classmethod
-    def from_checkpoint(
-        cls,
-        source: Source | str,
-        *,
-        device: str | None = None,
-        dtype: str | None = None,
-        trust_remote_code: bool = False,
-        batch_tokens: int = BATCH_TOKENS,
-    ) -> HFEngine:
-        """A plain model: a folder, a hub id, a GGUF file, an adapter over its base or `package:NAME`, as in a recipe.
-
-        Raises:
-            SourceError: it cannot be read. ModelError: transformers cannot load it.
-        """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        checkpoint = open_checkpoint(source)
-        place = pick_device(device)
-        chosen = pick_dtype(dtype, place, _stored_dtype(checkpoint))
-        options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-        try:
-            model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=chosen, **options)
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, padding_side="left", **options)
-        except Exception as error:  # transformers raises many types for one unusable folder
-            reason = " ".join(str(error).split())[:300]
-            raise ModelError(f"{checkpoint.label}: transformers cannot load it ({reason})") from None
-        if isinstance(checkpoint, AdapterCheckpoint):  # its folder is the base's
-            _put_adapter(model, checkpoint)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        model.eval().requires_grad_(False).to(place)
-        digest = hashlib.sha256(json.dumps(checkpoint.fingerprint(), sort_keys=True).encode()).hexdigest()
-        return cls(model, tokenizer, fingerprint=digest, batch_tokens=batch_tokens)
-
-    @property
-    def experts(self) -> list[str]:
-        """Names of the bundle's experts; none for a plain model."""
-        return list(self.model.experts) if self._mixed else []
-
-    @property
-    def max_length(self) -> int:
-        """The context, in tokens."""
-        text_config = self.hf.config.get_text_config()
-        return int(getattr(text_config, "max_position_embeddings", 0) or self.tokenizer.model_max_length)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lies."""
-        return torch.device(self.hf.device)
-
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of a text."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens. Raises ModelError for ids outside the vocabulary."""
-        text: str = self.tokenizer.decode(self.checked(ids), skip_special_tokens=True)
-        return text
-
-    def token_text(self, token: int) -> str:
-        """One token alone, special tokens too; it may be a part of a character."""
-        text: str = self.tokenizer.decode([token], skip_special_tokens=False)
-        return text
-
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation; without a chat template, its turns one below the other."""
-        if self.tokenizer.chat_template is None:
-            return self.encode("".join(f"{message['content']}\n" for message in messages))
-        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return self.encode(text, special=False)  # a rendered template holds its special tokens already
+class HFEngine(LoadedModel):
+    """An `Engine` of this process. `from_bundle` and `from_checkpoint` make one."""
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
-        """As in the contract. Rows of one batch share their sampling settings; greedy ones share a batch whatever
-        their lengths."""
-        encoded = [(request, self._ids(request.prompt)) for request in requests]
-        for request, ids in encoded:
-            if not ids:
-                raise ModelError("generate: the prompt is empty")
-            if len(ids) >= self.max_length:
-                raise ModelError(f"generate: the prompt has {len(ids)} tokens, the model's context {self.max_length}")
-            self._check(request.expert)
-        results: list[Generation | None] = [None] * len(requests)
-        kinds: dict[tuple[Any, ...], list[int]] = {}
-        for number, (request, _) in enumerate(encoded):
-            sampling = (request.temperature, request.top_p, request.seed) if request.temperature > 0 else ()
-            kinds.setdefault((*sampling, _room(request.max_new_tokens)), []).append(number)
-        for numbers in kinds.values():
-            lengths = [len(encoded[n][1]) + encoded[n][0].max_new_tokens for n in numbers]
-            found = self._in_batches([encoded[n] for n in numbers], lengths, self._generate_batch)
-            for number, generation in zip(numbers, found, strict=True):
-                results[number] = generation
-        return [result for result in results if result is not None]
+        """As in the contract, by the loop of a server. A request that draws without a seed takes one from torch's
+        global generator, so that `torch.manual_seed` fixes what a program draws."""
+        collectors = [Collector() for _ in requests]
+        answers = self._answers(requests, collectors)
+        self._run(answers)
+        return [collector.result(len(a.prompt)) for collector, a in zip(collectors, answers, strict=True)]
+
+    def stream(self, requests: Sequence[GenerateRequest], listeners: Sequence[Listener]) -> None:
+        """The same, while listeners hear the answers piece by piece from this thread; it returns when all are over."""
+        self._run(self._answers(requests, listeners))
+
+    def _answers(self, requests: Sequence[GenerateRequest], listeners: Sequence[Listener]) -> list[Answer]:
+        return [self._answer(*pair) for pair in zip(requests, listeners, strict=True)]
+
+    def _answer(self, request: GenerateRequest, listener: Listener) -> Answer:
+        self.check_expert(request.expert)
+        prompt, asked, length = self.ids(request.prompt), StreamRequest(_seeded(request)), self.max_length
+        return new_answer(asked, prompt, listener, defaults=self.defaults, max_length=length, decode=self.text)
+
+    def _run(self, answers: Sequence[Answer]) -> None:
+        if joins(self.hf):
+            answer_all(self, answers)
+        else:
+            rows = [answer.longest for answer in answers]
+            self._in_batches(answers, rows, lambda batch: answer_fixed(self, batch))
 
     def loglikelihood(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         """As in the contract. Contexts that several requests share are computed once: the choices of a question."""
         groups: dict[tuple[tuple[int, ...], str], list[tuple[int, list[int]]]] = {}
         experts = {}
         for number, request in enumerate(requests):
-            self._check(request.expert)
+            self.check_expert(request.expert)
             context, continuation = self._pair(request)
             key = (tuple(context), json.dumps(request.expert, sort_keys=True))
             experts[key] = request.expert
@@ -175,7 +82,7 @@ class HFEngine:
         self, prompts: Sequence[Prompt], *, layers: Sequence[int] = (-1,), pooling: Pooling = "last"
     ) -> FloatArray:
         """As in the contract: [len(prompts), len(layers), hidden], float32."""
-        encoded = [self._ids(prompt) for prompt in prompts]
+        encoded = [self.ids(prompt) for prompt in prompts]
         for ids in encoded:
             if not 0 < len(ids) <= self.max_length:
                 raise ModelError(f"embed: a text has {len(ids)} tokens; 1 to {self.max_length} fit the model")
@@ -187,30 +94,10 @@ class HFEngine:
         width = self.hf.config.get_text_config().hidden_size
         return np.stack(found) if found else np.zeros((0, len(layers), width), dtype=np.float32)
 
-    def _ids(self, prompt: Prompt) -> list[int]:
-        return self.encode(prompt) if isinstance(prompt, str) else self.checked(prompt)
-
-    def checked(self, ids: Sequence[int]) -> list[int]:
-        """Token ids as they are. Raises ModelError for one outside the vocabulary."""
-        if ids and not (min(ids) >= 0 and max(ids) < self._vocabulary):
-            wrong = next(token for token in ids if not 0 <= token < self._vocabulary)
-            raise ModelError(f"token {wrong}: the vocabulary ends at {self._vocabulary - 1}")
-        return list(ids)
-
     def _pair(self, request: ScoreRequest) -> tuple[list[int], list[int]]:
         continuation = request.continuation
         ids = self.encode(continuation, special=False) if isinstance(continuation, str) else self.checked(continuation)
-        return scored_pair(self._ids(request.context), ids, self.tokenizer, self.max_length)
-
-    def _check(self, expert: Any) -> None:
-        if self._mixed:
-            self.model.check_experts(expert)
-        elif expert not in (None, "average"):
-            raise ModelError(f"a plain model has no experts; the request asks for {expert!r}")
-
-    def assigned(self, experts: Any, rows: int) -> AbstractContextManager[None]:
-        """Everything that runs inside uses these experts, one a row. Raises ModelError as `generate` does."""
-        return self.model.assigned(experts, rows) if self._mixed else nullcontext()
+        return scored_pair(self.ids(request.context), ids, self.tokenizer, self.max_length)
 
     def _in_batches(
         self, items: Sequence[Item], lengths: Sequence[int], run: Callable[[Sequence[Item]], list[Result]]
@@ -222,59 +109,6 @@ class HFEngine:
             for number, result in zip(numbers, _backing_off([items[n] for n in numbers], run), strict=True):
                 results[number] = result
         return results  # type: ignore[return-value]
-
-    def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """ids and attention mask [B, T], padded on the left."""
-        width = max(len(row) for row in rows)
-        ids = torch.full((len(rows), width), int(self.tokenizer.pad_token_id))
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for number, row in enumerate(rows):
-            ids[number, width - len(row) :] = torch.tensor(row)
-            mask[number, width - len(row) :] = 1
-        return ids.to(self.device), mask.to(self.device)
-
-    @torch.inference_mode()
-    def _generate_batch(self, rows: Sequence[tuple[GenerateRequest, list[int]]]) -> list[Generation]:
-        requests = [request for request, _ in rows]
-        ids, mask = self.padded([own for _, own in rows])
-        first, width = requests[0], ids.shape[1]
-        options: dict[str, Any] = {"do_sample": False}
-        if first.temperature > 0:
-            options = {"do_sample": True, "temperature": first.temperature, "top_p": first.top_p, "top_k": 0}
-            if first.seed is not None:
-                torch.manual_seed(first.seed)
-        stop = StopTexts(self.tokenizer, [r.stop for r in requests], [r.max_new_tokens for r in requests], width)
-        room = min(max(request.max_new_tokens for request in requests), self.max_length - width)
-        experts = {"experts": [request.expert for request in requests]} if self._mixed else {}
-        output = self.model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=room,
-            stopping_criteria=[stop],
-            pad_token_id=self.tokenizer.pad_token_id,
-            **experts,
-            **options,
-        )
-        return [
-            self._generation(request, len(own), new.tolist())
-            for (request, own), new in zip(rows, output[:, width:], strict=True)
-        ]
-
-    def _generation(self, request: GenerateRequest, prompt_tokens: int, new: list[int]) -> Generation:
-        ends = self.end_tokens()
-        new = new[: request.max_new_tokens]
-        end = next((place for place, token in enumerate(new) if token in ends), None)
-        kept = new if end is None else new[:end]
-        text, stopped = first_stop(self.decode(kept), request.stop)
-        finished = end is not None or stopped
-        tokens = len(kept) + (end is not None)
-        return Generation(text, prompt_tokens, tokens, "stop" if finished else "length")
-
-    def end_tokens(self) -> set[int]:
-        """Tokens after which an answer is over."""
-        ends = self.hf.generation_config.eos_token_id
-        listed = ends if isinstance(ends, list) else [ends]
-        return {int(token) for token in (*listed, self.tokenizer.eos_token_id) if token is not None}
 
     @torch.inference_mode()
     def _score_batch(self, rows: Sequence[tuple[list[int], Any, list[list[int]]]]) -> list[list[Score]]:
@@ -349,31 +183,10 @@ class HFEngine:
         return list(pooled.cpu().numpy())
 
 
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of the checkpoint's configuration, or else of its first tensor that a model computes with."""
-    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    stored = next((info.dtype for info in checkpoint.tensors.values() if info.dtype), torch.float32)
-    return DTYPES.get(str(named), stored)
-
-
-@torch.no_grad()
-def _put_adapter(model: Any, checkpoint: AdapterCheckpoint) -> None:
-    """Puts every tensor that the adapter changes into its base."""
-    parameters = model.state_dict()
-    for name in checkpoint.changed:
-        if name not in parameters:
-            raise ModelError(f"{checkpoint.label}: the adapter changes {name!r}, which the loaded base does not have")
-        parameters[name].copy_(checkpoint.read(name))
-
-
-def positions(mask: Tensor) -> Tensor:
-    """Positions that padding on the left does not shift. [B, T]"""
-    return (mask.cumsum(dim=1) - 1).clamp(min=0)
-
-
-def _room(tokens: int) -> int:
-    """Budgets of new tokens that may share a batch: equal up to a factor of two."""
-    return max(1, tokens).bit_length()
+def _seeded(request: GenerateRequest) -> GenerateRequest:
+    if request.greedy or request.seed is not None:
+        return request
+    return replace(request, seed=int(torch.randint(2**62, ())))
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:

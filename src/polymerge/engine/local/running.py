@@ -1,7 +1,7 @@
 """The rows that a model reads together: newcomers join after their prompts were read, answers that are over leave.
 
-Knows tokens, caches and experts. Does not know who waits (`polymerge.engine.local.batching`) or what tokens mean as
-text.
+Knows tokens, caches and experts. Does not know who waits (`polymerge.engine.local.batching` for a server, `offline`
+for a list) or what tokens mean as text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..answer import Answer
 from ..sampling import choose_tokens
 from ..streaming import TokenScore
 from .cache import RunningCache
-from .engine import HFEngine, positions
+from .loaded import LoadedModel, positions
 
 # A prompt is read in pieces of so many tokens: bounds what attention and the scores of a long one need.
 CHUNK = 512
@@ -31,7 +31,7 @@ class RunningBatch:
         answers: in the order of the rows.
     """
 
-    def __init__(self, engine: HFEngine) -> None:
+    def __init__(self, engine: LoadedModel) -> None:
         self._engine, self._cache = engine, RunningCache()
         self.answers: list[Answer] = []
         self._assignment = ExitStack()
@@ -126,9 +126,7 @@ class RunningBatch:
 
     def _take(self, answers: Sequence[Answer], logits: Tensor) -> None:
         requests = [answer.request for answer in answers]
-        tokens = choose_tokens(
-            logits, [request.generate for request in requests], [answer.generator for answer in answers]
-        )
+        tokens = choose_tokens(logits, [answer.sampler for answer in answers])
         for row, (answer, request, token) in enumerate(zip(list(answers), requests, tokens, strict=True)):
             wanted = request.logprobs is not None
             answer.take(token, self._scores(logits[row : row + 1], [token], request.logprobs)[0] if wanted else None)
@@ -140,7 +138,7 @@ class RunningBatch:
 class _PromptScorer:
     """The scores of one row's prompt, gathered as its pieces are read."""
 
-    def __init__(self, engine: HFEngine, answer: Answer, width: int) -> None:
+    def __init__(self, engine: LoadedModel, answer: Answer, width: int) -> None:
         self._engine, self._answer, self._pad = engine, answer, width - len(answer.tokens)
         self.wanted = answer.request.score_prompt and not answer.made
         self.scores: list[TokenScore] = []
@@ -151,14 +149,14 @@ class _PromptScorer:
             return
         prompt = self._answer.prompt
         if not self.scores and prompt:
-            self.scores.append(TokenScore(self._engine.token_text(prompt[0]), None))
+            self.scores.append(TokenScore(self._engine.text(prompt[:1], True), None))
         first = max(self._pad, start)
         logits = logits[first - start :]
         targets = prompt[first - self._pad + 1 : first - self._pad + 1 + len(logits)]
         self.scores += token_scores(self._engine, logits[: len(targets)], targets, self._answer.request.logprobs or 0)
 
 
-def token_scores(engine: HFEngine, logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenScore]:
+def token_scores(engine: LoadedModel, logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenScore]:
     """Scores of tokens [T] under logits [T, V], with the `top` likeliest alternatives."""
     if not len(tokens):
         return []
@@ -167,6 +165,6 @@ def token_scores(engine: HFEngine, logits: Tensor, tokens: Sequence[int], top: i
     values, likeliest = logprobs.topk(min(top, logits.shape[-1]), dim=-1)
     found = []
     for token, logprob, row, ids in zip(tokens, own, values.tolist(), likeliest.tolist(), strict=True):
-        others = tuple((engine.token_text(other), value) for other, value in zip(ids, row, strict=True))
-        found.append(TokenScore(engine.token_text(token), logprob, others))
+        others = tuple((engine.text([other], True), value) for other, value in zip(ids, row, strict=True))
+        found.append(TokenScore(engine.text([token], True), logprob, others))
     return found

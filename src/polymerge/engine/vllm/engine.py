@@ -17,11 +17,15 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from ...errors import ModelError
+from ..answer import Answer, Collector, new_answer
 from ..base import FloatArray, GenerateRequest, Generation, Message, Pooling, Prompt, Score, ScoreRequest
-from ..sampling import first_stop
+from ..chat import chat_ids
+from ..defaults import GenerationDefaults, folder_defaults
 from ..scoring import scored_pair
+from ..streaming import Listener, StreamRequest
 from .api import VllmApi
 from .folder import AVERAGE, VllmNote, distance, read_note
+from .reading import Reader
 from .scores import Place, Scored, score_text, score_token
 from .server import VllmServer
 
@@ -49,7 +53,8 @@ class VllmEngine:
         self.folder, self.api = Path(folder).expanduser(), api
         self.note: VllmNote = read_note(self.folder)
         self._concurrency = concurrency
-        self._tokenizing = threading.RLock()  # a tokenizer changes its settings while it encodes
+        self._tokenizing = threading.Lock()  # a tokenizer changes its settings while it encodes
+        self._reader = Reader(api, self.text)
 
     @classmethod
     def connect(
@@ -99,24 +104,51 @@ class VllmEngine:
             ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
             return ids
 
+    @cached_property
+    def defaults(self) -> GenerationDefaults:
+        """What the exported generation_config.json says."""
+        return folder_defaults(self.folder, self.tokenizer)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
+        return self.text(ids, False)
+
+    def text(self, ids: Sequence[int], special: bool) -> str:
+        """The text of token ids, with or without special tokens."""
         with self._tokenizing:
-            text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+            text: str = self.tokenizer.decode(list(ids), skip_special_tokens=not special)
             return text
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation; without a chat template, its turns one below the other."""
-        if self.tokenizer.chat_template is None:
-            return self.encode("".join(f"{message['content']}\n" for message in messages))
         with self._tokenizing:
-            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return self.encode(text, special=False)  # a rendered template holds its special tokens already
+            return chat_ids(self.tokenizer, messages)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """As in the contract; vLLM makes its batches of requests for different experts."""
-        prepared = [(request, self._prompt(request)) for request in requests]
-        return self._all(self._generate, prepared)
+        collectors = [Collector() for _ in requests]
+        answers = [self.answer(StreamRequest(r), heard) for r, heard in zip(requests, collectors, strict=True)]
+        self._all(lambda answer: self._reader.read(answer, self._model(answer.request.generate.expert)), answers)
+        return [heard.result(len(answer.prompt)) for heard, answer in zip(collectors, answers, strict=True)]
+
+    def answer(self, request: StreamRequest, listener: Listener) -> Answer:
+        """An answer that is ready to be read. Raises ModelError for a request that vLLM cannot answer."""
+        asked = request.generate
+        self._model(asked.expert)
+        if request.score_prompt and self.note.head_adapters:
+            raise ModelError(
+                "vLLM cannot score prompts of experts with heads (or tied embeddings) of their own; "
+                "merge with `embeddings: average` and `lm_head: average`"
+            )
+        return new_answer(
+            request,
+            self._ids(asked.prompt),
+            listener,
+            defaults=self.defaults,
+            max_length=self.max_length,
+            decode=self.text,
+            spare=1,  # vLLM makes a token even where only scores are wanted
+        )
 
     def loglikelihood(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         """As in the contract. One token less of the context fits: vLLM always makes one."""
@@ -180,40 +212,6 @@ class VllmEngine:
                 f"{self.api.url}: the average is {off:.2g} nats a token from the exported one; does the server run "
                 f"{self.folder}, with --max-loras {len(self.experts) + 1} or more?"
             )
-
-    def _prompt(self, request: GenerateRequest) -> list[int]:
-        ids = self._ids(request.prompt)
-        if not ids:
-            raise ModelError("generate: the prompt is empty")
-        if len(ids) >= self.max_length:
-            raise ModelError(f"generate: the prompt has {len(ids)} tokens, the model's context {self.max_length}")
-        self._model(request.expert)
-        return ids
-
-    def _generate(self, item: tuple[GenerateRequest, list[int]]) -> Generation:
-        request, ids = item
-        choice = self.api.complete(self._body(request, ids, stop=True))["choices"][0]
-        made: list[int] = choice["token_ids"]
-        # decoded here, so that the text is what the embedded engine makes of the same tokens
-        text, _ = first_stop(self.decode(made), request.stop)
-        return Generation(text, len(ids), len(made), "stop" if choice["finish_reason"] == "stop" else "length")
-
-    def _body(self, request: GenerateRequest, ids: Sequence[int], *, stop: bool) -> dict[str, Any]:
-        """A call of /v1/completions, with or without vLLM looking for the stop texts itself."""
-        return {
-            "model": self._model(request.expert),
-            "prompt": list(ids),
-            "max_tokens": min(request.max_new_tokens, self.max_length - len(ids)),
-            "temperature": request.temperature,
-            "top_p": request.top_p if request.temperature > 0 else 1.0,
-            "seed": request.seed,
-            "stop": (list(request.stop) or None) if stop else None,
-            # what a generation_config.json may have changed: the contract knows none of it
-            "top_k": 0,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "return_token_ids": True,
-        }
 
     def _scores(self, items: Sequence[tuple[str, Sequence[int], int]]) -> list[list[Scored]]:
         """Every token of the texts from `start` on: (model, ids, start)."""

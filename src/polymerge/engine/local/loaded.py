@@ -1,0 +1,186 @@
+"""A model that transformers has loaded, with its tokenizer: what the engine and the running batch share.
+
+Knows how a bundle or a plain checkpoint is loaded, tokens, padding and the assignment of experts. Does not know
+requests, answers or batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ...bundle.bundle import Bundle
+from ...errors import ModelError
+from ...host import DTYPES, pick_device, pick_dtype
+from ...model import MixedModel, load_model
+from ...recipe.merge import Source
+from ...sources.adapter import AdapterCheckpoint
+from ...sources.checkpoint import Checkpoint
+from ...sources.opening import open_checkpoint
+from ..base import Message, Prompt
+from ..chat import chat_ids
+from ..defaults import checkpoint_defaults
+
+# Tokens of a batch, padding included: wide enough to keep two to sixteen cores busy, small enough for a laptop.
+BATCH_TOKENS = 4096
+
+
+class LoadedModel:
+    """A model and its tokenizer.
+
+    Args:
+        model: a MixedModel, or a transformers causal language model whose requests name no expert.
+        fingerprint: changes with anything that the results depend on.
+        batch_tokens: tokens of one batch at most, padding included; one request always fits.
+
+    Attributes:
+        defaults: what the checkpoint's generation_config.json says.
+
+    Raises:
+        ModelError: it says something that means nothing.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, fingerprint: str, batch_tokens: int = BATCH_TOKENS) -> None:
+        self.model, self.tokenizer, self.fingerprint = model, tokenizer, fingerprint
+        self.batch_tokens = batch_tokens
+        self._mixed = isinstance(model, MixedModel)
+        self.hf: Any = model.hf if self._mixed else model
+        self._vocabulary = int(self.hf.config.get_text_config().vocab_size)
+        label = str(model.bundle.path if self._mixed else self.hf.config.name_or_path or "the model")
+        self.defaults = checkpoint_defaults(self.hf.generation_config, tokenizer, label)
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle | str | Path, *, batch_tokens: int = BATCH_TOKENS, **load: Any) -> Self:
+        """A bundle; further arguments are `load_model`'s."""
+        model = load_model(bundle, **load)
+        return cls(model, model.tokenizer, fingerprint=model.bundle.digest, batch_tokens=batch_tokens)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        source: Source | str,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        trust_remote_code: bool = False,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> Self:
+        """A plain model: a folder, a hub id, a GGUF file, an adapter over its base or `package:NAME`, as in a recipe.
+
+        Raises:
+            SourceError: it cannot be read. ModelError: transformers cannot load it.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        checkpoint = open_checkpoint(source)
+        place = pick_device(device)
+        chosen = pick_dtype(dtype, place, _stored_dtype(checkpoint))
+        options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=chosen, **options)
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, padding_side="left", **options)
+        except Exception as error:  # transformers raises many types for one unusable folder
+            reason = " ".join(str(error).split())[:300]
+            raise ModelError(f"{checkpoint.label}: transformers cannot load it ({reason})") from None
+        if isinstance(checkpoint, AdapterCheckpoint):  # its folder is the base's
+            _put_adapter(model, checkpoint)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model.eval().requires_grad_(False).to(place)
+        digest = hashlib.sha256(json.dumps(checkpoint.fingerprint(), sort_keys=True).encode()).hexdigest()
+        return cls(model, tokenizer, fingerprint=digest, batch_tokens=batch_tokens)
+
+    @property
+    def experts(self) -> list[str]:
+        """Names of the bundle's experts; none for a plain model."""
+        return list(self.model.experts) if self._mixed else []
+
+    @property
+    def max_length(self) -> int:
+        """The context, in tokens."""
+        text_config = self.hf.config.get_text_config()
+        return int(getattr(text_config, "max_position_embeddings", 0) or self.tokenizer.model_max_length)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return torch.device(self.hf.device)
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a text."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens. Raises ModelError for ids outside the vocabulary."""
+        return self.text(self.checked(ids), False)
+
+    def text(self, ids: Sequence[int], special: bool) -> str:
+        """The text of token ids, with or without special tokens; that of one alone may be a part of a character."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=not special)
+        return text
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation; without a chat template, its turns one below the other."""
+        return chat_ids(self.tokenizer, messages)
+
+    def ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt. Raises ModelError as `checked` does."""
+        return self.encode(prompt) if isinstance(prompt, str) else self.checked(prompt)
+
+    def checked(self, ids: Sequence[int]) -> list[int]:
+        """Token ids as they are. Raises ModelError for one outside the vocabulary."""
+        if ids and not (min(ids) >= 0 and max(ids) < self._vocabulary):
+            wrong = next(token for token in ids if not 0 <= token < self._vocabulary)
+            raise ModelError(f"token {wrong}: the vocabulary ends at {self._vocabulary - 1}")
+        return list(ids)
+
+    def check_expert(self, expert: Any) -> None:
+        """Raises ModelError for an expert that the model does not have."""
+        if self._mixed:
+            self.model.check_experts(expert)
+        elif expert not in (None, "average"):
+            raise ModelError(f"a plain model has no experts; the request asks for {expert!r}")
+
+    def assigned(self, experts: Any, rows: int) -> AbstractContextManager[None]:
+        """Everything that runs inside uses these experts, one a row. Raises ModelError as `generate` does."""
+        return self.model.assigned(experts, rows) if self._mixed else nullcontext()
+
+    def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """ids and attention mask [B, T], padded on the left."""
+        width = max(len(row) for row in rows)
+        ids = torch.full((len(rows), width), int(self.tokenizer.pad_token_id))
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for number, row in enumerate(rows):
+            ids[number, width - len(row) :] = torch.tensor(row)
+            mask[number, width - len(row) :] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of the checkpoint's configuration, or else of its first tensor that a model computes with."""
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    stored = next((info.dtype for info in checkpoint.tensors.values() if info.dtype), torch.float32)
+    return DTYPES.get(str(named), stored)
+
+
+@torch.no_grad()
+def _put_adapter(model: Any, checkpoint: AdapterCheckpoint) -> None:
+    """Puts every tensor that the adapter changes into its base."""
+    parameters = model.state_dict()
+    for name in checkpoint.changed:
+        if name not in parameters:
+            raise ModelError(f"{checkpoint.label}: the adapter changes {name!r}, which the loaded base does not have")
+        parameters[name].copy_(checkpoint.read(name))
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Positions that padding on the left does not shift. [B, T]"""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
