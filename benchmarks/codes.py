@@ -34,7 +34,7 @@ from polymerge.bundle.inspect import inspect_bundle
 from polymerge.bundle.manifest import ADAPTER_FILE, BundleLayer
 from polymerge.cli.console import hush_libraries
 from polymerge.engine.local.engine import HFEngine
-from polymerge.export import export_peft, export_vllm, plan_vllm
+from polymerge.export import export_peft, plan_vllm, write_vllm
 from polymerge.export.vllm.calibrate import applied, read_adapter
 from polymerge.search.sweep import CODES, Agreement, Example, Reference, read_examples
 
@@ -115,7 +115,7 @@ def by_peft(bundle: Bundle, references: Mapping[str, Reference], folder: Path) -
 
 def by_vllm_adapters(bundle: Bundle, references: Mapping[str, Reference], folder: Path) -> Row:
     """The export to vLLM, its adapters added to the average's layers and nothing else."""
-    export_vllm(plan_vllm(bundle), folder, device="cpu")
+    write_vllm(plan_vllm(bundle), folder, device="cpu")
     model, found, total = HFEngine.from_checkpoint(str(folder)).model, {}, 0
     for expert, reference in references.items():
         adapter = read_adapter(load_file(folder / "adapters" / expert / ADAPTER_FILE))

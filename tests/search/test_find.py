@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from polymerge import Bundle, load_recipe, merge, plan_merge
-from polymerge import search as searching
 from polymerge.cli.main import main
 from polymerge.errors import RecipeError, TargetError
 from polymerge.merging.plan import MergePlan
+from polymerge.search import find as searching
 from polymerge.search.find import find
 from polymerge.search.fitting import Fitting
 from polymerge.search.sweep import Agreement, Example, Point, Reference

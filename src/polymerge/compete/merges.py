@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PolymergeError
-from ..merging.run import merge
+from ..search.merge import merge
 from ..staged.formatter import Question
 from ..staged.opening import open_pipeline
 from ..staged.pipeline import Pipeline

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 
@@ -15,7 +15,7 @@ from ..errors import SourceError
 from ..host import DTYPES, dtype_name
 from ..method.codes import Code, code_of
 from ..method.rsvd import factors_are_smaller, rank_for_rate
-from ..recipe.merge import CodeName, Recipe, Source
+from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, Source, load_recipe
 from ..sources.checkpoint import Checkpoint
 from ..sources.layers import LayerMap, LayerRecord, map_layers
 from ..sources.opening import open_checkpoint
@@ -171,16 +171,18 @@ class MergePlan:
         }
 
 
-def plan_merge(recipe: Recipe, *, weights: bool = True) -> MergePlan:
+def plan_merge(recipe: RecipeLike, *, weights: bool = True, **settings: Unpack[RecipeSettings]) -> MergePlan:
     """Opens every source, checks that they fit each other and decides each tensor's treatment.
 
     Args:
+        recipe, settings: as for `load_recipe`.
         weights: off, hub ids are not downloaded: their tensors are taken from their configuration, or from the
             recipe's `config`. Such a plan says sizes; it cannot be merged.
 
     Raises:
-        SourceError: naming the first tensors or settings that differ.
+        RecipeError: the recipe cannot be used. SourceError: naming the first tensors or settings that differ.
     """
+    recipe = load_recipe(recipe, **settings)
     checkpoints = {name: _opened(recipe, source, weights) for name, source in recipe.experts.items()}
     maps = {
         name: map_layers(checkpoint, trust_remote_code=recipe.trust_remote_code)

@@ -67,13 +67,13 @@ def verify(
     bundle: Bundle | str | Path,
     *,
     sources: bool = False,
-    moved: Mapping[str, str] | None = None,
+    source: Mapping[str, str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Verification:
     """Checks hashes and structure, and with `sources` every expert against its checkpoint.
 
     Args:
-        moved: expert -> source, where a checkpoint is no longer where the manifest says.
+        source: expert -> its source, where a checkpoint is no longer where the manifest says; implies `sources`.
         progress: called with what is being looked at.
 
     Raises:
@@ -91,12 +91,12 @@ def verify(
         if progress:
             progress(f"structure of {expert}")
         found.problems += _adapter_problems(bundle, expert)
-    if sources and not found.problems:
+    moved = source or {}
+    if (sources or moved) and not found.problems:
         for expert in bundle.experts:
             if progress:
                 progress(f"{expert} against its source")
-            source = (moved or {}).get(expert, bundle.manifest.experts[expert].source)
-            check, problems = _against_source(bundle, expert, source)
+            check, problems = _against_source(bundle, expert, moved.get(expert, bundle.manifest.experts[expert].source))
             found.sources.append(check)
             found.problems += problems
     return found

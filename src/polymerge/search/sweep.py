@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, Unpack
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from ..merging.executor import Executor, in_threads
 from ..merging.plan import MergePlan, plan_merge
 from ..merging.run import run_plan
 from ..model import load_model
-from ..recipe.merge import CodeName, Recipe, Source, load_recipe
+from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, Source, load_recipe
 
 CODES: tuple[CodeName, ...] = ("factors", "int8", "int4")
 RATES = (0.9, 0.95, 0.98)
@@ -42,6 +42,10 @@ class Example:
 
     prompt: str
     answer: str = ""
+
+
+# expert -> its held-out requests, or the JSONL file that holds them
+Prompts: TypeAlias = Mapping[str, str | Path | Sequence[Example]]
 
 
 @dataclass(frozen=True)
@@ -169,30 +173,35 @@ def _tokens(engine: HFEngine, example: Example) -> _Row:
 
 
 def sweep(
-    recipe: Recipe | dict[str, Any] | str | Path,
-    examples: Mapping[str, Sequence[Example]],
-    output: str | Path,
+    recipe: RecipeLike,
+    prompts: Prompts,
+    output: str | Path = "sweep",
     *,
     rates: Sequence[float] = RATES,
     codes: Sequence[str] = CODES,
+    limit: int = LIMIT,
     progress: Callable[[str], None] | None = None,
+    **settings: Unpack[RecipeSettings],
 ) -> list[Point]:
     """Merges at every rate with every code and measures each bundle. Writes `output`/sweep.json after every merge.
 
     The bundles are deleted once they are measured.
 
     Args:
-        examples: expert -> held-out requests.
+        prompts: expert -> held-out requests, or their file.
+        limit: rows of each file.
         progress: called with what comes next.
+        settings: keys of the recipe that count in the place of its own.
 
     Raises:
         RecipeError: an expert without examples. Whatever `merge` raises.
     """
-    recipe, output = load_recipe(recipe), Path(output).expanduser()
+    recipe, output = load_recipe(recipe, **settings), Path(output).expanduser()
+    examples = read_prompts(prompts, limit)
     check_examples(recipe, examples)
     # at rate 1 there is no residual to store, so codes do not differ
-    settings = [(rate, code) for rate in rates for code in (codes if rate < 1 else codes[:1])]
-    recipes = [load_recipe({**recipe.model_dump(), "compress_rate": rate, "code": code}) for rate, code in settings]
+    points_at = [(rate, code) for rate in rates for code in (codes if rate < 1 else codes[:1])]
+    recipes = [load_recipe(recipe, compress_rate=rate, code=code) for rate, code in points_at]
     say = progress or (lambda text: None)
     references = run_originals(recipe, examples, say)
     output.mkdir(parents=True, exist_ok=True)
@@ -202,6 +211,13 @@ def sweep(
         points.append(measure(plan_merge(changed), references, output))
         (output / "sweep.json").write_text(json.dumps([to_json(p, points) for p in points], indent=1) + "\n")
     return points
+
+
+def read_prompts(prompts: Prompts, limit: int = LIMIT) -> dict[str, Sequence[Example]]:
+    """Every expert's held-out requests. Raises RecipeError for a file that cannot be used."""
+    return {
+        name: read_examples(given, limit) if isinstance(given, str | Path) else given for name, given in prompts.items()
+    }
 
 
 def check_examples(recipe: Recipe, examples: Mapping[str, Sequence[Example]]) -> None:
