@@ -34,7 +34,7 @@ from polymerge.bundle.inspect import inspect_bundle
 from polymerge.bundle.manifest import ADAPTER_FILE, BundleLayer
 from polymerge.cli.console import hush_libraries
 from polymerge.engine.local.engine import HFEngine
-from polymerge.export import export_peft, export_vllm, plan_vllm
+from polymerge.export import export_peft, plan_vllm, write_vllm
 from polymerge.export.vllm.calibrate import applied, read_adapter
 from polymerge.method.codes import CODES
 from polymerge.search.examples import Example, read_examples
@@ -119,7 +119,7 @@ def by_peft(bundle: Bundle, references: Mapping[str, Reference], folder: Path) -
 
 def by_vllm_adapters(bundle: Bundle, references: Mapping[str, Reference], folder: Path) -> CodeRow:
     """The export to vLLM, its adapters added to the average's layers and nothing else."""
-    export_vllm(plan_vllm(bundle), folder, device="cpu")
+    write_vllm(plan_vllm(bundle), folder, device="cpu")
     model, found, total = HFEngine.from_checkpoint(str(folder)).model, {}, 0
     for expert, reference in references.items():
         adapter = read_adapter(load_file(folder / "adapters" / expert / ADAPTER_FILE))

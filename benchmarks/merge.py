@@ -41,7 +41,8 @@ RATE = 0.95
 MATRICES = ("self_attn.k_proj", "self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj")
 MERGE = """
 import sys
-from polymerge.merging.run import merge, peak_memory
+from polymerge.host import peak_memory
+from polymerge.search.merge import merge
 merge(sys.argv[1], sys.argv[2], overwrite=True)
 print(peak_memory())
 """

@@ -34,8 +34,8 @@ from polymerge.engine.base import Pooling, Prompt
 from polymerge.engine.local.engine import HFEngine
 from polymerge.router.classify import KINDS, Kind, fit_classifier
 from polymerge.router.embed import PROMPTS, TASK_PROMPT, Embedder, EmbedSettings
-from polymerge.router.evaluation import evaluate_router
-from polymerge.router.fit import embed_all, fit_router
+from polymerge.router.evaluation import measure_router
+from polymerge.router.fit import embed_all, fit_samples
 from polymerge.router.router import Router
 from polymerge.router.samples import OUTSIDE, Sample, read_fields, read_labelled
 from polymerge.router.settings import FitSettings
@@ -184,7 +184,7 @@ def _summary(scores: Sequence[float]) -> dict[str, float]:
 
 def strangers(router: Router, test: Sequence[Sample], others: dict[str, Sequence[Sample]]) -> dict[str, Any]:
     """The bundle's router on the mixed file, and what share of other files it sends where."""
-    found = evaluate_router(router, test).to_json()
+    found = measure_router(router, test).to_json()
     for unwanted in ("picture", "reliability", "coverage_curve"):
         del found[unwanted]
     found["others"] = {}
@@ -270,7 +270,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if {"strangers", "latency"} & {*options.parts}:
         experts = {field: field if field in engine.experts else "average" for field in options.fields}
         chosen = FitSettings(embed=EmbedSettings(template=PROMPTS[options.prompt]))
-        router = fit_router(options.bundle, engine, train, held, experts=experts, settings=chosen).router
+        router = fit_samples(options.bundle, engine, train, held, experts=experts, settings=chosen).router
     if "strangers" in options.parts:
         school = [Sample(row["prompt"], "math") for _, row in read_rows(data / "router/routellm_gsm8k.jsonl")][:rows]
         found["strangers"] = strangers(router, mixed, {"gsm8k": school})

@@ -39,7 +39,7 @@ from polymerge.demo.train import format_prompt
 from polymerge.engine import GenerateRequest
 from polymerge.engine.local.engine import HFEngine
 from polymerge.engine.vllm.server import VllmServer
-from polymerge.export import export_vllm, plan_vllm
+from polymerge.export import plan_vllm, write_vllm
 from polymerge.host import cache_folder
 
 OURS, ALONE, DENSE, VLLM = "polymerge", "one at a time", "three servers", "vLLM"
@@ -126,7 +126,7 @@ def vllm_system(
     folder: Path, python: str, experts: Sequence[str], extra: Sequence[str]
 ) -> Iterator[tuple[Models, list[int]]]:
     """vLLM on what the bundle's export to it wrote."""
-    export_vllm(plan_vllm(folder / "bundle"), folder / "vllm", device="cpu", overwrite=True)
+    write_vllm(plan_vllm(folder / "bundle"), folder / "vllm", device="cpu", overwrite=True)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", VLLM_CACHE)
     say = partial(print, file=sys.stderr)
     with VllmServer(folder / "vllm", python=python, extra=[*VLLM_ARGUMENTS, *extra], say=say) as server:

@@ -48,14 +48,15 @@ def _command(name: str, command: object) -> str:
     ]
     for param in params:
         named = param.param_type_name == "option"
-        shown = ", ".join(f"`{opt}`" for opt in (*param.opts, *param.secondary_opts)) if named else _argument(param)
+        flags = ", ".join(f"`{opt}`" for opt in (*param.opts, *param.secondary_opts))
+        shown = flags if named else _argument(param).replace("|", "\\|")
         default = "" if param.required or param.default in (None, False) or not named else f"`{param.default}`"
         lines.append(f"| {shown} | {param.help or ''} | {default} |")
     return "\n".join(lines) + "\n"
 
 
 def _argument(param: object) -> str:
-    return f"`{getattr(param, 'name', '').upper()}`".strip("`")
+    return str(getattr(param, "metavar", None) or getattr(param, "name", "").upper())
 
 
 if __name__ == "__main__":

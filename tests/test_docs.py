@@ -10,6 +10,7 @@ from polymerge import load_recipe
 from polymerge.assess import AssessRecipe
 from polymerge.cli.main import app
 from polymerge.recipe.merge import Recipe
+from tests.test_imports import FLOORS
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,3 +49,28 @@ def test_the_page_of_the_assessment_names_every_key_and_default() -> None:
         shown = rows[name].strip().strip("`")
         if shown not in ("required", "none"):
             assert shown.lower() == str(field.default).lower(), name
+
+
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+
+
+def test_every_file_of_the_house_is_where_the_page_says() -> None:
+    named = re.findall(r"`([\w./-]+(?:\.py|\.html|/))`", ARCHITECTURE)
+    assert len(named) > 60
+    places = [ROOT / "src" / "polymerge", ROOT]
+    assert not [name for name in named if not any((place / name).exists() for place in places)]
+
+
+def test_the_floors_of_the_page_are_those_that_the_imports_are_held_to() -> None:
+    table = ARCHITECTURE.split("## The floors")[1].split("## ")[0]
+    rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    floors = [re.findall(r"`(\w+)(?:\.py|/)`", row) for row in rows]
+    assert floors == [list(names) for names in FLOORS[:-1]]
+
+
+def test_every_question_has_one_file_and_both_lives_have_eight_steps() -> None:
+    answers = re.findall(r"^\| [^|]+\? \| `([^`]+)` \|$", ARCHITECTURE, re.MULTILINE)
+    assert len(answers) == 15
+    for life in ("A recipe's life", "A request's life"):
+        steps = ARCHITECTURE.split(f"## {life}")[1].split("## ")[0]
+        assert re.findall(r"^(\d)\. `", steps, re.MULTILINE) == list("12345678"), life

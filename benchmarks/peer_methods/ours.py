@@ -20,7 +20,7 @@ from polymerge.bundle.inspect import inspect_bundle
 from polymerge.demo.train import format_prompt
 from polymerge.engine.local.engine import HFEngine
 from polymerge.model.linear import MixedLinear
-from polymerge.router.fit import fit_router
+from polymerge.router.fit import fit_samples
 from polymerge.router.router import Router
 from polymerge.router.samples import Sample
 
@@ -32,7 +32,7 @@ def make(task_file: str, output: str, routed: bool, **recipe: Any) -> None:
     bundle = merge(common | recipe, Path(output) / "bundle")
     if routed:
         samples = [Sample(text, expert) for expert, texts in task.texts.items() for text in texts]
-        fit_router(bundle, HFEngine.from_bundle(bundle), samples).router.save(bundle)
+        fit_samples(bundle, HFEngine.from_bundle(bundle), samples).router.save(bundle)
 
 
 def beside_one_model(folder: Path) -> int:

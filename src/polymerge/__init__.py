@@ -1,6 +1,7 @@
 """polymerge: many fine-tuned language models as one bundle.
 
-Everything heavy loads when it is first used: `import polymerge` takes no time.
+Every verb of the command line is a function here (docs/api.md). Everything heavy loads when it is first used:
+`import polymerge` takes no time.
 """
 
 from __future__ import annotations
@@ -11,26 +12,41 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .assess.start import assess_models as assess_models
     from .bundle.bundle import Bundle as Bundle
+    from .bundle.inspect import inspect_bundle as inspect_bundle
+    from .compete.start import run_competition as run_competition
+    from .demo.start import run_demo as run_demo
     from .errors import PolymergeError as PolymergeError
+    from .evaluate.start import evaluate_bundle as evaluate_bundle
     from .export import export_dense as export_dense
     from .export import export_peft as export_peft
+    from .export import export_vllm as export_vllm
+    from .merging.footprint import footprint as footprint
     from .merging.grow import add_expert as add_expert
     from .merging.grow import remove_expert as remove_expert
     from .merging.plan import plan_merge as plan_merge
-    from .merging.run import merge as merge
     from .merging.sources import verify as verify
     from .model import MixedModel as MixedModel
     from .model import load_model as load_model
     from .recipe.merge import Recipe as Recipe
     from .recipe.merge import load_recipe as load_recipe
-    from .router.fit import fit_router as fit_router
+    from .router.evaluation import evaluate_router as evaluate_router
+    from .router.fit import fit_samples as fit_samples
+    from .router.requests import route as route
     from .router.route import Route as Route
     from .router.router import Router as Router
     from .router.samples import Sample as Sample
     from .router.settings import FitSettings as FitSettings
+    from .router.training import fit_router as fit_router
+    from .search.merge import merge as merge
+    from .search.sweep import sweep as sweep
+    from .serve.start import serve_bundle as serve_bundle
     from .staged import Pipeline as Pipeline
     from .staged import Question as Question
+    from .staged import Response as Response
+    from .staged.ablation import validate_stages as validate_stages
+    from .staged.generate import generate as generate
     from .staged.opening import open_pipeline as open_pipeline
 
 _HOME = {
@@ -41,19 +57,34 @@ _HOME = {
     "PolymergeError": "errors",
     "Question": "staged",
     "Recipe": "recipe.merge",
+    "Response": "staged",
     "Route": "router.route",
     "Router": "router.router",
     "Sample": "router.samples",
     "add_expert": "merging.grow",
+    "assess_models": "assess.start",
+    "evaluate_bundle": "evaluate.start",
+    "evaluate_router": "router.evaluation",
     "export_dense": "export",
     "export_peft": "export",
-    "fit_router": "router.fit",
+    "export_vllm": "export",
+    "fit_router": "router.training",
+    "fit_samples": "router.fit",
+    "footprint": "merging.footprint",
+    "generate": "staged.generate",
+    "inspect_bundle": "bundle.inspect",
     "load_model": "model",
     "load_recipe": "recipe.merge",
-    "merge": "merging.run",
+    "merge": "search.merge",
     "open_pipeline": "staged.opening",
     "plan_merge": "merging.plan",
     "remove_expert": "merging.grow",
+    "route": "router.requests",
+    "run_competition": "compete.start",
+    "run_demo": "demo.start",
+    "serve_bundle": "serve.start",
+    "sweep": "search.sweep",
+    "validate_stages": "staged.ablation",
     "verify": "merging.sources",
 }
 

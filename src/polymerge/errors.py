@@ -20,6 +20,9 @@ ErrorBudgetExceeded             the merge is whole, but a tensor's error is over
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class PolymergeError(Exception):
     """Bad input. `str(error)` is the one line that a user sees."""
@@ -87,3 +90,16 @@ class ErrorBudgetExceeded(PolymergeError):
     """The bundle was written, but some tensors lost more than the recipe's `max_error` allows."""
 
     exit_code = 3
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """What is imported inside belongs to an extra.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f"{error.name} is not installed; pip install 'polymerge[{extra}]'") from None

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from polymerge import Bundle
-from polymerge.demo.run import DemoResult, DemoSettings, Listeners, run_demo
+from polymerge.demo.run import DemoResult, DemoSettings, Listeners, demonstrate
 from polymerge.demo.skills import demo_skills
 from polymerge.method.rsvd import rsvd
 from polymerge.report import write_report
@@ -22,7 +22,7 @@ def test_no_held_out_request_was_trained_on() -> None:
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoResult]:
-    yield run_demo(DemoSettings(output=tmp_path_factory.mktemp("demo")), Listeners(say=print))
+    yield demonstrate(DemoSettings(output=tmp_path_factory.mktemp("demo")), Listeners(say=print))
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from polymerge import Bundle, export_dense, load_model, merge
-from polymerge.demo.run import DemoSettings, Listeners, run_demo
+from polymerge.demo.run import DemoSettings, Listeners, demonstrate
 from polymerge.demo.skills import demo_skills
 from polymerge.engine.local.engine import HFEngine
 from polymerge.evaluate import HarnessSettings, chooser, evaluate, jsonl_tasks
@@ -90,7 +90,7 @@ def test_a_dense_expert_and_the_same_one_in_a_bundle(merged: Merged, tmp_path: P
 
 @pytest.mark.slow
 def test_a_real_expert_and_the_same_one_in_a_bundle(tmp_path: Path) -> None:
-    demo = run_demo(DemoSettings(output=tmp_path / "demo"), Listeners(say=print))
+    demo = demonstrate(DemoSettings(output=tmp_path / "demo"), Listeners(say=print))
     sources = {name: record.source for name, record in Bundle.open(demo.bundle).manifest.experts.items()}
     bundle = merge({"experts": sources, "compress_rate": 0.0, "embeddings": "average"}, tmp_path / "exact")
     dense = export_dense(bundle, "shell", tmp_path / "dense")

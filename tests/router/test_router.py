@@ -13,8 +13,8 @@ from polymerge import Bundle
 from polymerge.errors import RouterError
 from polymerge.router.classify import KINDS
 from polymerge.router.embed import ALIGNMENT_PROMPT, TASK_PROMPT
-from polymerge.router.evaluation import evaluate_router, save_evaluation
-from polymerge.router.fit import Fitted, fit_router
+from polymerge.router.evaluation import measure_router, save_evaluation
+from polymerge.router.fit import Fitted, fit_samples
 from polymerge.router.record import router_folder
 from polymerge.router.router import Router
 from polymerge.router.samples import Sample
@@ -39,7 +39,7 @@ def engine() -> ScriptedEngine:
 
 
 def fit(bundle: Bundle, engine: Any, held: Any = HELD, **settings: Any) -> Fitted:
-    return fit_router(bundle, engine, TRAIN, held, settings=FitSettings(**settings), experts=EXPERTS)
+    return fit_samples(bundle, engine, TRAIN, held, settings=FitSettings(**settings), experts=EXPERTS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -56,7 +56,7 @@ def test_a_router_answers_the_same_after_it_was_stored(bundle: Bundle, engine: A
 @pytest.mark.parametrize("kind", KINDS)
 def test_known_texts_meet_their_expert_and_strangers_the_fallback(bundle: Bundle, engine: Any, kind: Any) -> None:
     router = fit(bundle, engine, classifier=kind, coverage=0.9).router
-    found = evaluate_router(router, [*TEST, *strangers(40)])
+    found = measure_router(router, [*TEST, *strangers(40)])
     assert found.accuracy is not None and found.accuracy > 0.95
     assert found.auroc is not None and found.auroc > 0.9
     assert found.outside_to_fallback is not None and found.outside_to_fallback > 0.6
@@ -139,7 +139,7 @@ def _edit(folder: Path, **changes: Any) -> None:
 
 
 def test_another_model_that_embeds_must_be_the_one_of_the_fit(bundle: Bundle, engine: Any) -> None:
-    fit_router(bundle, engine, TRAIN, HELD, experts=EXPERTS, model="some/encoder").router.save(bundle)
+    fit_samples(bundle, engine, TRAIN, HELD, experts=EXPERTS, model="some/encoder").router.save(bundle)
     assert Router.load(bundle, engine).record.model == "some/encoder"
     engine.fingerprint = "other"
     with pytest.raises(RouterError, match="that model has changed"):
@@ -166,20 +166,22 @@ def test_samples_and_names_that_cannot_be_used_are_one_line(
     bundle: Bundle, engine: Any, training: Any, held: Any, options: Any, message: str
 ) -> None:
     with pytest.raises(RouterError, match=message) as raised:
-        fit_router(bundle, engine, training, held, **{"experts": EXPERTS, **options})
+        fit_samples(bundle, engine, training, held, **{"experts": EXPERTS, **options})
     assert len(str(raised.value).splitlines()) == 1
 
 
 def test_two_samples_a_field_and_no_validation_are_enough(bundle: Bundle, engine: Any) -> None:
     few = make_samples(2)
-    fitted = fit_router(bundle, engine, few, experts=EXPERTS)
+    fitted = fit_samples(bundle, engine, few, experts=EXPERTS)
     assert fitted.report["measured_on"] == "cross-validation"
     assert [route.field for route in fitted.router.route([s.text for s in few])] == [s.field for s in few]
 
 
 def test_two_fields_are_enough(bundle: Bundle, engine: Any) -> None:
     fields = ["math", "shell"]
-    router = fit_router(bundle, engine, make_samples(12, fields=fields), experts={f: EXPERTS[f] for f in fields}).router
+    router = fit_samples(
+        bundle, engine, make_samples(12, fields=fields), experts={f: EXPERTS[f] for f in fields}
+    ).router
     routes = router.route(["sum plus", "grep files"])
     assert [route.field for route in routes] == fields
     assert all(set(route.scores) == set(fields) for route in routes)
@@ -191,7 +193,7 @@ def test_the_table_sends_a_field_to_its_best_expert(bundle: Bundle, engine: Any)
         "shell": {"e0": 0.4, "e2": 0.4},
         "json": {"e0": 0.1, "average": 0.6},
     }
-    router = fit_router(bundle, engine, TRAIN, HELD, table=table).router
+    router = fit_samples(bundle, engine, TRAIN, HELD, table=table).router
     assert router.record.experts == {"math": "e1", "shell": "e0", "json": "average"}
     assert router.route(["object key nested"])[0].expert is None
 
@@ -225,7 +227,7 @@ def test_the_same_samples_give_the_same_router(bundle: Bundle, engine: Any) -> N
 
 def test_an_evaluation_is_stored_beside_the_router(bundle: Bundle, engine: Any) -> None:
     router = fit(bundle, engine).router
-    found = evaluate_router(router, [*TEST, *strangers(5)])
+    found = measure_router(router, [*TEST, *strangers(5)])
     stored = json.loads(save_evaluation(bundle, found).read_text())
     assert stored["samples"] == len(TEST) and stored["outside"] == 5
     assert sum(sum(row.values()) for row in stored["confusion"].values()) == len(TEST) + 5
@@ -237,7 +239,7 @@ def test_an_evaluation_on_nothing_or_on_other_fields_is_one_line(
     bundle: Bundle, engine: Any, samples: Any, message: str
 ) -> None:
     with pytest.raises(RouterError, match=message):
-        evaluate_router(fit(bundle, engine).router, samples)
+        measure_router(fit(bundle, engine).router, samples)
 
 
 def test_no_text_gives_no_route_and_an_empty_one_is_refused(bundle: Bundle, engine: Any) -> None:

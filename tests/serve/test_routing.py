@@ -12,7 +12,7 @@ from polymerge import Bundle
 from polymerge.engine.local.batching import BatchingEngine
 from polymerge.router import Route
 from polymerge.router.embed import EmbedSettings
-from polymerge.router.fit import fit_router
+from polymerge.router.fit import fit_samples
 from polymerge.router.samples import Sample
 from polymerge.router.settings import FitSettings
 from polymerge.serve.app import create_app
@@ -140,7 +140,7 @@ def test_the_bundles_own_router_embeds_through_the_running_engine(
     training = [Sample(f"{word} w{20 + n} {word}", field) for field, word in fields.items() for n in range(12)]
     settings = FitSettings(embed=EmbedSettings(template="{input} w3", layers=(-1,)))
     experts = {"zero": "e0", "one": "e1", "two": "e2"}
-    fit_router(bundle, engine, training, settings=settings, experts=experts).router.save(bundle)
+    fit_samples(bundle, engine, training, settings=settings, experts=experts).router.save(bundle)
     router: Any = bundle_router(bundle, engine)
     text = "w11 w40 w11"
     with running(create_app(engine, router), engine) as server:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from polymerge import Question, Sample, fit_router, open_pipeline
+from polymerge import Question, Sample, fit_samples, open_pipeline
 from polymerge.cli.main import app
 from polymerge.engine.local.engine import HFEngine
 from polymerge.errors import PolymergeError, RouterError
@@ -88,7 +88,7 @@ def test_the_bundles_router_chooses_where_there_is_one(folders: tuple[str, str],
     (routed / "router" / "assessment.json").write_text("{}")  # an assessment is no router
     assert open_pipeline(routed, recipe=recipe).steps([Question("w20")])[0].route is None
     samples = [Sample(f"w{number} w{number + 1}", "e1" if number < 40 else "e2") for number in range(10, 70)]
-    fitted = fit_router(routed, HFEngine.from_bundle(routed), samples, settings=fit_settings(layers="-1"))
+    fitted = fit_samples(routed, HFEngine.from_bundle(routed), samples, settings=fit_settings(layers="-1"))
     fitted.router.save(routed)
     pipeline = open_pipeline(routed, recipe=recipe)
     step = pipeline.steps([Question("w20 w21")])[0]
@@ -112,4 +112,5 @@ def test_compete_writes_a_submission_and_says_what_it_did(folders: tuple[str, st
     assert "staged: 2 rows" in shown and "accuracy" in shown
     with out.open(newline="") as handle:
         assert [row["id"] for row in csv.DictReader(handle)] == ["0", "1", "2"]
-    assert CliRunner().invoke(app, [*words, "--memory-limit", "much"]).exit_code == 2
+    with pytest.raises(PolymergeError, match="--memory-limit: 'much' is not a size"):
+        run(*words, "--memory-limit", "much")

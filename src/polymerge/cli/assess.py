@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -22,31 +22,23 @@ def assess(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure candidates on fields and propose which to merge; of a bundle, its own experts for its router."""
-    from ..assess import assess as run
-    from ..assess import assess_bundle, load_assess_recipe, write_assessment_table
-    from ..bundle.bundle import Bundle
-    from ..report.assessment import assessment_file, write_assessment
+    from ..assess.start import assess_models
+    from ..report.assessment import write_assessment
+    from ..router.record import assessment_file
     from .console import assess_progress, out, print_assessment, print_json
 
-    given = {"memory_gb": memory_gb, "max_experts": max_experts, "limit": limit, "device": device}
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     with assess_progress(quiet or as_json) as progress:
-        if source.is_dir():
-            bundle = Bundle.open(source)
-            names = {name: str(source) for name in bundle.experts}
-            recipe = load_assess_recipe({"candidates": names, **changes}, data)
-            found = assess_bundle(bundle, recipe, fresh=fresh, progress=progress)
-            output = output or assessment_file(bundle)
-        else:
-            found = run(load_assess_recipe(source, data, **changes), fresh=fresh, progress=progress)
-    if output is not None:
-        write_assessment_table(found, output)
+        assessment = assess_models(
+            source, data=data, memory_gb=memory_gb, max_experts=max_experts, limit=limit, device=device, fresh=fresh,
+            output=output, progress=progress,
+        )  # fmt: skip
     if html is not None:
-        write_assessment(found.to_json(), html)
+        write_assessment(assessment.to_json(), html)
     if as_json:
-        print_json(found.to_json())
+        print_json(assessment.to_json())
         return
-    print_assessment(found)
-    for what, file in (("assessment", output), ("report", html)):
+    print_assessment(assessment)
+    written = output or (assessment_file(source) if source.is_dir() else None)
+    for what, file in (("assessment", written), ("report", html)):
         if file is not None and not quiet:
             out.print(f"{what}: {file}", markup=False, soft_wrap=True)

@@ -37,25 +37,16 @@ def compete(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Answer a file of the LLM Merging Competition. Killed and started again, it goes on where it was."""
-    from ..compete import run
-    from ..recipe.merge import load_recipe, parse_size
-    from ..staged.opening import open_pipeline
+    from ..compete.start import run_competition
     from .competing import compete_progress, print_summary
     from .console import hush_libraries, print_json
 
     hush_libraries()
-    try:
-        memory = parse_size(memory_limit)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--memory-limit") from None
-    memory = memory or (load_recipe(recipe).memory_limit if recipe else None)
-    pipeline = open_pipeline(
-        bundle, recipe=recipe, staged=staged, thinker=thinker, model=model, key_env=key_env, expert=expert,
-        device=device, chat=False, use=policy, prompts=prompts, thought_tokens=thought_tokens,
-    )  # fmt: skip
-    summary = run.compete(
-        pipeline, source, output, limit=limit, time_limit=60 * time_limit, memory_limit=memory,
-        max_new_tokens=max_new_tokens, on_error=on_error, overwrite=overwrite, progress=compete_progress(quiet),
+    summary = run_competition(
+        bundle, source, output, expert=expert, staged=staged, recipe=recipe, thinker=thinker, model=model,
+        key_env=key_env, policy=policy, prompts=prompts, thought_tokens=thought_tokens, max_new_tokens=max_new_tokens,
+        time_limit=time_limit, memory_limit=memory_limit, limit=limit, on_error=on_error, device=device,
+        overwrite=overwrite, progress=compete_progress(quiet),
     )  # fmt: skip
     if as_json:
         print_json(summary.to_json())

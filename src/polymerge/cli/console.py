@@ -58,6 +58,12 @@ def print_json(data: Any) -> None:
     sys.stdout.write("\n")
 
 
+def write(text: str) -> None:
+    """A piece of an answer as it is made."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def say(text: str) -> None:
     """A line of results that is not broken at the terminal's width."""
     out.print(text, markup=False, soft_wrap=True)
@@ -128,21 +134,6 @@ def log_to_stderr(level: str) -> None:
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level="WARNING")
     logging.getLogger("polymerge").setLevel(level)
-
-
-@contextmanager
-def needs_extra(extra: str) -> Iterator[None]:
-    """What is imported inside belongs to an extra.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    from ..errors import MissingExtraError
-
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(f"{error.name} is not installed; pip install 'polymerge[{extra}]'") from None
 
 
 def hush_harness() -> None:

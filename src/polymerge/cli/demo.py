@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -24,22 +23,16 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Fine-tune three experts of SmolLM2-135M, merge them, and show what each keeps. Six minutes on two cores."""
-    from ..demo.run import DemoSettings, run_demo
-    from ..demo.train import TrainSettings
+    from ..demo.start import run_demo
     from .console import demo_listeners, hush_libraries, print_demo, print_json
+    from .words import read_list
 
     hush_libraries()
-    usual = TrainSettings()
-    settings = DemoSettings(
-        output=output,
-        data=data,
-        skills=skills.split(",") if skills else None,
-        train=replace(usual, steps=steps or usual.steps, learning_rate=learning_rate or usual.learning_rate),
-        compress_rate=compress_rate,
-        overwrite=True,
-    )
     with demo_listeners(quiet or as_json) as listeners:
-        result = run_demo(settings, listeners)
+        result = run_demo(
+            output, data=data, skills=read_list(skills), steps=steps, learning_rate=learning_rate,
+            compress_rate=compress_rate, listeners=listeners,
+        )  # fmt: skip
     if as_json:
         print_json(result.to_json())
     else:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from ..engine.base import Engine
 
 
 def eval(
@@ -46,50 +43,18 @@ def eval(
     from .console import hush_harness, print_evaluation, print_json, request_progress
 
     hush_harness()
-    from ..engine.local.engine import HFEngine
-    from ..engine.wrappers.cached import CachedEngine, answers_file
-    from ..evaluate import HarnessSettings, evaluate_modes, task_list, write_results
-    from .verify import named_sources
+    from ..evaluate.start import evaluate_bundle
+    from .words import read_pairs
 
-    engine = HFEngine.from_bundle(bundle, device=device, batch_tokens=batch_tokens)
-    chat = bool(data and engine.tokenizer.chat_template) if apply_chat_template is None else apply_chat_template
-    modes = mode or ["average"]
-    routing = _router(bundle, engine, device) if {"routed", "mixture"} & {*modes} else {}
     with request_progress(quiet or as_json) as progress:
-        file = None if no_cache else answers_file(engine)
-        cached = CachedEngine(engine, file, salt={"device": str(engine.device)}, progress=progress)
-        found = evaluate_modes(
-            cached,
-            task_list(tasks, data, ending="" if chat else "\n"),
-            modes,
-            best=named_sources(best or []),
-            label=label,
-            include_path=include_path,
-            tokenizer=engine.tokenizer,
-            settings=HarnessSettings(
-                num_fewshot=num_fewshot,
-                limit=limit,
-                apply_chat_template=chat,
-                fewshot_as_multiturn=fewshot_as_multiturn,
-                system_instruction=system_instruction,
-                gen_kwargs=gen_kwargs,
-                log_samples=log_samples,
-                seed=seed,
-            ),
-            **routing,
-        )
-    if output is not None:
-        write_results(found, output)
+        comparison = evaluate_bundle(
+            bundle, tasks=tasks, data=data, mode=mode, best=read_pairs(best, "LABEL=EXPERT"), label=label,
+            include_path=include_path, limit=limit, num_fewshot=num_fewshot, apply_chat_template=apply_chat_template,
+            fewshot_as_multiturn=fewshot_as_multiturn, system_instruction=system_instruction, gen_kwargs=gen_kwargs,
+            log_samples=log_samples, seed=seed, batch_tokens=batch_tokens, device=device, no_cache=no_cache,
+            output=output, progress=progress,
+        )  # fmt: skip
     if as_json:
-        print_json(found.summary())
+        print_json(comparison.summary())
     else:
-        print_evaluation(found)
-
-
-def _router(bundle: Path, engine: Engine, device: str | None) -> dict[str, Any]:
-    """The bundle's router, which embeds with the loaded engine unless it was fitted with another model."""
-    from ..engine.local.engine import HFEngine
-    from ..router.opening import open_router
-
-    router = open_router(bundle, lambda: engine, lambda model: HFEngine.from_checkpoint(model, device=device))
-    return {"router": router, "fields": router.record.experts, "about": {"router": router.fingerprint}}
+        print_evaluation(comparison)

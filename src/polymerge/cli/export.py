@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-
-class Form(StrEnum):
-    """What a bundle can be exported as."""
-
-    dense = "dense"
-    peft = "peft"
-    vllm = "vllm"
+from ..errors import PolymergeError
 
 
 def export(
@@ -23,13 +16,15 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     expert: Annotated[str | None, typer.Option(help="The expert's name; vLLM gets all of them.")] = None,
     to: Annotated[
-        Form, typer.Option(help="A dense checkpoint, an adapter for plain PEFT, or a folder that vLLM serves.")
-    ] = Form.dense,
+        Literal["dense", "peft", "vllm"],
+        typer.Option(help="A dense checkpoint, an adapter for plain PEFT, or a folder that vLLM serves."),
+    ] = "dense",
     dtype: Annotated[str | None, typer.Option(help="Of a dense checkpoint; by default the bundle's.")] = None,
     max_rank: Annotated[int | None, typer.Option(help="vLLM's --max-lora-rank; by default what fits.")] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Prompts to measure a vLLM export on: one a line, or JSON lines.")
     ] = None,
+    device: Annotated[str, typer.Option(help="Of a vLLM export's work: auto, cpu, cuda ...")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -39,18 +34,18 @@ def export(
     from .console import print_json, print_peft_export, say
     from .export_vllm import export_for_vllm
 
-    if to is Form.vllm:
+    if to == "vllm":
         if expert is not None or dtype is not None:
-            raise typer.BadParameter(
-                "--to vllm takes all experts in the bundle's dtype; leave --expert and --dtype out"
-            )
-        export_for_vllm(bundle, output, max_rank, calibration, overwrite=overwrite, quiet=quiet, as_json=as_json)
+            raise PolymergeError("--to vllm takes all experts in the bundle's dtype; leave --expert and --dtype out")
+        export_for_vllm(
+            bundle, output, max_rank, calibration, device, overwrite=overwrite, quiet=quiet, as_json=as_json
+        )
         return
-    if max_rank is not None or calibration is not None:
-        raise typer.BadParameter("--max-rank and --calibration belong to --to vllm")
+    if max_rank is not None or calibration is not None or device != "auto":
+        raise PolymergeError("--max-rank, --calibration and --device belong to --to vllm")
     if expert is None:
-        raise typer.BadParameter(f"--to {to.value} needs --expert NAME")
-    if to is Form.dense:
+        raise PolymergeError(f"--to {to} needs --expert NAME")
+    if to == "dense":
         folder = export_dense(bundle, expert, output, dtype=dtype, overwrite=overwrite)
         if as_json:
             print_json({"folder": str(folder), "form": "dense"})

@@ -16,27 +16,32 @@ def export_for_vllm(
     output: Path,
     max_rank: int | None,
     calibration: Path | None,
+    device: str,
     *,
     overwrite: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Plans, says what cannot be expressed, writes, and says what it cost."""
-    from ..export import VllmExport, VllmPlan, export_vllm, plan_vllm
-    from ..export.vllm.prompts import read_prompts
+    from ..export import VllmExport, VllmPlan, export_vllm
 
     hush_libraries()
-    samples = read_prompts(calibration) if calibration else None
-    plan: VllmPlan = plan_vllm(bundle, max_rank=max_rank)
-    if not quiet:
-        for line in _before(plan.folded, plan.lost):
+
+    def tell(plan: VllmPlan) -> None:
+        for line in () if quiet else _before(plan.folded, plan.lost):
             err.print(line, markup=False, soft_wrap=True)
+        folded.update(plan.folded)
+
+    folded: dict[str, int] = {}
     with merge_progress(quiet or as_json, "exporting") as progress:
-        written: VllmExport = export_vllm(plan, output, samples=samples, overwrite=overwrite, progress=progress)
+        written: VllmExport = export_vllm(
+            bundle, output, max_rank=max_rank, calibration=calibration, device=device, overwrite=overwrite,
+            progress=progress, on_plan=tell,
+        )  # fmt: skip
     note = written.note
     if as_json:
         found = note.model_dump(mode="json", exclude={"experts": {"__all__": {"probe"}}})
-        print_json({"folder": str(output), "command": written.command, "folded": plan.folded, **found})
+        print_json({"folder": str(output), "command": written.command, "folded": folded, **found})
     elif not quiet:
         from rich.table import Table
 

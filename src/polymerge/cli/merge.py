@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..method.codes import CODES
+from .words import (
+    Code,
+    CompressRate,
+    DType,
+    Embeddings,
+    LmHead,
+    Norms,
+    RecipeOrExperts,
+    Scale,
+    read_list,
+    read_pairs,
+    read_recipe,
+)
 
-
-class Where(StrEnum):
-    """Who does the tensors."""
-
-    threads = "threads"
-    ray = "ray"
+if TYPE_CHECKING:
+    from ..bundle.bundle import Bundle
+    from ..merging.plan import MergePlan
+    from ..search.find import Found
 
 
 def merge(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    recipe: RecipeOrExperts,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")],
-    compress_rate: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
-    code: Annotated[str | None, typer.Option(help=f"Instead of the recipe's: {', '.join(CODES)}.")] = None,
+    compress_rate: CompressRate = None,
+    code: Code = None,
+    scale: Scale = None,
+    dtype: DType = None,
+    embeddings: Embeddings = None,
+    lm_head: LmHead = None,
+    norms: Norms = None,
     target: Annotated[
         str | None,
         typer.Option(help="Find rate and code: kl=0.001, accuracy=99%, size=600MB or size=1.2x (one model's)."),
@@ -37,7 +50,9 @@ def merge(
     limit: Annotated[int | None, typer.Option(min=1, help="For --prompts: rows of each file; by default 32.")] = None,
     workers: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
     device: Annotated[str | None, typer.Option(help="Instead of the recipe's: auto, cpu, cuda, cuda:1 ...")] = None,
-    executor: Annotated[Where, typer.Option(help="This process, or the machines of a Ray cluster.")] = Where.threads,
+    executor: Annotated[
+        Literal["threads", "ray"], typer.Option(help="This process, or the machines of a Ray cluster.")
+    ] = "threads",
     address: Annotated[
         str | None, typer.Option(help="Of the Ray cluster, host:port; by default RAY_ADDRESS or this machine.")
     ] = None,
@@ -47,44 +62,54 @@ def merge(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Merge the recipe's experts into one bundle."""
-    from ..bundle.inspect import inspect_bundle
-    from ..merging.executor import in_threads
-    from ..merging.plan import plan_merge, replanned
-    from ..merging.ray import ray_cluster
-    from ..merging.run import run_plan
-    from ..recipe.merge import load_recipe
-    from .console import err, merge_progress, out, print_json, size
-    from .searching import read_wanted
+    from ..search.merge import merge as run
+    from .console import err, hush_libraries, merge_progress, print_json
 
-    if address is not None and executor is not Where.ray:
-        raise typer.BadParameter("--address belongs to --executor ray")
-    wanted = read_wanted(target, prompts, codes, limit, {"--compress-rate": compress_rate, "--code": code})
-    changed: dict[str, Any] = {"compress_rate": compress_rate, "code": code, "workers": workers, "device": device}
-    changed = {key: value for key, value in changed.items() if value is not None}
-    parsed = load_recipe(recipe)
-    plan = plan_merge(load_recipe({**parsed.model_dump(), **changed}) if changed else parsed)
-    if not quiet:
+    if target is not None:
+        hush_libraries()
+    searched: list[Found] = []
+
+    def notes(plan: MergePlan) -> None:
         for note in plan.notes:
-            err.print(f"note: {note}", markup=False)
-    cluster = ray_cluster(address) if executor is Where.ray else nullcontext(in_threads)
-    found = None
-    with cluster as tasks, merge_progress(quiet or as_json) as progress:
-        if wanted:
-            found = wanted.find(plan.recipe, output, overwrite=overwrite, executor=tasks, quiet=quiet or as_json)
-            plan = replanned(plan, compress_rate=found.recipe.compress_rate, code=found.recipe.code)
-        bundle = run_plan(plan, output, overwrite=overwrite, resume=resume, executor=tasks, progress=progress)
-    if found:
-        found.check(bundle)
-    sizes = bundle.sizes()
+            if not quiet:
+                err.print(f"note: {note}", markup=False)
+
+    def say(text: str) -> None:
+        if not (quiet or as_json):
+            err.print(text, markup=False, soft_wrap=True)
+
+    kept = {"scale": scale, "dtype": dtype, "embeddings": embeddings, "lm_head": lm_head, "norms": norms}
+    with merge_progress(quiet or as_json) as progress:
+        bundle = run(
+            read_recipe(recipe), output, target=target,
+            prompts=read_pairs(prompts, "NAME=FILE") if prompts else None, codes=read_list(codes), limit=limit,
+            executor=executor, address=address, resume=resume, overwrite=overwrite, progress=progress, say=say,
+            on_plan=notes, on_found=searched.append, compress_rate=compress_rate, code=code, workers=workers,
+            device=device, **kept,
+        )  # fmt: skip
     if as_json:
-        search = {"search": found.to_json()} if found else {}
-        print_json({"bundle": str(output), **inspect_bundle(bundle).to_json(), **search})
+        print_json(_data(bundle, output, searched))
     elif not quiet:
-        out.print(
-            f"{output}: {len(bundle.experts)} experts in {size(sizes.total)}, "
-            f"{sizes.total / sizes.one_model:.2f} times one model ({size(sizes.separate_models)} apart)"
-        )
-        if found:
-            found_by = f"--compress-rate {found.recipe.compress_rate:g} --code {found.recipe.code}"
-            out.print(f"repeat: polymerge merge {recipe} -o {output} {found_by}", markup=False, soft_wrap=True)
-        out.print(f"next: polymerge inspect {output}", markup=False)
+        options = [f"--{key.replace('_', '-')} {value}" for key, value in kept.items() if value is not None]
+        _print(bundle, output, searched, " ".join([*recipe, "-o", str(output), *options]))
+
+
+def _data(bundle: Bundle, output: Path, searched: list[Found]) -> dict[str, Any]:
+    from ..bundle.inspect import inspect_bundle
+
+    search = {"search": searched[0].to_json()} if searched else {}
+    return {"bundle": str(output), **inspect_bundle(bundle).to_json(), **search}
+
+
+def _print(bundle: Bundle, output: Path, searched: list[Found], words: str) -> None:
+    from .console import out, size
+
+    sizes = bundle.sizes()
+    out.print(
+        f"{output}: {len(bundle.experts)} experts in {size(sizes.total)}, "
+        f"{sizes.total / sizes.one_model:.2f} times one model ({size(sizes.separate_models)} apart)"
+    )
+    for found in searched:
+        at = f"--compress-rate {found.recipe.compress_rate:g} --code {found.recipe.code}"
+        out.print(f"repeat: polymerge merge {words} {at}", markup=False, soft_wrap=True)
+    out.print(f"next: polymerge inspect {output}", markup=False)

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from .words import Code, CompressRate, DType, Embeddings, LmHead, Norms, RecipeOrExperts, Scale, read_recipe
 
 if TYPE_CHECKING:
     from ..merging.footprint import Footprint
 
 
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    recipe: RecipeOrExperts,
+    compress_rate: CompressRate = None,
+    code: Code = None,
+    scale: Scale = None,
+    dtype: DType = None,
+    embeddings: Embeddings = None,
+    lm_head: LmHead = None,
+    norms: Norms = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what a merge will write, read and need in memory, without reading a weight."""
     from ..merging.footprint import footprint
     from ..merging.plan import plan_merge
-    from ..recipe.merge import load_recipe
     from .console import out, print_json, size
 
-    planned = plan_merge(load_recipe(recipe), weights=False)
+    planned = plan_merge(
+        read_recipe(recipe), weights=False, compress_rate=compress_rate, code=code, scale=scale, dtype=dtype,
+        embeddings=embeddings, lm_head=lm_head, norms=norms,
+    )  # fmt: skip
     needs = footprint(planned)
     summary = planned.summary() | {"answering": needs.to_json()}
     if as_json:

@@ -10,13 +10,13 @@ import typer
 
 def remove(
     bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
-    expert: Annotated[str, typer.Argument(help="The expert's name.")],
+    name: Annotated[str, typer.Argument(help="The expert's name.")],
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Take an expert out; the average and the other experts stay as they are to the bit."""
     from ..merging.grow import remove_expert
     from .console import out
 
-    left = remove_expert(bundle, expert)
+    left = remove_expert(bundle, name)
     if not quiet:
-        out.print(f"{bundle}: {expert} removed; left: {', '.join(left.experts)}", markup=False)
+        out.print(f"{bundle}: {name} removed; left: {', '.join(left.experts)}", markup=False)

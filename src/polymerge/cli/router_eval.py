@@ -22,23 +22,16 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure the bundle's router on labelled samples; the result goes into the bundle's report too."""
-    from ..router.evaluation import evaluate_router, save_evaluation
-    from ..router.samples import read_fields, read_labelled
-    from .console import hush_libraries, print_json, progress_bar
-    from .routing import known_samples, open_router, print_evaluation
+    from ..router.evaluation import evaluate_router
+    from .console import err, hush_libraries, print_json, progress_bar
+    from .routing import print_evaluation
 
-    if (data is None) == (file is None):
-        raise typer.BadParameter("give either --data or --file")
     hush_libraries()
-    router = open_router(bundle, device)
-    if data is not None:
-        found = read_fields(data, split, fields=router.record.fields, limit=samples)
-    else:
-        assert file is not None
-        found = known_samples(router, read_labelled(file, label))
     with progress_bar("embedding", quiet or as_json) as show:
-        evaluation = evaluate_router(router, found, progress=show)
-    save_evaluation(bundle, evaluation)
+        evaluation = evaluate_router(
+            bundle, data=data, file=file, label=label, split=split, samples=samples, device=device, progress=show,
+            say=lambda text: err.print(text, markup=False, soft_wrap=True),
+        )  # fmt: skip
     if as_json:
         print_json({name: value for name, value in evaluation.to_json().items() if name != "picture"})
     else:

@@ -41,31 +41,20 @@ def fit(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Fit the bundle's router and say how good it is, and how many samples it takes."""
-    from ..router.settings import fit_settings
-    from ..router.training import fit_bundle
+    from ..router.training import fit_router
     from .console import hush_libraries, print_json, progress_bar
-    from .routing import open_engine, print_fit
-    from .verify import named_sources
+    from .routing import print_fit
+    from .words import read_list, read_numbers, read_pairs
 
-    given = {"template": template, "layers": layers, "pooling": pooling, "classifier": classifier}
-    settings = fit_settings(**given, fallback=fallback, coverage=coverage, accuracy=accuracy, seed=seed)
     hush_libraries()
-    own = open_engine(bundle, None, device) if self_label or embed_with is None else None
+    numbers = [int(number) for number in read_numbers(layers, "--layers")] if layers else None
     with progress_bar("embedding", quiet or as_json) as show:
-        fitted = fit_bundle(
-            bundle,
-            own if own is not None and embed_with is None else open_engine(bundle, embed_with, device),
-            data,
-            settings=settings,
-            fields=fields.split(",") if fields else None,
-            samples=samples,
-            table=table,
-            experts=named_sources(assign or []),
-            label_with=own if self_label else None,
-            chat=chat,
-            model=embed_with,
-            progress=show,
-        )
+        fitted = fit_router(
+            bundle, data, fields=read_list(fields), samples=samples, classifier=classifier, template=template,
+            layers=numbers, pooling=pooling, embed_with=embed_with, table=table,
+            assign=read_pairs(assign, "FIELD=EXPERT"), self_label=self_label, chat=chat, fallback=fallback,
+            coverage=coverage, accuracy=accuracy, seed=seed, device=device, progress=show,
+        )  # fmt: skip
     if as_json:
         print_json({name: value for name, value in fitted.report.items() if name != "picture"})
     elif not quiet:

@@ -1,50 +1,17 @@
-"""What the verbs around routing share: opening a router with its engine, and printing how good it is."""
+"""How the verbs around routing say how good a router is."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from .console import err, out
+from .console import out
 
 if TYPE_CHECKING:
-    from ..bundle.bundle import Bundle
-    from ..engine import Engine
     from ..router.evaluation import RouterEvaluation
     from ..router.fit import Fitted
-    from ..router.router import Router
-    from ..router.samples import Sample
-
-
-def open_engine(bundle: Bundle | Path, model: str | None, device: str | None) -> Engine:
-    """The bundle's own engine, or another model's."""
-    from ..engine.local.engine import HFEngine
-
-    if model is not None:
-        return HFEngine.from_checkpoint(model, device=device)
-    return HFEngine.from_bundle(bundle, device=device)
-
-
-def open_router(bundle: Path, device: str | None) -> Router:
-    """The bundle's router with the engine that embeds for it. Says at once where there is none."""
-    from ..router.opening import open_router as opened
-
-    return opened(bundle, lambda: open_engine(bundle, None, device), lambda model: open_engine(bundle, model, device))
-
-
-def known_samples(router: Router, samples: Sequence[Sample]) -> list[Sample]:
-    """Samples of the router's fields and of none; says how many others were left out."""
-    from ..router.samples import OUTSIDE
-
-    left = Counter(sample.field for sample in samples if sample.field not in (*router.record.fields, OUTSIDE))
-    if left:
-        names = ", ".join(f"{count} of {name}" for name, count in sorted(left.items()))
-        err.print(f"left out, because the router does not know their field: {names}", markup=False, soft_wrap=True)
-    return [sample for sample in samples if sample.field not in left]
 
 
 def print_fit(bundle: Path, fitted: Fitted) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..serve.settings import ServeSettings, read_keys
+from ..serve.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from ..serve.run import Running
 
 DEFAULT = ServeSettings()
 Names = Annotated[list[str] | None, typer.Option(help="May be asked by this host name too; repeat for several.")]
@@ -40,7 +43,7 @@ def serve(
     margin: Margin = DEFAULT.margin,
     recipe: Annotated[Path | None, typer.Option(help="Its thinker and stages make the model `staged`.")] = None,
     thinker: Annotated[str | None, typer.Option(help="The same by a source or the URL of an endpoint.")] = None,
-    thinker_model: Annotated[str | None, typer.Option("--model", help="The endpoint's name for the model.")] = None,
+    model: Annotated[str | None, typer.Option(help="The endpoint's name for the model.")] = None,
     key_env: Annotated[str | None, typer.Option(help="Environment variable with the endpoint's key.")] = None,
     policy: Annotated[str | None, typer.Option(help="When `staged` thinks: always, never or auto.")] = None,
     vllm: Annotated[bool, typer.Option("--vllm", help="BUNDLE is an export for vLLM, which is started.")] = False,
@@ -55,11 +58,8 @@ def serve(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when the server listens.")] = False,
 ) -> None:
     """Serve a bundle: OpenAI's API, a playground at /, metrics. SIGTERM finishes what runs."""
-    from .console import err, hush_libraries, log_to_stderr, needs_extra, out, print_json
-
-    with needs_extra("serve"):
-        from ..serve.run import Running, ThinkerChoice, serve_vllm
-        from ..serve.run import serve as run
+    from ..serve.start import serve_bundle
+    from .console import err, hush_libraries, log_to_stderr, out, print_json
 
     hush_libraries()
     log_to_stderr("WARNING" if quiet else "INFO")
@@ -70,34 +70,15 @@ def serve(
         else:
             out.print(f"{running.url}  models: {', '.join(running.models)}", markup=False, soft_wrap=True)
 
-    settings = ServeSettings(
-        keys=read_keys(api_key_file) if api_key_file else {},
-        requests_per_minute=rate_limit,
-        max_body_bytes=max_body,
-        max_tokens=max_tokens,
-        max_rows=max_rows,
-        max_waiting=max_waiting,
-        cache_tokens=cache_tokens,
-        seconds=timeout,
-        drain_seconds=drain,
-        margin=margin,
-        cors_origins=tuple(cors_origin or ()),
-        hosts=tuple(name.lower() for name in allow_host or ()),
-        log_prompts=log_prompts,
-    )  # fmt: skip
-
     def say(text: str) -> None:
         if not quiet:
             err.print(text, markup=False)
 
-    if vllm or vllm_url:
-        serve_vllm(
-            bundle, url=vllm_url, python=vllm_python, extra=vllm_arg or (), host=host, port=port, settings=settings,
-            everyone=open_, say=say, on_ready=ready,
-        )  # fmt: skip
-        return
-    stages = ThinkerChoice(recipe, thinker, thinker_model, key_env, policy) if recipe or thinker else None
-    run(
-        bundle, host=host, port=port, settings=settings, everyone=open_, device=device, kernel=kernel,
-        stages=stages, probe=probe, say=say, on_ready=ready,
+    serve_bundle(
+        bundle, host=host, port=port, api_key_file=api_key_file, open=open_, rate_limit=rate_limit,
+        allow_host=allow_host, cors_origin=cors_origin, max_tokens=max_tokens, max_body=max_body, max_rows=max_rows,
+        max_waiting=max_waiting, cache_tokens=cache_tokens, timeout=timeout, drain=drain, margin=margin, recipe=recipe,
+        thinker=thinker, model=model, key_env=key_env, policy=policy, vllm=vllm, vllm_url=vllm_url,
+        vllm_python=vllm_python, vllm_arg=vllm_arg, probe=probe, device=device, kernel=kernel,
+        log_prompts=log_prompts, say=say, on_ready=ready,
     )  # fmt: skip

@@ -25,30 +25,19 @@ def stages(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Measure on validation data where a thinker helps: direct answers against both versions of the prompts."""
-    from ..bundle.files import write_bytes
-    from ..errors import PolymergeError
-    from ..staged.evidence import FILE
-    from ..staged.opening import open_pipeline
-    from ..staged.validation import read_questions, validate
+    from ..staged.ablation import validate_stages
     from .answering import print_evidence
     from .console import err, hush_libraries, print_json
+    from .words import read_pairs
 
     hush_libraries()
-    wrong = next((pair for pair in data if "=" not in pair), None)
-    if wrong is not None:
-        raise PolymergeError(f"{wrong}: write FIELD=FILE")
-    pairs = dict(pair.split("=", 1) for pair in data)
-    fields = {f: read_questions(file, limit=limit, max_new_tokens=max_new_tokens) for f, file in pairs.items()}
-    pipeline = open_pipeline(
-        bundle, recipe=recipe, thinker=thinker, model=model, key_env=key_env, device=device, expert="average",
-        thought_tokens=thought_tokens,
-    )  # fmt: skip
-    assert pipeline.thinker  # open_pipeline gives one unless told otherwise
     say = None if quiet else lambda field, way, rows: err.print(f"{field}: {way}, {rows} rows", soft_wrap=True)
-    found = validate(pipeline.engine, pipeline.thinker, fields, settings=pipeline.settings, chat=chat, progress=say)
-    if save:
-        write_bytes(bundle / FILE, found.to_bytes())
+    evidence = validate_stages(
+        bundle, read_pairs(data, "FIELD=FILE"), recipe=recipe, thinker=thinker, model=model, key_env=key_env,
+        thought_tokens=thought_tokens, limit=limit, max_new_tokens=max_new_tokens, chat=chat, device=device, save=save,
+        progress=say,
+    )  # fmt: skip
     if as_json:
-        print_json(found.model_dump(mode="json"))
+        print_json(evidence.model_dump(mode="json"))
     else:
-        print_evidence(found)
+        print_evidence(evidence)

@@ -8,44 +8,47 @@ from typing import Annotated
 import typer
 
 from ..method.codes import CODES
+from .words import DType, Embeddings, LmHead, Norms, RecipeOrExperts, Scale, read_numbers, read_pairs, read_recipe
 
 
 def sweep(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    recipe: RecipeOrExperts,
     prompts: Annotated[list[str], typer.Option(help="NAME=FILE.jsonl for every expert: rows of prompt and answer.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="For sweep.json and sweep.html.")] = Path("sweep"),
     rates: Annotated[str, typer.Option(help="Compress rates, separated by commas.")] = "0.9,0.95,0.98",
     codes: Annotated[str, typer.Option(help="Codes, separated by commas.")] = ",".join(CODES),
     limit: Annotated[int, typer.Option(min=1, help="Rows of each file that are used.")] = 32,
+    scale: Scale = None,
+    dtype: DType = None,
+    embeddings: Embeddings = None,
+    lm_head: LmHead = None,
+    norms: Norms = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the table.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Merge at every rate with every code and measure each bundle against the original experts."""
     from ..report.blocks import plotly
     from ..report.sweep import write_sweep
-    from ..search.examples import read_examples
     from ..search.sweep import sweep as run
     from ..search.sweep import to_json
     from .console import err, hush_libraries, print_json
     from .searching import print_sweep
-    from .verify import named_sources
 
     hush_libraries()
     plotly()  # missing, it should be missed now and not after the work
-    try:
-        numbers = [float(rate) for rate in rates.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"--rates {rates!r} are not numbers separated by commas") from None
-    examples = {name: read_examples(file, limit) for name, file in named_sources(prompts).items()}
 
     def say(text: str) -> None:
         if not (quiet or as_json):
             err.print(text, markup=False)
 
-    points = run(recipe, examples, output, rates=numbers, codes=codes.split(","), progress=say)
-    found = [to_json(point, points) for point in points]
-    page = write_sweep(found, output / "sweep.html", footer=f"polymerge sweep {recipe}")
+    points = run(
+        read_recipe(recipe), read_pairs(prompts, "NAME=FILE"), output, rates=read_numbers(rates, "--rates"),
+        codes=codes.split(","), limit=limit, progress=say, scale=scale, dtype=dtype, embeddings=embeddings,
+        lm_head=lm_head, norms=norms,
+    )  # fmt: skip
+    plain = [to_json(point, points) for point in points]
+    page = write_sweep(plain, output / "sweep.html", footer=f"polymerge sweep {' '.join(recipe)}")
     if as_json:
-        print_json({"points": found, "report": str(page)})
+        print_json({"points": plain, "report": str(page)})
     else:
-        print_sweep(found, page)
+        print_sweep(plain, page)

@@ -21,43 +21,34 @@ def verify(
     """Check every hash and the structure; with --sources also the experts themselves. Exits with 2 on problems."""
     from ..merging.sources import verify as run
     from .console import err, out, print_json
+    from .words import read_pairs
 
     def show(what: str) -> None:
         if not (quiet or as_json):
             err.print(f"checking {what}", markup=False)
 
-    moved = named_sources(source or [])
-    found = run(bundle, sources=sources or bool(moved), moved=moved, progress=show)
+    checked = run(bundle, sources=sources, source=read_pairs(source), progress=show)
     if as_json:
         print_json(
             {
-                "ok": found.ok,
-                "files": found.files,
-                "problems": found.problems,
-                "sources": [asdict(s) for s in found.sources],
+                "ok": checked.ok,
+                "files": checked.files,
+                "problems": checked.problems,
+                "sources": [asdict(s) for s in checked.sources],
             }
         )
     else:
-        for problem in found.problems:
+        for problem in checked.problems:
             err.print(f"problem: {problem}", markup=False, soft_wrap=True)
         if not quiet:
-            for check in found.sources:
+            for check in checked.sources:
                 out.print(
                     f"{check.expert}: {check.exact} of {check.tensors} tensors exact, worst relative error "
                     f"{check.worst_error:.3g} ({check.worst_tensor})",
                     markup=False,
                     soft_wrap=True,
                 )
-            if found.ok:
-                out.print(f"{bundle}: whole ({found.files} files)", markup=False)
-    if not found.ok:
+            if checked.ok:
+                out.print(f"{bundle}: whole ({checked.files} files)", markup=False)
+    if not checked.ok:
         raise typer.Exit(2)
-
-
-def named_sources(pairs: list[str]) -> dict[str, str]:
-    """["math=path"] -> {"math": "path"}."""
-    for pair in pairs:
-        name, separator, value = pair.partition("=")
-        if not (name and separator and value):
-            raise typer.BadParameter(f"{pair!r} is not NAME=SOURCE")
-    return {pair.partition("=")[0]: pair.partition("=")[2] for pair in pairs}

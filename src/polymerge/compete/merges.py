@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..bundle.files import check_output
 from ..errors import OutputExistsError, PolymergeError
-from ..merging.run import merge
+from ..search.merge import merge
 from ..staged.formatter import Question
 from ..staged.opening import open_pipeline
 from ..staged.pipeline import Pipeline

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..bundle.bundle import Bundle
 from ..host import peak_memory
-from ..merging.run import OnProgress, merge
+from ..merging.run import OnProgress
 from ..model import MixedModel, load_model
+from ..search.merge import merge
 from ..sources.gguf import package_gguf, unpack
 from .measure import accuracy, answer_log_probabilities, kl_divergence
 from .skills import Skill, demo_skills, read_skills
@@ -94,7 +95,7 @@ class Listeners:
     merging: OnProgress | None = None
 
 
-def run_demo(settings: DemoSettings, listeners: Listeners) -> DemoResult:
+def demonstrate(settings: DemoSettings, listeners: Listeners) -> DemoResult:
     """Trains (or takes from the cache) one expert a skill, merges them and measures.
 
     Raises:

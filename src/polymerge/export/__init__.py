@@ -12,7 +12,17 @@ place.py      where an export is written
 
 from .dense import export_dense
 from .peft import PeftExport, export_peft
-from .vllm.export import VllmExport, export_vllm
+from .vllm.export import VllmExport, write_vllm
 from .vllm.plan import VllmPlan, plan_vllm
+from .vllm.start import export_vllm
 
-__all__ = ["PeftExport", "VllmExport", "VllmPlan", "export_dense", "export_peft", "export_vllm", "plan_vllm"]
+__all__ = [
+    "PeftExport",
+    "VllmExport",
+    "VllmPlan",
+    "export_dense",
+    "export_peft",
+    "export_vllm",
+    "plan_vllm",
+    "write_vllm",
+]

@@ -64,6 +64,7 @@ def add_expert(
     name: str,
     source: Source | str | Path,
     *,
+    base: str | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
@@ -71,6 +72,7 @@ def add_expert(
     """Adds an expert against the bundle's base as it stands.
 
     Args:
+        base: the model under a PEFT adapter; by default the one that the adapter's own configuration names.
         progress: called with (tensors done, tensors in all, tensor) after every tensor.
 
     Raises:
@@ -83,7 +85,8 @@ def add_expert(
         raise RecipeError(str(error)) from None
     if name.casefold() in {expert.casefold() for expert in bundle.experts}:
         raise BundleError(f"{bundle.path}: already holds an expert {name!r}; remove it first or choose another name")
-    checkpoint = open_checkpoint(source)
+    source = source if isinstance(source, Source) else Source(source=str(source))
+    checkpoint = open_checkpoint(source.model_copy(update={"base": base}) if base else source)
     expert = Expert(name, checkpoint, map_layers(checkpoint, trust_remote_code=trust_remote_code))
     frame = frame_of_bundle(bundle)
     heard = check_settings(frame, expert)

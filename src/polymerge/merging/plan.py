@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -16,7 +16,7 @@ from ..errors import SourceError
 from ..host import DTYPES, dtype_name
 from ..method.code import Code
 from ..method.codes import code_of
-from ..recipe.merge import CodeName, Recipe, Source
+from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, Source, load_recipe
 from ..sources.checkpoint import Checkpoint
 from ..sources.layers import LayerMap, map_layers
 from ..sources.opening import open_checkpoint
@@ -108,16 +108,18 @@ class MergePlan:
         }
 
 
-def plan_merge(recipe: Recipe, *, weights: bool = True) -> MergePlan:
+def plan_merge(recipe: RecipeLike, *, weights: bool = True, **settings: Unpack[RecipeSettings]) -> MergePlan:
     """Opens every source, checks that they fit each other and decides each tensor's treatment.
 
     Args:
+        recipe, settings: as for `load_recipe`.
         weights: off, hub ids are not downloaded: their tensors are taken from their configuration, or from the
             recipe's `config`. Such a plan says sizes; it cannot be merged.
 
     Raises:
-        SourceError: naming the first tensors or settings that differ.
+        RecipeError: the recipe cannot be used. SourceError: naming the first tensors or settings that differ.
     """
+    recipe = load_recipe(recipe, **settings)
     checkpoints = {name: _opened(recipe, source, weights) for name, source in recipe.experts.items()}
     experts = [Expert(n, c, map_layers(c, trust_remote_code=recipe.trust_remote_code)) for n, c in checkpoints.items()]
     first = experts[0]

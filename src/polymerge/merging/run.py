@@ -28,11 +28,11 @@ from ..bundle.write import (
 )
 from ..errors import ErrorBudgetExceeded
 from ..host import dtype_name, peak_memory, pick_device
-from ..recipe.merge import Recipe, load_recipe
+from ..recipe.merge import Recipe
 from ..version import __version__
 from .executor import Executor, in_threads
 from .journal import Note, Staging, half_done
-from .plan import MergePlan, plan_merge
+from .plan import MergePlan
 from .records import bundle_layer, expert_record, ratios_of, scales_of
 from .treatment import TensorTask
 
@@ -62,35 +62,6 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
-def merge(
-    recipe: Recipe | dict[str, Any] | str | Path,
-    output: str | Path,
-    *,
-    overwrite: bool = False,
-    resume: bool = False,
-    executor: Executor = in_threads,
-    progress: OnProgress | None = None,
-) -> Bundle:
-    """Merges the recipe's experts into a bundle at `output`.
-
-    The result depends only on the recipe and the sources: not on the workers or where they run, and not on whether
-    the merge was killed and resumed. Nothing appears at `output` before the bundle is whole.
-
-    Args:
-        recipe: a Recipe, its dict, or a YAML file.
-        resume: go on with the half-done work of the same merge, if there is any.
-        executor: who does the tensors: this process, or a cluster (`polymerge.merging.ray`).
-        progress: called after every tensor.
-
-    Raises:
-        RecipeError, SourceError: before any tensor is read, except for values that are not finite.
-        OutputExistsError, DiskSpaceError: before any tensor is read.
-        ErrorBudgetExceeded: the bundle is whole, but a tensor's relative error is over `max_error`.
-    """
-    plan = plan_merge(load_recipe(recipe))
-    return run_plan(plan, output, overwrite=overwrite, resume=resume, executor=executor, progress=progress)
-
-
 def run_plan(
     plan: MergePlan,
     output: str | Path,
@@ -100,7 +71,20 @@ def run_plan(
     executor: Executor = in_threads,
     progress: OnProgress | None = None,
 ) -> Bundle:
-    """`merge` for a plan that is already made."""
+    """Merges a plan's experts into a bundle at `output`.
+
+    The result depends only on the recipe and the sources: not on the workers or where they run, and not on whether
+    the merge was killed and resumed. Nothing appears at `output` before the bundle is whole.
+
+    Args:
+        resume: go on with the half-done work of the same merge, if there is any.
+        executor: who does the tensors: this process, or a cluster (`polymerge.merging.ray`).
+        progress: called after every tensor.
+
+    Raises:
+        SourceError: values that are not finite. OutputExistsError, DiskSpaceError: before any tensor is read.
+        ErrorBudgetExceeded: the bundle is whole, but a tensor's relative error is over `max_error`.
+    """
     output = Path(output).expanduser()
     pick_device(plan.recipe.device)
     check_output(output, overwrite=overwrite)

@@ -30,13 +30,13 @@ def verify(
     bundle: Bundle | str | Path,
     *,
     sources: bool = False,
-    moved: Mapping[str, str] | None = None,
+    source: Mapping[str, str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Verification:
     """Checks hashes and structure, and with `sources` every expert against its checkpoint.
 
     Args:
-        moved: expert -> source, where a checkpoint is no longer where the manifest says.
+        source: expert -> its source, where a checkpoint is no longer where the manifest says; implies `sources`.
         progress: called with what is being looked at.
 
     Raises:
@@ -44,12 +44,12 @@ def verify(
     """
     bundle = Bundle.open(bundle)
     result = verify_files(bundle, progress)
-    if sources and result.ok:
+    moved = source or {}
+    if (sources or moved) and result.ok:
         for expert in bundle.experts:
             if progress:
                 progress(f"{expert} against its source")
-            source = (moved or {}).get(expert, bundle.manifest.experts[expert].source)
-            check_source(bundle, expert, source, result)
+            check_source(bundle, expert, moved.get(expert, bundle.manifest.experts[expert].source), result)
     return result
 
 

@@ -8,9 +8,9 @@ whether a source exists is found out by `polymerge.sources.checkpoint`.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypedDict, TypeVar, Unpack
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
@@ -48,6 +48,8 @@ class Source(BaseModel):
 
 
 def _source_from_text(value: Any) -> Any:
+    if isinstance(value, Path):
+        value = str(value) if value.is_absolute() else f"./{value}"  # never to be taken for a hub id
     return {"source": value} if isinstance(value, str) else value
 
 
@@ -119,6 +121,24 @@ class Recipe(BaseModel):
         return experts
 
 
+# What stands for a recipe: a YAML file, its dict, or the experts alone as {name: source}.
+RecipeLike: TypeAlias = Recipe | Mapping[str, Any] | str | Path
+
+
+class RecipeSettings(TypedDict, total=False):
+    """Keys of a recipe as keyword arguments, in the place of what it says; None leaves a key as it is."""
+
+    compress_rate: float | None
+    code: str | None
+    scale: str | None
+    embeddings: str | None
+    lm_head: str | None
+    norms: str | None
+    dtype: str | None
+    device: str | None
+    workers: int | None
+
+
 def check_expert_names(names: Collection[str]) -> None:
     """Raises ValueError unless all names are safe and no two are one."""
     for name in names:
@@ -137,18 +157,28 @@ def check_expert_name(name: str) -> None:
         )
 
 
-def load_recipe(source: Recipe | dict[str, Any] | str | Path) -> Recipe:
+def load_recipe(source: RecipeLike, **settings: Unpack[RecipeSettings]) -> Recipe:
     """A checked recipe from a YAML file, a dict or a recipe.
 
+    A dict whose key `experts` holds a mapping is a recipe's; any other is read as the experts, {name: source}.
     Relative paths of a file's sources are taken from the file's own folder.
+
+    Args:
+        settings: keys of the recipe that count in the place of its own.
 
     Raises:
         RecipeError: one line, with the file and the line of the mistake where there is a file.
     """
+    recipe = _loaded(source)
+    changed = {key: value for key, value in settings.items() if value is not None}
+    return validated(Recipe, recipe.model_dump() | changed, where="recipe", lines={}) if changed else recipe
+
+
+def _loaded(source: RecipeLike) -> Recipe:
     if isinstance(source, Recipe):
         return source
-    if isinstance(source, dict):
-        return validated(Recipe, source, where="recipe", lines={})
+    if isinstance(source, Mapping):
+        return validated(Recipe, _with_experts(source), where="recipe", lines={})
     path = Path(source)
     data, lines = read_yaml(path)
     recipe = validated(Recipe, data, where=str(path), lines=lines)
@@ -162,6 +192,14 @@ def load_recipe(source: Recipe | dict[str, Any] | str | Path) -> Recipe:
         templates = _inside(recipe.staged.templates, path.parent)
         updates["staged"] = recipe.staged.model_copy(update={"templates": templates})
     return recipe.model_copy(update=updates)
+
+
+def _with_experts(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recipe's dict, also of experts alone. What is neither stays as it is, and is refused as a recipe."""
+    if isinstance(given.get("experts"), Mapping):
+        return given
+    only_sources = all(isinstance(value, str | Path | Source | Mapping) for value in given.values())
+    return {"experts": dict(given)} if given and only_sources else given
 
 
 def validated(model: type[Model], data: Any, *, where: str, lines: Lines) -> Model:

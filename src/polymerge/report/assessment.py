@@ -15,6 +15,7 @@ from ..assess.results import FORMAT
 from ..bundle.bundle import Bundle
 from ..bundle.files import write_bytes
 from ..errors import BundleError
+from ..router.record import assessment_file
 from .blocks import cards, html_page, plot, plotly, section, size, table
 
 
@@ -47,7 +48,7 @@ def bundle_sections(bundle: Bundle) -> list[str]:
     Raises:
         BundleError: it is not an assessment.
     """
-    file = assessment_file(bundle)
+    file = assessment_file(bundle.path)
     if not file.exists():
         return []
     try:
@@ -117,8 +118,3 @@ def _proposal(proposals: Mapping[str, Any]) -> str:
             rows.append((label, proposal["label"], f"{proposal['accuracy']:.1%}", size(proposal["bytes"])))
     text = proposals["why"][:1].upper() + proposals["why"][1:] + "."
     return section("Proposal", text, table(("", "models", "accuracy", "memory"), rows))
-
-
-def assessment_file(bundle: Bundle) -> Path:
-    """Where a bundle keeps the assessment of its own experts."""
-    return bundle.path / "router" / "assessment.json"

@@ -1,12 +1,12 @@
 """How good a router is on samples that it has not seen.
 
-Knows routers and samples; what it returns is plain data for tables, plots and JSON.
+Knows routers, samples and where both lie; what it returns is plain data for tables, plots and JSON.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from ..bundle.files import write_json
 from ..errors import RouterError
 from .calibrate import accuracy_against_coverage, auroc, calibration_error, reliability
 from .fit import Progress, embed_all
+from .loading import load_router
 from .picture import draw
 from .record import router_folder
 from .router import Router
-from .samples import OUTSIDE, Sample
+from .samples import OUTSIDE, Sample, read_fields, read_labelled
 
 EVALUATION = "evaluation.json"
 
@@ -60,7 +61,51 @@ class RouterEvaluation:
         return asdict(self)
 
 
-def evaluate_router(router: Router, samples: Sequence[Sample], *, progress: Progress | None = None) -> RouterEvaluation:
+def evaluate_router(
+    bundle: Bundle | str | Path,
+    *,
+    data: str | Path | None = None,
+    file: str | Path | None = None,
+    label: str = "expert",
+    split: str = "test",
+    samples: int | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> RouterEvaluation:
+    """Measures the bundle's router on labelled samples and keeps the result beside it, for the report.
+
+    Args:
+        data: a folder with NAME/`split`.jsonl, where NAME is a field; `samples` of each at most.
+        file: instead, a JSONL file whose rows have `prompt` and name their field under the key `label`; "none" is out
+            of domain, and rows of fields that the router does not know are left out.
+        say: told how many those are.
+
+    Raises:
+        RouterError: neither or both are given, there is no router, or samples cannot be used.
+    """
+    if (data is None) == (file is None):
+        raise RouterError("router eval: give either --data or --file")
+    router = load_router(bundle, device)
+    if file is None:
+        labelled = read_fields(Path(data or ""), split, fields=router.record.fields, limit=samples)
+    else:
+        labelled = _known(router, read_labelled(Path(file), label), say)
+    evaluation = measure_router(router, labelled, progress=progress)
+    save_evaluation(bundle, evaluation)
+    return evaluation
+
+
+def _known(router: Router, samples: Sequence[Sample], say: Callable[[str], None] | None) -> list[Sample]:
+    """Samples of the router's fields and of none; says how many others were left out."""
+    left = Counter(sample.field for sample in samples if sample.field not in (*router.record.fields, OUTSIDE))
+    if left and say:
+        names = ", ".join(f"{count} of {name}" for name, count in sorted(left.items()))
+        say(f"left out, because the router does not know their field: {names}")
+    return [sample for sample in samples if sample.field not in left]
+
+
+def measure_router(router: Router, samples: Sequence[Sample], *, progress: Progress | None = None) -> RouterEvaluation:
     """Measures a router on samples; those of the field "none" belong to no field and should take the fallback.
 
     Raises:

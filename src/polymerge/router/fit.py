@@ -63,7 +63,7 @@ class Fitted(NamedTuple):
     report: dict[str, Any]
 
 
-def fit_router(
+def fit_samples(
     bundle: Bundle | str | Path,
     engine: Engine,
     training: Sequence[Sample],

@@ -30,6 +30,7 @@ from .samples import Sample
 
 FOLDER = "router"
 RECORD = "router.json"
+ASSESSMENT = "assessment.json"
 FORMAT_VERSION = 1
 
 
@@ -68,6 +69,11 @@ class RouterRecord(BaseModel):
 def router_folder(bundle: Path) -> Path:
     """Where a bundle's router lies."""
     return bundle / FOLDER
+
+
+def assessment_file(bundle: Path) -> Path:
+    """Where a bundle keeps the assessment of its own experts, which says which of them answers which field."""
+    return router_folder(bundle) / ASSESSMENT
 
 
 def has_router(bundle: Path) -> bool:

@@ -1,6 +1,7 @@
 """From a folder of data to a router in the bundle: what `polymerge router fit` does.
 
-Knows where samples, the assessment table and the router's files lie; the fitting itself is `polymerge.router.fit`.
+Knows where samples, the assessment table and the router's files lie, and loads the models that embed and label; the
+fitting itself is `polymerge.router.fit`.
 """
 
 from __future__ import annotations
@@ -10,69 +11,84 @@ from pathlib import Path
 
 from ..bundle.bundle import Bundle
 from ..bundle.files import write_json
-from ..engine.base import Engine
-from .fit import Fitted, Progress, fit_router
+from .fit import Fitted, Progress, fit_samples
+from .loading import load_engine
 from .picture import draw_samples
-from .record import router_folder
+from .record import assessment_file, router_folder
 from .samples import Sample, read_fields
-from .settings import FitSettings
-from .table import label_by_experts, read_table
+from .settings import fit_settings
+from .table import Table, label_by_experts, read_table
 
-ASSESSMENT = "assessment.json"
 FIT_REPORT = "fit.json"
 
 
-def fit_bundle(
+def fit_router(
     bundle: Bundle | str | Path,
-    engine: Engine,
-    data: Path,
+    data: str | Path,
     *,
-    settings: FitSettings | None = None,
     fields: Sequence[str] | None = None,
-    samples: int | None = None,
-    table: Path | None = None,
-    experts: Mapping[str, str] | None = None,
-    label_with: Engine | None = None,
+    samples: int | None = 256,
+    classifier: str = "logistic",
+    template: str | None = None,
+    layers: Sequence[int] | None = None,
+    pooling: str | None = None,
+    embed_with: str | None = None,
+    table: str | Path | None = None,
+    assign: Mapping[str, str] | None = None,
+    self_label: bool = False,
     chat: bool = True,
-    model: str | None = None,
+    fallback: str = "average",
+    coverage: float = 0.96,
+    accuracy: float | None = None,
+    seed: int = 0,
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> Fitted:
     """Fits a router to `data`/NAME/train.jsonl and validation.jsonl and saves it in the bundle.
 
     Args:
         fields: which folders; all that have a train.jsonl otherwise.
-        samples: of a field, at most.
+        samples: of a field and split, at most.
+        classifier, fallback, coverage, accuracy, seed: as in `FitSettings`.
+        template, layers, pooling: as in `EmbedSettings`; a template may be named published, task or none.
+        embed_with: another model to embed with, named as in a recipe.
         table: the assessment table; by default `router/assessment.json` in the bundle, where it exists.
-        label_with: the bundle's engine, to label samples by the expert that answers them best; folders do not count.
+        assign: field -> expert, before the table.
+        self_label: label samples by the expert that finds their `answer` likeliest; folders do not count.
         chat: ask through the chat template when labelling.
 
     Raises:
-        RouterError: as `fit_router`, and for files that cannot be used.
+        RouterError: as `fit_samples`, and for settings and files that cannot be used.
     """
+    settings = fit_settings(
+        template=template, layers=layers, pooling=pooling, classifier=classifier, fallback=fallback,
+        coverage=coverage, accuracy=accuracy, seed=seed,
+    )  # fmt: skip
     bundle = Bundle.open(bundle)
-    folder = router_folder(bundle.path)
-    training = read_fields(data, "train", fields=fields, limit=samples)
-    validation = read_fields(data, "validation", fields=fields, limit=samples)
-    if label_with is not None:
-        labelled = label_by_experts(label_with, [*training, *validation], chat=chat, progress=progress)
+    training = read_fields(Path(data), "train", fields=fields, limit=samples)
+    validation = read_fields(Path(data), "validation", fields=fields, limit=samples)
+    labeller = load_engine(bundle, None, device) if self_label else None
+    embeds = labeller if labeller and embed_with is None else load_engine(bundle, embed_with, device)
+    if labeller is not None:
+        labelled = label_by_experts(labeller, [*training, *validation], chat=chat, progress=progress)
         training, validation = labelled[: len(training)], labelled[len(training) :]
         validation = _of_fields(validation, training)
-    file = table or (folder / ASSESSMENT if (folder / ASSESSMENT).is_file() else None)
-    fitted = fit_router(
-        bundle,
-        engine,
-        training,
-        validation,
-        settings=settings,
-        table=read_table(file) if file else None,
-        experts=experts,
-        model=model,
+    known = _table_of(bundle, table)
+    fitted = fit_samples(
+        bundle, embeds, training, validation, settings=settings, table=known, experts=assign, model=embed_with,
         progress=progress,
-    )
+    )  # fmt: skip
     fitted.router.save(bundle)
     fitted.report["picture"] = draw_samples(fitted.router)
-    write_json(folder / FIT_REPORT, fitted.report)
+    write_json(router_folder(bundle.path) / FIT_REPORT, fitted.report)
     return fitted
+
+
+def _table_of(bundle: Bundle, given: str | Path | None) -> Table | None:
+    """The assessment table: the one that was given, or the bundle's, if there is one."""
+    usual = assessment_file(bundle.path)
+    file = Path(given) if given else usual if usual.is_file() else None
+    return read_table(file) if file else None
 
 
 def _of_fields(samples: Sequence[Sample], training: Sequence[Sample]) -> list[Sample]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from ..data.schema import ExampleRow, read_all
 
@@ -17,6 +19,17 @@ class Example:
 
     prompt: str
     answer: str = ""
+
+
+# expert -> its held-out requests, or the JSONL file that holds them
+Prompts: TypeAlias = Mapping[str, str | Path | Sequence[Example]]
+
+
+def read_prompts(prompts: Prompts, limit: int = LIMIT) -> dict[str, Sequence[Example]]:
+    """Every expert's held-out requests. Raises DataError for a file that cannot be used."""
+    return {
+        name: read_examples(given, limit) if isinstance(given, str | Path) else given for name, given in prompts.items()
+    }
 
 
 def read_examples(file: str | Path, limit: int = LIMIT) -> list[Example]:

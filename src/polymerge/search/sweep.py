@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ from ..merging.plan import MergePlan, plan_merge
 from ..merging.run import run_plan
 from ..method.codes import CODES
 from ..model import load_model
-from ..recipe.merge import CodeName, Recipe, Source, load_recipe
-from .examples import Example
+from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, Source, load_recipe
+from .examples import LIMIT, Example, Prompts, read_prompts
 
 RATES = (0.9, 0.95, 0.98)
 
@@ -161,30 +161,35 @@ def _tokens(engine: HFEngine, example: Example) -> _ComparedTokens:
 
 
 def sweep(
-    recipe: Recipe | dict[str, Any] | str | Path,
-    examples: Mapping[str, Sequence[Example]],
-    output: str | Path,
+    recipe: RecipeLike,
+    prompts: Prompts,
+    output: str | Path = "sweep",
     *,
     rates: Sequence[float] = RATES,
     codes: Sequence[str] = tuple(CODES),
+    limit: int = LIMIT,
     progress: Callable[[str], None] | None = None,
+    **settings: Unpack[RecipeSettings],
 ) -> list[Point]:
     """Merges at every rate with every code and measures each bundle. Writes `output`/sweep.json after every merge.
 
     The bundles are deleted once they are measured.
 
     Args:
-        examples: expert -> held-out requests.
+        prompts: expert -> held-out requests, or their file.
+        limit: rows of each file.
         progress: called with what comes next.
+        settings: keys of the recipe that count in the place of its own.
 
     Raises:
         RecipeError: an expert without examples. Whatever `merge` raises.
     """
-    recipe, output = load_recipe(recipe), Path(output).expanduser()
+    recipe, output = load_recipe(recipe, **settings), Path(output).expanduser()
+    examples = read_prompts(prompts, limit)
     check_examples(recipe, examples)
     # at rate 1 there is no residual to store, so codes do not differ
-    settings = [(rate, code) for rate in rates for code in (codes if rate < 1 else codes[:1])]
-    recipes = [load_recipe({**recipe.model_dump(), "compress_rate": rate, "code": code}) for rate, code in settings]
+    points_at = [(rate, code) for rate in rates for code in (codes if rate < 1 else codes[:1])]
+    recipes = [load_recipe(recipe, compress_rate=rate, code=code) for rate, code in points_at]
     say = progress or (lambda text: None)
     references = run_originals(recipe, examples, say)
     output.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import ipaddress
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,19 +101,19 @@ def serve(
         PolymergeError: it cannot listen there, or may not; BundleError, ModelError: the bundle is not whole.
     """
     settings = guarded(settings or ServeSettings(), host, everyone=everyone)
-    place = listener(host, port)
-    opened = Bundle.open(bundle)
-    say(f"loading {opened.path}")
-    loaded = HFEngine.from_bundle(opened, device=device, kernel=kernel)
-    if probe:
-        check(loaded, opened, progress=lambda expert: say(f"checking expert {expert}"))
-    engine = BatchingEngine(loaded, settings.limits)
-    try:
-        router = bundle_router(opened, engine, device)
-        app = create_app(engine, router, stages.open(opened, engine, router, device) if stages else None, settings)
-        _listen(app, place, host, settings, on_ready)
-    finally:
-        engine.close(settings.close_seconds)
+    with listener(host, port) as place:
+        opened = Bundle.open(bundle)
+        say(f"loading {opened.path}")
+        loaded = HFEngine.from_bundle(opened, device=device, kernel=kernel)
+        if probe:
+            check(loaded, opened, progress=lambda expert: say(f"checking expert {expert}"))
+        engine = BatchingEngine(loaded, settings.limits)
+        try:
+            router = bundle_router(opened, engine, device)
+            app = create_app(engine, router, stages.open(opened, engine, router, device) if stages else None, settings)
+            _listen(app, place, host, settings, on_ready)
+        finally:
+            engine.close(settings.close_seconds)
 
 
 def serve_vllm(
@@ -142,8 +143,10 @@ def serve_vllm(
     from ..engine.vllm.streaming import VllmStreaming
 
     settings = guarded(settings or ServeSettings(), host, everyone=everyone)
-    place = listener(host, port)
-    with vllm_engine(folder, url=url, python=python, extra=extra, say=say, kind=VllmStreaming) as engine:
+    with (
+        listener(host, port) as place,
+        vllm_engine(folder, url=url, python=python, extra=extra, say=say, kind=VllmStreaming) as engine,
+    ):
         engine.max_waiting = settings.max_waiting
         try:
             _listen(create_app(engine, settings=settings), place, host, settings, on_ready)
@@ -245,10 +248,12 @@ def listener(host: str, port: int) -> socket.socket:
     """A socket that is bound but does not listen yet: a port that is taken is known before the model is loaded."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        place = socket.socket(family, kind, protocol)
-        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        place.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a token waits for no acknowledgement
-        place.bind(address)
+        with ExitStack() as unless_bound:
+            place = unless_bound.enter_context(socket.socket(family, kind, protocol))
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            place.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a token waits for no acknowledgement
+            place.bind(address)
+            unless_bound.pop_all()
     except (OSError, OverflowError) as error:
         raise PolymergeError(
             f"{host}:{port}: cannot listen there ({getattr(error, 'strerror', None) or error})"

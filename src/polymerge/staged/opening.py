@@ -124,13 +124,10 @@ def _router(bundle: str | Path, engine: Engine, device: str | None = None, *, ne
     Raises:
         RouterError: there is none, it is damaged, or it belongs to another bundle.
     """
-    from ..engine.local.engine import HFEngine
-    from ..router import opening
+    from ..router.loading import load_router
     from ..router.record import has_router
 
-    if not needed and not has_router(Path(bundle)):
-        return None
-    return opening.open_router(bundle, lambda: engine, lambda model: HFEngine.from_checkpoint(model, device=device))
+    return load_router(bundle, device, engine=engine) if needed or has_router(Path(bundle)) else None
 
 
 def _first(error: ValidationError) -> str:

@@ -25,7 +25,7 @@ from polymerge.engine.vllm.engine import VllmEngine, vllm_engine
 from polymerge.engine.vllm.folder import NOTE, read_note
 from polymerge.engine.vllm.streaming import VllmStreaming
 from polymerge.errors import ModelError
-from polymerge.export import VllmExport, export_vllm, plan_vllm
+from polymerge.export import VllmExport, plan_vllm, write_vllm
 from polymerge.export.vllm.prompts import CalibrationPrompt
 from polymerge.sources.gguf import package_gguf, unpack
 from tests.engine.vllm.test_streaming import Heard
@@ -57,7 +57,7 @@ def bundle(skills: list[Skill], tmp_path_factory: pytest.TempPathFactory) -> Bun
 @pytest.fixture(scope="module")
 def exported(bundle: Bundle, skills: list[Skill]) -> VllmExport:
     samples = [CalibrationPrompt(e.prompt, e.answer) for skill in skills for e in skill.test[:4]]
-    return export_vllm(plan_vllm(bundle), bundle.path.with_name("exported"), samples=samples)
+    return write_vllm(plan_vllm(bundle), bundle.path.with_name("exported"), samples=samples)
 
 
 @pytest.fixture(scope="module")

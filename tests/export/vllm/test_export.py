@@ -14,7 +14,7 @@ from polymerge import Bundle, load_model, merge
 from polymerge.cli.main import main
 from polymerge.engine.vllm.folder import LORA_RANKS, padded_rank, read_note, serve_arguments
 from polymerge.errors import BundleError, DataError, ModelError, OutputExistsError
-from polymerge.export import export_vllm, plan_vllm
+from polymerge.export import plan_vllm, write_vllm
 from polymerge.export.vllm.calibrate import applied, read_adapter
 from polymerge.export.vllm.norms import gain_ratio, norm_modules, norm_readers
 from polymerge.export.vllm.prompts import CalibrationPrompt, read_prompts
@@ -88,7 +88,7 @@ def test_at_full_rank_folding_loses_nothing_that_has_a_place(
     """Ratios, norms, tied and untied embeddings and heads: all of the expert is in base and adapter."""
     bundle = bundles(architecture, scale=scale)
     plan = plan_vllm(bundle, max_rank=64)  # the widths are 48 and 80
-    written = export_vllm(plan, tmp_path / "v", samples=SAMPLES)
+    written = write_vllm(plan, tmp_path / "v", samples=SAMPLES)
     lost = {line.split(": ")[1].split(".")[-2] for line in plan.lost}
     assert lost == ({"q_norm", "k_norm"} if architecture == "qwen3" else set())
     model = load_model(bundle)
@@ -103,7 +103,7 @@ def test_at_full_rank_folding_loses_nothing_that_has_a_place(
 
 
 def test_at_the_bundles_rank_folding_is_better_than_leaving_out(bundles: Any, tmp_path: Path) -> None:
-    written = export_vllm(plan_vllm(bundles("llama")), tmp_path / "v", samples=SAMPLES)
+    written = write_vllm(plan_vllm(bundles("llama")), tmp_path / "v", samples=SAMPLES)
     for expert in written.note.experts.values():
         assert expert.kl < expert.kl_unfolded
 
@@ -111,7 +111,7 @@ def test_at_the_bundles_rank_folding_is_better_than_leaving_out(bundles: Any, tm
 @pytest.mark.parametrize("code", ["int8", "int4"])
 def test_coded_factors_are_decoded_on_the_way(bundles: Any, tmp_path: Path, code: str) -> None:
     bundle = bundles("llama", code=code, scale="shared", embeddings="average", lm_head="average", norms="average")
-    written = export_vllm(plan_vllm(bundle), tmp_path / "v", samples=SAMPLES)
+    written = write_vllm(plan_vllm(bundle), tmp_path / "v", samples=SAMPLES)
     model = load_model(bundle)
     for expert in bundle.experts:
         adapter = read_adapter(load_file(written.folder / "adapters" / expert / "adapter_model.safetensors"))
@@ -122,7 +122,7 @@ def test_coded_factors_are_decoded_on_the_way(bundles: Any, tmp_path: Path, code
 
 def test_peft_opens_an_exported_adapter_and_says_the_same(bundles: Any, tmp_path: Path) -> None:
     bundle = bundles("llama", embeddings="average", lm_head="average", norms="average")
-    written = export_vllm(plan_vllm(bundle), tmp_path / "v", samples=SAMPLES)
+    written = write_vllm(plan_vllm(bundle), tmp_path / "v", samples=SAMPLES)
     adapter = written.folder / "adapters" / "e1"
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(written.folder), adapter).eval()
     model = load_model(bundle)
@@ -145,13 +145,13 @@ def test_what_vllm_has_no_place_for_is_listed_with_the_reason(bundles: Any) -> N
 
 
 def test_a_dense_bundle_is_factorised_and_a_plain_average_has_no_factors(bundles: Any, tmp_path: Path) -> None:
-    exact = export_vllm(plan_vllm(bundles("llama", compress_rate=0.0), max_rank=64), tmp_path / "v", samples=SAMPLES)
+    exact = write_vllm(plan_vllm(bundles("llama", compress_rate=0.0), max_rank=64), tmp_path / "v", samples=SAMPLES)
     assert all(expert.kl < 1e-6 for expert in exact.note.experts.values())
     averaged = {"embeddings": "average", "lm_head": "average", "norms": "average", "scale": "shared"}
     plain = plan_vllm(bundles("llama", compress_rate=1.0, **averaged))
     assert not any(plain.experts.values())
     with pytest.raises(ModelError, match="nothing that an adapter could hold"):
-        export_vllm(plain, tmp_path / "w")
+        write_vllm(plain, tmp_path / "w")
     assert not list(tmp_path.glob("w*"))
 
 
@@ -167,14 +167,14 @@ def test_a_bundle_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:
     experts = {name: str(path) for name, path in make_experts("llama", tmp_path).items()}
     bundle = merge({"experts": experts, "compress_rate": 0.6}, tmp_path / "bundle")
     with pytest.raises(ModelError, match="no usable tokenizer") as raised:
-        export_vllm(plan_vllm(bundle), tmp_path / "v")
+        write_vllm(plan_vllm(bundle), tmp_path / "v")
     assert len(str(raised.value).splitlines()) == 1
     assert not (tmp_path / "v").exists()
 
 
 def test_the_export_depends_on_the_bundle_alone(bundles: Any, tmp_path: Path) -> None:
     plan = plan_vllm(bundles("llama"))
-    one, two = (export_vllm(plan, tmp_path / name, samples=SAMPLES).folder for name in ("a", "b"))
+    one, two = (write_vllm(plan, tmp_path / name, samples=SAMPLES).folder for name in ("a", "b"))
     for file in (file for file in one.rglob("*") if file.is_file()):
         assert file.read_bytes() == (two / file.relative_to(one)).read_bytes()
 
@@ -183,10 +183,10 @@ def test_an_export_never_takes_a_bundles_place(bundles: Any, tmp_path: Path) -> 
     bundle = bundles("llama")
     before = bundle.digest
     with pytest.raises(OutputExistsError, match="never overwritten"):
-        export_vllm(plan_vllm(bundle), bundle.path, overwrite=True)
+        write_vllm(plan_vllm(bundle), bundle.path, overwrite=True)
     assert Bundle.open(bundle.path).digest == before and not list(Bundle.open(bundle.path).damaged_files())
-    folder = export_vllm(plan_vllm(bundle), tmp_path / "v", samples=SAMPLES).folder
-    export_vllm(plan_vllm(bundle), folder, samples=SAMPLES, overwrite=True)
+    folder = write_vllm(plan_vllm(bundle), tmp_path / "v", samples=SAMPLES).folder
+    write_vllm(plan_vllm(bundle), folder, samples=SAMPLES, overwrite=True)
 
 
 def test_the_command_lists_before_it_writes_and_prints_the_launch(
@@ -228,7 +228,7 @@ def test_calibration_files_that_cannot_be_used_are_one_line(tmp_path: Path) -> N
 def test_a_folder_that_was_not_exported_or_was_changed_is_refused(bundles: Any, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="export BUNDLE --to vllm"):
         read_note(bundles("llama").path)
-    folder = export_vllm(plan_vllm(bundles("llama")), tmp_path / "v", samples=SAMPLES).folder
+    folder = write_vllm(plan_vllm(bundles("llama")), tmp_path / "v", samples=SAMPLES).folder
     assert serve_arguments(folder, read_note(folder))[:2] == ["--served-model-name", "average"]
     data = json.loads((folder / "polymerge-vllm.json").read_text())
     del data["experts"]["e0"]["probe"]

@@ -61,7 +61,7 @@ class VllmExport:
         return ["vllm", "serve", str(self.folder.resolve()), *serve_arguments(self.folder, self.note)]
 
 
-def export_vllm(
+def write_vllm(
     plan: VllmPlan,
     output: str | Path,
     *,

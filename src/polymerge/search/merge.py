@@ -1,0 +1,129 @@
+"""A merge, at the recipe's own rate and code or at those that reach a target.
+
+Knows the order: plan, search where there is a target, merge. Finding is `polymerge.search.find`, the merge itself
+`polymerge.merging.run`; who does the tensors is chosen here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Literal, Unpack
+
+from ..bundle.bundle import Bundle
+from ..bundle.files import check_output
+from ..errors import PolymergeError, TargetError
+from ..merging.executor import Executor, in_threads
+from ..merging.plan import MergePlan, plan_merge, replanned
+from ..merging.ray import ray_cluster
+from ..merging.run import OnProgress, run_plan
+from ..method.codes import CODES
+from ..recipe.merge import RecipeLike, RecipeSettings
+from .examples import LIMIT, Prompts, read_prompts
+from .find import Found, find
+from .target import Target, read_target
+
+Where = Literal["threads", "ray"]
+
+
+def merge(
+    recipe: RecipeLike,
+    output: str | Path,
+    *,
+    target: str | None = None,
+    prompts: Prompts | None = None,
+    codes: Sequence[str] | None = None,
+    limit: int | None = None,
+    executor: Executor | Where = "threads",
+    address: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: OnProgress | None = None,
+    say: Callable[[str], None] | None = None,
+    on_plan: Callable[[MergePlan], None] | None = None,
+    on_found: Callable[[Found], None] | None = None,
+    **settings: Unpack[RecipeSettings],
+) -> Bundle:
+    """Merges the recipe's experts into a bundle at `output`.
+
+    The result depends only on the recipe and the sources: not on the workers or where they run, and not on whether
+    the merge was killed and resumed. Nothing appears at `output` before the bundle is whole.
+
+    Args:
+        recipe: a Recipe, its dict, the experts alone as {name: source}, or a YAML file.
+        target: `kl=0.001`, `accuracy=99%`, `size=600MB` or `size=1.2x`: rate and code are found.
+        prompts: with a target of KL or accuracy: expert -> its held-out requests.
+        codes: with a target: those that may be used; by default all.
+        limit: with prompts: rows of each file; by default 32.
+        executor: who does the tensors: the threads of this process, a Ray cluster, or anything that does them.
+        address: of the Ray cluster, host:port; by default RAY_ADDRESS or this machine.
+        resume: go on with the half-done work of the same merge, if there is any.
+        progress: called after every tensor.
+        say: told what a search does.
+        on_plan, on_found: given the plan before any tensor is read, and what a search found.
+        settings: keys of the recipe that count in the place of its own.
+
+    Raises:
+        RecipeError, SourceError: before any tensor is read, except for values that are not finite.
+        OutputExistsError, DiskSpaceError: before any tensor is read.
+        TargetError: the target cannot be read or reached, or the bundle, which stays, is over its size.
+        ErrorBudgetExceeded: the bundle is whole, but a tensor's relative error is over `max_error`.
+    """
+    if address is not None and executor != "ray":
+        raise PolymergeError("--address belongs to --executor ray")
+    _check_together(target, prompts, codes, limit, settings)
+    goal = read_target(target) if target is not None else None
+    examples = read_prompts(prompts or {}, limit or LIMIT)
+    output = Path(output).expanduser()
+    plan, found = plan_merge(recipe, **settings), None
+    if on_plan:
+        on_plan(plan)
+    with _opened(executor, address) as tasks:
+        if goal:
+            check_output(output, overwrite=overwrite)  # now and not after the work
+            folder = next(parent for parent in output.absolute().parents if parent.exists())
+            found = find(
+                plan.recipe, goal, examples, codes=codes or tuple(CODES), folder=folder, executor=tasks, progress=say
+            )
+            _tell(found, goal, say, on_found)
+            plan = replanned(plan, compress_rate=found.recipe.compress_rate, code=found.recipe.code)
+        bundle = run_plan(plan, output, overwrite=overwrite, resume=resume, executor=tasks, progress=progress)
+    if found:
+        found.check(bundle)
+    return bundle
+
+
+def _check_together(
+    target: str | None,
+    prompts: Prompts | None,
+    codes: Sequence[str] | None,
+    limit: int | None,
+    settings: RecipeSettings,
+) -> None:
+    """Raises TargetError for arguments that would be ignored, or that a search would overrule."""
+    if target is None:
+        given = {"--prompts": prompts, "--codes": codes, "--limit": limit}
+        for option in (name for name, value in given.items() if value is not None):
+            raise TargetError(f"{option} belongs to --target")
+        return
+    fixed = {"--compress-rate": settings.get("compress_rate"), "--code": settings.get("code")}
+    for option in (name for name, value in fixed.items() if value is not None):
+        raise TargetError(f"{option} is what --target finds; leave it out, or say which --codes may be used")
+
+
+def _opened(executor: Executor | Where, address: str | None) -> AbstractContextManager[Executor]:
+    if executor == "ray":
+        return ray_cluster(address)
+    return nullcontext(in_threads if executor == "threads" else executor)
+
+
+def _tell(
+    found: Found, goal: Target, say: Callable[[str], None] | None, on_found: Callable[[Found], None] | None
+) -> None:
+    if say:
+        rate, code, point = found.recipe.compress_rate, found.recipe.code, found.point
+        words = f"{goal.words(point)}, measured merges: {found.merges}" if point else "no merge needed"
+        say(f"found: compress rate {rate:g} with code {code} ({words})")
+    if on_found:
+        on_found(found)

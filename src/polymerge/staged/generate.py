@@ -1,0 +1,145 @@
+"""One prompt, one answer: what `polymerge generate` does, straight or with a thinker first.
+
+Knows which parts an answer needs and loads them. An answer without a thinker comes from the loop that a server runs,
+token by token.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..engine.base import GenerateRequest
+from ..engine.streaming import Piece, StreamingEngine, StreamRequest
+from ..errors import PolymergeError
+from ..router.loading import load_router
+from .formatter import Question
+from .opening import open_pipeline
+from .pipeline import Response
+
+if TYPE_CHECKING:
+    from ..router.route import Route
+
+OnText = Callable[[str], None]
+
+
+def generate(
+    bundle: str | Path,
+    prompt: str,
+    *,
+    expert: str = "average",
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    chat: bool = True,
+    device: str | None = None,
+    staged: bool = False,
+    choice: Sequence[str] | None = None,
+    recipe: str | Path | None = None,
+    thinker: str | None = None,
+    model: str | None = None,
+    key_env: str | None = None,
+    policy: str | None = None,
+    prompts: str | None = None,
+    thought_tokens: int | None = None,
+    low_memory: bool = False,
+    on_route: Callable[[Route], None] | None = None,
+    on_text: OnText | None = None,
+) -> Response:
+    """Answers a prompt with one expert, the average, or the expert that the bundle's router chooses.
+
+    Args:
+        expert: a name, `average`, or `auto`.
+        temperature: 0 takes the likeliest token every time.
+        chat: use the chat template, if there is one.
+        staged: let a thinker reason first, as the policy says. The arguments from `choice` on need it.
+        choice: the answers to choose from, in place of free text.
+        recipe, thinker, model, key_env: where the thinker comes from, as for `open_pipeline`.
+        policy, prompts, thought_tokens: in place of the recipe's.
+        low_memory: unload the thinker before the answer.
+        on_route: given the router's choice before the answer begins.
+        on_text: given the answer piece by piece, as it is made.
+
+    Raises:
+        PolymergeError: an argument that would be ignored. BundleError, ModelError, RecipeError, RouterError: as the
+        parts do.
+    """
+    stages: dict[str, Any] = {
+        "recipe": recipe, "thinker": thinker, "model": model, "key_env": key_env, "prompts": prompts,
+        "thought_tokens": thought_tokens, "low_memory": low_memory,
+    }  # fmt: skip
+    if not staged:
+        _refuse_ignored({"choice": choice, "policy": policy, **stages})
+        asked = GenerateRequest(prompt, expert, max_new_tokens, temperature, top_p, seed)
+        return _straight(bundle, asked, chat, device, on_route, on_text)
+    if temperature > 0:
+        raise PolymergeError("generate: --staged answers greedily; leave --temperature out")
+    pipeline = open_pipeline(bundle, expert=expert, device=device, chat=chat, use=policy, **stages)
+    [response] = pipeline.respond([Question(prompt, tuple(choice or ()), max_new_tokens)])
+    return response
+
+
+def _refuse_ignored(options: Mapping[str, object]) -> None:
+    """An option that would be ignored is said so."""
+    for name in (name for name, value in options.items() if value):
+        raise PolymergeError(f"generate: --{name.replace('_', '-')} needs --staged")
+
+
+def _straight(
+    bundle: str | Path,
+    asked: GenerateRequest,
+    chat: bool,
+    device: str | None,
+    on_route: Callable[[Route], None] | None,
+    on_text: OnText | None,
+) -> Response:
+    """An answer without a thinker. The loaded model embeds for the router, unless that was fitted with another."""
+    from ..engine.local.batching import BatchingEngine
+    from ..engine.local.engine import HFEngine
+
+    text = str(asked.prompt)
+    loaded, route = HFEngine.from_bundle(bundle, device=device), None
+    if asked.expert == "auto":
+        [route] = load_router(bundle, device, engine=loaded).route([text])
+        if on_route:
+            on_route(route)
+    expert = route.expert if route else None if asked.expert == "average" else asked.expert
+    prompt = loaded.chat_prompt([{"role": "user", "content": text}]) if chat and _has_template(loaded) else text
+    engine = BatchingEngine(loaded)
+    answer, written = "", Piece("", 0)
+    try:
+        asked = replace(asked, prompt=prompt, expert=expert)
+        for written in _pieces(engine, asked):
+            answer += written.text
+            if on_text:
+                on_text(written.text)
+    finally:
+        engine.close(0)
+    return Response(
+        answer, None, (), "direct", "no thinker was asked for", "", expert, route.field if route else "", route,
+        len(loaded.encode(prompt) if isinstance(prompt, str) else prompt), written.tokens, 0,
+    )  # fmt: skip
+
+
+def _has_template(engine: Any) -> bool:
+    return engine.tokenizer.chat_template is not None
+
+
+def _pieces(engine: StreamingEngine, request: GenerateRequest) -> Iterator[Piece]:
+    """An answer as it is made; what the engine fails with is raised."""
+    heard: queue.SimpleQueue[Piece | Exception] = queue.SimpleQueue()
+    [stream] = engine.submit([StreamRequest(request)], [heard.put])
+    try:
+        while True:
+            piece = heard.get()
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+            if piece.finish:
+                return
+    finally:
+        stream.cancel()
