@@ -251,7 +251,7 @@ def _commit(
     linear = next(task for task in tasks if task.record.role == "linear")
     dtype = checkpoint.tensors[linear.sources[name]].dtype
     record = ExpertRecord(
-        source=checkpoint.label,
+        **asdict(checkpoint.whence),
         sha256=hashlib.sha256(digests.encode()).hexdigest(),
         dtype=dtype_name(dtype) if dtype else "unknown",
     )

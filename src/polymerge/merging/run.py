@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +206,7 @@ def _manifest(
         layers_from=plan.layer_map.layers_from,
         tied_embedding=plan.tied_embedding,
         experts={
-            name: ExpertRecord(source=c.label, sha256=_digest(plan, notes, name), dtype=_stored_dtype(plan, name))
+            name: ExpertRecord(**asdict(c.whence), sha256=_digest(plan, notes, name), dtype=_stored_dtype(plan, name))
             for name, c in plan.checkpoints.items()
         },
         scale_ratio_range=(min(ratios, default=1.0), max(ratios, default=1.0)),

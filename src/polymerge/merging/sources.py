@@ -18,10 +18,9 @@ from ..bundle.bundle import Bundle
 from ..bundle.manifest import BundleLayer
 from ..bundle.peft import adapter_config, coded_config
 from ..errors import BundleError, PolymergeError, SourceError
-from ..recipe.merge import Source
-from ..sources.checkpoint import Checkpoint, read_json
+from ..sources.checkpoint import Checkpoint, Origin, read_json
 from ..sources.layers import map_layers
-from ..sources.opening import open_checkpoint
+from ..sources.opening import opened_again
 
 # A rebuilt tensor may differ from what the merge measured by the rounding of the float32 products alone.
 TOLERANCE = 1e-4
@@ -95,8 +94,7 @@ def verify(
         for expert in bundle.experts:
             if progress:
                 progress(f"{expert} against its source")
-            source = (moved or {}).get(expert, bundle.manifest.experts[expert].source)
-            check, problems = _against_source(bundle, expert, source)
+            check, problems = _against_source(bundle, expert, (moved or {}).get(expert))
             found.sources.append(check)
             found.problems += problems
     return found
@@ -163,9 +161,12 @@ def _allowed_keys(layer: BundleLayer, adapter: Mapping[str, torch.Tensor]) -> di
     return keys
 
 
-def _against_source(bundle: Bundle, expert: str, source: str) -> tuple[SourceCheck, list[str]]:
+def _against_source(bundle: Bundle, expert: str, moved: str | None) -> tuple[SourceCheck, list[str]]:
+    record = bundle.manifest.experts[expert]
+    source = moved or record.source
     try:
-        checkpoint = open_checkpoint(Source(source=source))
+        revision = None if moved else record.revision
+        checkpoint = opened_again(Origin(source, revision, record.base, record.base_revision))
     except PolymergeError as reason:
         raise SourceError(f"expert {expert!r}: {reason}; say where it is now with --source {expert}=PATH") from None
     recorded = {line["tensor"]: line["relative_error"] for line in bundle.stats() if line["expert"] == expert}

@@ -95,6 +95,11 @@ class Checkpoint(ABC):
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
 
+    @property
+    def whence(self) -> Origin:
+        """Where it came from, as far as it is known."""
+        return self.origin or Origin(self.label)
+
     @abstractmethod
     def read(self, name: str) -> Tensor:
         """The whole tensor, in its stored dtype, on the CPU."""

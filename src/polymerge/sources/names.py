@@ -12,7 +12,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .checkpoint import Checkpoint, TensorInfo
+from ..errors import SourceError
+from .checkpoint import Checkpoint, TensorInfo, natural_key
 from .layers import meta_model, stored_names
 
 _FREQUENCIES = re.compile(r"(^|\.)(rotary_emb|rotary)\.inv_freq$")
@@ -40,7 +41,11 @@ class RenamedCheckpoint(Checkpoint):
 
 
 def by_architecture(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint under the names of its architecture, without buffers that a model computes for itself."""
+    """The checkpoint under the names of its architecture, without buffers that a model computes for itself.
+
+    Raises:
+        SourceError: two tensors have one name there.
+    """
     if _begins_with_prefix(checkpoint) and not any(_is_buffer(n, i) for n, i in checkpoint.tensors.items()):
         return checkpoint
     model = meta_model(checkpoint.folder)
@@ -51,8 +56,12 @@ def by_architecture(checkpoint: Checkpoint) -> Checkpoint:
     names: dict[str, str] = {}
     for stored, info in checkpoint.tensors.items():
         name = next((n for n in (stored, prefix + stored, stored.removeprefix(prefix)) if n in known), None)
-        if name is not None or not _is_buffer(stored, info):
-            names.setdefault(name or stored, stored)
+        if name is None and _is_buffer(stored, info):
+            continue
+        other = names.setdefault(name or stored, stored)
+        if other != stored:
+            raise SourceError(f"{checkpoint.label}: tensors {other!r} and {stored!r} are one and the same {name!r}")
+    names = dict(sorted(names.items(), key=lambda item: natural_key(item[0])))
     unchanged = len(names) == len(checkpoint.tensors) and all(name == stored for name, stored in names.items())
     return checkpoint if unchanged else RenamedCheckpoint(checkpoint, names)
 
@@ -67,7 +76,9 @@ def _begins_with_prefix(checkpoint: Checkpoint) -> bool:
         prefix = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].base_model_prefix
     except Exception:  # an architecture that transformers does not know keeps its names
         return True
-    return not prefix or any(name.startswith(f"{prefix}.") for name in checkpoint.tensors)
+    names = checkpoint.tensors
+    begun = any(name.startswith(f"{prefix}.") for name in names)
+    return not prefix or (begun and not any(f"{prefix}.{name}" in names for name in names))
 
 
 def _is_buffer(name: str, info: TensorInfo) -> bool:

@@ -51,7 +51,6 @@ def opened_again(origin: Origin) -> Checkpoint:
     base = origin.base
     if base and origin.base_revision:
         base = f"{base.partition('@')[0]}@{origin.base_revision}"
-    base = f"{origin.base}@{origin.base_revision}" if origin.base and origin.base_revision else origin.base
     return open_checkpoint(Source(source=origin.source, revision=origin.revision, base=base))
 
 
@@ -63,8 +62,7 @@ def _open_folder(local: Path | None, source: Source) -> Checkpoint:
     if (folder / ADAPTER_CONFIG).exists():
         base = _open_base(folder, label=text, base=source.base)
         checkpoint: Checkpoint = open_adapter(folder, text, base)
-        named = base.origin or Origin(base.label)
-        checkpoint.origin = Origin(text, revision, named.source, named.revision)
+        checkpoint.origin = Origin(text, revision, base.whence.source, base.whence.revision)
         return checkpoint
     checkpoint = by_architecture(dequantised(open_folder(folder, label=text)))
     checkpoint.origin = Origin(text, revision)
