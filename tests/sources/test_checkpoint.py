@@ -1,5 +1,6 @@
 """Checkpoints as people have them on disk and on the hub, against safetensors' and transformers' own."""
 
+import itertools
 import json
 import pickle
 import shutil
@@ -19,6 +20,7 @@ from polymerge.errors import SourceError
 from polymerge.recipe.merge import Source
 from polymerge.sources.checkpoint import BinCheckpoint, Checkpoint, SafetensorsCheckpoint
 from polymerge.sources.opening import open_checkpoint
+from tests.sources.reading import assert_reads_fresh
 from tests.tiny import ARCHITECTURES
 
 INDEX = "model.safetensors.index.json"
@@ -138,6 +140,86 @@ def test_safetensors_win_over_bin_files_beside_them(whole: Path, tmp_path: Path)
     shutil.copytree(whole, tmp_path / "both")
     (tmp_path / "both" / "pytorch_model.bin").write_bytes(b"not a checkpoint")
     assert_holds(open_checkpoint(tmp_path / "both"), load_file(whole / "model.safetensors"))
+
+
+def other_weights(folder: Path) -> None:
+    """Zeros in one file, beside which other weights may lie."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: torch.zeros_like(value) for name, value in tensors.items()}, folder / "model.safetensors")
+
+
+def put_one_file(folder: Path, whole: Path) -> None:
+    shutil.copy(whole / "model.safetensors", folder)
+    other_weights(folder)
+
+
+def put_shards(folder: Path, whole: Path) -> None:
+    transformers.AutoModelForCausalLM.from_pretrained(whole).save_pretrained(folder / "s", max_shard_size="30kB")
+    for file in (folder / "s").glob("model*"):
+        file.rename(folder / file.name)
+
+
+def put_index_alone(folder: Path, whole: Path) -> None:
+    put_shards(folder, whole)
+    for file in folder.glob("model-*"):
+        file.unlink()
+
+
+def put_bin(folder: Path, whole: Path) -> None:
+    tensors = load_file(whole / "model.safetensors")
+    torch.save({name: value + 1 for name, value in tensors.items()}, folder / "pytorch_model.bin")
+
+
+def put_bin_index(folder: Path, whole: Path) -> None:
+    tensors = load_file(whole / "model.safetensors")
+    torch.save({name: value + 2 for name, value in tensors.items()}, folder / "pytorch_model-1-of-1.bin")
+    weight_map = dict.fromkeys(tensors, "pytorch_model-1-of-1.bin")
+    (folder / BIN_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def put_named(folder: Path, whole: Path) -> None:
+    tensors = load_file(whole / "model.safetensors")
+    save_file({name: value + 3 for name, value in tensors.items()}, folder / "other.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
+
+
+PUT = (put_one_file, put_shards, put_bin, put_bin_index, put_named)
+
+
+@pytest.mark.parametrize(
+    "both",
+    [*itertools.combinations(PUT, 2), (put_one_file, put_index_alone), PUT],
+    ids=lambda both: "+".join(put.__name__.removeprefix("put_") for put in both),
+)
+def test_of_several_weights_in_a_folder_the_ones_are_read_that_transformers_loads(
+    whole: Path, tmp_path: Path, both: tuple[Callable[[Path, Path], None], ...]
+) -> None:
+    shutil.copy(whole / "config.json", tmp_path)
+    for put in both:
+        put(tmp_path, whole)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert_holds(open_checkpoint(tmp_path), expected)
+
+
+@pytest.mark.parametrize("named", ["../x.safetensors", "x.bin", 3, "", "not-there.safetensors"])
+def test_a_configuration_that_names_weights_stays_inside_its_folder(whole: Path, tmp_path: Path, named: object) -> None:
+    shutil.copytree(whole, tmp_path / "named")
+    shutil.copy(whole / "model.safetensors", tmp_path / "x.safetensors")
+    config = json.loads((whole / "config.json").read_text())
+    (tmp_path / "named" / "config.json").write_text(json.dumps({**config, "transformers_weights": named}))
+    assert "transformers_weights" in one_line(tmp_path / "named") and repr(named) in one_line(tmp_path / "named")
+
+
+def test_a_variant_alone_is_named(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "variant")
+    (tmp_path / "variant" / "model.safetensors").rename(tmp_path / "variant" / "model.fp16.safetensors")
+    assert "model.fp16.safetensors" in one_line(tmp_path / "variant")
+
+
+def test_what_is_read_is_the_readers_own_memory(whole: Path, sharded: Path, binary: Path, sharded_binary: Path) -> None:
+    for folder in (whole, sharded, binary, sharded_binary):
+        assert_reads_fresh(open_checkpoint(folder))
 
 
 def one_line(source: Source | Path) -> str:

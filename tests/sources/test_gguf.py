@@ -1,15 +1,217 @@
-"""A GGUF file inside Python packages: whole, in parts, under another name than the package's."""
+"""GGUF files against the models that they were written from, and inside Python packages: whole, in parts, under
+another name than the package's."""
 
 from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import gguf
+import numpy as np
 import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from polymerge.errors import SourceError
+from polymerge.sources.dense import dense_model
 from polymerge.sources.gguf import package_gguf
+from polymerge.sources.opening import open_checkpoint
+from tests.sources.gguf_file import Tensors, write_gguf
+from tests.sources.reading import assert_reads_fresh
+from tests.tiny import COMMON, make_experts
+
+Checkpoints = Callable[[str], dict[str, Path]]
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("POLYMERGE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "qwen2"])
+def test_a_file_holds_the_model_that_it_was_written_from(
+    checkpoints: Checkpoints, tmp_path: Path, architecture: str
+) -> None:
+    folder = checkpoints(architecture)["e0"]
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", folder))
+    expected = load_file(folder / "model.safetensors")
+    assert set(checkpoint.tensors) == set(expected)
+    for name, value in expected.items():
+        assert torch.equal(checkpoint.read(name), value), name
+    assert_reads_fresh(checkpoint)
+
+
+def test_a_quantised_file_holds_what_its_blocks_say(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**{**COMMON, "hidden_size": 64, "intermediate_size": 96})
+    folder = make_experts("llama", tmp_path, count=1, config=config)["e0"]
+    q8 = gguf.GGMLQuantizationType.Q8_0
+    stored: dict[str, np.ndarray] = {}
+
+    def fields(writer: Any) -> None:
+        plain = writer.add_tensor
+
+        def add(name: str, value: np.ndarray) -> None:
+            blocks = value.ndim == 2
+            stored[name] = gguf.dequantize(gguf.quantize(value, q8), q8) if blocks else value
+            plain(name, gguf.quantize(value, q8) if blocks else value, raw_dtype=q8 if blocks else None)
+
+        writer.add_tensor = add
+
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", folder, fields=fields))
+    for name, there in {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+                        "model.layers.1.mlp.down_proj.weight": "blk.1.ffn_down.weight"}.items():  # fmt: skip
+        assert torch.equal(checkpoint.read(name), torch.from_numpy(stored[there])), name
+
+
+def without(name: str) -> Callable[[Tensors], Any]:
+    return lambda tensors: tensors.pop(name)
+
+
+def beside(name: str, *shape: int) -> Callable[[Tensors], Any]:
+    return lambda tensors: tensors.update({name: np.full(shape, 0.5, dtype=np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change", "words"),
+    [
+        ("llama", without("blk.1.ffn_up.weight"), ["model.layers.1.mlp.up_proj.weight", "has no tensor"]),
+        ("llama", without("output_norm.weight"), ["model.norm.weight", "has no tensor"]),
+        ("llama", without("token_embd.weight"), ["model.embed_tokens.weight", "has no tensor"]),
+        ("qwen2", without("blk.0.attn_q.bias"), ["model.layers.0.self_attn.q_proj.bias", "has no tensor"]),
+        ("llama", beside("blk.0.attn_q.bias", 48), ["'blk.0.attn_q.bias'", "no place"]),
+        ("llama", beside("blk.7.ffn_up.weight", 80, 48), ["'blk.7.ffn_up.weight'", "no place"]),
+        ("llama", beside("rope_factors_long.weight", 6), ["'rope_factors_long.weight'", "no place"]),
+        ("qwen2", beside("blk.0.attn_q_norm.weight", 12), ["'blk.0.attn_q_norm.weight'", "no place"]),
+    ],
+)  # fmt: skip
+def test_what_meets_nothing_is_refused_by_name(
+    checkpoints: Checkpoints,
+    tmp_path: Path,
+    cache: Path,
+    architecture: str,
+    change: Callable[[Tensors], Any],
+    words: list[str],
+) -> None:
+    file = write_gguf(tmp_path / "m.gguf", checkpoints(architecture)["e0"], change=change)
+    message = refusal(file)
+    assert all(word in message for word in words), message
+    assert not list(cache.glob("gguf/*"))
+
+
+def refusal(file: Path) -> str:
+    with pytest.raises(SourceError) as caught:
+        open_checkpoint(file)
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith(f"{file}: "), message
+    return message
+
+
+def half(number: int) -> Callable[[Tensors], Any]:
+    def change(tensors: Tensors) -> None:
+        for name in list(tensors)[number::2]:
+            del tensors[name]
+
+    return change
+
+
+def split(number: int) -> Callable[[Any], Any]:
+    def fields(writer: Any) -> None:
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", 2)
+
+    return fields
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_part_of_a_split_file_is_refused_with_the_command_that_joins(
+    checkpoints: Checkpoints, tmp_path: Path, number: int
+) -> None:
+    name = f"m-{number + 1:05d}-of-00002.gguf"
+    message = refusal(
+        write_gguf(tmp_path / name, checkpoints("llama")["e0"], change=half(number), fields=split(number))
+    )
+    assert f"part {number + 1} of 2" in message and "llama-gguf-split --merge" in message and "m-whole.gguf" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        ("adapter", lambda tensors: None, "a LoRA adapter"),
+        ("model", beside("blk.0.attn_q.weight.lora_a", 4, 48), "a LoRA adapter"),
+        ("mmproj", lambda tensors: None, "projector (mmproj)"),
+        ("imatrix", lambda tensors: None, "'imatrix'"),
+    ],
+)
+def test_other_kinds_of_files_are_refused_by_name(
+    checkpoints: Checkpoints, tmp_path: Path, kind: str, change: Callable[[Tensors], Any], words: str
+) -> None:
+    assert words in refusal(write_gguf(tmp_path / "m.gguf", checkpoints("llama")["e0"], kind=kind, change=change))
+
+
+@pytest.mark.parametrize("size", [4, 60, 5000])
+def test_a_truncated_file_is_one_line(checkpoints: Checkpoints, tmp_path: Path, size: int) -> None:
+    file = write_gguf(tmp_path / "m.gguf", checkpoints("llama")["e0"])
+    file.write_bytes(file.read_bytes()[:size])
+    assert "truncated or corrupt" in refusal(file)
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+
+
+def rope_factors(config: Any) -> np.ndarray:
+    """What llama.cpp's converter writes: plain frequencies over scaled ones."""
+    scaled = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
+    size = config.hidden_size // config.num_attention_heads
+    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2) / size)
+    found: np.ndarray = (plain / scaled).numpy()
+    return found
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama_3s_scaled_positions_answer_as_the_model(tmp_path: Path, factor: float) -> None:
+    parameters = {**LLAMA3, "factor": factor}
+    config = transformers.LlamaConfig(**{**COMMON, "max_position_embeddings": 131072}, rope_parameters=parameters)
+    folder = make_experts("llama", tmp_path, count=1, config=config)["e0"]
+    factors = rope_factors(config)
+    assert factors.max() == pytest.approx(factor) and factors.min() == 1 and len({*factors}) > 2
+    file = write_gguf(
+        tmp_path / "m.gguf", folder, change=lambda tensors: tensors.update({"rope_freqs.weight": factors})
+    )
+    model = dense_model(open_checkpoint(file), dtype=torch.float32)
+    ids = torch.randint(0, 96, (1, 4), generator=torch.Generator().manual_seed(0))
+    places = torch.tensor([[0, 90, 3000, 70000]])
+    expected = transformers.AutoModelForCausalLM.from_pretrained(folder)(ids, position_ids=places).logits
+    torch.testing.assert_close(model(ids, position_ids=places).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_factors_that_change_nothing_are_no_difference(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    ones = np.ones(6, dtype=np.float32)
+    change = {"rope_freqs.weight": ones}
+    file = write_gguf(tmp_path / "m.gguf", checkpoints("llama")["e0"], change=lambda tensors: tensors.update(change))
+    assert open_checkpoint(file).config["rope_parameters"]["rope_type"] == "default"
+
+
+@pytest.mark.parametrize("factors", [[1, 1, 2, 3, 4, 5], [1, 1, 1, 1, 1, 8], [2, 2]])
+def test_factors_of_another_kind_are_refused(checkpoints: Checkpoints, tmp_path: Path, factors: list[float]) -> None:
+    change = {"rope_freqs.weight": np.array(factors, dtype=np.float32)}
+    file = write_gguf(tmp_path / "m.gguf", checkpoints("llama")["e0"], change=lambda tensors: tensors.update(change))
+    assert "'rope_freqs.weight'" in refusal(file)
+
+
+def test_a_file_that_was_unpacked_is_not_unpacked_again(checkpoints: Checkpoints, tmp_path: Path, cache: Path) -> None:
+    file = write_gguf(tmp_path / "m.gguf", checkpoints("llama")["e0"])
+    folder = open_checkpoint(file).folder
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    assert open_checkpoint(file).folder == folder and folder.parent == cache / "gguf"
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
 
 
 class Site:

@@ -49,11 +49,19 @@ class Method(_Strict):
 
 
 class ExpertRecord(_Strict):
-    """An expert's source. `sha256` is over its tensors' names and bytes, whatever files they lay in."""
+    """An expert's source. `sha256` is over its tensors' names and bytes, whatever files they lay in.
+
+    Attributes:
+        revision: of a hub id, the commit where it is known.
+        base, base_revision: of the model under an adapter.
+    """
 
     source: str
     sha256: str
     dtype: str
+    revision: str | None = None
+    base: str | None = None
+    base_revision: str | None = None
 
 
 class BundleLayer(_Strict):
@@ -112,6 +120,8 @@ class Manifest(_Strict):
         data = self.model_dump(mode="json")
         if self.format_version == 1:
             del data["method"]["code"]  # which readers of version 1 alone do not know
+        for name, record in data["experts"].items():  # nor what was added since
+            data["experts"][name] = {key: value for key, value in record.items() if value is not None}
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
     def with_expert(

@@ -39,6 +39,17 @@ TOKENIZER_FILES = (
 )
 
 
+# Of a configuration: what only holds for the files that it lay beside.
+OF_THE_SOURCE = (
+    "_name_or_path",
+    "torch_dtype",
+    "dtype",
+    "quantization_config",
+    "compression_config",
+    "transformers_weights",
+)
+
+
 def write_base(folder: Path, pieces: Sequence[Piece], content: Content) -> dict[str, FileEntry]:
     """The average's weights, from its pieces."""
     entries = [(piece.key, piece.dtype, piece.shape, piece.bytes) for piece in pieces]
@@ -128,7 +139,7 @@ def copy_model_files(source: Path, folder: Path, config: dict[str, Any], *, code
 
 def bundle_config(config: Mapping[str, Any], *, dtype: str, tied: bool, code: bool) -> dict[str, Any]:
     """The average's config.json: the first expert's, with the bundle's dtype and tying."""
-    changed = {k: v for k, v in config.items() if k not in ("_name_or_path", "torch_dtype", "dtype")}
+    changed = {key: value for key, value in config.items() if key not in OF_THE_SOURCE}
     if not code:
         changed.pop("auto_map", None)
     changed["dtype"] = dtype

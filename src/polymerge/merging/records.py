@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from ..bundle.manifest import BundleLayer, ExpertRecord
 from ..host import dtype_name
@@ -38,7 +39,7 @@ def expert_record(
     linear = next((task for task in tasks if task.record.role == "linear"), tasks[0])
     dtype = checkpoint.tensors[linear.sources[expert]].dtype
     return ExpertRecord(
-        source=checkpoint.label,
+        **asdict(checkpoint.whence),
         sha256=hashlib.sha256("".join(lines).encode()).hexdigest(),
         dtype=dtype_name(dtype) if dtype else "unknown",
     )

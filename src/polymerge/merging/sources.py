@@ -14,9 +14,9 @@ from torch import Tensor
 from ..bundle.bundle import Bundle
 from ..bundle.verify import SourceCheck, Verification, verify_files
 from ..errors import PolymergeError, SourceError
-from ..recipe.merge import Source
+from ..sources.checkpoint import Origin
 from ..sources.layers import map_layers
-from ..sources.opening import open_checkpoint
+from ..sources.opening import opened_again
 from .reading import same_numbers
 from .treatment import Expert, check_settings, frame_of_bundle, tasks_for
 
@@ -49,17 +49,21 @@ def verify(
         for expert in bundle.experts:
             if progress:
                 progress(f"{expert} against its source")
-            check_source(bundle, expert, moved.get(expert, bundle.manifest.experts[expert].source), result)
+            check_source(bundle, expert, moved.get(expert), result)
     return result
 
 
-def check_source(bundle: Bundle, expert: str, source: str, result: Verification) -> None:
+def check_source(bundle: Bundle, expert: str, moved: str | None, result: Verification) -> None:
     """Adds to the result how far an expert is from its checkpoint, and what is wrong with it.
+
+    Args:
+        moved: where the checkpoint is now; None where the manifest says.
 
     Raises:
         SourceError: the checkpoint cannot be opened.
     """
-    candidate, frame = _opened(expert, source), frame_of_bundle(bundle)
+    source = moved or bundle.manifest.experts[expert].source
+    candidate, frame = _opened(bundle, expert, moved), frame_of_bundle(bundle)
     try:
         check_settings(frame, candidate)
         tasks = tasks_for(frame, [candidate], bundle.manifest.method)
@@ -88,9 +92,13 @@ def check_source(bundle: Bundle, expert: str, source: str, result: Verification)
     result.sources.append(SourceCheck(expert, source, len(tasks), exact, errors[worst], where))
 
 
-def _opened(expert: str, source: str) -> Expert:
+def _opened(bundle: Bundle, expert: str, moved: str | None) -> Expert:
+    """The expert as it was merged, or as it lies where it was moved."""
+    record = bundle.manifest.experts[expert]
+    revision = None if moved else record.revision
     try:
-        checkpoint = open_checkpoint(Source(source=source))
+        origin = Origin(moved or record.source, revision, record.base, record.base_revision)
+        checkpoint = opened_again(origin)
         return Expert(expert, checkpoint, map_layers(checkpoint))
     except PolymergeError as reason:
         raise SourceError(f"expert {expert!r}: {reason}; say where it is now with --source {expert}=PATH") from None

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
+# Where several are there, transformers loads the first of these.
+WEIGHT_FILES = ("model.safetensors", SAFETENSORS_INDEX, "pytorch_model.bin", BIN_INDEX)
 
 _DTYPES = {
     "F64": torch.float64,
@@ -56,20 +58,47 @@ class TensorInfo:
         return count
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint came from: all that it takes to open it again.
+
+    Attributes:
+        revision: of a hub id; the commit, where the hub's cache tells it.
+        base, base_revision: of the model under an adapter.
+    """
+
+    source: str
+    revision: str | None = None
+    base: str | None = None
+    base_revision: str | None = None
+
+
 class Checkpoint(ABC):
     """Tensors by name, read when asked for.
+
+    What `read` and `read_rows` return is memory of the caller's own: it may be overwritten, and reading again gives
+    the same bytes.
 
     Attributes:
         label: the source as the user wrote it, for messages.
         folder: where configuration and tokenizer lie.
         config: the parsed config.json.
         tensors: checkpoint name -> TensorInfo, in the checkpoint's natural order.
+        origin: set by `polymerge.sources.opening`.
+        in_folder: transformers reads the same tensors from the folder.
     """
 
+    origin: Origin | None = None
+    in_folder = False
     label: str
     folder: Path
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
+
+    @property
+    def whence(self) -> Origin:
+        """Where it came from, as far as it is known."""
+        return self.origin or Origin(self.label)
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
@@ -87,35 +116,34 @@ class Checkpoint(ABC):
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """A Hugging Face folder with one safetensors file or several."""
+    """A Hugging Face folder with one safetensors file or several; `weights` is the file, or the index of many."""
 
-    def __init__(self, folder: Path, label: str) -> None:
+    in_folder = True
+
+    def __init__(self, folder: Path, label: str, weights: Path | None = None) -> None:
         self.label, self.folder = label, folder
         self.config = read_json(folder / "config.json")
-        index = folder / SAFETENSORS_INDEX
-        found = _tensors_of_index(index) if index.exists() else _tensors_of_file(folder / "model.safetensors")
+        weights = weights or _weights_of(folder, label, self.config)
+        found = _tensors_of_index(weights) if weights.suffix == ".json" else tensors_of_file(weights)
         self.tensors = dict(sorted(found.items(), key=lambda item: natural_key(item[0])))
 
     def read(self, name: str) -> Tensor:
-        with _opened(self.tensors[name].file) as handle:
-            # clone: the mapped pages go with the handle, so that resident memory stays at one tensor
-            tensor: Tensor = handle.get_tensor(name).clone()
-            return tensor
+        return read_tensor(self.tensors[name].file, name)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        with _opened(self.tensors[name].file) as handle:
-            rows: Tensor = handle.get_slice(name)[start:stop].clone()
-            return rows
+        return read_rows(self.tensors[name].file, name, start, stop)
 
 
 class BinCheckpoint(Checkpoint):
     """A Hugging Face folder with `.bin` files, read with `weights_only` and mapped, never unpickled as objects."""
 
-    def __init__(self, folder: Path, label: str) -> None:
+    in_folder = True
+
+    def __init__(self, folder: Path, label: str, weights: Path | None = None) -> None:
         self.label, self.folder = label, folder
         self.config = read_json(folder / "config.json")
-        index = folder / BIN_INDEX
-        files = sorted(set(read_weight_map(index).values())) if index.exists() else ["pytorch_model.bin"]
+        weights = weights or _weights_of(folder, label, self.config)
+        files = sorted(set(read_weight_map(weights).values())) if weights.suffix == ".json" else [weights.name]
         self._mapped: dict[str, Tensor] = {}
         found: dict[str, TensorInfo] = {}
         for file in files:
@@ -134,17 +162,44 @@ class BinCheckpoint(Checkpoint):
 
 
 def open_folder(folder: Path, label: str) -> Checkpoint:
-    """A Hugging Face folder: safetensors where there are any, `.bin` otherwise."""
+    """A Hugging Face folder: of its weights the ones that transformers would load."""
     if not (folder / "config.json").exists():
         raise SourceError(f"{label}: no config.json in the folder; is it a Hugging Face checkpoint?")
-    if (folder / SAFETENSORS_INDEX).exists() or (folder / "model.safetensors").exists():
-        return SafetensorsCheckpoint(folder, label)
-    if (folder / BIN_INDEX).exists() or (folder / "pytorch_model.bin").exists():
-        return BinCheckpoint(folder, label)
+    weights = _weights_of(folder, label, read_json(folder / "config.json"))
+    kind = BinCheckpoint if weights.name in ("pytorch_model.bin", BIN_INDEX) else SafetensorsCheckpoint
+    return kind(folder, label, weights)
+
+
+def _weights_of(folder: Path, label: str, config: Mapping[str, Any]) -> Path:
+    """The file of the weights, or the index of many, in transformers' own order of preference."""
+    named = config.get("transformers_weights")  # with which a configuration goes before that order
+    if named is not None:
+        return _named_weights(folder, named)
+    weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if weights is not None:
+        return weights
     shards = sorted(file.name for file in folder.glob("model-*-of-*.safetensors"))
     if shards:
         raise SourceError(f"{label}: has {shards[0]} but no {SAFETENSORS_INDEX}; copy the index next to the shards")
+    variants = sorted(file.name for file in folder.glob("model.*.safetensors"))
+    if variants:
+        raise SourceError(f"{label}: holds a variant only, {variants[0]}; rename it to model.safetensors")
     raise SourceError(f"{label}: no weights found (model.safetensors, {SAFETENSORS_INDEX} or pytorch_model.bin)")
+
+
+def _named_weights(folder: Path, named: Any) -> Path:
+    file = folder / "config.json"
+    endings = (".safetensors", ".safetensors.index.json")
+    if not isinstance(named, str) or not named.endswith(endings) or not _is_plain(named):
+        raise SourceError(f"{file}: transformers_weights is {named!r}, expected a safetensors file of the folder")
+    if not (folder / named).is_file():
+        raise SourceError(f"{file}: transformers_weights says {named!r}, which is not there; download it again")
+    return folder / named
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name stays inside its folder."""
+    return bool(name) and Path(name).name == name and "\\" not in name and name not in (".", "..")
 
 
 def natural_key(name: str) -> list[tuple[int, int | str]]:
@@ -174,7 +229,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{index}: has no 'weight_map' object; the index is not a checkpoint's")
     for tensor, file in weight_map.items():
-        if not isinstance(file, str) or not file or Path(file).name != file or "\\" in file or file in (".", ".."):
+        if not isinstance(file, str) or not _is_plain(file):
             raise SourceError(
                 f"{index}: tensor {tensor!r} points to {file!r}, outside the checkpoint's folder; refused"
             )
@@ -187,7 +242,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 def _tensors_of_index(index: Path) -> dict[str, TensorInfo]:
     weight_map = read_weight_map(index)
-    files = {file: _tensors_of_file(index.parent / file) for file in sorted(set(weight_map.values()))}
+    files = {file: tensors_of_file(index.parent / file) for file in sorted(set(weight_map.values()))}
     for tensor, file in weight_map.items():
         if tensor not in files[file]:
             raise SourceError(
@@ -202,7 +257,8 @@ def _tensors_of_index(index: Path) -> dict[str, TensorInfo]:
     return {tensor: files[file][tensor] for tensor, file in weight_map.items()}
 
 
-def _tensors_of_file(file: Path) -> dict[str, TensorInfo]:
+def tensors_of_file(file: Path) -> dict[str, TensorInfo]:
+    """The header of one safetensors file."""
     found = {}
     with _opened(file) as handle:
         for name in handle.keys():  # noqa: SIM118 (a safetensors handle is not a dict)
@@ -212,6 +268,21 @@ def _tensors_of_file(file: Path) -> dict[str, TensorInfo]:
     if not found:
         raise SourceError(f"{file}: holds no tensors")
     return found
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file."""
+    with _opened(file) as handle:
+        # clone: the mapped pages go with the handle, so that resident memory stays at one tensor
+        tensor: Tensor = handle.get_tensor(name).clone()
+        return tensor
+
+
+def read_rows(file: Path, name: str, start: int, stop: int) -> Tensor:
+    """Some rows of one tensor of a safetensors file."""
+    with _opened(file) as handle:
+        rows: Tensor = handle.get_slice(name)[start:stop].clone()
+        return rows
 
 
 def _opened(file: Path) -> Any:

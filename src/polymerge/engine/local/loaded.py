@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from ...bundle.bundle import Bundle
-from ...errors import ModelError
+from ...errors import ModelError, PolymergeError
 from ...host import DTYPES, pick_device, pick_dtype
 from ...model import MixedModel, load_model
 from ...recipe.merge import Source
-from ...sources.adapter import AdapterCheckpoint
 from ...sources.checkpoint import Checkpoint
+from ...sources.dense import dense_model
 from ...sources.opening import open_checkpoint
 from ..base import Message, Prompt
 from ..chat import chat_ids
@@ -77,20 +77,20 @@ class LoadedModel:
         Raises:
             SourceError: it cannot be read. ModelError: transformers cannot load it.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
         checkpoint = open_checkpoint(source)
         place = pick_device(device)
         chosen = pick_dtype(dtype, place, _stored_dtype(checkpoint))
         options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
         try:
-            model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=chosen, **options)
+            model = dense_model(checkpoint, dtype=chosen, **options)
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, padding_side="left", **options)
+        except PolymergeError:
+            raise
         except Exception as error:  # transformers raises many types for one unusable folder
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"{checkpoint.label}: transformers cannot load it ({reason})") from None
-        if isinstance(checkpoint, AdapterCheckpoint):  # its folder is the base's
-            _put_adapter(model, checkpoint)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.eval().requires_grad_(False).to(place)
@@ -169,16 +169,6 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     stored = next((info.dtype for info in checkpoint.tensors.values() if info.dtype), torch.float32)
     return DTYPES.get(str(named), stored)
-
-
-@torch.no_grad()
-def _put_adapter(model: Any, checkpoint: AdapterCheckpoint) -> None:
-    """Puts every tensor that the adapter changes into its base."""
-    parameters = model.state_dict()
-    for name in checkpoint.changed:
-        if name not in parameters:
-            raise ModelError(f"{checkpoint.label}: the adapter changes {name!r}, which the loaded base does not have")
-        parameters[name].copy_(checkpoint.read(name))
 
 
 def positions(mask: Tensor) -> Tensor:
