@@ -6,8 +6,8 @@ An assignment is set before a forward pass and holds for all layers. Knows rows 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,14 +58,14 @@ class Assignment:
         self.single = only.index(1.0) if len(found) == 1 and 1.0 in only and not self.average_only else None
         active = [n for n in range(len(self.names)) if any(row[n] for row in found)]
         self.first, self.last = (min(active), max(active) + 1) if active else (0, 0)
-        self._kept: dict[Hashable, object] = {}
+        self._kept: dict[Hashable, Any] = {}
 
-    def keep(self, key: Hashable, make: T | None) -> T | None:
-        """Remembers a value until the next `set`; with None, returns what is remembered."""
-        if make is not None:
-            self._kept[key] = make
-            return make
-        return self._kept.get(key)  # type: ignore[return-value]
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The value of a key, made when it is first asked for after a `set` and remembered until the next."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        value: T = self._kept[key]
+        return value
 
     def repeats(self, size: int) -> int:
         """How many consecutive entries of a first dimension of `size` belong to one row.

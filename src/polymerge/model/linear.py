@@ -31,6 +31,8 @@ class ExpertLinear(nn.Module):
         biases: for every expert its own bias [out], or None for the base's.
     """
 
+    bias_table: Tensor | None
+
     def __init__(self, state: Assignment, weight: Tensor, bias: Tensor | None, biases: Sequence[Tensor | None]) -> None:
         super().__init__()
         self.state = state
@@ -60,16 +62,14 @@ class ExpertLinear(nn.Module):
 
     def _row_bias(self, y: Tensor) -> Tensor:
         assert self.bias is not None
-        if self.bias_table is None:
+        table = self.bias_table
+        if table is None:
             return self.bias
-        key = (id(self), "bias", y.shape[0], y.dim())
-        kept = self.state.keep(key, None)
-        if kept is None:
-            assert isinstance(self.bias_table, Tensor)
-            rows = mixed_rows(self.state, self.bias_table)
-            kept = self.state.keep(key, self.state.of_rows(rows, y.shape[0], y.dim()))
-        assert isinstance(kept, Tensor)
-        return kept
+
+        def make() -> Tensor:
+            return self.state.of_rows(mixed_rows(self.state, table), y.shape[0], y.dim())
+
+        return self.state.once((id(self), "bias", y.shape[0], y.dim()), make)
 
 
 class MixedLinear(ExpertLinear):
@@ -154,25 +154,22 @@ class MixedLinear(ExpertLinear):
             y.index_add_(0, rows, F.linear(z, self.stacked_b[:, lo:hi]))
 
     def _row_ratio(self, y: Tensor) -> Tensor:
-        key = (id(self), "ratio", y.shape[0], y.dim())
-        kept = self.state.keep(key, None)
-        if kept is None:
+        def make() -> Tensor:
             ratios = torch.tensor(self.ratios, device=y.device)
             rows = (self.state.weights @ ratios)[:, None].to(y.dtype)  # [B, 1]
-            kept = self.state.keep(key, self.state.of_rows(rows, y.shape[0], y.dim()))
-        assert isinstance(kept, Tensor)
-        return kept
+            return self.state.of_rows(rows, y.shape[0], y.dim())
+
+        return self.state.once((id(self), "ratio", y.shape[0], y.dim()), make)
 
     def _row_mask(self, z: Tensor, lo: int, hi: int) -> Tensor:
         """Every factor's weight in every row; shared by all layers with the same ranks."""
-        key = (self.ranks_key, z.shape[0], z.dim())
-        kept = self.state.keep(key, None)
-        if kept is None:
+
+        def make() -> Tensor:
             owner = [n for n, rank in enumerate(self.ranks_key) for _ in range(rank)][lo:hi]
             mask = self.state.weights[:, owner].to(z.dtype)  # [B, sum of ranks]
-            kept = self.state.keep(key, self.state.of_rows(mask, z.shape[0], z.dim()))
-        assert isinstance(kept, Tensor)
-        return kept
+            return self.state.of_rows(mask, z.shape[0], z.dim())
+
+        return self.state.once((self.ranks_key, z.shape[0], z.dim()), make)
 
 
 def mixed_rows(state: Assignment, table: Tensor) -> Tensor:

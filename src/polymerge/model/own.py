@@ -60,12 +60,7 @@ class OwnModule(nn.Module):
         return _joined(outputs, torch.cat(numbers))
 
     def _parameters_of(self, group: int) -> dict[str, Tensor]:
-        key = (id(self), group)
-        kept = self.state.keep(key, None)
-        if kept is None:
-            kept = self.state.keep(key, self._mixed(self.state.groups[group][0]))
-        assert isinstance(kept, dict)
-        return kept
+        return self.state.once((id(self), group), lambda: self._mixed(self.state.groups[group][0]))
 
     def _mixed(self, weights: tuple[float, ...]) -> dict[str, Tensor]:
         base = dict(self.inner.named_parameters())
@@ -110,13 +105,10 @@ class OwnNorm(nn.Module):
             del self.inner.__dict__["weight"]
 
     def _rows(self, name: str, x: Tensor) -> Tensor:
-        key = (id(self), name, x.shape[0], x.dim())
-        kept = self.state.keep(key, None)
-        if kept is None:
-            rows = mixed_rows(self.state, getattr(self, name))
-            kept = self.state.keep(key, self.state.of_rows(rows, x.shape[0], x.dim()))
-        assert isinstance(kept, Tensor)
-        return kept
+        def make() -> Tensor:
+            return self.state.of_rows(mixed_rows(self.state, getattr(self, name)), x.shape[0], x.dim())
+
+        return self.state.once((id(self), name, x.shape[0], x.dim()), make)
 
 
 def wrap_own(state: Assignment, inner: nn.Module, own: Sequence[Mapping[str, Tensor]]) -> nn.Module:

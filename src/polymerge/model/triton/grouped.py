@@ -107,12 +107,8 @@ def tiles_of(state: Assignment, x: Tensor) -> Tiles | None:
     if not all(1.0 in weights for weights, _ in state.groups):
         return None
     each = state.repeats(x.shape[0]) * x.shape[1:-1].numel()  # tokens of a row, which lie together
-    key = ("tiles", each, x.dtype.itemsize)
-    kept = state.keep(key, None)
-    if kept is None:
-        kept = state.keep(key, _make_tiles(state, each, TILE_SIZES[x.dtype.itemsize]))
-    assert isinstance(kept, Tiles)
-    return kept
+    sizes = TILE_SIZES[x.dtype.itemsize]
+    return state.once(("tiles", each, x.dtype.itemsize), lambda: _make_tiles(state, each, sizes))
 
 
 def _make_tiles(state: Assignment, each: int, sizes: Sequence[int]) -> Tiles:
