@@ -108,7 +108,10 @@ def _compare(bundle: Bundle, oracles: Models, outcome: Outcome, variant: str) ->
         single = model(**_row(inputs, number), experts=name).logits
         _judge(outcome, f"{variant}: row of {name or 'the average'} alone", single[where], expected[number][where])
         _judge(
-            outcome, f"{variant}: row of {name or 'the average'}", mixed[number : number + 1][where], expected[number][where]
+            outcome,
+            f"{variant}: row of {name or 'the average'}",
+            mixed[number : number + 1][where],
+            expected[number][where],
         )
     if name_that_differs := next((n for n in ("e0", "e1") if n), None):
         apart = oracles[name_that_differs](**_row(inputs, 1)).logits
@@ -204,8 +207,10 @@ def _row(inputs: Mapping[str, torch.Tensor], number: int) -> dict[str, torch.Ten
 def _seen(inputs: Mapping[str, torch.Tensor], number: int) -> torch.Tensor:
     """[1, T]: where a row has tokens."""
     mask = inputs.get("attention_mask")
-    return _row(inputs, number)["input_ids"].new_ones(1, inputs["input_ids"].shape[1]).bool() if mask is None else (
-        mask[number : number + 1].bool()
+    return (
+        _row(inputs, number)["input_ids"].new_ones(1, inputs["input_ids"].shape[1]).bool()
+        if mask is None
+        else (mask[number : number + 1].bool())
     )
 
 

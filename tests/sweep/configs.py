@@ -75,7 +75,9 @@ MORE: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "olmo_hybrid"), _LINEAR),
     **dict.fromkeys(("bailing_hybrid", "kimi_linear"), _LINEAR | _ALL_HEADS),
     **dict.fromkeys(("lfm2_moe", "lfm3"), _CONV),
-    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _SLIDING | {"global_head_dim": 32, "num_kv_shared_layers": 0}),
+    **dict.fromkeys(
+        ("gemma4_text", "gemma4_unified_text"), _SLIDING | {"global_head_dim": 32, "num_kv_shared_layers": 0}
+    ),
     **dict.fromkeys(("codegen", "gptj"), {"rotary_dim": 8}),
     "bamba": {"attn_layer_indices": [1]},
     "big_bird": _DECODER | {"attention_type": "original_full"},

@@ -16,7 +16,9 @@ from .configs import VOCAB, tiny_config
 LENGTHS = (9, 5, 9, 7, 6)  # of the rows of a batch, padded on the left
 
 
-def make_experts(architecture: str, folder: Path, *, count: int = 3, dtype: torch.dtype = torch.float32) -> dict[str, Path]:
+def make_experts(
+    architecture: str, folder: Path, *, count: int = 3, dtype: torch.dtype = torch.float32
+) -> dict[str, Path]:
     """{"e0": folder, ...}: checkpoints near each other that differ in every parameter and every stored buffer."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(tiny_config(architecture)).float().eval()

@@ -222,7 +222,8 @@ def _opened(recipe: Recipe, source: Source, weights: bool) -> Checkpoint:
 
 def with_differences(tasks: Sequence[TensorTask]) -> list[TensorTask]:
     """Biases beside a weight that is stored against the base are stored against the base's too."""
-    against_base = {task.record.module for task in tasks if task.treatment in ("low_rank", "average")}
+    linear = (task for task in tasks if task.record.role == "linear")
+    against_base = {task.record.module for task in linear if task.treatment in ("low_rank", "average")}
     return [replace(t, as_difference=t.record.role == "bias" and t.record.module in against_base) for t in tasks]
 
 
