@@ -19,8 +19,9 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .check import Outcome, check
+from .check import check
 
+VARIANTS = os.environ.get("VARIANTS", "0 0.95 int4 bfloat16").split()
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 
 
@@ -30,7 +31,7 @@ def main(names: list[str]) -> None:
     outcomes = []
     for name in names or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         began = time.perf_counter()
-        outcomes.append(check(name))
+        outcomes.append(check(name, variants=VARIANTS))
         line = asdict(outcomes[-1]) | {"seconds": round(time.perf_counter() - began, 1)}
         print(json.dumps(line), flush=True)
 

@@ -1,4 +1,4 @@
-"""A tiny configuration of any architecture that transformers knows: settings that mean a size are made small by their name.
+"""A tiny configuration of any architecture that transformers knows: settings that mean a size are made small, by name.
 
 Knows which settings need more than that (`MORE`). Does not know what is done with the model.
 """
@@ -62,6 +62,8 @@ _ALL_HEADS = {"num_key_value_heads": 4}  # latent attention has no shared heads
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 _CONV = {"layer_types": ["conv", "full_attention"]}
 _SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
+_OWN_KEYS = {"global_head_dim": 32, "num_kv_shared_layers": 0}
+_ROTARY = {"rotary_dim": 8}
 _SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 # What an architecture needs beside small sizes: that every kind of its layers is there, and that the sizes fit.
 MORE: dict[str, dict[str, Any]] = {
@@ -75,10 +77,8 @@ MORE: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "olmo_hybrid"), _LINEAR),
     **dict.fromkeys(("bailing_hybrid", "kimi_linear"), _LINEAR | _ALL_HEADS),
     **dict.fromkeys(("lfm2_moe", "lfm3"), _CONV),
-    **dict.fromkeys(
-        ("gemma4_text", "gemma4_unified_text"), _SLIDING | {"global_head_dim": 32, "num_kv_shared_layers": 0}
-    ),
-    **dict.fromkeys(("codegen", "gptj"), {"rotary_dim": 8}),
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _SLIDING | _OWN_KEYS),
+    **dict.fromkeys(("codegen", "gptj"), _ROTARY),
     "bamba": {"attn_layer_indices": [1]},
     "big_bird": _DECODER | {"attention_type": "original_full"},
     "cohere_compass_text": _SLIDING

@@ -35,7 +35,8 @@ class OwnTensor:
     kept = True  # a mixture is made once for a batch
 
     def __init__(self, module: nn.Module, name: str, values: Sequence[Tensor | None]) -> None:
-        self.module, self.name, self.values = module, name, list(values)
+        self.module, self.name = module, name
+        self.values = [v.to(self.home[name].dtype) if v is not None else None for v in values]
 
     @property
     def home(self) -> dict[str, Any]:
@@ -48,9 +49,8 @@ class OwnTensor:
         if 1.0 in weights:
             value = [*self.values, None][weights.index(1.0)]
             return base if value is None else value
-        parts = [
-            w * (base if v is None else v).float() for w, v in zip(weights, [*self.values, None], strict=True) if w
-        ]
+        values = [base if value is None else value for value in (*self.values, None)]
+        parts = [weight * value.float() for weight, value in zip(weights, values, strict=True) if weight]
         return torch.stack(parts).sum(0).to(base.dtype)
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:

@@ -53,7 +53,7 @@ class Placer:
         self.tree = _Tree(hf)
         self.modules = self.tree.modules
         self.linear = {layer.module: layer for layer in bundle.layers.values() if layer.role == "linear"}
-        self.placed: dict[int, OwnModule | OwnNorm] = {}
+        self.parts: dict[int, OwnModule | OwnNorm] = {}
         self.whole: list[OwnTensor] = []  # that only the whole model can hold
         self.idle: list[OwnTensor] = []  # that a batch of tokens does not use
         self.apart = False
@@ -83,7 +83,7 @@ class Placer:
             whole.append(self._whole(self.hf.base_model, groups))
         if groups:
             logger.info("%s: a mixed batch runs once for every expert", type(self.hf).__name__)
-        return Placed([*self.placed.values(), *whole], "groups" if groups else "layers")
+        return Placed([*self.parts.values(), *whole], "groups" if groups else "layers")
 
     def _whole(self, module: nn.Module, groups: bool) -> WholeModel:
         whole = WholeModel(self.state, module, split=groups, tried=self.trial.inputs)
@@ -91,7 +91,7 @@ class Placer:
         return whole
 
     def _read(self, expert: str) -> dict[str, Tensor]:
-        return {key: value.to(self.dtype) for key, value in self.bundle.adapter(expert).items()}
+        return self.bundle.adapter(expert)
 
     def _take(self, key: str) -> Values:
         device = self.state.device
@@ -103,7 +103,8 @@ class Placer:
 
     def _factors(self, module: str) -> list[tuple[Tensor, Tensor] | None]:
         a, b = self._take(f"{module}.lora_A.weight"), self._take(f"{module}.lora_B.weight")
-        return [(x, y) if x is not None and y is not None else None for x, y in zip(a, b, strict=True)]
+        pairs = zip(a, b, strict=True)
+        return [(x.to(self.dtype), y.to(self.dtype)) if x is not None and y is not None else None for x, y in pairs]
 
     def _changes(self, module: str, layer: BundleLayer) -> bool:
         """Whether the layer is stored against the base; a whole matrix of an expert's own goes the other way."""
@@ -159,7 +160,7 @@ class Placer:
         for module, values_of in own.items():
             inner = self.modules[module]
             if self._follows_rows(module, inner, values_of):
-                self.placed[id(inner)] = OwnNorm(self.state, inner, values_of)
+                self.parts[id(inner)] = OwnNorm(self.state, inner, values_of)
             else:
                 self._hold(module, [OwnTensor(inner, name, values) for name, values in values_of.items()])
 
@@ -169,7 +170,7 @@ class Placer:
             kind.called
             and kind.plain
             and not isinstance(inner, ExpertLinear)
-            and id(inner) not in self.placed
+            and id(inner) not in self.parts
             and self.trial.read_by_itself(module, list(own))
             and OwnNorm.fits(inner)
         )
@@ -196,12 +197,12 @@ class Placer:
         if name is None:
             return None
         inner = self.modules[name]
-        if isinstance(self.placed.get(id(inner)), OwnNorm):
+        if isinstance(self.parts.get(id(inner)), OwnNorm):
             raise AssertionError(f"{name} is a norm with parameters of two kinds")
-        if id(inner) not in self.placed:
+        if id(inner) not in self.parts:
             whole = frozenset(self.trial.kind(name).whole)
-            self.placed[id(inner)] = OwnModule(self.state, inner, whole)
-        held = self.placed[id(inner)]
+            self.parts[id(inner)] = OwnModule(self.state, inner, whole)
+        held = self.parts[id(inner)]
         assert isinstance(held, OwnModule)
         return held
 
@@ -215,7 +216,7 @@ class Placer:
                 continue
             for stored, (block, rows) in self._slab_places(name, parameter, layers).items():
                 layer = layers[stored.removesuffix(".weight")]
-                own = self._take(f"{layer.module}.{layer.parameter}")
+                own = [v.to(parameter.dtype) if v is not None else None for v in self._take(f"{layer.module}.weight")]
                 residual = SlabResidual(rows, self._factors(layer.module), self._ratios(layer), as_sequence(own))
                 self._check_slab(parameter[block, rows], layer)
                 slabs.setdefault(module, {}).setdefault((leaf, block), []).append(residual)
@@ -259,9 +260,7 @@ class CodedPlacer(Placer):
     def _read(self, expert: str) -> dict[str, Tensor]:
         self.suffixes = self.bundle.code.suffixes
         kept = {module for module in self.linear.keys() & self.modules.keys() if self._is_linear(module)}
-        stored = {f"{module}.{suffix}" for module in kept for suffix in self.suffixes}
-        adapter = self.bundle.adapter(expert, coded=kept)
-        return {key: value if key in stored else value.to(self.dtype) for key, value in adapter.items()}
+        return self.bundle.adapter(expert, coded=kept)
 
     def _changes(self, module: str, layer: BundleLayer) -> bool:
         decoded = any(f"{module}.lora_A.weight" in adapter for adapter in self.adapters)

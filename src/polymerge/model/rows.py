@@ -154,9 +154,8 @@ class _Joins:
                 return whole
             return type(first)(made)
         if isinstance(first, list | tuple):
-            before = (
-                list(whole) if isinstance(whole, list | tuple) and len(whole) == len(first) else [None] * len(first)
-            )
+            same = isinstance(whole, list | tuple) and len(whole) == len(first)
+            before = list(whole) if same else [None] * len(first)
             items = [self.into(old, new) for old, new in zip(before, zip(*parts, strict=True), strict=True)]
             if isinstance(whole, list):
                 whole[:] = items
@@ -169,7 +168,7 @@ class _Joins:
         follows = parts[0].dim() > 1 and all(p.shape[0] == n for p, n in zip(parts, sizes, strict=True))
         if isinstance(whole, Tensor) and whole.numel() and whole.dim() and whole.shape[0] != sum(sizes):
             follows = False
-        return joined(parts, self.rows) if follows else parts[0]  # type: ignore[no-any-return]
+        return joined(parts, self.rows) if follows else parts[0]
 
     def _object(self, whole: Any, parts: Sequence[Any]) -> Any:
         target = whole if type(whole) is type(parts[0]) else parts[0]

@@ -23,7 +23,7 @@ ROWS, WIDTH = 3, 4  # of the trial's batches
 # A tensor is reduced to this many random sums for every row; a change is larger than this share of their size.
 SUMS, CHANGE = 16, {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 HARMLESS = {"dtype", "device", "shape", "ndim", "is_cuda", "is_cpu", "is_meta", "layout", "requires_grad", "itemsize"}
-HARMLESS |= {"size", "dim", "numel", "stride", "element_size", "is_floating_point", "is_complex", "dim", "__len__"}
+HARMLESS |= {"size", "dim", "numel", "stride", "element_size", "is_floating_point", "is_complex", "__len__"}
 
 Stack = tuple[str, ...]  # kinds of the modules that are running, outermost first
 
