@@ -228,7 +228,8 @@ def treatment_of(record: LayerRecord, shape: tuple[int, ...], settings: Settings
 
 def with_differences(tasks: Sequence[TensorTask]) -> tuple[TensorTask, ...]:
     """Biases beside a weight that is stored against the base are stored against the base's too."""
-    against_base = {task.record.module for task in tasks if task.treatment in ("low_rank", "average")}
+    linear = (task for task in tasks if task.record.role == "linear")
+    against_base = {task.record.module for task in linear if task.treatment in ("low_rank", "average")}
     return tuple(replace(t, as_difference=t.record.role == "bias" and t.record.module in against_base) for t in tasks)
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -27,10 +28,21 @@ class Assignment:
     Attributes:
         names: all experts of the model, in order.
         weights: [B, N + 1], float32 on the device; every row sums to 1. The last column is the average's.
-        rows: B.
+        rows: B; 1 where a group of rows runs alone, however many they are.
         single: the expert that all rows share (its number), or None. `average_only` says that all rows are the average.
         groups: the distinct rows of `weights`: (weights as a tuple, numbers of the rows).
+        beams: entries that the model's batch has for every row.
     """
+
+    beams = 1
+
+    rows: int
+    weights: Tensor
+    groups: list[tuple[tuple[float, ...], Tensor]]
+    average_only: bool
+    single: int | None
+    first: int
+    last: int
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self.names = list(names)
@@ -46,18 +58,36 @@ class Assignment:
         per_row = [experts] * rows if experts is None or isinstance(experts, str | Mapping) else list(experts)
         if len(per_row) != rows:
             raise ModelError(f"experts: got {len(per_row)} entries for a batch of {rows} rows")
-        table = [self._row(entry) for entry in per_row]
-        found: dict[tuple[float, ...], list[int]] = {}
+        self._take([self._row(entry) for entry in per_row])
+
+    @contextmanager
+    def narrowed(self, group: int) -> Iterator[None]:
+        """Inside, all rows are of that group: for a layer that is run once for every group."""
+        weights = self.groups[group][0]
+        outer = dict(vars(self))
+        kept = self.once(("narrowed", group), dict[str, Any])
+        if kept:
+            vars(self).update(kept)
+        else:
+            self._take([weights])
+            kept.update({name: vars(self)[name] for name in vars(self) if name not in ("names", "device", "beams")})
+        try:
+            yield
+        finally:
+            vars(self).update(outer)
+
+    def _take(self, table: Sequence[tuple[float, ...]]) -> None:
+        distinct: dict[tuple[float, ...], list[int]] = {}
         for number, row in enumerate(table):
-            found.setdefault(row, []).append(number)
+            distinct.setdefault(row, []).append(number)
         average = (*[0.0] * len(self.names), 1.0)
-        self.rows = rows
+        self.rows = len(table)
         self.weights = torch.tensor(table, dtype=torch.float32, device=self.device)
-        self.groups = [(key, torch.tensor(numbers, device=self.device)) for key, numbers in found.items()]
-        self.average_only = list(found) == [average]
-        only = next(iter(found))
-        self.single = only.index(1.0) if len(found) == 1 and 1.0 in only and not self.average_only else None
-        active = [n for n in range(len(self.names)) if any(row[n] for row in found)]
+        self.groups = [(key, torch.tensor(numbers, device=self.device)) for key, numbers in distinct.items()]
+        self.average_only = list(distinct) == [average]
+        only = next(iter(distinct))
+        self.single = only.index(1.0) if len(distinct) == 1 and 1.0 in only and not self.average_only else None
+        active = [n for n in range(len(self.names)) if any(row[n] for row in distinct)]
         self.first, self.last = (min(active), max(active) + 1) if active else (0, 0)
         self._kept: dict[Hashable, Any] = {}
 
@@ -78,8 +108,14 @@ class Assignment:
         return size // self.rows
 
     def of_rows(self, values: Tensor, size: int, dim: int) -> Tensor:
-        """Per-row values [B, K] in the form that multiplies a layer's tensor [size, ..., K] with `dim` dimensions."""
+        """Per-row values [B, K] in the form that multiplies a layer's tensor [size, ..., K] with `dim` dimensions.
+
+        Returns:
+            [size, ..., K], or [1, ..., K] for a group that runs alone.
+        """
         repeats = self.repeats(size)
+        if self.rows == 1:
+            return values.view(1, *[1] * (dim - 2), values.shape[-1])
         if repeats > 1:
             values = values.repeat_interleave(repeats, dim=0)
         return values.view(size, *[1] * (dim - 2), values.shape[-1])

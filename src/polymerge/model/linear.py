@@ -110,6 +110,14 @@ class MixedLinear(ExpertLinear):
         self.scaled = any(ratio != 1.0 for ratio in ratios)
         self.ranks_key = tuple(ranks)
 
+    def dense(self, weights: Sequence[float]) -> Tensor:
+        """The whole matrix [out, in] of a row with these weights of the experts, the average's last."""
+        ratio = sum(weight * rho for weight, rho in zip(weights, self.ratios, strict=True))
+        share = [weight for weight, rank in zip(weights, self.ranks_key, strict=False) for _ in range(rank)]
+        base = ratio * self.weight.float()
+        b = self.stacked_b.float() * torch.tensor(share, device=base.device)
+        return base.addmm_(b, self.stacked_a.float()).to(self.weight.dtype)
+
     def add_residuals(self, x: Tensor, y: Tensor) -> None:
         """Two products for one expert or a few; one expert after the other for many."""
         expert = self.state.single

@@ -17,6 +17,7 @@ from .assignment import Assignment, Experts
 
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle
+    from .placing import Placed
 
 
 class MixedModel(nn.Module):
@@ -29,11 +30,15 @@ class MixedModel(nn.Module):
     Attributes:
         hf: the transformers model with its layers replaced.
         bundle: where it came from.
+        strategy: how a batch of several experts is run: through all "layers" once, or in "groups", once for every
+            expert, where an architecture allows nothing finer.
     """
 
-    def __init__(self, hf: Any, state: Assignment, bundle: Bundle) -> None:
+    def __init__(self, hf: Any, state: Assignment, bundle: Bundle, placed: Placed) -> None:
         super().__init__()
         self.hf, self._state, self.bundle = hf, state, bundle
+        self.own = nn.ModuleList(placed.modules)  # what stands in the place of a forward is no part of the tree
+        self.strategy = placed.strategy
 
     def forward(self, input_ids: Tensor | None = None, *args: Any, experts: Experts = None, **kwargs: Any) -> Any:
         """The transformers model's own forward. input_ids [B, T] (or `inputs_embeds` [B, T, H])."""

@@ -6,7 +6,7 @@ fine-tuned model, as everywhere else.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from .assignment import Assignment
+from .own import OwnTensor, Weights
 from .residual import Term, add_mixed, mixed_ratio
 
 
@@ -52,6 +53,25 @@ class SlabResidual:
             elif factor:
                 yield Term(x, *factor, share)
 
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """To another device or dtype."""
+        self.factors = [(fn(factor[0]), fn(factor[1])) if factor else None for factor in self.factors]
+        self.own = [fn(whole) if whole is not None else None for whole in self.own]
+        places = [factor[0].device for factor in self.factors if factor] + [w.device for w in self.own if w is not None]
+        self.scales = self.scales.to(places[0]) if places else self.scales
+
+    def dense(self, base: Tensor, weights: Weights) -> Tensor:
+        """The whole matrix [out, in] of a row with these weights of the experts, the average's last."""
+        total = weights[-1] * base.float()
+        for n, weight in enumerate(weights[:-1]):
+            whole, factor = self.own[n] if self.own else None, self.factors[n]
+            if not weight:
+                continue
+            total += weight * (self.ratios[n] * base.float() if whole is None else whole.float())
+            if factor and whole is None:
+                total += weight * (factor[1].float() @ factor[0].float())
+        return total.to(base.dtype)
+
 
 Slabs = dict[tuple[str, int], list[SlabResidual]]
 
@@ -67,15 +87,12 @@ class MixedBlockExperts(nn.Module):
 
     def __init__(self, state: Assignment, inner: nn.Module, slabs: Slabs) -> None:
         super().__init__()
-        check_layout(inner)
         self.state, self.inner, self._slabs = state, inner, slabs
 
-    def _apply(self, fn: object, recurse: bool = True) -> MixedBlockExperts:
+    def _apply(self, fn: Any, recurse: bool = True) -> MixedBlockExperts:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for residual in (residual for slab in self._slabs.values() for residual in slab):
-            residual.factors = [(fn(f[0]), fn(f[1])) if f else None for f in residual.factors]  # type: ignore[operator]
-            residual.own = [fn(o) if o is not None else None for o in residual.own]  # type: ignore[operator]
-            residual.scales = residual.scales.to(self.inner.gate_up_proj.device)
+            residual.move(fn)
         return self
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -105,8 +122,29 @@ class MixedBlockExperts(nn.Module):
         return y
 
 
-def check_layout(inner: nn.Module) -> None:
-    """Raises ModelError unless the module is fused as MixedBlockExperts computes it."""
+class FusedWeight(OwnTensor):
+    """A fused parameter of a block that computes in its own way: made whole when it is needed, and not kept."""
+
+    kept = False
+
+    def __init__(self, module: nn.Module, name: str, slabs: Slabs) -> None:
+        super().__init__(module, name, [])
+        self.slabs = {block: residuals for (leaf, block), residuals in slabs.items() if leaf == name}
+
+    def of(self, weights: Weights) -> Tensor:
+        whole: Tensor = self.home[self.name].detach().clone()
+        for block, residuals in self.slabs.items():
+            for residual in residuals:
+                whole[block, residual.rows] = residual.dense(whole[block, residual.rows], weights)
+        return whole
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        for residual in (residual for residuals in self.slabs.values() for residual in residuals):
+            residual.move(fn)
+
+
+def fits_block(inner: nn.Module) -> bool:
+    """Whether a fused block is one that MixedBlockExperts computes: of its layout, and tried, of its arithmetic."""
     gate_up, down = getattr(inner, "gate_up_proj", None), getattr(inner, "down_proj", None)
     fits = (
         isinstance(gate_up, Tensor)
@@ -117,8 +155,25 @@ def check_layout(inner: nn.Module) -> None:
         and hasattr(inner, "act_fn")
         and {name for name, _ in inner.named_parameters(recurse=False)} == {"gate_up_proj", "down_proj"}
     )
-    if not fits:
-        raise ModelError(f"{type(inner).__name__}: a fused mixture-of-experts block of a layout that is not supported")
+    return fits and _computes_alike(inner)
+
+
+def _computes_alike(inner: Any) -> bool:
+    blocks, _, width = inner.gate_up_proj.shape
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, width, generator=generator).to(inner.gate_up_proj)
+    index = torch.arange(4, device=x.device)[:, None] % blocks
+    share = torch.linspace(0.5, 1.0, 4, device=x.device)[:, None].to(x)
+    state = Assignment(["expert"], x.device)
+    state.set("expert", 1)
+    tolerance = 1e-4 if x.dtype == torch.float32 else 5e-2
+    try:
+        with torch.no_grad():
+            expected = inner(x, index, share)
+            got = MixedBlockExperts(state, inner, {})(x, index, share)
+        return bool((got - expected).norm() <= tolerance * expected.norm())
+    except Exception:  # it wants something else
+        return False
 
 
 def locate_slabs(stored: dict[str, Tensor], rows: int) -> dict[str, tuple[int, slice]]:

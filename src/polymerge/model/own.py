@@ -1,139 +1,206 @@
 """Modules of which experts have their own whole parameters: norms, embeddings, heads, routers, layers at rate 0.
 
-`OwnModule` runs any module once for every distinct expert among the rows, with that expert's parameters in place.
-`OwnNorm` does it in one pass for norms, which only need their weight to follow the rows.
+`OwnModule` runs a module once for every distinct expert among the rows, with that expert's parameters in place: its own
+and those of modules inside it. `OwnNorm` does it in one pass for norms, whose weight may follow the rows. Both leave
+the module where and what it is and take the place of its `forward` alone, so that whatever else is done with it stays
+right. Which of them is right for a module, and where, was tried before (`polymerge.model.trial`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .assignment import Assignment
-from .linear import mixed_rows
+from .linear import MixedLinear, mixed_rows
+from .rows import joined, part_of
+
+# weights of the experts in a row, the average's last
+Weights = tuple[float, ...]
+
+
+class OwnTensor:
+    """One parameter or buffer of a module, of which experts have their own.
+
+    Args:
+        values: for every expert its own, or None for the base's.
+    """
+
+    kept = True  # a mixture is made once for a batch
+
+    def __init__(self, module: nn.Module, name: str, values: Sequence[Tensor | None]) -> None:
+        self.module, self.name = module, name
+        self.values = [v.to(self.home[name].dtype) if v is not None else None for v in values]
+
+    @property
+    def home(self) -> dict[str, Any]:
+        """Where the module keeps it."""
+        return self.module._parameters if self.name in self.module._parameters else self.module._buffers
+
+    def of(self, weights: Weights) -> Tensor:
+        """For a row with these weights. One expert's is its own, to the bit."""
+        base: Tensor = self.home[self.name].detach()
+        if 1.0 in weights:
+            value = [*self.values, None][weights.index(1.0)]
+            return base if value is None else value
+        values = [base if value is None else value for value in (*self.values, None)]
+        parts = [weight * value.float() for weight, value in zip(weights, values, strict=True) if weight]
+        return torch.stack(parts).sum(0).to(base.dtype)
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self.values = [fn(value) if value is not None else None for value in self.values]
+
+
+class OwnWeight(OwnTensor):
+    """The weight of a linear layer that cannot be run from its factors: made dense when it is needed, and not kept."""
+
+    kept = False
+
+    def __init__(self, module: nn.Module, layer: MixedLinear, *, transposed: bool) -> None:
+        super().__init__(module, "weight", [])
+        self.layer, self.transposed = layer, transposed
+
+    def of(self, weights: Weights) -> Tensor:
+        dense = self.layer.dense(weights)
+        return dense.T if self.transposed else dense
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self.layer._apply(fn)  # type: ignore[no-untyped-call]
 
 
 class OwnModule(nn.Module):
-    """Any module whose inputs have the batch (or its flattened tokens) as their first dimension.
+    """Takes the place of a module's forward.
 
     Args:
-        own: for every expert, its parameters by name; what an expert lacks is the base's.
+        inner: stays the caller's; it is no part of this one.
+        whole: arguments that are not split by rows, by position or name.
     """
 
-    def __init__(self, state: Assignment, inner: nn.Module, own: Sequence[Mapping[str, Tensor]]) -> None:
+    inner: nn.Module
+
+    def __init__(self, state: Assignment, inner: nn.Module, whole: frozenset[str] = frozenset()) -> None:
         super().__init__()
-        self.state, self.inner = state, inner
-        self._own = own
+        self.state, self.whole = state, whole
+        self.tensors: list[OwnTensor] = []
+        self.__dict__["inner"], self._forward = inner, inner.forward
+        take_forward(inner, self.forward)
 
     def _apply(self, fn: Any, recurse: bool = True) -> OwnModule:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._own = [{name: fn(value) for name, value in expert.items()} for expert in self._own]
+        for tensor in self.tensors:
+            tensor.move(fn)
         return self
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:  # transformers reads `embed_tokens.weight`, `lm_head.out_features` and the like
-            return getattr(super().__getattr__("inner"), name)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own, for every group of rows."""
         state = self.state
         if state.average_only:
-            return self.inner(*args, **kwargs)
+            return self._forward(*args, **kwargs)
         if len(state.groups) == 1:
-            return functional_call(self.inner, self._parameters_of(0), args, kwargs)
-        size = _first_dimension(args, kwargs, state.rows)
-        repeats = state.repeats(size)
-        outputs, numbers = [], []
+            with self.in_place():
+                return self._forward(*args, **kwargs)
+        outputs = []
         for group, (_, rows) in enumerate(state.groups):
-            if repeats > 1:
-                rows = (rows[:, None] * repeats + torch.arange(repeats, device=rows.device)).flatten()
-            picked = [_rows_of(value, rows, size) for value in args]
-            named = {name: _rows_of(value, rows, size) for name, value in kwargs.items()}
-            outputs.append(functional_call(self.inner, self._parameters_of(group), tuple(picked), named))
-            numbers.append(rows)
-        return _joined(outputs, torch.cat(numbers))
+            picked = part_of(args, "", rows, state.rows, self.whole)
+            named = part_of(kwargs, "", rows, state.rows, self.whole)
+            with state.narrowed(group), self.in_place():
+                outputs.append(self._forward(*picked, **named))
+        return joined(outputs, [rows for _, rows in state.groups], state.beams)
 
-    def _parameters_of(self, group: int) -> dict[str, Tensor]:
-        return self.state.once((id(self), group), lambda: self._mixed(self.state.groups[group][0]))
-
-    def _mixed(self, weights: tuple[float, ...]) -> dict[str, Tensor]:
-        base = dict(self.inner.named_parameters())
-        names = {name for expert in self._own for name in expert}
-        sets: list[Mapping[str, Tensor]] = [*self._own, {}]
-        if 1.0 in weights:
-            chosen = sets[weights.index(1.0)]
-            return {name: chosen.get(name, base[name]) for name in names}
-        return {
-            name: torch.stack([w * sets[n].get(name, base[name]).float() for n, w in enumerate(weights) if w])
-            .sum(0)
-            .to(base[name].dtype)
-            for name in names
-        }
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the modules have the parameters of the one expert or mixture that the state is narrowed to."""
+        weights = self.state.groups[0][0]
+        if weights[-1] == 1.0:
+            yield
+            return
+        before = []
+        for number, tensor in enumerate(self.tensors):
+            make = functools.partial(tensor.of, weights)
+            value = self.state.once((id(self), number), make) if tensor.kept else make()
+            before.append((tensor.home, tensor.name, tensor.home[tensor.name]))
+            tensor.home[tensor.name] = value
+        try:
+            yield
+        finally:
+            for home, name, value in before:
+                home[name] = value
 
 
 class OwnNorm(nn.Module):
-    """A norm with one weight (and perhaps a bias) that follows the rows."""
+    """Takes the place of the forward of a norm with one weight (and perhaps a bias) that follows the rows."""
 
-    def __init__(self, state: Assignment, inner: nn.Module, own: Sequence[Mapping[str, Tensor]]) -> None:
+    inner: Any
+
+    def __init__(self, state: Assignment, inner: nn.Module, own: Mapping[str, Sequence[Tensor | None]]) -> None:
         super().__init__()
-        self.state, self.inner = state, inner
-        for name, value in inner.named_parameters():
-            table = torch.stack([expert.get(name, value.data).to(value.data) for expert in (*own, {})])  # [N + 1, H]
+        self.state = state
+        self.__dict__["inner"], self._forward = inner, inner.forward
+        self._plain = not _weight_may_follow_rows(inner)
+        for name, base in inner.named_parameters():
+            values = [*own.get(name, [None] * len(state.names)), None]
+            table = torch.stack([base.data if v is None else v.to(base.data) for v in values])  # [N + 1, H]
             self.register_buffer(f"{name}_table", table, persistent=False)
+        take_forward(inner, self.forward)
+
+    @staticmethod
+    def fits(inner: nn.Module) -> bool:
+        """Tries whether it gives what the module gives row by row."""
+        names = {name for name, _ in inner.named_parameters()}
+        if "weight" not in names or not names <= {"weight", "bias"} or inner.get_parameter("weight").dim() != 1:
+            return False
+        return (names == {"weight"} and _weight_may_follow_rows(inner)) or _is_layer_norm(inner)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, ..., H] -> [B, ..., H]"""
         if self.state.average_only:
-            result: Tensor = self.inner(x)
+            result: Tensor = self._forward(x)
             return result
         weight = self._rows("weight_table", x)
-        if isinstance(self.inner, nn.LayerNorm):
+        if self._plain:
             y = F.layer_norm(x, self.inner.normalized_shape, eps=self.inner.eps) * weight
             return y + self._rows("bias_table", x) if self.inner.bias is not None else y
         # An instance attribute is found before nn.Module looks among its parameters.
         self.inner.__dict__["weight"] = weight
         try:
-            normed: Tensor = self.inner(x)
+            normed: Tensor = self._forward(x)
             return normed
         finally:
             del self.inner.__dict__["weight"]
 
     def _rows(self, name: str, x: Tensor) -> Tensor:
-        def make() -> Tensor:
-            return self.state.of_rows(mixed_rows(self.state, getattr(self, name)), x.shape[0], x.dim())
+        state, table = self.state, getattr(self, name)
+        key = (id(self), name, x.shape[0], x.dim())
+        return state.once(key, lambda: state.of_rows(mixed_rows(state, table), x.shape[0], x.dim()))
 
-        return self.state.once((id(self), name, x.shape[0], x.dim()), make)
 
+def take_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Puts a function in the place of a module's forward; it looks like it to whoever reads its signature."""
+    original = module.forward
 
-def wrap_own(state: Assignment, inner: nn.Module, own: Sequence[Mapping[str, Tensor]]) -> nn.Module:
-    """The fastest wrapper that gives the module's own results with these parameters."""
-    if isinstance(inner, nn.LayerNorm) and inner.elementwise_affine:
-        return OwnNorm(state, inner, own)
-    names = [name for name, _ in inner.named_parameters()]
-    if names == ["weight"] and inner.get_parameter("weight").dim() == 1 and _weight_may_follow_rows(inner):
-        return OwnNorm(state, inner, own)
-    return OwnModule(state, inner, own)
+    @functools.wraps(original)
+    def instead(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    module.__dict__["forward"] = instead
 
 
 def _weight_may_follow_rows(inner: nn.Module) -> bool:
     """Tries whether a weight of one row each gives what the module gives row by row."""
     weight = inner.get_parameter("weight")
-    generator = torch.Generator().manual_seed(0)
-    width = weight.shape[0]
-    x = torch.randn(2, 3, width, generator=generator).to(weight)
-    rows = torch.randn(2, width, generator=generator).to(weight)
+    x, rows = _numbers(weight, 2, 3), _numbers(weight, 2)
     try:
         with torch.no_grad():
             inner.__dict__["weight"] = rows[:, None, :]
             together = inner(x)
             inner.__dict__.pop("weight")
-            apart = torch.cat([functional_call(inner, {"weight": rows[i]}, (x[i : i + 1],)) for i in range(2)])
+            apart = torch.cat([_with_weight(inner, rows[i], x[i : i + 1]) for i in range(2)])
     except (RuntimeError, TypeError, ValueError):
         return False
     finally:
@@ -141,24 +208,29 @@ def _weight_may_follow_rows(inner: nn.Module) -> bool:
     return isinstance(together, Tensor) and torch.equal(together, apart)
 
 
-def _first_dimension(args: Sequence[Any], kwargs: Mapping[str, Any], rows: int) -> int:
-    sizes = [v.shape[0] for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()]
-    size = max(sizes, default=rows)
-    return rows if size == 1 else size  # one row of positions stands for all
+def _with_weight(inner: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    inner.__dict__["weight"] = weight
+    try:
+        result: Tensor = inner(x)
+        return result
+    finally:
+        del inner.__dict__["weight"]
 
 
-def _rows_of(value: Any, rows: Tensor, size: int) -> Any:
-    if not isinstance(value, Tensor) or not value.dim():
-        return value
-    if value.shape[0] == 1 and size > 1:
-        return value.expand(len(rows), *value.shape[1:])
-    return value[rows]
+def _is_layer_norm(inner: nn.Module) -> bool:
+    """Tries whether a layer norm has no arithmetic of its own."""
+    if not isinstance(inner, nn.LayerNorm) or not inner.elementwise_affine or len(inner.normalized_shape) != 1:
+        return False
+    weight, bias = _numbers(inner.weight, 1)[0], inner.bias
+    x = _numbers(inner.weight, 2, 3)
+    with torch.no_grad():
+        expected = F.layer_norm(x, inner.normalized_shape, weight, bias, inner.eps)
+        try:
+            return torch.equal(_with_weight(inner, weight, x), expected)
+        except (RuntimeError, TypeError, ValueError):
+            return False
 
 
-def _joined(outputs: Sequence[Any], numbers: Tensor) -> Any:
-    if isinstance(outputs[0], tuple):
-        return tuple(_joined(parts, numbers) for parts in zip(*outputs, strict=True))
-    together = torch.cat(list(outputs))
-    result = torch.empty_like(together)
-    result[numbers] = together
-    return result
+def _numbers(like: Tensor, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(*shape, like.shape[0], generator=generator).to(like)

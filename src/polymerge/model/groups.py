@@ -1,0 +1,89 @@
+"""A whole model that is run once for every distinct expert among the rows: slow, and right for every architecture.
+
+This is what is left where an expert's own parameter is read by a module whose rows cannot be run apart, because it
+reads and writes a cache of them all. Where no parameter needs that, a batch goes through the model once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .assignment import Assignment
+from .own import OwnModule
+from .rows import cache_part, expanded, join_cache, joined, part_of
+
+CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+
+
+class WholeModel(OwnModule):
+    """Takes the place of the forward of a model, or of its backbone, which some callers run alone.
+
+    Attributes:
+        split: off, a batch goes through the model once unless a caller passes arguments that were not tried.
+    """
+
+    def __init__(self, state: Assignment, inner: nn.Module, *, split: bool, tried: frozenset[str]) -> None:
+        super().__init__(state, inner)
+        self.split, self._tried = split, tried
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own."""
+        state, batch = self.state, _batch(args, kwargs)
+        if len(state.groups) == 1:
+            with state.narrowed(0):
+                return super().forward(*args, **kwargs)
+        state.beams = batch // state.rows
+        if not self._must_split(kwargs):
+            return self._forward(*args, **kwargs)
+        rows = [expanded(numbers, state.beams) for _, numbers in state.groups]
+        outputs = []
+        caches: dict[str, list[Any]] = {name: [] for name in CACHES}
+        for group, numbers in enumerate(rows):
+            picked = [_part(value, str(place), numbers, batch) for place, value in enumerate(args)]
+            named = {name: _part(value, name, numbers, batch) for name, value in kwargs.items()}
+            with state.narrowed(group), self.in_place():
+                output = self._forward(*picked, **named)
+            for name in caches:
+                caches[name].append(_taken(output, name))
+            outputs.append(output)
+        result = joined(outputs, rows)
+        for name, parts in caches.items():
+            if parts[0] is not None:
+                _put(result, name, join_cache(kwargs.get(name), parts, rows))
+        return result
+
+    def _must_split(self, kwargs: dict[str, Any]) -> bool:
+        given = {name for name, value in kwargs.items() if isinstance(value, Tensor) and value.dim() > 1}
+        return self.split or bool(self.tensors and given - self._tried - {"inputs_embeds", *CACHES})
+
+
+def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    named = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids"))
+    return next((int(v.shape[0]) for v in (*args, *named) if isinstance(v, Tensor) and v.dim() > 1), 1)
+
+
+def _part(value: Any, key: str, rows: Tensor, batch: int) -> Any:
+    if key in CACHES:
+        return cache_part(value, rows, batch) if value is not None else None
+    if not isinstance(value, Tensor):
+        return value
+    if key == "position_ids" and value.dim() == 3:  # one for every axis of an image
+        return value[:, rows] if value.shape[1] == batch else value
+    if value.dim() > 1 and value.shape[0] == batch:
+        return part_of(value, key, rows, batch, frozenset())
+    return value
+
+
+def _taken(output: Any, name: str) -> Any:
+    """A cache that a model gives back; it is put together apart from the rest."""
+    if not isinstance(output, dict) or output.get(name) is None:
+        return None
+    value = output[name]
+    output[name] = None
+    return value
+
+
+def _put(output: Any, name: str, value: Any) -> None:
+    output[name] = value

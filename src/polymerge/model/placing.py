@@ -1,0 +1,340 @@
+"""Puts every tensor of every adapter into the model, where the trial says that it is right.
+
+Every tensor finds its place exactly once, or loading fails: an adapter is never ignored in silence. Where something
+finer would be wrong, a module that can be run for a part of the rows is run once for every expert; where there is none,
+the whole model is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..bundle.bundle import Bundle
+from ..bundle.manifest import BundleLayer
+from ..errors import ModelError
+from .assignment import Assignment
+from .groups import WholeModel
+from .linear import ExpertLinear, MixedLinear
+from .moe import FusedWeight, MixedBlockExperts, SlabResidual, Slabs, as_sequence, fits_block, locate_slabs
+from .own import OwnModule, OwnNorm, OwnTensor, OwnWeight
+from .trial import Trial, kind_of
+
+logger = logging.getLogger(__name__)
+Values = list[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What stands in the place of modules' forwards, and how a mixed batch is run."""
+
+    modules: Sequence[nn.Module]
+    strategy: Literal["layers", "groups"]
+
+
+class Placer:
+    """`adapters` holds the tensors that have not found their place.
+
+    Attributes:
+        suffixes: what follows a linear module's name in the keys of its residual.
+    """
+
+    suffixes: tuple[str, ...] = ("lora_A.weight", "lora_B.weight")
+
+    def __init__(self, bundle: Bundle, hf: Any, state: Assignment, dtype: torch.dtype, trial: Trial) -> None:
+        self.bundle, self.hf, self.state, self.dtype, self.trial = bundle, hf, state, dtype, trial
+        self.scales = [bundle.scales(expert) for expert in bundle.experts]
+        self.tree = _Tree(hf)
+        self.modules = self.tree.modules
+        self.linear = {layer.module: layer for layer in bundle.layers.values() if layer.role == "linear"}
+        self.parts: dict[int, OwnModule | OwnNorm] = {}
+        self.whole: list[OwnTensor] = []  # that only the whole model can hold
+        self.idle: list[OwnTensor] = []  # that a batch of tokens does not use
+        self.apart = False
+        self.adapters = [self._read(expert) for expert in bundle.experts]
+
+    def place(self) -> Placed:
+        """Raises ModelError for a tensor that has no place."""
+        fused = {name: layer for name, layer in self.linear.items() if name not in self.modules}
+        for module, layer in self.linear.items():
+            if module in self.modules and self._changes(module, layer):
+                self._place_linear(module, layer)
+        self._place_fused(fused)
+        self._place_own()
+        for expert, adapter in zip(self.bundle.experts, self.adapters, strict=True):
+            if adapter:
+                key = next(iter(adapter))
+                raise ModelError(
+                    f"{self.bundle.path}: tensor {key!r} of expert {expert!r} has no place in the model "
+                    f"({len(adapter)} such tensors); the adapter would be ignored in part"
+                )
+        return self._placed()
+
+    def _placed(self) -> Placed:
+        groups = self.apart or bool(self.whole)
+        whole = [self._whole(self.hf, groups)]
+        if isinstance(self.hf.base_model, nn.Module) and self.hf.base_model is not self.hf:
+            whole.append(self._whole(self.hf.base_model, groups))
+        if groups:
+            logger.info("%s: a mixed batch runs once for every expert", type(self.hf).__name__)
+        return Placed([*self.parts.values(), *whole], "groups" if groups else "layers")
+
+    def _whole(self, module: nn.Module, groups: bool) -> WholeModel:
+        whole = WholeModel(self.state, module, split=groups, tried=self.trial.inputs)
+        whole.tensors = [*self.whole, *self.idle]
+        return whole
+
+    def _read(self, expert: str) -> dict[str, Tensor]:
+        return self.bundle.adapter(expert)
+
+    def _take(self, key: str) -> Values:
+        device = self.state.device
+        values = [adapter.pop(key, None) for adapter in self.adapters]
+        return [value.to(device) if value is not None else None for value in values]
+
+    def _ratios(self, layer: BundleLayer) -> list[float]:
+        return [scales.get(layer.tensor, 1.0) for scales in self.scales]
+
+    def _factors(self, module: str) -> list[tuple[Tensor, Tensor] | None]:
+        a, b = self._take(f"{module}.lora_A.weight"), self._take(f"{module}.lora_B.weight")
+        pairs = zip(a, b, strict=True)
+        return [(x.to(self.dtype), y.to(self.dtype)) if x is not None and y is not None else None for x, y in pairs]
+
+    def _changes(self, module: str, layer: BundleLayer) -> bool:
+        """Whether the layer is stored against the base; a whole matrix of an expert's own goes the other way."""
+        if any(f"{module}.{layer.parameter}" in adapter for adapter in self.adapters):
+            return False
+        keys = (*(f"{module}.{suffix}" for suffix in self.suffixes), f"{module}.lora_B.bias")
+        stored = any(key in adapter for adapter in self.adapters for key in keys)
+        return stored or any(ratio != 1.0 for ratio in self._ratios(layer))
+
+    def _place_linear(self, module: str, layer: BundleLayer) -> None:
+        """As a layer that adds the residuals, where the module is used as a linear layer and nothing else."""
+        inner = self.modules[module]
+        weight, bias = inner.get_parameter("weight").data, getattr(inner, "bias", None)
+        weight = weight.T if layer.transposed else weight
+        biases = self._biases(module, bias)
+        if self._is_linear(module):
+            self.tree.replace(module, self._linear(layer, weight, bias.data if bias is not None else None, biases))
+            if not self.trial.kind(module).plain:
+                self._split_above(module)
+            return
+        dense = MixedLinear(self.state, weight, None, self._factors(module), self._ratios(layer), [None] * len(biases))
+        tensors = [OwnWeight(inner, dense, transposed=layer.transposed)]
+        own = [OwnTensor(inner, "bias", biases)] if any(value is not None for value in biases) else []
+        self._hold(module, [*tensors, *own])
+
+    def _is_linear(self, module: str) -> bool:
+        inner = self.modules[module]
+        single = self.trial.kind(module).called and self.trial.kind(module).single
+        return single and self.trial.read_by_itself(module, ["weight", "bias"]) and _multiplies(inner)
+
+    def _biases(self, module: str, bias: Tensor | None) -> Values:
+        differences, own = self._take(f"{module}.lora_B.bias"), self._take(f"{module}.bias")
+        if bias is None and any(d is not None and bool(d.any()) for d in differences):
+            raise ModelError(f"{module}: an expert has a bias, but the layer has none")
+        return [
+            value if value is not None else bias.data + d if bias is not None and d is not None else None
+            for value, d in zip(own, differences, strict=True)
+        ]
+
+    def _linear(self, layer: BundleLayer, weight: Tensor, bias: Tensor | None, biases: Values) -> ExpertLinear:
+        return MixedLinear(self.state, weight, bias, self._factors(layer.module), self._ratios(layer), biases)
+
+    def _place_own(self) -> None:
+        """Whole tensors: by parameter, so that an embedding that is tied to the head changes both."""
+        keys = sorted({key for adapter in self.adapters for key in adapter})
+        own: dict[str, dict[str, Values]] = {}
+        for key in keys:
+            module, _, name = key.rpartition(".")
+            if module in self.modules and (tensor := _tensor_of(self.modules[module], name)) is not None:
+                values = self._take(key)
+                for place, there in self.tree.places(tensor):
+                    own.setdefault(place, {})[there] = values
+        for module, values_of in own.items():
+            inner = self.modules[module]
+            if self._follows_rows(module, inner, values_of):
+                self.parts[id(inner)] = OwnNorm(self.state, inner, values_of)
+            else:
+                self._hold(module, [OwnTensor(inner, name, values) for name, values in values_of.items()])
+
+    def _follows_rows(self, module: str, inner: nn.Module, own: Mapping[str, Values]) -> bool:
+        kind = self.trial.kind(module)
+        return (
+            kind.called
+            and kind.plain
+            and not isinstance(inner, ExpertLinear)
+            and id(inner) not in self.parts
+            and self.trial.read_by_itself(module, list(own))
+            and OwnNorm.fits(inner)
+        )
+
+    def _hold(self, module: str, tensors: Sequence[OwnTensor]) -> None:
+        """Gives parameters of a module to the innermost one around them that can be run apart for some rows."""
+        names = [tensor.name for tensor in tensors]
+        if self.trial.is_idle(module, names):
+            self.idle += tensors
+            return
+        holder = self._holder(module, names)
+        if holder is None:
+            self.whole += tensors
+        else:
+            holder.tensors += tensors
+
+    def _split_above(self, module: str) -> None:
+        """Rows are told apart further up than in a layer that does not see them as they are."""
+        self.apart |= self._holder(module, ["weight", "bias"]) is None
+
+    def _holder(self, module: str, names: Sequence[str]) -> OwnModule | None:
+        kind = self.trial.holder(module, names)
+        name = self.tree.around(module, kind) if kind else None
+        if name is None:
+            return None
+        inner = self.modules[name]
+        if isinstance(self.parts.get(id(inner)), OwnNorm):
+            raise AssertionError(f"{name} is a norm with parameters of two kinds")
+        if id(inner) not in self.parts:
+            whole = frozenset(self.trial.kind(name).whole)
+            self.parts[id(inner)] = OwnModule(self.state, inner, whole)
+        held = self.parts[id(inner)]
+        assert isinstance(held, OwnModule)
+        return held
+
+    def _place_fused(self, layers: Mapping[str, BundleLayer]) -> None:
+        if not layers:
+            return
+        slabs: dict[str, Slabs] = {}
+        for name, parameter in list(self.hf.named_parameters()):
+            module, _, leaf = name.rpartition(".")
+            if parameter.dim() != 3 or module not in self.modules:
+                continue
+            for stored, (block, rows) in self._slab_places(name, parameter, layers).items():
+                layer = layers[stored.removesuffix(".weight")]
+                own = [v.to(parameter.dtype) if v is not None else None for v in self._take(f"{layer.module}.weight")]
+                residual = SlabResidual(rows, self._factors(layer.module), self._ratios(layer), as_sequence(own))
+                self._check_slab(parameter[block, rows], layer)
+                slabs.setdefault(module, {}).setdefault((leaf, block), []).append(residual)
+        for module, found in slabs.items():
+            self._place_block(module, found)
+
+    def _place_block(self, module: str, slabs: Slabs) -> None:
+        inner = self.modules[module]
+        names = sorted({name for name, _ in slabs})
+        if fits_block(inner) and self.trial.kind(module).called and self.trial.read_by_itself(module, names):
+            self.tree.replace(module, MixedBlockExperts(self.state, inner, slabs))
+            if not self.trial.kind(module).rows:
+                self._split_above(module)
+            return
+        self._hold(module, [FusedWeight(inner, name, slabs) for name in names])
+
+    def _slab_places(
+        self, name: str, parameter: Tensor, layers: Mapping[str, BundleLayer]
+    ) -> dict[str, tuple[int, slice]]:
+        """Runs transformers' own conversion on the numbers of the rows, to see where each stored matrix lies."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        blocks, rows, _ = parameter.shape
+        numbers = torch.arange(blocks * rows, dtype=torch.float64).view(blocks, rows, 1)
+        try:
+            stored = revert_weight_conversion(self.hf, {name: numbers})
+        except Exception:  # a rule that needs other parameters beside this one: it is stored as it is
+            return {}
+        return locate_slabs({n: v for n, v in stored.items() if n.removesuffix(".weight") in layers}, rows)
+
+    def _check_slab(self, slab: Tensor, layer: BundleLayer) -> None:
+        stored = self.bundle.base.read_rows(layer.tensor, 0, 1).to(slab)
+        if not torch.equal(slab[:1], stored):
+            raise ModelError(f"{layer.tensor}: the loaded model does not hold it where transformers' rules say")
+
+
+class CodedPlacer(Placer):
+    """Leaves the factors of linear layers as they are stored. Those inside fused blocks, and of layers that are used
+    otherwise, are decoded all the same."""
+
+    def _read(self, expert: str) -> dict[str, Tensor]:
+        self.suffixes = self.bundle.code.suffixes
+        kept = {module for module in self.linear.keys() & self.modules.keys() if self._is_linear(module)}
+        return self.bundle.adapter(expert, coded=kept)
+
+    def _changes(self, module: str, layer: BundleLayer) -> bool:
+        decoded = any(f"{module}.lora_A.weight" in adapter for adapter in self.adapters)
+        return decoded or super()._changes(module, layer)
+
+    def _linear(self, layer: BundleLayer, weight: Tensor, bias: Tensor | None, biases: Values) -> ExpertLinear:
+        from .triton.linear import CodedLinear
+
+        stored = [
+            self.bundle.coded_factors(expert, layer, lambda key, own=adapter: own.pop(key, None))  # type: ignore[misc]
+            for expert, adapter in zip(self.bundle.experts, self.adapters, strict=True)
+        ]
+        return CodedLinear(self.state, weight, bias, stored, self.bundle.code, self._ratios(layer), biases)
+
+
+class _Tree:
+    """Where modules and parameters are in the model, as it was before anything was replaced. One may be in many
+    places."""
+
+    def __init__(self, hf: nn.Module) -> None:
+        self.modules = dict(hf.named_modules(remove_duplicate=False))
+        self._names: dict[int, list[str]] = {}
+        self._places: dict[int, list[tuple[str, str]]] = {}
+        for name, module in self.modules.items():
+            self._names.setdefault(id(module), []).append(name)
+            for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None and self._names[id(module)] == [name]:
+                    self._places.setdefault(id(tensor), []).append((name, leaf))
+
+    def places(self, tensor: Tensor) -> list[tuple[str, str]]:
+        """(module, name) of everything that holds this parameter."""
+        return self._places[id(tensor)]
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Puts a module in all places of another."""
+        replaced = self.modules[name]
+        for attribute, value in vars(replaced).items():  # what its users ask it: in_features and the like
+            if isinstance(value, int | float | str) and attribute not in vars(module):
+                setattr(module, attribute, value)
+        for place in self._names[id(replaced)]:
+            parent, _, leaf = place.rpartition(".")
+            owner: Any = self.modules[parent]
+            setattr(owner, leaf, module)
+
+    def around(self, name: str, kind: str) -> str | None:
+        """The module of that kind that holds this one, or is it; None where this one is reached by other ways too."""
+        ways = [self._above(place, kind) for place in self._names[id(self.modules[name])]]
+        first = ways[0]
+        same = first is not None and all(way and self.modules[way] is self.modules[first] for way in ways)
+        return first if same else None
+
+    @staticmethod
+    def _above(name: str, kind: str) -> str | None:
+        while name and kind_of(name) != kind:
+            name = name.rpartition(".")[0]
+        return name or None
+
+
+def _tensor_of(module: nn.Module, name: str) -> Tensor | None:
+    parameter = module._parameters.get(name)
+    return parameter if parameter is not None else module._buffers.get(name)
+
+
+def _multiplies(inner: nn.Module) -> bool:
+    """Tries whether a module gives the product with its weight, and its bias, and nothing else."""
+    from transformers.pytorch_utils import Conv1D
+
+    if type(inner) in (nn.Linear, Conv1D):
+        return True
+    weight, bias = inner.get_parameter("weight"), getattr(inner, "bias", None)
+    if not isinstance(inner, nn.Linear):
+        return False
+    x = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    try:
+        with torch.no_grad():
+            return torch.allclose(inner(x), nn.functional.linear(x, weight, bias), rtol=1e-3, atol=1e-3)
+    except Exception:  # it wants something else
+        return False

@@ -1,0 +1,212 @@
+"""Whether a bundle of one architecture answers as its experts do. All oracles are transformers' own models.
+
+Knows one architecture at a time. Does not know which there are (`__main__`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+
+from polymerge import Bundle, export_dense, load_model, merge
+from polymerge.errors import PolymergeError
+
+from .experts import batch, make_experts
+
+ROWS = ("e0", "e1", "e2", None, "e1")
+# Largest difference of two logits, relative to the largest logit.
+CLOSE = 1e-4
+# In bfloat16, the norm of the difference relative to the norm: rounding, and tokens that another block expert takes.
+CLOSE_BFLOAT16 = 0.1
+AVERAGES = {"embeddings": "average", "lm_head": "average"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "0": {"compress_rate": 0.0},
+    "0.95": {"compress_rate": 0.95, **AVERAGES},
+    "int4": {"compress_rate": 0.95, "code": "int4"},
+}
+Models = Mapping[str | None, Any]
+Status = Literal["works", "refused", "wrong", "raises", "not built"]
+
+
+@dataclass
+class Outcome:
+    """What became of one architecture.
+
+    Attributes:
+        step: the one it ended at.
+        detail: one line: the refusal, or what was wrong.
+        worst: the largest difference in float32.
+        share: bytes of the bundle at 0.95, relative to one model; embeddings and head averaged.
+        strategy: how its rows are run.
+    """
+
+    architecture: str
+    status: Status = "works"
+    step: str = ""
+    detail: str = ""
+    worst: float = 0.0
+    share: float | None = None
+    strategy: str = ""
+
+
+class _Wrong(Exception):
+    """An answer that is not the expert's."""
+
+
+def check(architecture: str, *, variants: Sequence[str] = (*VARIANTS, "bfloat16")) -> Outcome:
+    """Builds, merges, loads and compares."""
+    outcome = Outcome(architecture)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        try:
+            _check(architecture, Path(folder), outcome, variants)
+        except PolymergeError as error:
+            outcome.status, outcome.detail = "refused", _line(error)
+        except _Wrong as error:
+            outcome.status, outcome.detail = "wrong", str(error)
+        except Exception as error:
+            outcome.status = "not built" if outcome.step == "build" else "raises"
+            outcome.detail = f"{type(error).__name__}: {_line(error)}"
+    return outcome
+
+
+def _check(architecture: str, folder: Path, outcome: Outcome, variants: Sequence[str]) -> None:
+    outcome.step = "build"
+    experts = make_experts(architecture, folder / "experts")
+    originals = {name: _plain(path) for name, path in experts.items()}
+    inputs = batch(originals["e0"])
+    if not all(bool(m(**inputs).logits.isfinite().all()) for m in originals.values()):
+        raise ValueError("the tiny model's own logits are not finite")
+    for variant in [variant for variant in VARIANTS if variant in variants]:
+        outcome.step = f"{variant}: merge"
+        sources = {name: str(path) for name, path in experts.items()}
+        bundle = merge({"experts": sources, **VARIANTS[variant]}, folder / variant)
+        if variant == "0.95":
+            outcome.share = bundle.sizes().total / bundle.sizes().one_model
+        outcome.step = f"{variant}: reload"
+        oracles = originals if variant == "0" else _exported(bundle, folder / f"dense-{variant}")
+        _compare(bundle, {**oracles, None: _average(bundle, experts["e0"])}, outcome, variant)
+    if "bfloat16" in variants:
+        _check_bfloat16(architecture, folder, outcome)
+
+
+def _compare(bundle: Bundle, oracles: Models, outcome: Outcome, variant: str) -> None:
+    outcome.step = f"{variant}: load"
+    model = load_model(bundle)
+    outcome.strategy = getattr(model, "strategy", "layers")
+    inputs = batch(model.hf)
+    outcome.step = f"{variant}: forward"
+    expected = [oracles[name](**_row(inputs, number)).logits for number, name in enumerate(ROWS)]
+    mixed = model(**inputs, experts=list(ROWS)).logits
+    for number, name in enumerate(ROWS):
+        where = _seen(inputs, number)
+        single = model(**_row(inputs, number), experts=name).logits
+        whose = f"{variant}: row of {name or 'the average'}"
+        _judge(outcome, f"{whose} alone", single[where], expected[number][where])
+        _judge(outcome, whose, mixed[number : number + 1][where], expected[number][where])
+    if torch.allclose(expected[1], oracles[None](**_row(inputs, 1)).logits, rtol=1e-3):
+        raise ValueError("the experts do not differ")
+    outcome.step = f"{variant}: generate"
+    _compare_generation(model, oracles, inputs, outcome, variant)
+
+
+def _compare_generation(
+    model: Any, oracles: Models, inputs: Mapping[str, torch.Tensor], outcome: Outcome, variant: str
+) -> None:
+    """Two tokens more for every row, with the cache; the second is read from it."""
+    try:
+        alone = [_generated(oracles[name], _row(inputs, number)) for number, name in enumerate(ROWS)]
+    except Exception:  # some cannot generate from a plain batch on their own; then there is nothing to compare
+        return
+    together = _generated(model, inputs, experts=list(ROWS))
+    for number, name in enumerate(ROWS):
+        for step, (got, expected) in enumerate(zip(together.logits, alone[number].logits, strict=True)):
+            where = f"{variant}: generated token {step} of {name or 'the average'}"
+            _judge(outcome, where, got[number : number + 1], expected)
+
+
+def _generated(model: Any, inputs: Mapping[str, torch.Tensor], **options: Any) -> Any:
+    return model.generate(
+        **inputs,
+        **options,
+        max_new_tokens=2,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+
+
+def _check_bfloat16(architecture: str, folder: Path, outcome: Outcome) -> None:
+    outcome.step = "bfloat16: merge"
+    experts = make_experts(architecture, folder / "bfloat16-experts", dtype=torch.bfloat16)
+    sources = {name: str(path) for name, path in experts.items()}
+    bundle = merge({"experts": sources, "compress_rate": 0.0}, folder / "bfloat16")
+    outcome.step = "bfloat16: load"
+    wide, narrow = load_model(bundle), load_model(bundle, dtype=torch.bfloat16)
+    inputs = batch(wide.hf)
+    outcome.step = "bfloat16: forward"
+    exact = wide(**inputs, experts=list(ROWS)).logits
+    rounded = narrow(**inputs, experts=list(ROWS)).logits.float()
+    for number, name in enumerate(ROWS):
+        if name is None:
+            continue
+        where = _seen(inputs, number)
+        expected = _plain(experts[name])(**_row(inputs, number)).logits
+        _judge(outcome, f"bfloat16 in float32: row of {name}", exact[number : number + 1][where], expected[where])
+        expected = _plain(experts[name], torch.bfloat16)(**_row(inputs, number)).logits.float()
+        got = rounded[number : number + 1][where]
+        far = float((got - expected[where]).norm() / expected[where].norm())
+        if not far <= CLOSE_BFLOAT16:
+            raise _Wrong(f"bfloat16: row of {name} is {far:.2g} off")
+
+
+def _judge(outcome: Outcome, what: str, got: torch.Tensor, expected: torch.Tensor) -> None:
+    far = float((got - expected).abs().max() / expected.abs().max())
+    outcome.worst = max(outcome.worst, far)
+    if not far <= CLOSE:
+        raise _Wrong(f"{what} is {far:.2g} off")
+
+
+def _plain(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def _exported(bundle: Bundle, folder: Path) -> dict[str, Any]:
+    return {name: _plain(export_dense(bundle, name, folder / name)) for name in bundle.experts}
+
+
+def _average(bundle: Bundle, original: Path) -> Any:
+    """The bundle as transformers opens it; whatever it misses, an original must miss as well."""
+    auto = transformers.AutoModelForCausalLM
+    _, usual = auto.from_pretrained(original, dtype=torch.float32, output_loading_info=True)
+    model, info = auto.from_pretrained(bundle.path, dtype=torch.float32, output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        more = set(info[kind]) - set(usual[kind])
+        if more:
+            raise _Wrong(f"the bundle has {len(more)} {kind.replace('_', ' ')}: {sorted(map(str, more))[0]}")
+    return model.eval()
+
+
+def _row(inputs: Mapping[str, torch.Tensor], number: int) -> dict[str, torch.Tensor]:
+    return {name: value[number : number + 1] for name, value in inputs.items()}
+
+
+def _seen(inputs: Mapping[str, torch.Tensor], number: int) -> torch.Tensor:
+    """[1, T]: where a row has tokens."""
+    mask = inputs.get("attention_mask")
+    return (
+        _row(inputs, number)["input_ids"].new_ones(1, inputs["input_ids"].shape[1]).bool()
+        if mask is None
+        else (mask[number : number + 1].bool())
+    )
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
