@@ -17,7 +17,6 @@ from .assignment import Assignment
 from .mixed import MixedModel
 from .placing import CodedPlacer, Placer
 from .trial import Trial
-from .triton.check import objection
 
 logger = logging.getLogger(__name__)
 Kernel = Literal["plain", "triton"]
@@ -74,6 +73,8 @@ def _uses_kernel(kernel: Kernel, bundle: Bundle, device: torch.device, dtype: to
         raise ModelError(f"kernel: {kernel!r} is neither {' nor '.join(get_args(Kernel))}")
     if kernel == "plain":
         return False
+
+    from .triton.check import objection
 
     shapes = [layer.matrix_shape for layer in bundle.layers.values() if layer.rank]
     reason = objection(shapes, bundle.code, device, dtype)
