@@ -195,7 +195,6 @@ def _keep_or_average(
             rows = read(expert, task.sources[expert], start, stop)
             check_values(rows, settings.dtype, expert, task.sources[expert])
             hashes[expert].update(raw_bytes(rows))
-            # a copy: what is read may be the checkpoint's own memory
             total = rows.to(torch.float32, copy=True) if total is None else total.add_(rows.float())
         assert total is not None
         mean[start:stop] = total.div_(len(experts)).to(settings.dtype)
