@@ -50,6 +50,7 @@ LAYERS = [layer(f"m.{n}.up", "linear", 8, 6) for n in (0, 1, 10)] + [layer("m.no
 # PEFT has no place for the ratios of published bundles; with `scale: shared` it must say the same to rounding.
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "qwen2", "gpt2", "gpt-neox", "gemma3", "phi3"])
 @pytest.mark.parametrize("rate", [0.0, 0.7])
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")  # PEFT, of layers whose bias is none but zeros
 def test_peft_says_the_same_as_the_bundle(merged: Merged, architecture: str, rate: float) -> None:
     bundle, _ = merged(architecture, compress_rate=rate, scale="shared")
     base = AutoModelForCausalLM.from_pretrained(bundle.path)
