@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -20,7 +21,7 @@ def slowed(engine: BatchingEngine, seconds: float) -> None:
         step()
 
     batch.step = slow
-    engine._ends.clear()
+    engine._engine.defaults = replace(engine.defaults, ends=frozenset())
 
 
 def main(bundle: str) -> None:

@@ -69,8 +69,7 @@ def endless(expert: Any = "e0", tokens: int = 100) -> StreamRequest:
 
 
 def without_end(engine: BatchingEngine) -> None:
-    batched = engine._engine
-    batched.defaults = replace(batched.defaults, ends=frozenset())
+    engine._engine.defaults = replace(engine.defaults, ends=frozenset())
 
 
 @pytest.mark.parametrize("engines", ["llama", "gemma3", "gpt2", "mixtral"], indirect=True)
