@@ -206,6 +206,13 @@ def _copy(task: TensorTask, read: Read, emit: Emit, report: TensorReport) -> Ten
         report.digests[expert] = hashlib.sha256(_raw(whole)).hexdigest()
         if not report.digests.keys() - {expert}:
             emit(None, task.name, whole)
+    first, *others = report.digests
+    other = next((expert for expert in others if report.digests[expert] != report.digests[first]), None)
+    if other:
+        raise SourceError(
+            f"experts {first!r} and {other!r} differ in tensor {task.name!r}, which their architecture does not know; "
+            "a bundle cannot hold it for each of them"
+        )
     return report
 
 
