@@ -277,7 +277,7 @@ class ExpertReader:
             raise BundleError(f"{self._bundle.path}: no tensor {tensor!r} in this bundle")
         own = self._get(f"{layer.module}.{layer.parameter}")
         if own is not None:
-            return own.float()
+            return own.float() if own.is_floating_point() else own
         base = self._bundle.base_tensor(tensor)
         if not base.is_floating_point():
             return base

@@ -25,7 +25,7 @@ class SlabResidual:
     """What the experts have beyond the base in one matrix of a fused parameter.
 
     Attributes:
-        rows: which rows of the block expert's slab the matrix is.
+        rows: which rows of the block expert's slab (or of the whole parameter) the matrix is.
         factors: for every expert (A [r, in], B [out, r]) or None.
         ratios: rho of every expert.
         own: for every expert its own whole matrix, or None.
@@ -123,23 +123,28 @@ class MixedBlockExperts(nn.Module):
 
 
 class FusedWeight(OwnTensor):
-    """A fused parameter of a block that computes in its own way: made whole when it is needed, and not kept."""
+    """A parameter that is stored in pieces, of a module that computes in its own way: made whole when it is needed, and
+    not kept.
+
+    Args:
+        pieces: the block expert that a piece belongs to, or None where the parameter has none, and what it is.
+    """
 
     kept = False
 
-    def __init__(self, module: nn.Module, name: str, slabs: Slabs) -> None:
+    def __init__(self, module: nn.Module, name: str, pieces: Sequence[tuple[int | None, SlabResidual]]) -> None:
         super().__init__(module, name, [])
-        self.slabs = {block: residuals for (leaf, block), residuals in slabs.items() if leaf == name}
+        self.pieces = pieces
 
     def of(self, weights: Weights) -> Tensor:
         whole: Tensor = self.home[self.name].detach().clone()
-        for block, residuals in self.slabs.items():
-            for residual in residuals:
-                whole[block, residual.rows] = residual.dense(whole[block, residual.rows], weights)
+        for block, residual in self.pieces:
+            slab = whole if block is None else whole[block]
+            slab[residual.rows] = residual.dense(slab[residual.rows], weights)
         return whole
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        for residual in (residual for residuals in self.slabs.values() for residual in residuals):
+        for _, residual in self.pieces:
             residual.move(fn)
 
 
@@ -176,17 +181,17 @@ def _computes_alike(inner: Any) -> bool:
         return False
 
 
-def locate_slabs(stored: dict[str, Tensor], rows: int) -> dict[str, tuple[int, slice]]:
-    """Where the stored matrices lie inside a fused parameter.
+def locate_slabs(stored: dict[str, Tensor], rows: int | None) -> dict[str, tuple[int | None, slice]]:
+    """Where the stored pieces lie inside a fused parameter: in which block expert's slab, and in which rows.
 
     Args:
-        stored: name -> the numbers e * rows + i of the fused rows that make up the matrix, [out, 1].
-        rows: of one block expert's slab.
+        stored: name -> the numbers e * rows + i of the fused rows that make up the piece.
+        rows: of one block expert's slab; None where the parameter has no slabs.
     """
-    places: dict[str, tuple[int, slice]] = {}
+    places: dict[str, tuple[int | None, slice]] = {}
     for name, numbers in stored.items():
         flat = numbers.flatten().long()
-        block, start = divmod(int(flat[0]), rows)
+        block, start = divmod(int(flat[0]), rows) if rows else (None, int(flat[0]))
         if not torch.equal(flat, torch.arange(int(flat[0]), int(flat[0]) + len(flat))):
             raise ModelError(f"{name}: its rows do not lie together in the fused parameter; not supported")
         places[name] = (block, slice(start, start + len(flat)))

@@ -49,6 +49,8 @@ class OwnTensor:
         if 1.0 in weights:
             value = [*self.values, None][weights.index(1.0)]
             return base if value is None else value
+        if not base.is_floating_point():  # a table, in which no two experts differ
+            return base
         values = [base if value is None else value for value in (*self.values, None)]
         parts = [weight * value.float() for weight, value in zip(weights, values, strict=True) if weight]
         return torch.stack(parts).sum(0).to(base.dtype)

@@ -27,6 +27,7 @@ from .trial import Trial, kind_of
 
 logger = logging.getLogger(__name__)
 Values = list[Tensor | None]
+_Piece = tuple[int | None, SlabResidual]
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,17 @@ class Placer:
         self.parts: dict[int, OwnModule | OwnNorm] = {}
         self.whole: list[OwnTensor] = []  # that only the whole model can hold
         self.idle: list[OwnTensor] = []  # that a batch of tokens does not use
+        self.pieces: dict[str, list[tuple[str, _Piece]]] = {}
         self.apart = False
         self.adapters = [self._read(expert) for expert in bundle.experts]
 
     def place(self) -> Placed:
         """Raises ModelError for a tensor that has no place."""
-        fused = {name: layer for name, layer in self.linear.items() if name not in self.modules}
+        pieces = {tensor: layer for tensor, layer in self.bundle.layers.items() if layer.module not in self.modules}
         for module, layer in self.linear.items():
             if module in self.modules and self._changes(module, layer):
                 self._place_linear(module, layer)
-        self._place_fused(fused)
+        self._place_fused(pieces)
         self._place_own()
         for expert, adapter in zip(self.bundle.experts, self.adapters, strict=True):
             if adapter:
@@ -122,7 +124,7 @@ class Placer:
         if self._is_linear(module):
             self.tree.replace(module, self._linear(layer, weight, bias.data if bias is not None else None, biases))
             if not self.trial.kind(module).plain:
-                self._split_above(module)
+                self._split_above(module, ["weight", "bias"])
             return
         dense = MixedLinear(self.state, weight, None, self._factors(module), self._ratios(layer), [None] * len(biases))
         tensors = [OwnWeight(inner, dense, transposed=layer.transposed)]
@@ -186,9 +188,9 @@ class Placer:
         else:
             holder.tensors += tensors
 
-    def _split_above(self, module: str) -> None:
+    def _split_above(self, module: str, names: Sequence[str]) -> None:
         """Rows are told apart further up than in a layer that does not see them as they are."""
-        self.apart |= self._holder(module, ["weight", "bias"]) is None
+        self.apart |= self._holder(module, names) is None
 
     def _holder(self, module: str, names: Sequence[str]) -> OwnModule | None:
         kind = self.trial.holder(module, names)
@@ -206,45 +208,54 @@ class Placer:
         return held
 
     def _place_fused(self, layers: Mapping[str, BundleLayer]) -> None:
-        if not layers:
-            return
-        slabs: dict[str, Slabs] = {}
-        for name, parameter in list(self.hf.named_parameters()):
+        """Parameters that a checkpoint stores in pieces."""
+        for name, parameter in list(self.hf.named_parameters()) if layers else ():
             module, _, leaf = name.rpartition(".")
-            if parameter.dim() != 3 or module not in self.modules:
+            if module not in self.modules:  # it was replaced
                 continue
-            for stored, (block, rows) in self._slab_places(name, parameter, layers).items():
-                layer = layers[stored.removesuffix(".weight")]
-                own = [v.to(parameter.dtype) if v is not None else None for v in self._take(f"{layer.module}.weight")]
-                residual = SlabResidual(rows, self._factors(layer.module), self._ratios(layer), as_sequence(own))
-                self._check_slab(parameter[block, rows], layer)
-                slabs.setdefault(module, {}).setdefault((leaf, block), []).append(residual)
-        for module, found in slabs.items():
-            self._place_block(module, found)
+            blocks = parameter.dim() == 3
+            places = self._places(name, parameter, layers, blocks=blocks)
+            if blocks and any(len(layers[stored].shape) != 2 for stored in places):  # a convolution
+                places = self._places(name, parameter, layers, blocks=False)
+            for stored, (block, rows) in places.items():
+                self.pieces.setdefault(module, []).append((leaf, self._piece(layers[stored], parameter, block, rows)))
+        for module, pieces in self.pieces.items():
+            self._place_pieces(module, pieces)
 
-    def _place_block(self, module: str, slabs: Slabs) -> None:
+    def _piece(self, layer: BundleLayer, parameter: Tensor, block: int | None, rows: slice) -> _Piece:
+        own = [v.to(parameter.dtype) if v is not None else None for v in self._take(f"{layer.module}.weight")]
+        self._check_slab(parameter[rows] if block is None else parameter[block, rows], layer)
+        return block, SlabResidual(rows, self._factors(layer.module), self._ratios(layer), as_sequence(own))
+
+    def _place_pieces(self, module: str, pieces: Sequence[tuple[str, _Piece]]) -> None:
         inner = self.modules[module]
-        names = sorted({name for name, _ in slabs})
-        if fits_block(inner) and self.trial.kind(module).called and self.trial.read_by_itself(module, names):
+        names = sorted({name for name, _ in pieces})
+        slabs: Slabs = {}
+        for leaf, (block, residual) in pieces:
+            if block is not None:
+                slabs.setdefault((leaf, block), []).append(residual)
+        if slabs and fits_block(inner) and self.trial.kind(module).called and self.trial.read_by_itself(module, names):
             self.tree.replace(module, MixedBlockExperts(self.state, inner, slabs))
             if not self.trial.kind(module).rows:
-                self._split_above(module)
+                self._split_above(module, names)
             return
-        self._hold(module, [FusedWeight(inner, name, slabs) for name in names])
+        of = {name: [piece for leaf, piece in pieces if leaf == name] for name in names}
+        self._hold(module, [FusedWeight(inner, name, of[name]) for name in names])
 
-    def _slab_places(
-        self, name: str, parameter: Tensor, layers: Mapping[str, BundleLayer]
-    ) -> dict[str, tuple[int, slice]]:
-        """Runs transformers' own conversion on the numbers of the rows, to see where each stored matrix lies."""
+    def _places(
+        self, name: str, parameter: Tensor, layers: Mapping[str, BundleLayer], *, blocks: bool
+    ) -> dict[str, tuple[int | None, slice]]:
+        """Runs transformers' own conversion on the numbers of the rows, to see where each stored piece lies."""
         from transformers.core_model_loading import revert_weight_conversion
 
-        blocks, rows, _ = parameter.shape
-        numbers = torch.arange(blocks * rows, dtype=torch.float64).view(blocks, rows, 1)
+        each = parameter.shape[1] if blocks else None
+        numbers = torch.arange(parameter.shape[0] * (each or 1), dtype=torch.float64)
+        shape = (-1, each, 1) if each else (-1, *[1] * (parameter.dim() - 1))
         try:
-            stored = revert_weight_conversion(self.hf, {name: numbers})
+            stored = revert_weight_conversion(self.hf, {name: numbers.view(shape)})
         except Exception:  # a rule that needs other parameters beside this one: it is stored as it is
             return {}
-        return locate_slabs({n: v for n, v in stored.items() if n.removesuffix(".weight") in layers}, rows)
+        return locate_slabs({n: v for n, v in stored.items() if n in layers}, each)
 
     def _check_slab(self, slab: Tensor, layer: BundleLayer) -> None:
         stored = self.bundle.base.read_rows(layer.tensor, 0, 1).to(slab)

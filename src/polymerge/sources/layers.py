@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Role = Literal["linear", "embedding", "lm_head", "norm", "bias", "other"]
+
+ROWS = 4096  # of two tensors that are read at a time to be compared
 
 _EMBEDDING_NAME = re.compile(r"embed|\bwte\b|\bwpe\b|word_emb")
 _HEAD_NAME = re.compile(r"lm_head|embed_out|output_layer")
@@ -42,7 +44,8 @@ class LayerRecord:
         parameter: the parameter's name inside the module ("weight", "bias", ...).
         role: "linear" tensors are compressed, all others are kept.
         transposed: the matrix is stored [in, out] (GPT-2's Conv1D).
-        known: False where the model has no such parameter; it is copied, and never differs between experts.
+        known: False where the model has no such parameter, or one of whole numbers, a table; it is copied, and never
+            differs between experts.
     """
 
     tensor: str
@@ -75,36 +78,71 @@ def map_layers(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> La
     """The role of every tensor of `checkpoint`.
 
     Raises:
-        SourceError: the checkpoint misses parameters of its own architecture.
+        SourceError: the checkpoint misses parameters of its own architecture, or it is of a kind that no bundle holds.
     """
-    model = meta_model(checkpoint.folder, trust_remote_code=trust_remote_code)
-    if model is None:
+    try:
+        model = _built(checkpoint.folder, trust_remote_code)
+    except Exception as error:
+        _refuse_known(checkpoint, error)
+        log.info("transformers cannot build %s (%s)", checkpoint.folder, error)
         return _map_by_shapes(checkpoint)
     return _map_by_architecture(checkpoint, model)
 
 
 def meta_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel | None:
     """The folder's architecture on the meta device; None where the installed transformers cannot build it."""
-    import transformers
-
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-        with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return _built(folder, trust_remote_code)
     except Exception as error:  # unknown model type, remote code without consent, a config that fits no class
         log.info("transformers cannot build %s (%s)", folder, str(error).splitlines()[0] if str(error) else error)
         return None
 
 
+def _built(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _refuse_known(checkpoint: Checkpoint, error: Exception) -> None:
+    """A model that transformers knows, and cannot build as a causal language model, is not one."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind, name = checkpoint.config.get("model_type"), _class_of(checkpoint)
+    if kind not in CONFIG_MAPPING_NAMES:
+        return
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        what = "an encoder-decoder" if checkpoint.config.get("is_encoder_decoder") else "no causal language model"
+        raise SourceError(f"{checkpoint.label}: {name} ({kind}) is {what}; a bundle holds causal language models alone")
+    reason = " ".join(str(error).split())[:200]
+    raise SourceError(f"{checkpoint.label}: transformers cannot build {name} from its config.json ({reason})")
+
+
+def _refuse_other_class(checkpoint: Checkpoint, model: PreTrainedModel, unknown: Sequence[str]) -> None:
+    """A checkpoint of a class that has more than the causal language model has: a classifier, an encoder."""
+    import transformers
+
+    name, built = _class_of(checkpoint), type(model).__name__
+    if unknown and name != built and name.startswith(built.partition("For")[0]) and hasattr(transformers, name):
+        raise SourceError(
+            f"{checkpoint.label}: is a {name}; a bundle holds causal language models alone, and {built} has no place "
+            f"for {unknown[0]!r} ({len(unknown)} such tensors)"
+        )
+
+
+def _class_of(checkpoint: Checkpoint) -> str:
+    return str((checkpoint.config.get("architectures") or ["a model"])[0])
+
+
 def stored_names(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the tensors that a checkpoint of this architecture stores; a tied head is not stored."""
     names: dict[str, tuple[int, ...]] = {}
-    head = _name_of(model, model.get_output_embeddings())
-    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    ties = _ties(model)
     for name, tensor in model.state_dict().items():
-        if not (tied and name == f"{head}.weight"):
+        if ties.get(name, (name,))[0] == name:
             stored = _stored_form(model, name, tensor) or {name: tensor}
             names |= {stored_name: tuple(part.shape) for stored_name, part in stored.items()}
     return names
@@ -115,11 +153,13 @@ def _map_by_architecture(checkpoint: Checkpoint, model: PreTrainedModel) -> Laye
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     records: dict[str, LayerRecord] = {}
     notes: list[str] = []
+    unknown: list[str] = []
     matched: set[str] = set()
     for tensor, info in checkpoint.tensors.items():
         # Checkpoints of a bare backbone leave the prefix out ("h.0.attn..." for "transformer.h.0.attn...").
         name = next((n for n in (tensor, prefix + tensor, tensor.removeprefix(prefix)) if n in known), None)
         if name is None:
+            unknown.append(tensor)
             notes.append(f"{tensor}: the architecture has no such parameter; copied from the first expert")
             records[tensor] = LayerRecord(tensor, *_split(tensor), role="other", known=False)
             continue
@@ -130,21 +170,60 @@ def _map_by_architecture(checkpoint: Checkpoint, model: PreTrainedModel) -> Laye
                 f"but its config.json makes it {list(shapes[name])}"
             )
         records[tensor] = replace(known[name], tensor=tensor)
+        if info.dtype is None and not _floating(model, f"{known[name].module}.{known[name].parameter}"):
+            records[tensor] = replace(records[tensor], known=False)
         if records[tensor].role == "linear" and len(info.shape) != 2:
             records[tensor] = replace(records[tensor], role="other")
             notes.append(f"{tensor}: several matrices fused into one tensor; kept whole, not compressed")
-    head = _name_of(model, model.get_output_embeddings())
-    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
-    _refuse_missing(checkpoint, forms, matched, optional=f"{head}.weight" if tied else None)
+    _refuse_other_class(checkpoint, model, unknown)
+    _refuse_missing(checkpoint, forms, matched, _ties(model))
     embedding = _tensor_of(records, _name_of(model, model.get_input_embeddings()))
-    return LayerMap(records, "architecture", tied, embedding, _tensor_of(records, head), notes=tuple(notes))
+    head = _tensor_of(records, _name_of(model, model.get_output_embeddings()))
+    tied = _ties_head(model) and (head is None or embedding is None or _equal(checkpoint, head, embedding))
+    return LayerMap(records, "architecture", tied, embedding, head, notes=tuple(notes))
+
+
+def _ties(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+    """Parameter -> all names of it, where it has several; a checkpoint needs to store it under one of them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: tuple(same) for same in names.values() if len(same) > 1 for name in same}
+
+
+def _ties_head(model: PreTrainedModel) -> bool:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and embedding is not None and getattr(head, "weight", None) is embedding.weight
+
+
+def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two tensors hold the same numbers, read a part at a time."""
+    if checkpoint.tensors[one].shape != checkpoint.tensors[other].shape:
+        return False
+    rows = checkpoint.tensors[one].shape[0]
+    return all(
+        torch.equal(checkpoint.read_rows(one, start, start + ROWS), checkpoint.read_rows(other, start, start + ROWS))
+        for start in range(0, rows, ROWS)
+    )
+
+
+def _floating(model: PreTrainedModel, name: str) -> bool:
+    tensor = dict(model.named_parameters()).get(name)
+    if tensor is None:
+        tensor = dict(model.named_buffers()).get(name)
+    return tensor is None or tensor.is_floating_point()
 
 
 def _refuse_missing(
-    checkpoint: Checkpoint, forms: Mapping[str, frozenset[str]], matched: set[str], optional: str | None
+    checkpoint: Checkpoint,
+    forms: Mapping[str, frozenset[str]],
+    matched: set[str],
+    ties: Mapping[str, tuple[str, ...]],
 ) -> None:
     missing = [
-        name for name, stored in forms.items() if name not in matched and not stored <= matched and name != optional
+        name
+        for name in forms
+        if not any(same in matched or (same in forms and forms[same] <= matched) for same in ties.get(name, (name,)))
     ]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
