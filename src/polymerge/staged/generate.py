@@ -6,14 +6,13 @@ token by token.
 
 from __future__ import annotations
 
-import queue
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine.base import GenerateRequest
-from ..engine.streaming import Piece, StreamingEngine, StreamRequest
+from ..engine.streaming import Piece
 from ..errors import PolymergeError
 from ..router.loading import load_router
 from .formatter import Question
@@ -98,7 +97,6 @@ def _straight(
     on_text: OnText | None,
 ) -> Response:
     """An answer without a thinker. The loaded model embeds for the router, unless that was fitted with another."""
-    from ..engine.local.batching import BatchingEngine
     from ..engine.local.engine import HFEngine
 
     text = str(asked.prompt)
@@ -109,16 +107,21 @@ def _straight(
             on_route(route)
     expert = route.expert if route else None if asked.expert == "average" else asked.expert
     prompt = loaded.chat_prompt([{"role": "user", "content": text}]) if chat and _has_template(loaded) else text
-    engine = BatchingEngine(loaded)
-    answer, written = "", Piece("", 0)
-    try:
-        asked = replace(asked, prompt=prompt, expert=expert)
-        for written in _pieces(engine, asked):
-            answer += written.text
-            if on_text:
-                on_text(written.text)
-    finally:
-        engine.close(0)
+    pieces: list[Piece] = []
+    failures: list[Exception] = []
+
+    def hear(heard: Piece | Exception) -> None:
+        if isinstance(heard, Exception):  # raised in here it would only be logged
+            failures.append(heard)
+            return
+        pieces.append(heard)
+        if on_text:
+            on_text(heard.text)
+
+    loaded.stream([replace(asked, prompt=prompt, expert=expert)], [hear])
+    if failures:
+        raise failures[0]
+    answer, written = "".join(piece.text for piece in pieces), pieces[-1]
     return Response(
         answer, None, (), "direct", "no thinker was asked for", "", expert, route.field if route else "", route,
         len(loaded.encode(prompt) if isinstance(prompt, str) else prompt), written.tokens, 0,
@@ -127,19 +130,3 @@ def _straight(
 
 def _has_template(engine: Any) -> bool:
     return engine.tokenizer.chat_template is not None
-
-
-def _pieces(engine: StreamingEngine, request: GenerateRequest) -> Iterator[Piece]:
-    """An answer as it is made; what the engine fails with is raised."""
-    heard: queue.SimpleQueue[Piece | Exception] = queue.SimpleQueue()
-    [stream] = engine.submit([StreamRequest(request)], [heard.put])
-    try:
-        while True:
-            piece = heard.get()
-            if isinstance(piece, Exception):
-                raise piece
-            yield piece
-            if piece.finish:
-                return
-    finally:
-        stream.cancel()
