@@ -175,9 +175,9 @@ def _weights_of(folder: Path, label: str, config: Mapping[str, Any]) -> Path:
     named = config.get("transformers_weights")  # with which a configuration goes before that order
     if named is not None:
         return _named_weights(folder, named)
-    weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    if weights is not None:
-        return weights
+    there = sorted((folder / name for name in WEIGHT_FILES if (folder / name).exists()), key=lambda file: file.is_dir())
+    if there:
+        return there[0]
     shards = sorted(file.name for file in folder.glob("model-*-of-*.safetensors"))
     if shards:
         raise SourceError(f"{label}: has {shards[0]} but no {SAFETENSORS_INDEX}; copy the index next to the shards")
