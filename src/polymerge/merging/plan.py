@@ -224,7 +224,7 @@ def with_differences(tasks: Sequence[TensorTask]) -> list[TensorTask]:
     """Biases beside a weight that is stored against the base are stored against the base's too."""
     linear = (task for task in tasks if task.record.role == "linear")
     against_base = {task.record.module for task in linear if task.treatment in ("low_rank", "average")}
-    return [replace(t, as_difference=t.record.role == "bias" and t.record.module in against_base) for t in tasks]
+    return [replace(t, as_difference=t.record.parameter == "bias" and t.record.module in against_base) for t in tasks]
 
 
 def _names(checkpoint: Checkpoint, layer_map: LayerMap, maps: Mapping[str, LayerMap], tied: bool) -> dict[str, str]:
