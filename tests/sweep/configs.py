@@ -73,7 +73,7 @@ MORE: dict[str, dict[str, Any]] = {
     ),
     **dict.fromkeys(("roberta", "roberta-prelayernorm", "roformer", "xlm-roberta", "xlm-roberta-xl"), _DECODER),
     **dict.fromkeys(("axk2", "deepseek_v2", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3"), _ALL_HEADS),
-    **dict.fromkeys(("axk1", "deepseek_v3", "youtu"), _ALL_HEADS | {"head_dim": 8}),
+    **dict.fromkeys(("axk1", "deepseek_v3"), _ALL_HEADS | {"head_dim": 8}),
     **dict.fromkeys(("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "olmo_hybrid"), _LINEAR),
     **dict.fromkeys(("bailing_hybrid", "kimi_linear"), _LINEAR | _ALL_HEADS),
     **dict.fromkeys(("lfm2_moe", "lfm3"), _CONV),
@@ -146,6 +146,7 @@ MORE: dict[str, dict[str, Any]] = {
         "local_attn_chunk_length": 4,
         "lsh_attn_chunk_length": 4,
         "num_buckets": 4,
+        "hash_seed": 0,
     },
     "roc_bert": _DECODER | {"enable_pronunciation": False, "enable_shape": False},
     "rwkv": {"attention_hidden_size": WIDTH},
@@ -183,6 +184,8 @@ MORE: dict[str, dict[str, Any]] = {
         "use_mamba_kernels": False,
         "num_query_groups": 4,
     },
+    # transformers 5 zeroes the padding token's row of whatever it loads
+    "youtu": _ALL_HEADS | {"head_dim": 8, "pad_token_id": None},
     "zaya": {"num_experts_per_tok": 1},
 }
 

@@ -282,7 +282,7 @@ class ExpertReader:
         if not base.is_floating_point():
             return base
         base = base.float()
-        if layer.role == "bias":
+        if layer.parameter == "bias":
             difference = self._get(f"{layer.module}.lora_B.bias")
             return base if difference is None else base + difference.float()
         if layer.role != "linear":

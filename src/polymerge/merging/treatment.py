@@ -230,7 +230,9 @@ def with_differences(tasks: Sequence[TensorTask]) -> tuple[TensorTask, ...]:
     """Biases beside a weight that is stored against the base are stored against the base's too."""
     linear = (task for task in tasks if task.record.role == "linear")
     against_base = {task.record.module for task in linear if task.treatment in ("low_rank", "average")}
-    return tuple(replace(t, as_difference=t.record.role == "bias" and t.record.module in against_base) for t in tasks)
+    return tuple(
+        replace(t, as_difference=t.record.parameter == "bias" and t.record.module in against_base) for t in tasks
+    )
 
 
 def _record(layer: BundleLayer) -> LayerRecord:

@@ -14,7 +14,8 @@ from .assignment import Assignment
 from .own import OwnModule
 from .rows import cache_part, expanded, join_cache, joined, part_of
 
-CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+# Arguments that a model's memory of a text comes in, and the dimension that the rows are in it; None: it is seen.
+CACHES = {"past_key_values": None, "cache_params": None, "state": 0, "mems": 1, "past_buckets_states": None}
 
 
 class WholeModel(OwnModule):
@@ -51,7 +52,7 @@ class WholeModel(OwnModule):
         result = joined(outputs, rows)
         for name, parts in caches.items():
             if parts[0] is not None:
-                _put(result, name, join_cache(kwargs.get(name), parts, rows))
+                _put(result, name, join_cache(kwargs.get(name), parts, rows, CACHES[name]))
         return result
 
     def _must_split(self, kwargs: dict[str, Any]) -> bool:
@@ -66,7 +67,7 @@ def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 def _part(value: Any, key: str, rows: Tensor, batch: int) -> Any:
     if key in CACHES:
-        return cache_part(value, rows, batch) if value is not None else None
+        return cache_part(value, rows, batch, CACHES[key]) if value is not None else None
     if not isinstance(value, Tensor):
         return value
     if key == "position_ids" and value.dim() == 3:  # one for every axis of an image

@@ -62,7 +62,7 @@ def load_model(
     hf.eval().requires_grad_(False).to(place)
     trial = Trial(hf)
     if trial.objection:
-        raise ModelError(f"{bundle.path}: {type(hf).__name__} cannot be run on tokens alone ({trial.objection})")
+        raise ModelError(f"{bundle.path}: {type(hf).__name__} cannot be run as a bundle: {trial.objection}")
     state = Assignment(bundle.experts, place)
     placed = placer(bundle, hf, state, chosen, trial).place()
     return MixedModel(hf, state, bundle, placed).to(place)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..sources.forms import Part
 from .assignment import Assignment
 from .own import OwnTensor, Weights
 from .residual import Term, add_mixed, mixed_ratio
@@ -25,7 +25,7 @@ class SlabResidual:
     """What the experts have beyond the base in one matrix of a fused parameter.
 
     Attributes:
-        rows: which rows of the block expert's slab (or of the whole parameter) the matrix is.
+        rows: which rows of the block expert's slab the matrix is.
         factors: for every expert (A [r, in], B [out, r]) or None.
         ratios: rho of every expert.
         own: for every expert its own whole matrix, or None.
@@ -122,29 +122,66 @@ class MixedBlockExperts(nn.Module):
         return y
 
 
+@dataclass
+class Piece:
+    """What the experts have beyond the base in some rows of a parameter.
+
+    Attributes:
+        target: the rows of the parameter, counted over all dimensions but the last.
+        factors, ratios, own: as SlabResidual's, for these rows.
+    """
+
+    target: Tensor
+    factors: list[tuple[Tensor, Tensor] | None]
+    ratios: list[float]
+    own: list[Tensor | None]
+
+    @classmethod
+    def of(
+        cls,
+        part: Part,
+        factors: Sequence[tuple[Tensor, Tensor] | None],
+        ratios: list[float],
+        own: Sequence[Tensor | None],
+    ) -> Piece:
+        """From what is stored: A [r, in] and B [out, r], or whole tensors, of which the part is some rows."""
+        turned = [(f[1].T, f[0].T) if f and part.transposed else f for f in factors]
+        source = part.source
+        whole = [_rows(v, part.transposed)[source.to(v.device)] if v is not None else None for v in own]
+        return cls(
+            part.target,
+            [(f[0], f[1][source.to(f[1].device)]) if f else None for f in turned],
+            ratios,
+            whole if any(v is not None for v in whole) else [],
+        )
+
+
+def _rows(stored: Tensor, transposed: bool) -> Tensor:
+    turned = stored.transpose(-1, -2) if transposed else stored
+    return turned.reshape(-1, turned.shape[-1]) if turned.dim() > 1 else turned
+
+
 class FusedWeight(OwnTensor):
     """A parameter that is stored in pieces, of a module that computes in its own way: made whole when it is needed, and
-    not kept.
-
-    Args:
-        pieces: the block expert that a piece belongs to, or None where the parameter has none, and what it is.
-    """
+    not kept."""
 
     kept = False
 
-    def __init__(self, module: nn.Module, name: str, pieces: Sequence[tuple[int | None, SlabResidual]]) -> None:
+    def __init__(self, module: nn.Module, name: str, pieces: Sequence[Piece]) -> None:
         super().__init__(module, name, [])
         self.pieces = pieces
+        self.residuals = [SlabResidual(slice(None), piece.factors, piece.ratios, piece.own) for piece in pieces]
 
     def of(self, weights: Weights) -> Tensor:
         whole: Tensor = self.home[self.name].detach().clone()
-        for block, residual in self.pieces:
-            slab = whole if block is None else whole[block]
-            slab[residual.rows] = residual.dense(slab[residual.rows], weights)
+        rows = whole.view(-1, whole.shape[-1]) if whole.dim() > 1 else whole
+        for piece, residual in zip(self.pieces, self.residuals, strict=True):
+            target = piece.target.to(whole.device)
+            rows[target] = residual.dense(rows[target], weights)
         return whole
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        for _, residual in self.pieces:
+        for residual in self.residuals:
             residual.move(fn)
 
 
@@ -181,23 +218,8 @@ def _computes_alike(inner: Any) -> bool:
         return False
 
 
-def locate_slabs(stored: dict[str, Tensor], rows: int | None) -> dict[str, tuple[int | None, slice]]:
-    """Where the stored pieces lie inside a fused parameter: in which block expert's slab, and in which rows.
-
-    Args:
-        stored: name -> the numbers e * rows + i of the fused rows that make up the piece.
-        rows: of one block expert's slab; None where the parameter has no slabs.
-    """
-    places: dict[str, tuple[int | None, slice]] = {}
-    for name, numbers in stored.items():
-        flat = numbers.flatten().long()
-        block, start = divmod(int(flat[0]), rows) if rows else (None, int(flat[0]))
-        if not torch.equal(flat, torch.arange(int(flat[0]), int(flat[0]) + len(flat))):
-            raise ModelError(f"{name}: its rows do not lie together in the fused parameter; not supported")
-        places[name] = (block, slice(start, start + len(flat)))
-    return places
-
-
-def as_sequence(values: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """An empty list when no expert has its own matrix."""
-    return list(values) if any(value is not None for value in values) else []
+def locate(target: Tensor, rows: int) -> tuple[int, slice] | None:
+    """The block expert's slab of so many rows that these rows lie in together, and which of its rows they are."""
+    block, start = divmod(int(target[0]), rows)
+    together = torch.equal(target, torch.arange(int(target[0]), int(target[0]) + len(target)))
+    return (block, slice(start, start + len(target))) if together and start + len(target) <= rows else None

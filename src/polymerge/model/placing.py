@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import BundleLayer
 from ..errors import ModelError
+from ..sources.forms import Part, forms_of, in_order
 from .assignment import Assignment
 from .groups import WholeModel
 from .linear import ExpertLinear, MixedLinear
-from .moe import FusedWeight, MixedBlockExperts, SlabResidual, Slabs, as_sequence, fits_block, locate_slabs
+from .moe import FusedWeight, MixedBlockExperts, Piece, SlabResidual, Slabs, fits_block, locate
 from .own import OwnModule, OwnNorm, OwnTensor, OwnWeight
 from .trial import Trial, kind_of
 
 logger = logging.getLogger(__name__)
 Values = list[Tensor | None]
-_Piece = tuple[int | None, SlabResidual]
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,19 @@ class Placer:
         self.parts: dict[int, OwnModule | OwnNorm] = {}
         self.whole: list[OwnTensor] = []  # that only the whole model can hold
         self.idle: list[OwnTensor] = []  # that a batch of tokens does not use
-        self.pieces: dict[str, list[tuple[str, _Piece]]] = {}
+        self.forms = forms_of(hf)
+        self.orders = self._orders()
         self.apart = False
         self.adapters = [self._read(expert) for expert in bundle.experts]
 
     def place(self) -> Placed:
         """Raises ModelError for a tensor that has no place."""
-        pieces = {tensor: layer for tensor, layer in self.bundle.layers.items() if layer.module not in self.modules}
+        layers = self.bundle.layers.values()
+        pieces = {layer.module: layer for layer in layers if layer.module not in self.modules}
         for module, layer in self.linear.items():
             if module in self.modules and self._changes(module, layer):
                 self._place_linear(module, layer)
-        self._place_fused(pieces)
+        self._place_pieces(pieces)
         self._place_own()
         for expert, adapter in zip(self.bundle.experts, self.adapters, strict=True):
             if adapter:
@@ -102,8 +104,20 @@ class Placer:
     def _ratios(self, layer: BundleLayer) -> list[float]:
         return [scales.get(layer.tensor, 1.0) for scales in self.scales]
 
+    def _orders(self) -> dict[str, Tensor]:
+        """Parameter -> the stored row of every row of it, where a checkpoint stores them in another order."""
+        orders = {}
+        for parts in self.forms.values():
+            target, source = parts[0].target, parts[0].source
+            whole = len(parts) == 1 and not parts[0].transposed and len(target) == int(target.max()) + 1
+            if whole and not torch.equal(target, source):
+                orders[parts[0].parameter] = source[target.argsort()]
+        return orders
+
     def _factors(self, module: str) -> list[tuple[Tensor, Tensor] | None]:
         a, b = self._take(f"{module}.lora_A.weight"), self._take(f"{module}.lora_B.weight")
+        order = self.orders.get(f"{module}.weight")
+        b = [y[order] if y is not None and order is not None else y for y in b]
         pairs = zip(a, b, strict=True)
         return [(x.to(self.dtype), y.to(self.dtype)) if x is not None and y is not None else None for x, y in pairs]
 
@@ -134,9 +148,12 @@ class Placer:
     def _is_linear(self, module: str) -> bool:
         inner = self.modules[module]
         single = self.trial.kind(module).called and self.trial.kind(module).single
+        if f"{module}.weight" in self.orders and self.linear[module].transposed:
+            raise ModelError(f"{module}: its rows are stored in another order; not supported in a transposed layer")
         return single and self.trial.read_by_itself(module, ["weight", "bias"]) and _multiplies(inner)
 
     def _biases(self, module: str, bias: Tensor | None) -> Values:
+        """Every expert's own bias. An adapter has a difference of zeros where the layer has none and others have."""
         differences, own = self._take(f"{module}.lora_B.bias"), self._take(f"{module}.bias")
         if bias is None and any(d is not None and bool(d.any()) for d in differences):
             raise ModelError(f"{module}: an expert has a bias, but the layer has none")
@@ -155,7 +172,7 @@ class Placer:
         for key in keys:
             module, _, name = key.rpartition(".")
             if module in self.modules and (tensor := _tensor_of(self.modules[module], name)) is not None:
-                values = self._take(key)
+                values = [in_order(value, self.orders.get(key)) for value in self._take(key)]
                 for place, there in self.tree.places(tensor):
                     own.setdefault(place, {})[there] = values
         for module, values_of in own.items():
@@ -207,34 +224,31 @@ class Placer:
         assert isinstance(held, OwnModule)
         return held
 
-    def _place_fused(self, layers: Mapping[str, BundleLayer]) -> None:
-        """Parameters that a checkpoint stores in pieces."""
-        for name, parameter in list(self.hf.named_parameters()) if layers else ():
-            module, _, leaf = name.rpartition(".")
-            if module not in self.modules:  # it was replaced
+    def _place_pieces(self, layers: Mapping[str, BundleLayer]) -> None:
+        """Parameters that a checkpoint stores in pieces, or several in one tensor.
+
+        Args:
+            layers: the bundle's, by the name of what is stored without `.weight`.
+        """
+        pieces: dict[str, list[tuple[str, Piece]]] = {}
+        for stored, parts in self.forms.items() if layers else ():
+            layer = layers.get(stored.removesuffix(".weight"))
+            if layer is None:
                 continue
-            blocks = parameter.dim() == 3
-            places = self._places(name, parameter, layers, blocks=blocks)
-            if blocks and any(len(layers[stored].shape) != 2 for stored in places):  # a convolution
-                places = self._places(name, parameter, layers, blocks=False)
-            for stored, (block, rows) in places.items():
-                self.pieces.setdefault(module, []).append((leaf, self._piece(layers[stored], parameter, block, rows)))
-        for module, pieces in self.pieces.items():
-            self._place_pieces(module, pieces)
+            own, factors = self._take(f"{layer.module}.{layer.parameter}"), self._factors(layer.module)
+            self._biases(layer.module, None)
+            for part in parts:
+                module, _, leaf = part.parameter.rpartition(".")
+                piece = Piece.of(part, factors, self._ratios(layer), own)
+                self._check_piece(self.modules[module].get_parameter(leaf), part, layer)
+                pieces.setdefault(module, []).append((leaf, piece))
+        for module, found in pieces.items():
+            self._place_module(module, found)
 
-    def _piece(self, layer: BundleLayer, parameter: Tensor, block: int | None, rows: slice) -> _Piece:
-        own = [v.to(parameter.dtype) if v is not None else None for v in self._take(f"{layer.module}.weight")]
-        self._check_slab(parameter[rows] if block is None else parameter[block, rows], layer)
-        return block, SlabResidual(rows, self._factors(layer.module), self._ratios(layer), as_sequence(own))
-
-    def _place_pieces(self, module: str, pieces: Sequence[tuple[str, _Piece]]) -> None:
+    def _place_module(self, module: str, pieces: Sequence[tuple[str, Piece]]) -> None:
         inner = self.modules[module]
         names = sorted({name for name, _ in pieces})
-        slabs: Slabs = {}
-        for leaf, (block, residual) in pieces:
-            if block is not None:
-                slabs.setdefault((leaf, block), []).append(residual)
-        if slabs and fits_block(inner) and self.trial.kind(module).called and self.trial.read_by_itself(module, names):
+        if (slabs := self._slabs(module, names, pieces)) is not None:
             self.tree.replace(module, MixedBlockExperts(self.state, inner, slabs))
             if not self.trial.kind(module).rows:
                 self._split_above(module, names)
@@ -242,24 +256,32 @@ class Placer:
         of = {name: [piece for leaf, piece in pieces if leaf == name] for name in names}
         self._hold(module, [FusedWeight(inner, name, of[name]) for name in names])
 
-    def _places(
-        self, name: str, parameter: Tensor, layers: Mapping[str, BundleLayer], *, blocks: bool
-    ) -> dict[str, tuple[int | None, slice]]:
-        """Runs transformers' own conversion on the numbers of the rows, to see where each stored piece lies."""
-        from transformers.core_model_loading import revert_weight_conversion
+    def _slabs(self, module: str, names: Sequence[str], pieces: Sequence[tuple[str, Piece]]) -> Slabs | None:
+        """The pieces as matrices of block experts; None where the module is no block that is computed from them."""
+        inner, kind = self.modules[module], self.trial.kind(module)
+        if not (kind.called and self.trial.read_by_itself(module, names) and fits_block(inner)):
+            return None
+        slabs: Slabs = {}
+        for leaf, piece in pieces:
+            place = locate(piece.target, inner.get_parameter(leaf).shape[1])
+            if place is None:
+                return None
+            block, rows = place
+            slabs.setdefault((leaf, block), []).append(SlabResidual(rows, piece.factors, piece.ratios, piece.own))
+        return slabs
 
-        each = parameter.shape[1] if blocks else None
-        numbers = torch.arange(parameter.shape[0] * (each or 1), dtype=torch.float64)
-        shape = (-1, each, 1) if each else (-1, *[1] * (parameter.dim() - 1))
-        try:
-            stored = revert_weight_conversion(self.hf, {name: numbers.view(shape)})
-        except Exception:  # a rule that needs other parameters beside this one: it is stored as it is
-            return {}
-        return locate_slabs({n: v for n, v in stored.items() if n in layers}, each)
-
-    def _check_slab(self, slab: Tensor, layer: BundleLayer) -> None:
-        stored = self.bundle.base.read_rows(layer.tensor, 0, 1).to(slab)
-        if not torch.equal(slab[:1], stored):
+    def _check_piece(self, parameter: Tensor, part: Part, layer: BundleLayer) -> None:
+        if part.transposed:
+            return
+        row = int(part.source[0])
+        stored = (
+            self.bundle.base.read(layer.tensor)
+            if len(layer.shape) > 2
+            else (self.bundle.base.read_rows(layer.tensor, row, row + 1))
+        )
+        expected = stored.reshape(-1, stored.shape[-1])[row if len(layer.shape) > 2 else 0]
+        here = parameter.detach().reshape(-1, parameter.shape[-1])[part.target[0]]
+        if not torch.equal(here, expected.to(here)):
             raise ModelError(f"{layer.tensor}: the loaded model does not hold it where transformers' rules say")
 
 
@@ -269,7 +291,11 @@ class CodedPlacer(Placer):
 
     def _read(self, expert: str) -> dict[str, Tensor]:
         self.suffixes = self.bundle.code.suffixes
-        kept = {module for module in self.linear.keys() & self.modules.keys() if self._is_linear(module)}
+        kept = {
+            module
+            for module in self.linear.keys() & self.modules.keys()
+            if f"{module}.weight" not in self.orders and self._is_linear(module)
+        }
         return self.bundle.adapter(expert, coded=kept)
 
     def _changes(self, module: str, layer: BundleLayer) -> bool:
@@ -277,6 +303,8 @@ class CodedPlacer(Placer):
         return decoded or super()._changes(module, layer)
 
     def _linear(self, layer: BundleLayer, weight: Tensor, bias: Tensor | None, biases: Values) -> ExpertLinear:
+        if f"{layer.module}.weight" in self.orders:
+            return super()._linear(layer, weight, bias, biases)
         from .triton.linear import CodedLinear
 
         stored = [

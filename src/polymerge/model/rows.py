@@ -65,16 +65,27 @@ def expanded(rows: Tensor, repeats: int) -> Tensor:
     return (rows[:, None] * repeats + torch.arange(repeats, device=rows.device)).flatten()
 
 
-def cache_part(cache: Any, rows: Tensor, batch: int) -> Any:
-    """A cache of these rows alone. One that knows how is asked (`part`); of any other, a copy is taken apart."""
-    return cache.part(rows) if hasattr(cache, "part") else _Parts(rows, batch).of(cache)
+def cache_part(cache: Any, rows: Tensor, batch: int, dim: int | None = None) -> Any:
+    """A cache of these rows alone. One that knows how is asked (`part`); of any other, a copy is taken apart.
+
+    Args:
+        dim: of its tensors that the rows are; by default the first, or the second (that of positions on many axes).
+    """
+    return cache.part(rows) if hasattr(cache, "part") else _Parts(rows, batch, dim).of(cache)
 
 
-def join_cache(cache: Any, parts: Sequence[Any], rows: Sequence[Tensor]) -> Any:
+def join_cache(cache: Any, parts: Sequence[Any], rows: Sequence[Tensor], dim: int | None = None) -> Any:
     """Puts what parts have become into the cache that they were taken from; without one, into the first part's."""
     if hasattr(cache, "part"):  # its parts wrote into it
         return cache
-    return _Joins(rows).into(cache, parts)
+    return _Joins(rows, dim).into(cache, parts)
+
+
+def _dim_of(value: Tensor, batch: int, dim: int | None) -> int | None:
+    positions = value.dim() == 3 and not value.is_floating_point()  # [axes, B, T]
+    wanted = (dim,) if dim is not None else (1,) if positions else (0, 1)
+    dims = [d for d in wanted if value.dim() > max(1, d) and value.shape[d] == batch]
+    return dims[0] if dims else None
 
 
 def _joined_tensors(outputs: Sequence[Tensor], rows: Sequence[Tensor], repeats: int) -> Tensor:
@@ -114,14 +125,15 @@ def _is_container(value: Any) -> bool:
 class _Parts:
     """Copies an object and what it holds, with these rows of every tensor that has as many as the batch."""
 
-    def __init__(self, rows: Tensor, batch: int) -> None:
-        self.rows, self.batch, self._seen = rows, batch, dict[int, Any]()
+    def __init__(self, rows: Tensor, batch: int, dim: int | None) -> None:
+        self.rows, self.batch, self.dim, self._seen = rows, batch, dim, dict[int, Any]()
 
     def of(self, value: Any) -> Any:
         if id(value) in self._seen:
             return self._seen[id(value)]
         if isinstance(value, Tensor):
-            return value[self.rows.to(value.device)] if value.dim() > 1 and value.shape[0] == self.batch else value
+            dim = _dim_of(value, self.batch, self.dim)
+            return value if dim is None else value.index_select(dim, self.rows.to(value.device))
         if isinstance(value, dict):
             return type(value)({name: self.of(part) for name, part in value.items()})
         if isinstance(value, list | tuple):
@@ -138,8 +150,8 @@ class _Parts:
 class _Joins:
     """The inverse of `_Parts`, in place where there is an object already."""
 
-    def __init__(self, rows: Sequence[Tensor]) -> None:
-        self.rows, self._seen = rows, set[int]()
+    def __init__(self, rows: Sequence[Tensor], dim: int | None) -> None:
+        self.rows, self.dim, self._seen = rows, dim, set[int]()
 
     def into(self, whole: Any, parts: Sequence[Any]) -> Any:
         first = parts[0]
@@ -165,18 +177,21 @@ class _Joins:
 
     def _tensor(self, whole: Any, parts: Sequence[Tensor]) -> Tensor:
         sizes = [len(numbers) for numbers in self.rows]
-        follows = parts[0].dim() > 1 and all(p.shape[0] == n for p, n in zip(parts, sizes, strict=True))
-        if isinstance(whole, Tensor) and whole.numel() and whole.dim() and whole.shape[0] != sum(sizes):
-            follows = False
-        return joined(parts, self.rows) if follows else parts[0]
+        dims = {_dim_of(part, size, self.dim) for part, size in zip(parts, sizes, strict=True)}
+        if isinstance(whole, Tensor) and whole.numel():  # it is the rows' now if it was before
+            dims = {_dim_of(whole, sum(sizes), self.dim)}
+        if len(dims) != 1 or (dim := dims.pop()) is None:
+            return parts[0]
+        together = torch.cat(list(parts), dim=dim)
+        order = torch.cat([numbers.to(together.device) for numbers in self.rows]).argsort()
+        return together.index_select(dim, order)
 
     def _object(self, whole: Any, parts: Sequence[Any]) -> Any:
         target = whole if type(whole) is type(parts[0]) else parts[0]
         if id(target) in self._seen:
             return target
         self._seen.add(id(target))
-        made = {
-            name: self.into(vars(target).get(name), [vars(part)[name] for part in parts]) for name in vars(parts[0])
-        }
+        before = dict(vars(target)) if target is whole else {}
+        made = {name: self.into(before.get(name), [vars(part)[name] for part in parts]) for name in vars(parts[0])}
         vars(target).update(made)
         return target

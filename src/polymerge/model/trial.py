@@ -83,17 +83,22 @@ class Trial:
     """Tried on the model itself, with its own weights.
 
     Attributes:
-        objection: why the model could not be run on tokens alone; then nothing is known of any module.
+        objection: why the model cannot be run for several experts; then nothing is known of any module.
         inputs: arguments of the model that were tried.
     """
 
     def __init__(self, hf: Any) -> None:
         self._kinds: dict[str, Kind] = {}
         self.objection, self.inputs = "", frozenset[str]()
+        before = _marks(hf)
         try:
             first, second = (self._run(hf, other) for other in (False, True))
         except Exception as error:  # a model that needs more than tokens
-            self.objection = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            self.objection = f"not on tokens alone ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            return
+        changed = [name for name, mark in _marks(hf).items() if not torch.equal(mark, before[name])]
+        if changed:  # RWKV divides weights by powers of two when it is first run
+            self.objection = f"it changes its own weights while it runs, {changed[0]} for one"
             return
         change = CHANGE.get(hf.dtype, 1e-3)
         for name in first.keys() | second.keys():
@@ -290,6 +295,11 @@ def _spy(cls: type[nn.Module], watch: _Watch) -> type[nn.Module]:
     made = type(cls.__name__, (cls,), {"__getattr__": read, "__module__": cls.__module__})
     made.__qualname__ = cls.__qualname__
     return made
+
+
+def _marks(hf: nn.Module) -> dict[str, Tensor]:
+    """The first numbers of every parameter."""
+    return {name: parameter.detach().flatten()[:64].clone() for name, parameter in hf.named_parameters()}
 
 
 def _inputs(hf: Any, other: bool) -> dict[str, Tensor]:

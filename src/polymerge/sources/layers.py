@@ -18,6 +18,7 @@ import torch
 
 from ..errors import SourceError
 from .checkpoint import Checkpoint
+from .forms import forms_of, rows_of, stored_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,8 +40,8 @@ class LayerRecord:
 
     Attributes:
         tensor: its name in the checkpoint.
-        module: the module in the transformers model that owns it. For one matrix of a fused mixture-of-experts
-            parameter, which has no module of its own, the checkpoint's name without `.weight`.
+        module: the module in the transformers model that owns it. For a piece of a parameter, or several in one, which
+            have no module of their own, the checkpoint's name without `.weight`.
         parameter: the parameter's name inside the module ("weight", "bias", ...).
         role: "linear" tensors are compressed, all others are kept.
         transposed: the matrix is stored [in, out] (GPT-2's Conv1D).
@@ -139,13 +140,9 @@ def _class_of(checkpoint: Checkpoint) -> str:
 
 def stored_names(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the tensors that a checkpoint of this architecture stores; a tied head is not stored."""
-    names: dict[str, tuple[int, ...]] = {}
     ties = _ties(model)
-    for name, tensor in model.state_dict().items():
-        if ties.get(name, (name,))[0] == name:
-            stored = _stored_form(model, name, tensor) or {name: tensor}
-            names |= {stored_name: tuple(part.shape) for stored_name, part in stored.items()}
-    return names
+    once = {name: tensor for name, tensor in model.state_dict().items() if ties.get(name, (name,))[0] == name}
+    return {name: tuple(tensor.shape) for name, tensor in stored_as(model, once).items()}
 
 
 def _map_by_architecture(checkpoint: Checkpoint, model: PreTrainedModel) -> LayerMap:
@@ -216,14 +213,14 @@ def _floating(model: PreTrainedModel, name: str) -> bool:
 
 def _refuse_missing(
     checkpoint: Checkpoint,
-    forms: Mapping[str, frozenset[str]],
+    forms: Mapping[str, set[str]],
     matched: set[str],
     ties: Mapping[str, tuple[str, ...]],
 ) -> None:
     missing = [
         name
         for name in forms
-        if not any(same in matched or (same in forms and forms[same] <= matched) for same in ties.get(name, (name,)))
+        if not any(same in matched or forms.get(same, {same}) <= matched for same in ties.get(name, (name,)))
     ]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -238,38 +235,23 @@ def _tensor_of(records: Mapping[str, LayerRecord], module: str | None) -> str | 
 
 def _known_names(
     model: PreTrainedModel,
-) -> tuple[dict[str, LayerRecord], dict[str, frozenset[str]], dict[str, tuple[int, ...]]]:
+) -> tuple[dict[str, LayerRecord], dict[str, set[str]], dict[str, tuple[int, ...]]]:
     """Every name that a checkpoint may use, with its record; for every parameter the names that store it; and the
     shape of every name."""
-    roles = _roles(model)
-    known: dict[str, LayerRecord] = {}
-    forms: dict[str, frozenset[str]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, tensor in model.state_dict().items():
-        role, transposed = roles.get(name, ("other", False))
-        module, parameter = _split(name)
-        known[name] = LayerRecord(name, module, parameter, role, transposed)
-        stored_form = _stored_form(model, name, tensor)
-        shapes |= {stored: tuple(part.shape) for stored, part in {name: tensor, **stored_form}.items()}
-        for stored, part in stored_form.items():
-            if part.shape == tensor.shape:
-                known[stored] = LayerRecord(stored, module, parameter, role, transposed)
-            else:  # one matrix of a fused parameter
-                known[stored] = LayerRecord(stored, stored.removesuffix(".weight"), "weight", "linear")
-        forms[name] = frozenset(stored_form)
-    return known, forms, shapes
-
-
-def _stored_form(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The names under which a checkpoint stores one parameter, by transformers' own rules."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    try:
-        stored: dict[str, torch.Tensor] = revert_weight_conversion(model, {name: tensor})
-        return stored
-    except Exception as error:  # a rule that needs other parameters beside this one
-        log.debug("no stored form for %s: %s", name, error)
-        return {}
+    roles, state = _roles(model), model.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    stored_shapes = {name: tuple(tensor.shape) for name, tensor in stored_as(model, state).items()}
+    known = {name: LayerRecord(name, *_split(name), *roles.get(name, ("other", False))) for name in state}
+    stored_under: dict[str, set[str]] = {name: set() for name in state}
+    for stored, parts in forms_of(model).items():
+        for part in parts:
+            stored_under[part.parameter].add(stored)
+        first = known[parts[0].parameter]
+        if len(parts) == 1 and not parts[0].transposed and len(parts[0].target) == rows_of(shapes[first.tensor]):
+            known[stored] = replace(first, tensor=stored)
+        else:  # one matrix of a fused parameter, or several in one
+            known[stored] = LayerRecord(stored, stored.removesuffix(".weight"), "weight", "linear")
+    return known, stored_under, shapes | stored_shapes
 
 
 def _roles(model: PreTrainedModel) -> dict[str, tuple[Role, bool]]:
