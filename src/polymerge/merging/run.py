@@ -34,6 +34,7 @@ from ..version import __version__
 from .executor import Executor, Note, in_threads
 from .journal import Staging, half_done, pieces_of
 from .plan import MergePlan, TensorTask, plan_merge
+from .proof import prove
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,24 @@ def run_plan(
     progress: OnProgress | None = None,
 ) -> Bundle:
     """`merge` for a plan that is already made."""
+    proof = prove(plan.first, _merge_small, exact=plan.recipe.compress_rate == 0.0)
+    plan = replace(plan, notes=(*plan.notes, proof.note))
+    return _run(plan, output, overwrite=overwrite, resume=resume, executor=executor, progress=progress)
+
+
+def _merge_small(recipe: dict[str, Any], output: Path) -> Bundle:
+    return _run(plan_merge(load_recipe(recipe)), output)
+
+
+def _run(
+    plan: MergePlan,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    executor: Executor = in_threads,
+    progress: OnProgress | None = None,
+) -> Bundle:
     output = Path(output).expanduser()
     pick_device(plan.recipe.device)
     check_output(output, overwrite=overwrite)
