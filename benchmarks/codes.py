@@ -63,16 +63,18 @@ def rounded_factors(bundle: Bundle) -> Rebuild:
 class CodeRow:
     """One method's line."""
 
-    def __init__(self, name: str, found: Mapping[str, Agreement], residual_bytes: int, seconds: float | None) -> None:
-        self.name, self.found, self.bytes, self.seconds = name, found, residual_bytes, seconds
+    def __init__(
+        self, name: str, agreements: Mapping[str, Agreement], residual_bytes: int, seconds: float | None
+    ) -> None:
+        self.name, self.agreements, self.bytes, self.seconds = name, agreements, residual_bytes, seconds
 
     @property
     def kl(self) -> float:
-        return sum(agreement.kl for agreement in self.found.values()) / len(self.found)
+        return sum(agreement.kl for agreement in self.agreements.values()) / len(self.agreements)
 
     @property
     def top1(self) -> float:
-        return sum(agreement.top1 for agreement in self.found.values()) / len(self.found)
+        return sum(agreement.top1 for agreement in self.agreements.values()) / len(self.agreements)
 
 
 def merged(
@@ -82,15 +84,18 @@ def merged(
     bundle = merge({"experts": sources, "compress_rate": rate, "code": code}, to)
     seconds = time.perf_counter() - began
     model = load_model(bundle)
-    found = {name: r.against(lambda ids, name=name: model(ids, experts=name).logits) for name, r in references.items()}  # type: ignore[misc]
+    agreements = {
+        name: reference.against(lambda ids, name=name: model(ids, experts=name).logits)  # type: ignore[misc]
+        for name, reference in references.items()
+    }
     return CodeRow(
-        name or code, found, sum(expert.residual_bytes for expert in inspect_bundle(bundle).experts), seconds
+        name or code, agreements, sum(expert.residual_bytes for expert in inspect_bundle(bundle).experts), seconds
     )
 
 
 def rebuilt(name: str, rebuild: Rebuild, bundle: Bundle, references: Mapping[str, Reference]) -> CodeRow:
     """The originals with every compressed matrix replaced by what a method makes of it."""
-    found, total = {}, 0
+    agreements, total = {}, 0
     for expert, reference in references.items():
         model = HFEngine.from_checkpoint(bundle.manifest.experts[expert].source).model
         parameters, scales = dict(model.named_parameters()), bundle.scales(expert)
@@ -100,39 +105,39 @@ def rebuilt(name: str, rebuild: Rebuild, bundle: Bundle, references: Mapping[str
             new, size = rebuild(expert, layer, weight, base)
             weight.copy_(new)
             total += size
-        found[expert] = reference.against(lambda ids, model=model: model(ids).logits)  # type: ignore[misc]
-    return CodeRow(name, found, total, None)
+        agreements[expert] = reference.against(lambda ids, model=model: model(ids).logits)  # type: ignore[misc]
+    return CodeRow(name, agreements, total, None)
 
 
 def by_peft(bundle: Bundle, references: Mapping[str, Reference], folder: Path) -> CodeRow:
     """Every expert exported for PEFT, on the average as transformers loads it."""
     from peft import PeftModel
 
-    found, total = {}, 0
+    agreements, total = {}, 0
     for expert, reference in references.items():
         made = export_peft(bundle, expert, folder / expert)
         total += sum(a.nbytes + b.nbytes for a, b in read_adapter(load_file(made.folder / ADAPTER_FILE)).values())
         model = PeftModel.from_pretrained(HFEngine.from_checkpoint(str(bundle.path)).model, made.folder).eval()
-        found[expert] = reference.against(lambda ids, model=model: model(ids).logits)  # type: ignore[misc]
-    return CodeRow(f"{bundle.code.name}, exported, by PEFT", found, total, None)
+        agreements[expert] = reference.against(lambda ids, model=model: model(ids).logits)  # type: ignore[misc]
+    return CodeRow(f"{bundle.code.name}, exported, by PEFT", agreements, total, None)
 
 
 def by_vllm_adapters(bundle: Bundle, references: Mapping[str, Reference], folder: Path) -> CodeRow:
     """The export to vLLM, its adapters added to the average's layers and nothing else."""
     write_vllm(plan_vllm(bundle), folder, device="cpu")
-    model, found, total = HFEngine.from_checkpoint(str(folder)).model, {}, 0
+    model, agreements, total = HFEngine.from_checkpoint(str(folder)).model, {}, 0
     for expert, reference in references.items():
         adapter = read_adapter(load_file(folder / "adapters" / expert / ADAPTER_FILE))
         total += sum(a.nbytes + b.nbytes for a, b in adapter.values())
         with applied(model, adapter):
-            found[expert] = reference.against(lambda ids: model(ids).logits)
-    return CodeRow(f"{bundle.code.name}, exported, vLLM's adapters", found, total, None)
+            agreements[expert] = reference.against(lambda ids: model(ids).logits)
+    return CodeRow(f"{bundle.code.name}, exported, vLLM's adapters", agreements, total, None)
 
 
 def averaged(bundle: Bundle, references: Mapping[str, Reference]) -> CodeRow:
     model = load_model(bundle)
-    found = {name: reference.against(lambda ids: model(ids).logits) for name, reference in references.items()}
-    return CodeRow("plain average", found, 0, None)
+    agreements = {name: reference.against(lambda ids: model(ids).logits) for name, reference in references.items()}
+    return CodeRow("plain average", agreements, 0, None)
 
 
 def chosen_experts(arguments: argparse.Namespace) -> tuple[dict[str, str], dict[str, list[Example]]]:
@@ -163,14 +168,14 @@ def measured(
 
 def show(rows: list[CodeRow], numbers: int, console: Console) -> None:
     """Bytes as a share of the compressed matrices' own in 16 bits."""
-    experts = list(rows[0].found)
+    experts = list(rows[0].agreements)
     table = Table("method", "residuals", "share of 16 bit", *(f"KL {name}" for name in experts), "KL", "top-1", "merge")
     for row in rows:
         table.add_row(
             row.name,
             f"{row.bytes / 1e6:.1f} MB",
             f"{row.bytes / (2 * numbers):.2%}",
-            *(f"{row.found[name].kl:.2g}" for name in experts),
+            *(f"{row.agreements[name].kl:.2g}" for name in experts),
             f"{row.kl:.2g}",
             f"{row.top1:.2%}",
             f"{row.seconds:.1f} s" if row.seconds else "",
@@ -195,17 +200,17 @@ def main() -> None:
     show(rows, numbers, Console(width=160))
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     if arguments.output:
-        found = {
+        figures = {
             row.name: {
                 "bytes": row.bytes,
                 "kl": row.kl,
                 "top1": row.top1,
                 "seconds": row.seconds,
-                "experts": {name: vars(agreement) for name, agreement in row.found.items()},
+                "experts": {name: vars(agreement) for name, agreement in row.agreements.items()},
             }
             for row in rows
         }
-        arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+        arguments.output.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

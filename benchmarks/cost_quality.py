@@ -60,19 +60,19 @@ def measures(weak: Any, strong: Any, gain: Any) -> dict[str, Any]:
     }
 
 
-def draw_curves(found: Mapping[str, Mapping[str, Any]], file: Path) -> None:
+def draw_curves(curves: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     """A page with the curve of every data set, against the straight line of sending questions at random."""
     go, _ = plotly()
     parts = []
-    for name, own in found.items():
+    for name, curve in curves.items():
         figure = go.Figure()
-        x, y = ([point[key] for point in own["curve"]] for key in ("strong_calls", "accuracy"))
+        x, y = ([point[key] for point in curve["curve"]] for key in ("strong_calls", "accuracy"))
         figure.add_scatter(x=x, y=y, name="by the embedding", line={"color": COLOURS[0]})
-        ends = {"x": [0, 1], "y": [own["weak"], own["strong"]]}
+        ends = {"x": [0, 1], "y": [curve["weak"], curve["strong"]]}
         figure.add_scatter(**ends, name="at random", line={"color": COLOURS[-1], "dash": "dot"})
         figure.update_layout(
             xaxis={"title": "share of calls to the strong model", "tickformat": ".0%"}, yaxis_title="accuracy"
         )
-        text = f"{own['rows']} questions; APGR {own['apgr']:.3f}, where sending at random gives 0.5."
+        text = f"{curve['rows']} questions; APGR {curve['apgr']:.3f}, where sending at random gives 0.5."
         parts.append(section(name, text, plot(figure, 380)))
     file.write_text(html_page("Cost and quality", "".join(parts), "benchmarks/route.py"), encoding="utf-8")

@@ -69,8 +69,8 @@ def cache_bytes(config: Any, tokens: int) -> int:
     """Keys and values of so many tokens."""
     heads = config.num_key_value_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    found: int = tokens * 2 * config.num_hidden_layers * heads * width * BYTES
-    return found
+    total: int = tokens * 2 * config.num_hidden_layers * heads * width * BYTES
+    return total
 
 
 def fits(memory: float, base: int, cache: int, each: float) -> int:
@@ -82,7 +82,7 @@ def rows_of_config(name: str, memories: list[float], tokens: int, rates: list[fl
     config, linear, ends, whole = shapes_of(name)
     base, cache = whole * BYTES, cache_bytes(config, tokens)
     tied = bool(config.tie_word_embeddings)
-    own = sum(a * b for a, b in ends[: 1 if tied else 2]) * BYTES
+    own_bytes = sum(a * b for a, b in ends[: 1 if tied else 2]) * BYTES
     for rate in rates:
         ranks = [rank_for_rate(a, b, rate) for a, b in linear]
         residuals = sum(rank * (a + b) for rank, (a, b) in zip(ranks, linear, strict=True)) * BYTES
@@ -95,11 +95,11 @@ def rows_of_config(name: str, memories: list[float], tokens: int, rates: list[fl
                 "base": base,
                 "cache": cache,
                 "residuals": residuals,
-                "own": own,
+                "own": own_bytes,
                 "max_lora_rank": padded,
                 "slot": slot,
                 "dense_models": fits(memory, 0, cache, base),
-                "embedded_kept": fits(memory, base, cache, residuals + own),
+                "embedded_kept": fits(memory, base, cache, residuals + own_bytes),
                 "embedded_averaged": fits(memory, base, cache, residuals),
                 "vllm": max(0, fits(memory, base, cache, slot) - 1),
             }

@@ -66,14 +66,14 @@ def systems(folder: Path, batch: int) -> dict[str, Step]:
     dense = [(_open(folder / name), list(range(number, batch, len(names)))) for number, name in enumerate(names)]
 
     def one_after_the_other(ids: Tensor, caches: Any) -> tuple[Tensor, Any]:
-        kept, found = [], None
-        for number, (expert, own) in enumerate(dense):
-            logits, cache = _call(expert)(ids[own], caches[number] if caches else None)
-            found = logits.new_empty(len(ids), *logits.shape[1:]) if found is None else found
-            found[own] = logits
+        kept, all_logits = [], None
+        for number, (expert, own_rows) in enumerate(dense):
+            logits, cache = _call(expert)(ids[own_rows], caches[number] if caches else None)
+            all_logits = logits.new_empty(len(ids), *logits.shape[1:]) if all_logits is None else all_logits
+            all_logits[own_rows] = logits
             kept.append(cache)
-        assert found is not None
-        return found, kept
+        assert all_logits is not None
+        return all_logits, kept
 
     return {
         BASE: _call(base),
@@ -89,27 +89,27 @@ def _open(folder: Path) -> Any:
 
 def _call(model: Any, **options: Any) -> Step:
     def step(ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        found = model(ids, past_key_values=cache, use_cache=True, **options)
-        return found.logits, found.past_key_values
+        output = model(ids, past_key_values=cache, use_cache=True, **options)
+        return output.logits, output.past_key_values
 
     return step
 
 
-def largest_difference(found: dict[str, Step], ids: Tensor) -> float:
+def largest_difference(steps: dict[str, Step], ids: Tensor) -> float:
     """Largest difference of any mixed system's logits from the dense experts'. Raises SystemExit where it is not
     rounding."""
-    expected, _ = found["three models"](ids, None)
-    worst = max(float((found[name](ids, None)[0] - expected).abs().max()) for name in (OURS, "PEFT"))
+    expected, _ = steps["three models"](ids, None)
+    worst = max(float((steps[name](ids, None)[0] - expected).abs().max()) for name in (OURS, "PEFT"))
     if worst > 1e-2:
         raise SystemExit(f"the systems answer differently: logits differ by {worst:.3g}")
     return worst
 
 
-def measure(found: dict[str, Step], ids: Tensor, new_tokens: int, repeats: int) -> dict[str, dict[str, float]]:
+def measure(steps: dict[str, Step], ids: Tensor, new_tokens: int, repeats: int) -> dict[str, dict[str, float]]:
     """Median seconds of a prefill of `ids` and of decoding `new_tokens` after it. The systems take turns."""
-    seconds: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in found}
+    seconds: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in steps}
     for repeat in range(repeats + 1):
-        for name, step in found.items():
+        for name, step in steps.items():
             began = time.perf_counter()
             _, cache = step(ids, None)
             middle = time.perf_counter()
@@ -130,9 +130,9 @@ def run(batches: Sequence[int], prompt: int, new_tokens: int, repeats: int) -> d
         generator = torch.Generator().manual_seed(batch)
         ids = torch.randint(100, 40_000, (batch, prompt), generator=generator)
         with torch.no_grad():
-            found = systems(folder, batch)
-            worst = largest_difference(found, ids)
-            seconds = measure(found, ids, new_tokens, repeats)
+            steps = systems(folder, batch)
+            worst = largest_difference(steps, ids)
+            seconds = measure(steps, ids, new_tokens, repeats)
         tokens = {"prefill": batch * prompt, "decode": batch * new_tokens}
         for kind in ("prefill", "decode"):
             for name, taken in seconds.items():
@@ -152,16 +152,18 @@ def run(batches: Sequence[int], prompt: int, new_tokens: int, repeats: int) -> d
     return {"cores": os.cpu_count(), "versions": packages, "settings": settings, "results": results}
 
 
-def table(found: dict[str, Any]) -> Table:
+def table(report: dict[str, Any]) -> Table:
     """One line a batch size and phase, one column a system: tokens a second (times the dense base's time)."""
-    lines = found["results"]
+    lines = report["results"]
     names = list(dict.fromkeys(line["system"] for line in lines))
     worst = max(line["largest_difference"] for line in lines)
     title = f"tokens a second (times the dense base's time); logits agree to {worst:.1e}"
     shown = Table("batch", "phase", *names, title=title)
     for batch, kind in dict.fromkeys((line["batch"], line["phase"]) for line in lines):
-        own = {line["system"]: line for line in lines if (line["batch"], line["phase"]) == (batch, kind)}
-        cells = [f"{own[name]['tokens_per_second']:.0f} ({own[name]['times_dense_base']:.2f})" for name in names]
+        by_system = {line["system"]: line for line in lines if (line["batch"], line["phase"]) == (batch, kind)}
+        cells = [
+            f"{by_system[name]['tokens_per_second']:.0f} ({by_system[name]['times_dense_base']:.2f})" for name in names
+        ]
         shown.add_row(str(batch), kind, *cells)
     return shown
 
@@ -176,10 +178,10 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    found = run(options.batches, options.prompt, options.new_tokens, options.repeats)
-    Console(width=120).print(table(found))
+    report = run(options.batches, options.prompt, options.new_tokens, options.repeats)
+    Console(width=120).print(table(report))
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(found, indent=1) + "\n")
+    options.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def milliseconds(run: Callable[[], Tensor], device: torch.device, repeats: int) 
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    dtype, found = getattr(torch, options.dtype), []
+    dtype, lines = getattr(torch, options.dtype), []
     state = Assignment([f"e{n}" for n in range(options.experts)], device)
     for text in options.shapes:
         out_features, in_features = map(int, text.split("x"))
@@ -88,8 +88,8 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[dict[str,
                 if not apart < 0.02:
                     raise SystemExit(f"{text}: the two ways differ by {apart:.2g} of the output")
                 times = {name: milliseconds(run, device, options.repeats) for name, run in _runs(both, x).items()}
-                found.append({"shape": text, "rows": rows, "tokens": tokens, "bytes": held, "milliseconds": times})
-    return found
+                lines.append({"shape": text, "rows": rows, "tokens": tokens, "bytes": held, "milliseconds": times})
+    return lines
 
 
 def _runs(both: dict[str, ExpertLinear], x: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -97,10 +97,10 @@ def _runs(both: dict[str, ExpertLinear], x: Tensor) -> dict[str, Callable[[], Te
     return {"base": base} | {name: partial(layer, x) for name, layer in both.items()}
 
 
-def table(found: list[dict[str, Any]], title: str) -> Table:
+def table(lines: list[dict[str, Any]], title: str) -> Table:
     """One line a shape, batch and length."""
     shown = Table("shape", "rows", "tokens", "base", "plain", "triton", "plain MB", "triton MB", title=title)
-    for line in found:
+    for line in lines:
         times = [f"{line['milliseconds'][name]:.3f}" for name in ("base", "plain", "triton")]
         sizes = [f"{line['bytes'][name] / 1e6:.1f}" for name in ("plain", "triton")]
         shown.add_row(line["shape"], str(line["rows"]), str(line["tokens"]), *times, *sizes)
@@ -122,13 +122,13 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, interpreted: times mean nothing"
     with torch.no_grad():
-        found = measure(options, device)
+        lines = measure(options, device)
     title = f"milliseconds, {options.code} at {options.rate}, {options.experts} experts, {options.dtype}; {where}"
-    Console(width=120).print(table(found, title))
+    Console(width=120).print(table(lines, title))
     settings = {name: value for name, value in vars(options).items() if name != "output"}
     versions = {name: version(name) for name in ("torch", "triton")}
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    results = {"device": where, "versions": versions, "settings": settings, "results": found}
+    results = {"device": where, "versions": versions, "settings": settings, "results": lines}
     options.output.write_text(json.dumps(results, indent=1) + "\n")
 
 

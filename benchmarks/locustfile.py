@@ -43,8 +43,8 @@ def read_rows(environment: Environment, **_: Any) -> None:
             lines = Path(file).read_text(encoding="utf-8").split("\n")  # polymerge's reader may not be installed here
             rows = [json.loads(line) for line in lines if line.strip()]
         else:
-            found = requests.get(url, headers=_headers(), timeout=60).json()["data"]
-            models = [model["id"] for model in found if model["id"] not in OTHERS]
+            listed = requests.get(url, headers=_headers(), timeout=60).json()["data"]
+            models = [model["id"] for model in listed if model["id"] not in OTHERS]
             rows = [{"model": model, "prompt": question} for question in QUESTIONS for model in models]
     except (OSError, ValueError, KeyError) as error:  # requests' own are OSErrors
         raise SystemExit(f"{file or url}: {error}") from None

@@ -117,10 +117,10 @@ def _timed(factorise: Factorise, matrix: Tensor, rank: int) -> tuple[float, tupl
     taken: list[float] = []
     while not taken or (len(taken) < 3 and sum(taken) < 5):
         began = time.perf_counter()
-        found = factorise(matrix, rank)
+        factors = factorise(matrix, rank)
         seconds = time.perf_counter() - began
         taken.append(float(getattr(factorise, "seconds", seconds)))  # what another process measured itself
-    return min(taken), found
+    return min(taken), factors
 
 
 def residual_of(module: str) -> Tensor:
@@ -151,14 +151,14 @@ def factorisations(mergekit: Path | None, residual: Tensor) -> list[tuple[str, F
         b, a = rsvd(matrix, code.rank(rows, columns, RATE))
         return code.decode(code.encode(b, a), rows, columns)
 
-    found: list[tuple[str, Factorise]] = [
+    methods: list[tuple[str, Factorise]] = [
         ("torch.linalg.svd", exact),
         ("polymerge", rsvd),
         ("polymerge, int4", coded),
         ("torch.svd_lowrank, niter 1", lowrank(1)),
         ("torch.svd_lowrank, niter 2", lowrank(2)),
     ]
-    return [*found, ("mergekit", MergekitFactors(mergekit))] if mergekit else found
+    return [*methods, ("mergekit", MergekitFactors(mergekit))] if mergekit else methods
 
 
 def merge_table(lines: list[dict[str, Any]]) -> Table:
@@ -212,9 +212,9 @@ def main() -> None:
     if options.mergekit is None:
         console.print("mergekit was left out: say --mergekit PYTHON (docs/benchmarks.md says how to install it)")
     packages = {"torch": version("torch"), "mergekit": mergekit_version(options.mergekit)}
-    found = {"cores": os.cpu_count(), "versions": packages, "merges": merges, "matrices": lines}
+    report = {"cores": os.cpu_count(), "versions": packages, "merges": merges, "matrices": lines}
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(found, indent=1) + "\n")
+    options.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ def run(method: Method, task: Task, held: Held, work: Path, rows: int) -> dict[s
     folder = work / method.folder
     note = folder.with_suffix(".json")
     if note.exists():
-        found: dict[str, Any] = json.loads(note.read_text())
-        return found
+        finished: dict[str, Any] = json.loads(note.read_text())
+        return finished
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     cost = method.merge(task, folder)
@@ -110,8 +110,8 @@ def keep_settings(file: Path, settings: dict[str, Any], parser: argparse.Argumen
 
 
 def versions(task: Task) -> dict[str, str | None]:
-    found: dict[str, str | None] = {name: version(name) for name in ("polymerge", "torch", "transformers", "peft")}
-    return found | {"mergekit": mergekit_version(Path(task.mergekit) if task.mergekit else None)}
+    packages: dict[str, str | None] = {name: version(name) for name in ("polymerge", "torch", "transformers", "peft")}
+    return packages | {"mergekit": mergekit_version(Path(task.mergekit) if task.mergekit else None)}
 
 
 def main() -> None:
@@ -155,8 +155,8 @@ def main() -> None:
         console.print("mergekit was left out: say --mergekit PYTHON (docs/benchmarks.md says how to install it)")
     cores = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    found = {"settings": settings, **cores, "versions": versions(task), "rows": rows}
-    options.output.write_text(json.dumps(found, indent=1) + "\n")
+    report = {"settings": settings, **cores, "versions": versions(task), "rows": rows}
+    options.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -74,8 +74,8 @@ class Remembering:
         keys = [hashlib.sha256(json.dumps(prompt).encode()).hexdigest() for prompt in prompts]
         new = [number for number, key in enumerate(keys) if key not in known]
         if new:
-            found = self._engine.embed([prompts[n] for n in new], layers=layers, pooling=pooling)
-            known.update(zip([keys[n] for n in new], found, strict=True))
+            vectors = self._engine.embed([prompts[n] for n in new], layers=layers, pooling=pooling)
+            known.update(zip([keys[n] for n in new], vectors, strict=True))
             self._store.mkdir(parents=True, exist_ok=True)
             np.savez(self._store / name, keys=np.array(list(known)), vectors=np.stack(list(known.values())))
         return np.stack([known[key] for key in keys])
@@ -98,10 +98,10 @@ def embedders(engine: Any) -> dict[str, Embed]:
         PUBLISHED: published,
         PLAIN_LAST: published.model_copy(update={"template": "{input}"}),
     }
-    found: dict[str, Embed] = {name: _embed(Embedder(engine, chosen)) for name, chosen in settings.items()}
+    systems: dict[str, Embed] = {name: _embed(Embedder(engine, chosen)) for name, chosen in settings.items()}
     if importlib.util.find_spec(ENCODER.replace("-", "_")):
-        found[MINILM] = _encoder()
-    return found
+        systems[MINILM] = _encoder()
+    return systems
 
 
 def _embed(embedder: Embedder) -> Embed:
@@ -151,8 +151,8 @@ def routing(train: Sequence[Sample], test: Sequence[Sample], systems: dict[str, 
         for size in (size for size in SIZES if size <= np.bincount(labels).min()):
             chosen = list(draws(labels, size, count))
             scores = {
-                name: [_accuracy(kind, own[0][n], labels[n], own[1], right, name) for n in chosen]
-                for name, own in vectors.items()
+                name: [_accuracy(kind, embedded[0][n], labels[n], embedded[1], right, name) for n in chosen]
+                for name, embedded in vectors.items()
             }
             scores[TFIDF] = [_tfidf(kind, [texts[i] for i in n], labels[n], asked, right) for n in chosen]
             lines += [
@@ -161,19 +161,19 @@ def routing(train: Sequence[Sample], test: Sequence[Sample], systems: dict[str, 
     return lines
 
 
-def _accuracy(kind: Kind, own: Vectors, labels: Any, asked: Vectors, right: Any, name: str) -> float:
+def _accuracy(kind: Kind, train: Vectors, labels: Any, asked: Vectors, right: Any, name: str) -> float:
     if name != MINILM:  # which is made for cosines as it is
-        space = fit_space(own)
-        own, asked = space(own), space(asked)
-    return float((fit_classifier(kind, own, labels).logits(asked).argmax(axis=1) == right).mean())
+        space = fit_space(train)
+        train, asked = space(train), space(asked)
+    return float((fit_classifier(kind, train, labels).logits(asked).argmax(axis=1) == right).mean())
 
 
 def _tfidf(kind: Kind, texts: Sequence[str], labels: Any, asked: Sequence[str], right: Any) -> float:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    found = TfidfVectorizer(sublinear_tf=True).fit(texts)
-    own, others = (found.transform(t).toarray().astype(np.float32) for t in (texts, asked))
-    return float((fit_classifier(kind, own, labels).logits(others).argmax(axis=1) == right).mean())
+    vectoriser = TfidfVectorizer(sublinear_tf=True).fit(texts)
+    train, others = (vectoriser.transform(t).toarray().astype(np.float32) for t in (texts, asked))
+    return float((fit_classifier(kind, train, labels).logits(others).argmax(axis=1) == right).mean())
 
 
 def _summary(scores: Sequence[float]) -> dict[str, float]:
@@ -184,17 +184,17 @@ def _summary(scores: Sequence[float]) -> dict[str, float]:
 
 def strangers(router: Router, test: Sequence[Sample], others: dict[str, Sequence[Sample]]) -> dict[str, Any]:
     """The bundle's router on the mixed file, and what share of other files it sends where."""
-    found = measure_router(router, test).to_json()
+    measured = measure_router(router, test).to_json()
     for unwanted in ("picture", "reliability", "coverage_curve"):
-        del found[unwanted]
-    found["others"] = {}
+        del measured[unwanted]
+    measured["others"] = {}
     for name, samples in others.items():
         routes = router.route([sample.text for sample in samples])
         counts = {field: sum(r.field == field and not r.fallback for r in routes) for field in router.record.fields}
         shares = {field: count / len(routes) for field, count in counts.items()}
         likeliest = {f: sum(r.field == f for r in routes) / len(routes) for f in router.record.fields}
-        found["others"][name] = {"rows": len(routes), "to": shares, "likeliest": likeliest}
-    return found
+        measured["others"][name] = {"rows": len(routes), "to": shares, "likeliest": likeliest}
+    return measured
 
 
 def rest_of_files(data: Path, fields: Sequence[str], mixed: Sequence[Sample]) -> list[Sample]:
@@ -227,10 +227,10 @@ def latency(engine: Any, router: Router, texts: Sequence[str], repeats: int) -> 
 
     def generate(batch: Sequence[str]) -> float:
         began = time.perf_counter()
-        found = engine.generate([GenerateRequest(text, engine.experts[0], max_new_tokens=64) for text in batch])
+        answers = engine.generate([GenerateRequest(text, engine.experts[0], max_new_tokens=64) for text in batch])
         taken = time.perf_counter() - began
         return float(
-            taken * 64 / max(answer.tokens for answer in found)
+            taken * 64 / max(answer.tokens for answer in answers)
         )  # an answer that ended early counts as 64 tokens
 
     one, many = list(texts[:1]), list(texts[:64])
@@ -264,34 +264,34 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "prompt": options.prompt,
         **fields,
     }
-    found: dict[str, Any] = {"versions": packages, "bundle": engine.fingerprint, "settings": settings}
+    report: dict[str, Any] = {"versions": packages, "bundle": engine.fingerprint, "settings": settings}
     if "routing" in options.parts:
-        found["routing"] = routing(train, known, systems, options.draws)
+        report["routing"] = routing(train, known, systems, options.draws)
     if {"strangers", "latency"} & {*options.parts}:
         experts = {field: field if field in engine.experts else "average" for field in options.fields}
         chosen = FitSettings(embed=EmbedSettings(template=PROMPTS[options.prompt]))
         router = fit_samples(options.bundle, engine, train, held, experts=experts, settings=chosen).router
     if "strangers" in options.parts:
         school = [Sample(row["prompt"], "math") for _, row in read_rows(data / "router/routellm_gsm8k.jsonl")][:rows]
-        found["strangers"] = strangers(router, mixed, {"gsm8k": school})
-        found["strangers_rest"] = strangers(router, rest_of_files(data, options.fields, mixed), {})
+        report["strangers"] = strangers(router, mixed, {"gsm8k": school})
+        report["strangers_rest"] = strangers(router, rest_of_files(data, options.fields, mixed), {})
     if "latency" in options.parts:
         router.embedder.engine = engine._engine  # remembers nothing
-        found["latency"] = latency(engine, router, [sample.text for sample in known], options.repeats)
+        report["latency"] = latency(engine, router, [sample.text for sample in known], options.repeats)
     if "cost-quality" in options.parts:
-        found["cost_quality"] = {
+        report["cost_quality"] = {
             name: cost_quality(
                 [row for _, row in read_rows(data / f"router/routellm_{name}.jsonl")][:rows], systems[OURS]
             )
             for name in ("gsm8k", "mmlu")
         }
-    return found
+    return report
 
 
-def tables(found: dict[str, Any]) -> Iterator[Table | str]:
+def tables(report: dict[str, Any]) -> Iterator[Table | str]:
     """What is printed."""
-    for kind in KINDS if "routing" in found else ():
-        lines = [line for line in found["routing"] if line["classifier"] == kind]
+    for kind in KINDS if "routing" in report else ():
+        lines = [line for line in report["routing"] if line["classifier"] == kind]
         sizes = sorted({line["samples"] for line in lines})
         shown = Table("system", *(f"{size} a field" for size in sizes), title=f"routing accuracy, {kind}")
         for name in dict.fromkeys(line["system"] for line in lines):
@@ -299,23 +299,23 @@ def tables(found: dict[str, Any]) -> Iterator[Table | str]:
             shown.add_row(name, *(f"{x['accuracy']:.2%} ± {x['interval']:.2%}" for x in cells))
         yield shown
     for part, rows in (("strangers", "the mixed file"), ("strangers_rest", "all other rows")):
-        if part in found:
-            own = found[part]
+        if part in report:
+            figures = report[part]
             yield (
-                f"strangers, {rows}: accuracy {own['accuracy']:.1%}, AUROC {own['auroc']:.3f}, calibration error "
-                f"{own['calibration_error']:.3f}; fallback takes {own['outside_to_fallback']:.1%} of none and "
-                f"{1 - own['kept']:.1%} of known rows"
+                f"strangers, {rows}: accuracy {figures['accuracy']:.1%}, AUROC {figures['auroc']:.3f}, "
+                f"calibration error {figures['calibration_error']:.3f}; fallback takes "
+                f"{figures['outside_to_fallback']:.1%} of none and {1 - figures['kept']:.1%} of known rows"
             )
-    if "strangers" in found:
-        own = found["strangers"]["others"]["gsm8k"]
-        yield f"gsm8k: {own['to'].get('math', 0):.1%} of {own['rows']} rows to math"
-    seconds = found.get("latency", {})
+    if "strangers" in report:
+        figures = report["strangers"]["others"]["gsm8k"]
+        yield f"gsm8k: {figures['to'].get('math', 0):.1%} of {figures['rows']} rows to math"
+    seconds = report.get("latency", {})
     for n in (1, 64) if seconds else ():
         yield (
             f"latency, {n} at a time: {seconds[f'route_{n}'] * 1000:.0f} ms, {seconds[f'share_{n}']:.1%} of generating "
             f"64 tokens ({seconds[f'generate_{n}']:.2f} s)"
         )
-    for name, curve in found.get("cost_quality", {}).items():
+    for name, curve in report.get("cost_quality", {}).items():
         yield (
             f"cost-quality, {name}: weak {curve['weak']:.3f}, strong {curve['strong']:.3f}; APGR {curve['apgr']:.3f} "
             f"(chance 0.5), CPT(50%) {curve['cpt50']:.1%}, CPT(80%) {curve['cpt80']:.1%} of calls to the strong model"
@@ -339,14 +339,14 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    found = run(options)
+    report = run(options)
     console = Console(width=120)
-    for shown in tables(found):
+    for shown in tables(report):
         console.print(shown)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(found, indent=1) + "\n")
-    if "cost_quality" in found:
-        draw_curves(found["cost_quality"], options.output.with_name("cost_quality.html"))
+    options.output.write_text(json.dumps(report, indent=1) + "\n")
+    if "cost_quality" in report:
+        draw_curves(report["cost_quality"], options.output.with_name("cost_quality.html"))
 
 
 if __name__ == "__main__":

@@ -110,9 +110,9 @@ def system(name: str, folder: Path, experts: Sequence[str], cores: int) -> Itera
     command = [sys.executable, "-m", "polymerge", "serve", str(folder / "bundle"), "--port", "0", "--json", "--quiet"]
     with ExitStack() as stack:
         if name == DENSE:
-            own = [sys.executable, __file__, "--dense"]
+            dense_command = [sys.executable, __file__, "--dense"]
             each = max(1, cores // len(experts))
-            started = [stack.enter_context(server([*own, str(folder / name)], each)) for name in experts]
+            started = [stack.enter_context(server([*dense_command, str(folder / name)], each)) for name in experts]
             models = {name: (url, "average") for name, (url, _) in zip(experts, started, strict=True)}
             yield models, [pid for _, pid in started]
         else:
@@ -155,32 +155,32 @@ async def ask(client: httpx2.AsyncClient, url: str, model: str, asked: Asked) ->
 
 async def drive(models: Models, rows: Sequence[Asked], clients: int) -> tuple[list[Answered], float]:
     """The rows, asked by so many clients that each wait for their answer. Returns the answers and the seconds."""
-    found: dict[int, Answered] = {}
+    answered: dict[int, Answered] = {}
     left = iter(enumerate(rows))
 
     async def one(client: httpx2.AsyncClient) -> None:
         for number, row in left:
-            found[number] = await ask(client, *models[row.expert], row)
+            answered[number] = await ask(client, *models[row.expert], row)
 
     limits = httpx2.Limits(max_connections=None)
     async with httpx2.AsyncClient(timeout=600, limits=limits) as client:
         began = time.perf_counter()
         await asyncio.gather(*[one(client) for _ in range(clients)])
         seconds = time.perf_counter() - began
-    return [found[number] for number in range(len(rows))], seconds
+    return [answered[number] for number in range(len(rows))], seconds
 
 
 def offline(folder: Path, rows: Sequence[Asked], dense: bool) -> list[str]:
     """Greedy answers of the offline engine, of the bundle or of every dense expert."""
     if not dense:
         requests = [GenerateRequest(row.prompt, row.expert, TOKENS) for row in rows]
-        return [found.text for found in HFEngine.from_bundle(folder / "bundle").generate(requests)]
+        return [answer.text for answer in HFEngine.from_bundle(folder / "bundle").generate(requests)]
     texts = [""] * len(rows)
     for expert in {row.expert for row in rows}:
         engine = HFEngine.from_checkpoint(str(folder / expert))
-        own = [number for number, row in enumerate(rows) if row.expert == expert]
-        found = engine.generate([GenerateRequest(rows[number].prompt, None, TOKENS) for number in own])
-        for number, answer in zip(own, found, strict=True):
+        numbers = [number for number, row in enumerate(rows) if row.expert == expert]
+        answers = engine.generate([GenerateRequest(rows[number].prompt, None, TOKENS) for number in numbers])
+        for number, answer in zip(numbers, answers, strict=True):
             texts[number] = answer.text
     return texts
 
@@ -207,7 +207,7 @@ def peak_memory(processes: Sequence[int]) -> int:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         total += next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
         children = [file.read_text().split() for file in Path(f"/proc/{pid}/task").glob("*/children")]
-        total += peak_memory([int(child) for found in children for child in found])
+        total += peak_memory([int(child) for pids in children for child in pids])
     return total
 
 
@@ -234,14 +234,14 @@ def print_table(result: dict[str, Any]) -> None:
     )
     for column in ("system", "clients", "tokens/s", "first token, ms", "answer, ms", "as offline", "peak memory"):
         table.add_column(column, justify="left" if column == "system" else "right")
-    for name, found in result["systems"].items():
-        for clients, row in found["clients"].items():
+    for name, figures in result["systems"].items():
+        for clients, row in figures["clients"].items():
             table.add_row(
                 name, str(clients), f"{row['tokens_per_second']:.1f}",
                 f"{row['first_token_ms']['p50']:.0f} / {row['first_token_ms']['p95']:.0f}",
                 f"{row['answer_ms']['p50']:.0f} / {row['answer_ms']['p95']:.0f}",
                 f"{row['same_as_offline']:.1%}",
-                f"{found['peak_memory'] / 1e9:.2f} GB" if found["peak_memory"] else "",
+                f"{figures['peak_memory'] / 1e9:.2f} GB" if figures["peak_memory"] else "",
             )  # fmt: skip
     Console().print(table)
 

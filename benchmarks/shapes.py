@@ -72,9 +72,9 @@ def _shards(layers: int, expert: int) -> Iterator[list[str]]:
     yield ["model.embed_tokens.weight"]
     yield ["lm_head.weight", "model.norm.weight"]
     for layer in range(layers):
-        own = [f"model.layers.{layer}.{module}.weight" for module in LINEAR]
+        linear = [f"model.layers.{layer}.{module}.weight" for module in LINEAR]
         norms = ["input_layernorm", "post_attention_layernorm"]
-        yield [*own, *(f"model.layers.{layer}.{norm}.weight" for norm in norms)]
+        yield [*linear, *(f"model.layers.{layer}.{norm}.weight" for norm in norms)]
 
 
 def tensor(name: str, expert: int) -> Tensor:

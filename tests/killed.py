@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 import polymerge.export.dense
-import polymerge.merging.run  # noqa: F401 (the server below has it imported)
+import polymerge.merging.run
+from polymerge.merging.proof import Proof
 
 # Processes that start in milliseconds: copies of a server that has imported everything and computed nothing.
 FORKS = multiprocessing.get_context("forkserver")
@@ -28,9 +29,15 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def started(target: Callable[..., None], *arguments: Any) -> BaseProcess:
-    process = FORKS.Process(target=target, args=arguments)
+    process = FORKS.Process(target=_unproved, args=(target, *arguments))
     process.start()
     return process
+
+
+def _unproved(target: Callable[..., None], *arguments: Any) -> None:
+    """What is killed is the work on files; the proof before it would only add moments to kill at."""
+    polymerge.merging.run.prove = lambda source, *_, **__: Proof(source.config["architectures"][0], True, "layers")
+    target(*arguments)
 
 
 def die() -> None:

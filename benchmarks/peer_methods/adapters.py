@@ -66,8 +66,8 @@ class Named(Served):
         self.model, self.tokenizer = load_adapters(task, folder)
 
     def logits(self, ids: Tensor, prompt: int, expert: str) -> Tensor:
-        found: Tensor = self.model(ids, adapter_names=[expert]).logits
-        return found
+        logits: Tensor = self.model(ids, adapter_names=[expert]).logits
+        return logits
 
     def generate(self, ids: Tensor, mask: Tensor, experts: Sequence[str], **options: Any) -> Tensor:
         return greedy(self.model, ids, mask, adapter_names=list(experts), **options)

@@ -33,12 +33,12 @@ def decode(signs: Tensor, scale: Tensor, width: int) -> Tensor:
 def merge(task_file: str, output: str) -> None:
     task, folder = Task.load(task_file), Path(output)
     for expert, checkpoint in task.checkpoints.items():
-        found = {}
+        tensors = {}
         for name in task.linear():
             delta = checkpoint.read(name).float() - task.pretrained.read(name).float()
-            found[f"{name}.signs"], found[f"{name}.scale"] = encode(delta)
-        found |= {name: checkpoint.read(name).float() for name in task.rest("norm", "bias")}
-        save_tensors(found, folder / "experts" / f"{expert}.safetensors")
+            tensors[f"{name}.signs"], tensors[f"{name}.scale"] = encode(delta)
+        tensors |= {name: checkpoint.read(name).float() for name in task.rest("norm", "bias")}
+        save_tensors(tensors, folder / "experts" / f"{expert}.safetensors")
     save_shared(task, folder, task.rest("embedding", "lm_head"))
 
 

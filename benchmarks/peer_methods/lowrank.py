@@ -36,12 +36,12 @@ def extract(
 ) -> None:
     """Writes every expert's differences from `shared` as factors, and those of the tensors `whole` as they are."""
     for expert, checkpoint in task.checkpoints.items():
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name, rank in ranks.items():
             b, a = truncated_svd(checkpoint.read(name).float() - shared(name), rank)
-            found |= {f"{name}.A": a.to(STORED), f"{name}.B": b.to(STORED)}
-        found |= {name: checkpoint.read(name).float() - shared(name) for name in whole}
-        save_tensors(found, folder / "experts" / f"{expert}.safetensors")
+            tensors |= {f"{name}.A": a.to(STORED), f"{name}.B": b.to(STORED)}
+        tensors |= {name: checkpoint.read(name).float() - shared(name) for name in whole}
+        save_tensors(tensors, folder / "experts" / f"{expert}.safetensors")
 
 
 class GatedLinear(nn.Module):
@@ -66,8 +66,8 @@ class GatedLinear(nn.Module):
         z = F.linear(x, self.a)
         z = z.view(*z.shape[:-1], self.experts, -1)  # [B, T, experts, r]
         kept = (z * self.gate(z)[..., None]).flatten(-2)
-        found: Tensor = self.inner(x) + F.linear(kept, self.b)
-        return found
+        output: Tensor = self.inner(x) + F.linear(kept, self.b)
+        return output
 
 
 def install(model: Any, task: Task, folder: Path, gate: Callable[[Tensor], Gate]) -> dict[str, Tensor]:

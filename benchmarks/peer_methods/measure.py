@@ -77,11 +77,11 @@ def tokens_per_second(served: Served, held: Held, rows: int) -> float:
 def measure(served: Served, held: Held, rows: int) -> dict[str, Any]:
     """All three, as plain data."""
     with torch.no_grad():
-        found = agreements(served, held)
+        by_expert = agreements(served, held)
         return {
             "accuracy": accuracies(served, held),
-            "kl": {name: agreement.kl for name, agreement in found.items()},
-            "top1": {name: agreement.top1 for name, agreement in found.items()},
+            "kl": {name: agreement.kl for name, agreement in by_expert.items()},
+            "top1": {name: agreement.top1 for name, agreement in by_expert.items()},
             "tokens_per_second": tokens_per_second(served, held, rows),
             "one_batch": served.one_batch,
         }

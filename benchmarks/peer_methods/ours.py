@@ -59,8 +59,8 @@ class Ours(Served):
         self.router = Router.load(folder / "bundle", engine) if routed else None
 
     def logits(self, ids: Tensor, prompt: int, expert: str) -> Tensor:
-        found: Tensor = self.model(ids, experts=self._experts(ids[:, :prompt], [expert])).logits
-        return found
+        logits: Tensor = self.model(ids, experts=self._experts(ids[:, :prompt], [expert])).logits
+        return logits
 
     def generate(self, ids: Tensor, mask: Tensor, experts: Sequence[str], **options: Any) -> Tensor:
         return greedy(self.model, ids, mask, experts=self._experts(ids, experts), **options)

@@ -44,8 +44,8 @@ class OneModel(Served):
         self.model, self.tokenizer = model, tokenizer
 
     def logits(self, ids: Tensor, prompt: int, expert: str) -> Tensor:
-        found: Tensor = self.model(ids).logits
-        return found
+        logits: Tensor = self.model(ids).logits
+        return logits
 
     def generate(self, ids: Tensor, mask: Tensor, experts: Sequence[str], **options: Any) -> Tensor:
         return greedy(self.model, ids, mask, **options)
@@ -60,8 +60,8 @@ class InTurn(Served):
         self.models, self.tokenizer = models, tokenizer
 
     def logits(self, ids: Tensor, prompt: int, expert: str) -> Tensor:
-        found: Tensor = self.models[expert](ids).logits
-        return found
+        logits: Tensor = self.models[expert](ids).logits
+        return logits
 
     def generate(self, ids: Tensor, mask: Tensor, experts: Sequence[str], **options: Any) -> Tensor:
         parts, width = {}, 0
@@ -69,17 +69,17 @@ class InTurn(Served):
             rows = [number for number, expert in enumerate(experts) if expert == name]
             parts[name] = rows, greedy(self.models[name], ids[rows], mask[rows], **options)
             width = max(width, parts[name][1].shape[1])
-        found = torch.full((len(ids), width), int(self.tokenizer.pad_token_id))
+        answers = torch.full((len(ids), width), int(self.tokenizer.pad_token_id))
         for rows, new in parts.values():
-            found[rows, : new.shape[1]] = new
-        return found
+            answers[rows, : new.shape[1]] = new
+        return answers
 
 
 @torch.no_grad()
 def greedy(model: Any, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
     """transformers' own greedy search."""
-    found: Tensor = model.generate(ids, attention_mask=mask, do_sample=False, **options)
-    return found
+    tokens: Tensor = model.generate(ids, attention_mask=mask, do_sample=False, **options)
+    return tokens
 
 
 def load_shared(base: str, folder: Path | None = None) -> tuple[Any, Any]:

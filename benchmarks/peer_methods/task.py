@@ -83,14 +83,14 @@ class Task:
 
     def linear(self) -> dict[str, tuple[int, int]]:
         """(out, in) of the weights of linear layers, by name. Architectures that store them transposed are refused."""
-        found = {}
+        shapes = {}
         for name, record in self.records.items():
             if record.role == "linear":
                 if record.transposed:
                     raise SystemExit(f"{name} is stored transposed; the peers are written for [out, in]")
                 rows, columns = self.pretrained.tensors[name].shape
-                found[name] = (rows, columns)
-        return found
+                shapes[name] = (rows, columns)
+        return shapes
 
     def ranks(self) -> dict[str, int]:
         """The rank that `rate` pays for, by the name of the weight."""
@@ -126,8 +126,8 @@ def run_apart(call: str, *args: Any, python: str = sys.executable, **options: An
     """Calls `module:function` in a process of its own. Raises SystemExit with its last line where it fails."""
     request = json.dumps({"call": call, "args": args, "options": options})
     paths = [str(WORKER.parent.parent), *(os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    own = {"PYTHONPATH": os.pathsep.join(path for path in paths if path)} if python == sys.executable else {}
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | own
+    python_path = {"PYTHONPATH": os.pathsep.join(path for path in paths if path)} if python == sys.executable else {}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | python_path
     began = time.perf_counter()
     done = subprocess.run(
         [python, "-P", str(WORKER), request], capture_output=True, text=True, check=False, env=environment

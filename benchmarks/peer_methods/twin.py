@@ -78,8 +78,8 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[n, width] -> [n, experts]"""
         x = F.leaky_relu(self.norm(self.first(x)))
-        found: Tensor = self.last(self.second(F.dropout(x, DROPOUT, self.training)))
-        return found
+        scores: Tensor = self.last(self.second(F.dropout(x, DROPOUT, self.training)))
+        return scores
 
 
 def train_router(states: Tensor, labels: Tensor, experts: int) -> Router:
@@ -99,20 +99,20 @@ def train_router(states: Tensor, labels: Tensor, experts: int) -> Router:
 @torch.no_grad()
 def features(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """The last hidden state of every request, [n, width]."""
-    found = []
+    states = []
     for start in range(0, len(texts), 64):
         rows = [f"{text}\n" for text in texts[start : start + 64]]
         inputs = tokenizer(rows, return_tensors="pt", padding=True, add_special_tokens=False)
-        found.append(last_state(model, inputs["input_ids"], inputs["attention_mask"]))
-    return torch.cat(found)
+        states.append(last_state(model, inputs["input_ids"], inputs["attention_mask"]))
+    return torch.cat(states)
 
 
 @torch.no_grad()
 def last_state(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """[B, T], padded on the left -> [B, width]"""
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    found: Tensor = model.model(input_ids=ids, attention_mask=mask, position_ids=positions).last_hidden_state[:, -1]
-    return found
+    state: Tensor = model.model(input_ids=ids, attention_mask=mask, position_ids=positions).last_hidden_state[:, -1]
+    return state
 
 
 class Twin(Served):
@@ -130,8 +130,8 @@ class Twin(Served):
 
     def logits(self, ids: Tensor, prompt: int, expert: str) -> Tensor:
         self._route(ids[:, :prompt], torch.ones(1, prompt, dtype=torch.long))
-        found: Tensor = self.model(ids).logits
-        return found
+        logits: Tensor = self.model(ids).logits
+        return logits
 
     def generate(self, ids: Tensor, mask: Tensor, experts: Sequence[str], **options: Any) -> Tensor:
         self._route(ids, mask)

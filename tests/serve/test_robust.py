@@ -188,6 +188,7 @@ def test_sigterm_under_load_cuts_no_answer(merged: Merged, tmp_path: Path) -> No
 
     assert asyncio.run(everyone()) == ["length"] * 6
     assert process.wait(20) == 0
+    process.stdout.close()
     with pytest.raises(httpx2.ConnectError):
         httpx2.get(f"{url}/health")
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from polymerge import merge
+from polymerge import load_model, merge, verify
 from polymerge.errors import PolymergeError, SourceError
 from polymerge.recipe.merge import Source
 from polymerge.sources.checkpoint import Checkpoint
@@ -583,3 +583,31 @@ def test_a_tokenizer_that_came_with_the_adapter_is_the_experts(checkpoints: Chec
     assert not (folder / "chat_template.jinja").exists()
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == 96
     assert not list(folder.glob("*.safetensors"))
+
+
+def test_an_adapter_that_parts_the_ends_is_merged_beside_tied_experts(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    experts = checkpoints("llama-tied")
+    adapter = write_adapter(
+        tmp_path / "adapter", experts["e0"], target_modules=[*QV, "embed_tokens"], use_dora=True, r=2
+    )
+    sources = {"tied": str(experts["e1"]), "parted": {"source": str(adapter), "base": str(experts["e0"])}}
+    bundle = merge({"experts": sources, "compress_rate": 0.0}, tmp_path / "bundle")
+    assert verify(bundle, sources=True).ok
+    model = load_model(bundle)
+    ids = torch.randint(0, 96, (1, 9), generator=torch.Generator().manual_seed(2))
+    tied = transformers.AutoModelForCausalLM.from_pretrained(experts["e1"]).eval()
+    for name, original in (("tied", tied), ("parted", by_peft(adapter, experts["e0"]))):
+        with torch.no_grad():
+            answer, expected = model(input_ids=ids, experts=[name]).logits, original(input_ids=ids).logits
+        torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [{"target_modules": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}])
+def test_a_table_of_an_unknown_architecture_may_be_its_head_too(
+    checkpoints: Checkpoints, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(checkpoints("llama-tied")["e0"], base)
+    adapter = write_adapter(tmp_path / "adapter", base, **{"target_modules": QV, **config})
+    edit(base / "config.json", model_type="of-nobody")
+    assert "may be the head" in refusal(Source(source=str(adapter), base=str(base)))

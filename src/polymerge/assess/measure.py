@@ -82,7 +82,7 @@ def measure_rows(engine: Engine, file: Path, expert: RowExpert, settings: AskSet
         accuracy=sum(right) / len(right),
         questions=len(rows),
         f1=sum(f1) / len(f1) if f1 else None,
-        by_task={kind: sum(own) / len(own) for kind, own in sorted(kinds.items())} if len(kinds) > 1 else {},
+        by_task={kind: sum(marks) / len(marks) for kind, marks in sorted(kinds.items())} if len(kinds) > 1 else {},
     )
 
 
@@ -94,20 +94,20 @@ def measure_harness(engine: Engine, task: str, expert: RowExpert, settings: AskS
     """
     from ..evaluate.run import HarnessSettings, accuracy, evaluate
 
-    found = evaluate(
+    results = evaluate(
         engine,
         [task],
         lambda questions: [expert] * len(questions),
         include_path=settings.include_path,
         settings=HarnessSettings(num_fewshot=settings.num_fewshot, limit=settings.limit, bootstrap_iters=0),
     )
-    groups = found.get("groups") or {}
-    single = {name: accuracy(metrics) for name, metrics in found["results"].items() if name not in groups}
+    groups = results.get("groups") or {}
+    single = {name: accuracy(metrics) for name, metrics in results["results"].items() if name not in groups}
     values = {name: value for name, value in single.items() if value is not None}
     if not values:
         raise ModelError(f"task {task!r} measures no accuracy")
     whole = accuracy(groups[task]) if task in groups else None
-    counts = found.get("n-samples", {})
+    counts = results.get("n-samples", {})
     return Measurement(
         accuracy=sum(values.values()) / len(values) if whole is None else whole,
         questions=sum(int(counts[name]["effective"]) for name in values if name in counts),
@@ -116,7 +116,7 @@ def measure_harness(engine: Engine, task: str, expert: RowExpert, settings: AskS
 
 
 def _choices(engine: Engine, rows: Sequence[AnsweredRow], expert: RowExpert, settings: AskSettings) -> list[str]:
-    requests, found = [], []
+    requests, chosen = [], []
     for row in rows:
         context = _prompt(engine, row, settings)
         requests += [ScoreRequest(context, choice, expert) for choice in row.choices or ()]
@@ -124,8 +124,8 @@ def _choices(engine: Engine, rows: Sequence[AnsweredRow], expert: RowExpert, set
     for row in rows:
         choices = row.choices or ()
         values = [next(scores).log_likelihood for _ in choices]
-        found.append(choices[likeliest(values, [*map(len, choices)] if settings.by_length else None)])
-    return found
+        chosen.append(choices[likeliest(values, [*map(len, choices)] if settings.by_length else None)])
+    return chosen
 
 
 def _answers(engine: Engine, rows: Sequence[AnsweredRow], expert: RowExpert, settings: AskSettings) -> list[str]:

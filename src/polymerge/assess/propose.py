@@ -77,7 +77,7 @@ class Proposals:
     def to_json(self) -> dict[str, Any]:
         sets = {"chosen": self.chosen, "runner_up": self.runner_up, "unlimited": self.unlimited}
         return {
-            **{name: found.to_json() if found else None for name, found in sets.items()},
+            **{name: proposal.to_json() if proposal else None for name, proposal in sets.items()},
             "why": self.why,
             "sets": self.sets,
             "exhaustive": self.exhaustive,
@@ -112,19 +112,19 @@ def propose(choices: Choices, *, exhaustive_sets: int = EXHAUSTIVE_SETS, notes: 
         1 + len(choices.thinkers)
     )
     exhaustive = everything <= exhaustive_sets
-    found = [
+    proposals = [
         _proposal(choices, family, experts, thinker)
         for family in choices.families
         for thinker in (None, *choices.thinkers)
         for experts in (_all_sets(choices, family) if exhaustive else _greedy_sets(choices, family, thinker))
     ]
-    found.sort(key=lambda proposal: (-proposal.accuracy, proposal.bytes))
-    fitting = [p for p in found if choices.limit is None or p.bytes <= choices.limit]
+    proposals.sort(key=lambda proposal: (-proposal.accuracy, proposal.bytes))
+    fitting = [p for p in proposals if choices.limit is None or p.bytes <= choices.limit]
     chosen = fitting[0] if fitting else None
     runner_up = next((p for p in fitting[1:] if chosen and not _only_adds_idle(chosen, p)), None)
-    unlimited = found[0] if found and (chosen is None or found[0].accuracy > chosen.accuracy) else None
+    unlimited = proposals[0] if proposals and (chosen is None or proposals[0].accuracy > chosen.accuracy) else None
     why = _why(choices, chosen, runner_up, unlimited)
-    return Proposals(chosen, runner_up, unlimited, why, len(found), exhaustive, tuple(notes))
+    return Proposals(chosen, runner_up, unlimited, why, len(proposals), exhaustive, tuple(notes))
 
 
 def _most(choices: Choices, family: Family) -> int:

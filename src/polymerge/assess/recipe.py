@@ -127,13 +127,13 @@ def load_assess_recipe(
     if isinstance(written, dict) and "experts" in written and "candidates" not in written:
         experts = load_recipe(path)
         merge = experts.model_dump(exclude={"experts", "device", "trust_remote_code"}, exclude_defaults=True)
-        own = {
+        as_assessment = {
             "candidates": experts.experts,
             "merge": merge,
             "device": experts.device,
             "trust_remote_code": experts.trust_remote_code,
         }
-        return validated(AssessRecipe, _with_data(own, data, changes), where=str(path), lines={})
+        return validated(AssessRecipe, _with_data(as_assessment, data, changes), where=str(path), lines={})
     recipe = validated(AssessRecipe, _with_data(written, data, changes), where=str(path), lines=lines)
     return _anchored(recipe, path.parent)
 

@@ -37,28 +37,28 @@ class Candidate:
 
     def accuracies(self, fields: Mapping[str, tuple[str, ...]]) -> dict[str, float]:
         """Field -> mean accuracy over its tasks, for the fields whose every task was measured."""
-        found = {}
+        accuracies = {}
         for name, tasks in fields.items():
-            own = self.measured.get(name, {})
-            if all(task in own for task in tasks):
-                found[name] = sum(own[task].accuracy for task in tasks) / len(tasks)
-        return found
+            measured = self.measured.get(name, {})
+            if all(task in measured for task in tasks):
+                accuracies[name] = sum(measured[task].accuracy for task in tasks) / len(tasks)
+        return accuracies
 
     @property
     def peak_memory(self) -> int:
         """Bytes; 0 where nothing was measured."""
-        return max((m.peak_memory for own in self.measured.values() for m in own.values()), default=0)
+        return max((m.peak_memory for tasks in self.measured.values() for m in tasks.values()), default=0)
 
     @property
     def working_memory(self) -> int:
         """Bytes beside the weights, where a GPU's allocator counted them; 0 where only the process was measured."""
-        own = [m for tasks in self.measured.values() for m in tasks.values() if m.on_gpu]
-        return max((m.peak_memory - m.weights_bytes for m in own), default=0)
+        on_gpu = [m for tasks in self.measured.values() for m in tasks.values() if m.on_gpu]
+        return max((m.peak_memory - m.weights_bytes for m in on_gpu), default=0)
 
     @property
     def tokens_per_second(self) -> float | None:
         """Mean over the tasks that ran."""
-        rates = [m.tokens_per_second for own in self.measured.values() for m in own.values() if m.tokens_per_second]
+        rates = [m.tokens_per_second for tasks in self.measured.values() for m in tasks.values() if m.tokens_per_second]
         return sum(rates) / len(rates) if rates else None
 
     def to_json(self, fields: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
@@ -69,8 +69,8 @@ class Candidate:
             "tokens_per_second": self.tokens_per_second,
             "failed": self.failed,
             "measured": {
-                name: {task: measurement.to_json() for task, measurement in own.items()}
-                for name, own in self.measured.items()
+                name: {task: measurement.to_json() for task, measurement in tasks.items()}
+                for name, tasks in self.measured.items()
             },
         }
 
@@ -92,12 +92,12 @@ class Assessment:
     @property
     def table(self) -> dict[str, dict[str, float]]:
         """Field -> candidate -> accuracy: what `router fit --table` takes. Failures have no entry."""
-        found: dict[str, dict[str, float]] = {name: {} for name in self.fields}
+        table: dict[str, dict[str, float]] = {name: {} for name in self.fields}
         for candidate in self.candidates:
             if candidate.role == "candidate":
                 for name, value in candidate.accuracies(self.fields).items():
-                    found[name][candidate.name] = value
-        return found
+                    table[name][candidate.name] = value
+        return table
 
     def to_json(self) -> dict[str, Any]:
         rows = {role: {c.name: c.to_json(self.fields) for c in self.candidates if c.role == role} for role in ROLES}
@@ -113,6 +113,6 @@ class Assessment:
         }
 
 
-def write_assessment_table(found: Assessment, file: Path) -> None:
+def write_assessment_table(assessment: Assessment, file: Path) -> None:
     """The assessment as the JSON file that `router fit --table` takes."""
-    write_bytes(file, (json.dumps(found.to_json(), indent=1, ensure_ascii=False) + "\n").encode())
+    write_bytes(file, (json.dumps(assessment.to_json(), indent=1, ensure_ascii=False) + "\n").encode())

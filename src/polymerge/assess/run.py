@@ -74,9 +74,9 @@ def assess(
     Raises:
         DataError: a data set or task file that cannot be read. Whatever else goes wrong is a row of the result.
     """
-    found = _Run(recipe, fresh, cache or cache_folder() / "assess", progress, run)
-    rows = [found.candidate(name, source, "candidate") for name, source in recipe.candidates.items()]
-    rows += [found.candidate(name, source, "thinker") for name, source in recipe.thinkers.items()]
+    measuring = _Run(recipe, fresh, cache or cache_folder() / "assess", progress, run)
+    rows = [measuring.candidate(name, source, "candidate") for name, source in recipe.candidates.items()]
+    rows += [measuring.candidate(name, source, "thinker") for name, source in recipe.thinkers.items()]
     return Assessment(recipe.fields, tuple(rows), _proposals(recipe, rows), _settings(recipe))
 
 
@@ -95,8 +95,8 @@ def assess_bundle(
         recipe: of its fields and settings; its candidates are not looked at.
     """
     bundle = Bundle.open(bundle)
-    found = _Run(recipe, fresh, cache or cache_folder() / "assess", progress, run)
-    rows = found.bundle(bundle)
+    measuring = _Run(recipe, fresh, cache or cache_folder() / "assess", progress, run)
+    rows = measuring.bundle(bundle)
     return Assessment(recipe.fields, tuple(rows), None, {**_settings(recipe), "bundle": bundle.digest})
 
 
@@ -196,10 +196,10 @@ class _Run:
                 self._put(rows[place[0]], place[1], measurement(event["measurement"]))
         return True
 
-    def _put(self, row: Candidate, task: str, found: Measurement) -> None:
+    def _put(self, row: Candidate, task: str, measured: Measurement) -> None:
         for name, tasks in self.recipe.fields.items():
             if task in tasks:
-                row.measured.setdefault(name, {})[task] = found
+                row.measured.setdefault(name, {})[task] = measured
 
     def _fail(self, row: Candidate, task: str, reason: str) -> None:
         for name, tasks in self.recipe.fields.items():

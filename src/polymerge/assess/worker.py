@@ -59,7 +59,7 @@ def run_job(job: CandidateJob, engine: Engine, emit: Emit) -> None:
         emit({"event": "begins", **place})
         meter.reset()
         try:
-            found = (
+            measured = (
                 measure_rows(cached, Path(task), expert, job.ask)
                 if is_rows
                 else measure_harness(cached, task, expert, job.ask)
@@ -67,8 +67,8 @@ def run_job(job: CandidateJob, engine: Engine, emit: Emit) -> None:
         except (PolymergeError, MemoryError) as error:
             emit({"event": "failed", **place, "reason": str(error) or "out of memory"})
             continue
-        found = replace(found, tokens_per_second=meter.tokens_per_second, **_memory(engine))
-        emit({"event": "measured", **place, "measurement": found.to_json()})
+        measured = replace(measured, tokens_per_second=meter.tokens_per_second, **_memory(engine))
+        emit({"event": "measured", **place, "measurement": measured.to_json()})
 
 
 def load_engine(job: CandidateJob) -> Engine:

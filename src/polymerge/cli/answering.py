@@ -28,12 +28,12 @@ def print_response(response: Response, show_thoughts: bool) -> None:
     out.print(response.text, markup=False, soft_wrap=True)
 
 
-def print_evidence(found: Evidence) -> None:
+def print_evidence(evidence: Evidence) -> None:
     """The ablation: one line a field, one column a way of answering."""
-    table = Table(title=f"mean score on validation rows, thinker {found.thinker}")
+    table = Table(title=f"mean score on validation rows, thinker {evidence.thinker}")
     for column in ("field", "rows", "direct", "v1", "v2", "auto", "auto takes"):
         table.add_column(column, justify="left" if column in ("field", "auto takes") else "right")
-    for name, own in found.fields.items():
-        shown = [f"{own.scores[way]:.3f}" for way in ("direct", "v1", "v2", own.best)]
-        table.add_row(name, str(own.rows), *shown, own.best)
+    for name, field in evidence.fields.items():
+        shown = [f"{field.scores[way]:.3f}" for way in ("direct", "v1", "v2", field.best)]
+        table.add_row(name, str(field.rows), *shown, field.best)
     out.print(table)

@@ -27,16 +27,17 @@ def compete_progress(quiet: bool) -> OnProgress | None:
     return show
 
 
-def print_summary(found: Summary) -> None:
+def print_summary(summary: Summary) -> None:
     """What a competition's run did."""
-    late = " [red](over the limit)[/]" if found.seconds > found.time_limit else ""
-    out.print(f"{found.rows} rows in {duration(found.seconds)} of {duration(found.time_limit)}{late}, ", end="")
-    out.print(f"peak memory {size(found.peak_memory)}")
-    out.print(f"experts: {', '.join(f'{name} {rows}' for name, rows in found.experts.items()) or 'none'}", markup=False)
-    out.print(f"staged: {found.staged} rows", markup=False)
-    for reason, rows in found.direct.items():
+    late = " [red](over the limit)[/]" if summary.seconds > summary.time_limit else ""
+    out.print(f"{summary.rows} rows in {duration(summary.seconds)} of {duration(summary.time_limit)}{late}, ", end="")
+    out.print(f"peak memory {size(summary.peak_memory)}")
+    experts = ", ".join(f"{name} {rows}" for name, rows in summary.experts.items())
+    out.print(f"experts: {experts or 'none'}", markup=False)
+    out.print(f"staged: {summary.staged} rows", markup=False)
+    for reason, rows in summary.direct.items():
         out.print(f"direct: {rows} rows: {reason}", markup=False, soft_wrap=True)
-    for name, value in found.scores.items():
+    for name, value in summary.scores.items():
         out.print(f"{name}: {value:.4f}")
-    for line in found.skipped:
+    for line in summary.skipped:
         err.print(f"skipped: {line}", markup=False, soft_wrap=True)

@@ -169,16 +169,16 @@ def request_progress(quiet: bool, what: str = "asked") -> Iterator[OnRequests | 
     yield None if quiet else show
 
 
-def print_evaluation(found: Comparison) -> None:
+def print_evaluation(comparison: Comparison) -> None:
     """Accuracy by task and mode, and what answered where the mode chose."""
-    table = Table("accuracy", *map(escape, found.results))
-    for task, row in found.accuracies.items():
+    table = Table("accuracy", *map(escape, comparison.results))
+    for task, row in comparison.accuracies.items():
         table.add_row(escape(task), *("-" if value is None else f"{value:.1%}" for value in row.values()))
-    if len(found.accuracies) > 1:
+    if len(comparison.accuracies) > 1:
         table.add_section()
-        table.add_row("mean", *("-" if value is None else f"{value:.1%}" for value in found.means.values()))
+        table.add_row("mean", *("-" if value is None else f"{value:.1%}" for value in comparison.means.values()))
     out.print(table)
-    for mode, results in found.results.items():
+    for mode, results in comparison.results.items():
         for task, counts in results["polymerge"]["answered_by"].items():
             if mode in ("routed", "oracle"):
                 shares = ", ".join(f"{expert} {count}" for expert, count in sorted(counts.items()))
@@ -204,24 +204,24 @@ def _task_name(task: str) -> str:
     return "/".join(Path(task).parts[-2:]) if task.endswith((".jsonl", ".yaml", ".yml")) else task
 
 
-def print_assessment(found: Assessment) -> None:
+def print_assessment(assessment: Assessment) -> None:
     """Accuracy by model and field, what each costs, why one has no figure, and the proposal."""
-    table = Table("model", *map(escape, found.fields), "peak memory", "tokens/s")
-    for row in found.candidates:
-        reached = row.accuracies(found.fields)
-        cells = [f"{reached[name]:.1%}" if name in reached else "-" for name in found.fields]
+    table = Table("model", *map(escape, assessment.fields), "peak memory", "tokens/s")
+    for row in assessment.candidates:
+        reached = row.accuracies(assessment.fields)
+        cells = [f"{reached[name]:.1%}" if name in reached else "-" for name in assessment.fields]
         rate = f"{row.tokens_per_second:.0f}" if row.tokens_per_second else "-"
         name = f"{row.name} (thinker)" if row.role == "thinker" else row.name
         table.add_row(name, *cells, size(row.peak_memory) if row.peak_memory else "-", rate)
     out.print(table)
-    for row in found.candidates:
+    for row in assessment.candidates:
         for name, reason in row.failed.items():
             out.print(f"{row.name}: {name or 'not measured'}: {reason}", markup=False, soft_wrap=True)
-    if found.proposals is not None:
-        search = "all" if found.proposals.exhaustive else "the best of a growing search among"
-        out.print(f"proposal: {found.proposals.why}", markup=False, soft_wrap=True)
-        out.print(f"compared: {search} {found.proposals.sets} sets", markup=False)
-        for note in found.proposals.notes:
+    if assessment.proposals is not None:
+        search = "all" if assessment.proposals.exhaustive else "the best of a growing search among"
+        out.print(f"proposal: {assessment.proposals.why}", markup=False, soft_wrap=True)
+        out.print(f"compared: {search} {assessment.proposals.sets} sets", markup=False)
+        for note in assessment.proposals.notes:
             out.print(f"note: {note}", markup=False, soft_wrap=True)
 
 

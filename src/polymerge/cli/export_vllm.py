@@ -40,8 +40,8 @@ def export_for_vllm(
         )  # fmt: skip
     note = written.note
     if as_json:
-        found = note.model_dump(mode="json", exclude={"experts": {"__all__": {"probe"}}})
-        print_json({"folder": str(output), "command": written.command, "folded": folded, **found})
+        figures = note.model_dump(mode="json", exclude={"experts": {"__all__": {"probe"}}})
+        print_json({"folder": str(output), "command": written.command, "folded": folded, **figures})
     elif not quiet:
         from rich.table import Table
 

@@ -19,30 +19,31 @@ def inspect(
     from ..bundle.inspect import inspect_bundle
     from .console import out, print_json, size
 
-    found = inspect_bundle(bundle)
+    inspection = inspect_bundle(bundle)
     if html is not None:
         from ..report import write_report
 
         write_report(bundle, html)
     if as_json:
-        print_json(found.to_json())
+        print_json(inspection.to_json())
         return
-    out.print(f"[bold]{bundle}[/]: {len(found.experts)} experts of {found.architecture}, {found.dtype}")
+    out.print(f"[bold]{bundle}[/]: {len(inspection.experts)} experts of {inspection.architecture}, {inspection.dtype}")
     out.print(
-        f"size         {size(found.total_bytes)}, {found.share_of_one_model:.2f} times one model "
-        f"({size(found.separate_bytes)} apart)"
+        f"size         {size(inspection.total_bytes)}, {inspection.share_of_one_model:.2f} times one model "
+        f"({size(inspection.separate_bytes)} apart)"
     )
+    ranks = f"rank {inspection.rank_range[0]} to {inspection.rank_range[1]}"
     out.print(
-        f"compressed   rate {found.compress_rate:g}, rank {found.rank_range[0]} to {found.rank_range[1]}, "
-        f"code {found.code}, scale {found.scale}"
+        f"compressed   rate {inspection.compress_rate:g}, {ranks}, code {inspection.code}, scale {inspection.scale}"
     )
-    out.print(f"tensors      {found.tensors}; linear: " + ", ".join(f"{n} {kind}" for kind, n in found.storage.items()))
-    kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in found.energy_by_kind.items())
-    out.print(f"energy kept  {found.energy_kept:.1%} of the residuals ({kinds})", soft_wrap=True)
+    storage = ", ".join(f"{n} {kind}" for kind, n in inspection.storage.items())
+    out.print(f"tensors      {inspection.tensors}; linear: {storage}")
+    kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in inspection.energy_by_kind.items())
+    out.print(f"energy kept  {inspection.energy_kept:.1%} of the residuals ({kinds})", soft_wrap=True)
     experts = Table(
         "expert", "size", "own tensors", "scale ratio", "energy kept", "error", "error of the average", "source"
     )
-    for e in found.experts:
+    for e in inspection.experts:
         low, high = e.scale_ratio_range
         experts.add_row(
             e.name,
@@ -58,7 +59,7 @@ def inspect(
     for e in (e for e in found.experts if e.persona):
         out.print(f"{e.name} has its own {', '.join(e.persona)}", markup=False)
     worst = Table("tensors that lost most", "expert", "rank", "error", "energy kept")
-    for line in found.worst:
+    for line in inspection.worst:
         worst.add_row(
             line["tensor"],
             line["expert"],
@@ -67,7 +68,7 @@ def inspect(
             f"{line['energy_kept']:.1%}",
         )
     out.print(worst)
-    for note in found.notes:
+    for note in inspection.notes:
         out.print(f"note: {note}", markup=False)
     if html is not None:
         out.print(f"report: {html}", markup=False)

@@ -109,7 +109,7 @@ def _print(bundle: Bundle, output: Path, searched: list[Found], words: str) -> N
         f"{output}: {len(bundle.experts)} experts in {size(sizes.total)}, "
         f"{sizes.total / sizes.one_model:.2f} times one model ({size(sizes.separate_models)} apart)"
     )
-    for found in searched:
-        at = f"--compress-rate {found.recipe.compress_rate:g} --code {found.recipe.code}"
+    for chosen in searched:
+        at = f"--compress-rate {chosen.recipe.compress_rate:g} --code {chosen.recipe.code}"
         out.print(f"repeat: polymerge merge {words} {at}", markup=False, soft_wrap=True)
     out.print(f"next: polymerge inspect {output}", markup=False)

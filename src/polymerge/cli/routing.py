@@ -35,24 +35,24 @@ def print_fit(bundle: Path, fitted: Fitted) -> None:
     out.print(f'try: polymerge route {bundle} "a request"', markup=False, soft_wrap=True)
 
 
-def print_evaluation(found: RouterEvaluation) -> None:
+def print_evaluation(evaluation: RouterEvaluation) -> None:
     """The confusion matrix and the figures below it."""
-    fields = list(next(iter(found.confusion.values())))
+    fields = list(next(iter(evaluation.confusion.values())))
     confusion = Table("right field", *fields, "accuracy", title="likeliest field")
-    for row, counts in found.confusion.items():
-        share = f"{found.by_field[row]:.1%}" if row in found.by_field else ""
+    for row, counts in evaluation.confusion.items():
+        share = f"{evaluation.by_field[row]:.1%}" if row in evaluation.by_field else ""
         confusion.add_row(row, *(str(counts[name]) for name in fields), share)
     out.print(confusion)
     lines = [
-        ("accuracy", found.accuracy, "of the likeliest field"),
-        ("kept", found.kept, f"of known requests over the threshold {found.threshold:.3f}"),
-        ("right", found.accuracy_kept, "of those"),
-        ("fallback", found.outside_to_fallback, "of requests out of domain"),
+        ("accuracy", evaluation.accuracy, "of the likeliest field"),
+        ("kept", evaluation.kept, f"of known requests over the threshold {evaluation.threshold:.3f}"),
+        ("right", evaluation.accuracy_kept, "of those"),
+        ("fallback", evaluation.outside_to_fallback, "of requests out of domain"),
     ]
     for title, part, of in lines:
         if part is not None:
             out.print(f"{title:<12} {part:.1%} {of}")
-    if found.calibration_error is not None:
-        out.print(f"calibration  error {found.calibration_error:.3f}")
-    if found.auroc is not None:
-        out.print(f"AUROC        {found.auroc:.3f}, confidence of known requests against those out of domain")
+    if evaluation.calibration_error is not None:
+        out.print(f"calibration  error {evaluation.calibration_error:.3f}")
+    if evaluation.auroc is not None:
+        out.print(f"AUROC        {evaluation.auroc:.3f}, confidence of known requests against those out of domain")

@@ -42,12 +42,12 @@ def _accuracies(points: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="accuracy on held-out prompts")
     for column in ("code", "rate", *map(escape, experts), "kept"):
         table.add_column(column, justify="left" if column == "code" else "right")
-    originals = [_percent(found["original_accuracy"]) for found in experts.values()]
+    originals = [_percent(expert["original_accuracy"]) for expert in experts.values()]
     table.add_row("originals", "", *originals, "", end_section=True)
     for point in points:
-        found = [_percent(expert["accuracy"]) for expert in point["experts"].values()]
+        accuracies = [_percent(expert["accuracy"]) for expert in point["experts"].values()]
         style = "bold" if point["on_front"] else None
-        table.add_row(point["code"], f"{point['compress_rate']:g}", *found, _percent(point["kept"]), style=style)
+        table.add_row(point["code"], f"{point['compress_rate']:g}", *accuracies, _percent(point["kept"]), style=style)
     return table
 
 

@@ -142,8 +142,8 @@ class _Run:
         for number, start in enumerate(range(0, len(self.questions), PIECE)):
             questions = self.questions[start : start + PIECE]
             if number not in done:
-                found = self.pipeline.steps(questions)
-                done[number] = [[step.expert, step.field, step.version, step.reason] for step in found]
+                routed = self.pipeline.steps(questions)
+                done[number] = [[step.expert, step.field, step.version, step.reason] for step in routed]
                 self._note("steps", number, done[number])
                 done_rows, all_rows = start + len(questions), len(self.questions)
                 self._show("routing", done_rows, all_rows, 0.0 if done_rows == all_rows else None)
@@ -159,13 +159,13 @@ class _Run:
         for number in wanted:
             rows = pieces[number]
             if number in done:
-                found = [Thought(**thought) if thought else None for thought in done[number]]
+                piece_thoughts = [Thought(**thought) if thought else None for thought in done[number]]
                 resumed += len(rows)
             else:
-                found = self._thoughts([steps[row] for row in rows], deadline)
-                self._note("thoughts", number, [asdict(thought) if thought else None for thought in found])
+                piece_thoughts = self._thoughts([steps[row] for row in rows], deadline)
+                self._note("thoughts", number, [asdict(thought) if thought else None for thought in piece_thoughts])
             finished += len(rows)
-            for row, thought in zip(rows, found, strict=True):
+            for row, thought in zip(rows, piece_thoughts, strict=True):
                 thoughts[row] = thought
             rate = (time.monotonic() - began) / max(1, finished - resumed)
             self._show("thinking", finished, total, rate * (total - finished))
@@ -178,8 +178,8 @@ class _Run:
         return self.pipeline.think(steps, deadline=deadline)
 
     def _deadline(self) -> float:
-        own = self.pipeline.settings.thought_seconds or float("inf")
-        return time.monotonic() + min(self.clock.limit * THOUGHT_SHARE, own) - self.clock.seconds
+        thought_seconds = self.pipeline.settings.thought_seconds or float("inf")
+        return time.monotonic() + min(self.clock.limit * THOUGHT_SHARE, thought_seconds) - self.clock.seconds
 
     def _answer(
         self, steps: Sequence[Step], pieces: Sequence[Sequence[int]], thoughts: Sequence[Thought | None]
@@ -204,9 +204,9 @@ class _Run:
             steps = [step.direct(SHORT_OF_TIME) if step.version else step for step in steps]
             cost = sum(cost_of(step.question, None) for step in steps)
         began = time.monotonic()
-        found = self._respond(steps, thoughts)
+        answers = self._respond(steps, thoughts)
         self.clock.note(cost, time.monotonic() - began)
-        return found
+        return answers
 
     def _respond(self, steps: Sequence[Step], thoughts: Sequence[Thought | None]) -> list[dict[str, Any]]:
         """A piece that fails is tried row by row, so that one row cannot take the others with it."""
@@ -232,7 +232,7 @@ class _Run:
 
 
 def _identity(pipeline: Pipeline, table: Table, limit: int | None, tokens: int, on_error: str) -> dict[str, Any]:
-    found = {
+    identity = {
         "polymerge": __version__,
         "input": table.sha256,
         "limit": limit,
@@ -241,7 +241,7 @@ def _identity(pipeline: Pipeline, table: Table, limit: int | None, tokens: int, 
         "pipeline": pipeline.identity(),
         "seconds": 0.0,
     }
-    plain: dict[str, Any] = json.loads(json.dumps(found))
+    plain: dict[str, Any] = json.loads(json.dumps(identity))
     return plain
 
 
@@ -268,8 +268,8 @@ def _noted(response: Response) -> dict[str, Any]:
 
 
 def _predictions(table: Table, answers: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    found = iter(answers)
-    return [(row.id, "" if isinstance(row, BadRow) else _prediction(next(found))) for row in table.rows]
+    remaining = iter(answers)
+    return [(row.id, "" if isinstance(row, BadRow) else _prediction(next(remaining))) for row in table.rows]
 
 
 def _prediction(answer: dict[str, Any]) -> str:

@@ -40,8 +40,8 @@ def answer_log_probabilities(logits: Logits, tokenizer: Any, examples: Sequence[
     """Log-probabilities of the vocabulary at every answer position, the reference answer before it: [tokens, V]."""
     ids, mask, is_answer = padded([encode(tokenizer, example) for example in examples], tokenizer.pad_token_id)
     with torch.no_grad():
-        found = logits(ids, mask)[:, :-1][is_answer[:, 1:]]
-    return torch.log_softmax(found.float(), dim=-1)
+        answer_logits = logits(ids, mask)[:, :-1][is_answer[:, 1:]]
+    return torch.log_softmax(answer_logits.float(), dim=-1)
 
 
 def kl_divergence(original: Tensor, other: Tensor) -> float:

@@ -145,8 +145,8 @@ def _row(model: MixedModel, original: Path, skill: Skill, original_accuracy: flo
 
     def kl(experts: str | None) -> float:
         def logits(ids: Tensor, mask: Tensor) -> Tensor:
-            found: Tensor = model(ids, attention_mask=mask, experts=experts).logits
-            return found
+            token_logits: Tensor = model(ids, attention_mask=mask, experts=experts).logits
+            return token_logits
 
         return kl_divergence(reference, answer_log_probabilities(logits, tokenizer, examples))
 
@@ -167,17 +167,17 @@ def _original_accuracy(folder: Path, skill: Skill) -> float:
         kept: float = json.loads(note.read_text())["accuracy"]
         return kept
     model, tokenizer = load_base(folder)
-    found = accuracy(lambda ids, mask, room: _greedy(model.generate, ids, mask, room), tokenizer, skill)
-    note.write_text(json.dumps({"accuracy": found}))
-    return found
+    measured = accuracy(lambda ids, mask, room: _greedy(model.generate, ids, mask, room), tokenizer, skill)
+    note.write_text(json.dumps({"accuracy": measured}))
+    return measured
 
 
 def _original_log_probabilities(folder: Path, skill: Skill) -> Tensor:
     model, tokenizer = load_base(folder)
 
     def logits(ids: Tensor, mask: Tensor) -> Tensor:
-        found: Tensor = model(ids, attention_mask=mask).logits
-        return found
+        token_logits: Tensor = model(ids, attention_mask=mask).logits
+        return token_logits
 
     return answer_log_probabilities(logits, tokenizer, skill.test[:KL_EXAMPLES])
 

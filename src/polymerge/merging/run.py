@@ -33,7 +33,8 @@ from ..version import __version__
 from .executor import Executor, in_threads
 from .journal import Note, Staging, half_done
 from .personas import store_persona
-from .plan import MergePlan
+from .plan import MergePlan, plan_merge
+from .proof import prove
 from .records import bundle_layer, expert_record, ratios_of, scales_of
 from .treatment import TensorTask
 
@@ -86,11 +87,26 @@ def run_plan(
         SourceError: values that are not finite. OutputExistsError, DiskSpaceError: before any tensor is read.
         ErrorBudgetExceeded: the bundle is whole, but a tensor's relative error is over `max_error`.
     """
+    _check_place(plan, Path(output).expanduser(), resume=resume, overwrite=overwrite)
+    proof = prove(plan.first, _merge_small, exact=plan.recipe.compress_rate == 0.0)
+    plan = replace(plan, notes=(*plan.notes, proof.note))
+    return _run(plan, output, overwrite=overwrite, resume=resume, executor=executor, progress=progress)
+
+
+def _merge_small(recipe: dict[str, Any], output: Path) -> Bundle:
+    return _run(plan_merge(recipe), output)
+
+
+def _run(
+    plan: MergePlan,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    executor: Executor = in_threads,
+    progress: OnProgress | None = None,
+) -> Bundle:
     output = Path(output).expanduser()
-    pick_device(plan.recipe.device)
-    check_output(output, overwrite=overwrite)
-    # The pieces and the bundle made of them lie side by side for a moment.
-    check_free_space(output.parent, 2 * plan.write_bytes - (half_done(output) if resume else 0))
     with disk_errors(output):
         staging = Staging(output, fingerprint(plan), resume=resume, overwrite=overwrite)
         notes = _compress_all(plan, staging, executor, progress)
@@ -100,6 +116,14 @@ def run_plan(
     bundle = Bundle.open(output)
     _check_budget(plan.recipe, bundle)
     return bundle
+
+
+def _check_place(plan: MergePlan, output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raises what would end the merge later: a device that is missing, an output that is there, too little room."""
+    pick_device(plan.recipe.device)
+    check_output(output, overwrite=overwrite)
+    # The pieces and the bundle made of them lie side by side for a moment.
+    check_free_space(output.parent, 2 * plan.write_bytes - (half_done(output) if resume else 0))
 
 
 def fingerprint(plan: MergePlan) -> dict[str, Any]:

@@ -19,13 +19,13 @@ from ..router.record import assessment_file
 from .blocks import cards, html_page, plot, plotly, section, size, table
 
 
-def write_assessment(found: Mapping[str, Any], path: Path) -> Path:
+def write_assessment(assessment: Mapping[str, Any], path: Path) -> Path:
     """A page about an assessment alone.
 
     Raises:
         MissingExtraError: plotly is not installed.
     """
-    proposal = (found.get("proposal") or {}).get("chosen")
+    proposal = (assessment.get("proposal") or {}).get("chosen")
     top = (
         cards(
             [
@@ -37,8 +37,8 @@ def write_assessment(found: Mapping[str, Any], path: Path) -> Path:
         if proposal
         else ""
     )
-    body = top + "".join(assessment_sections(found))
-    write_bytes(path, html_page("Assessment", body, f"polymerge {found['polymerge_version']}").encode())
+    body = top + "".join(assessment_sections(assessment))
+    write_bytes(path, html_page("Assessment", body, f"polymerge {assessment['polymerge_version']}").encode())
     return path
 
 
@@ -52,24 +52,24 @@ def bundle_sections(bundle: Bundle) -> list[str]:
     if not file.exists():
         return []
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if found["format"] != FORMAT:
+        assessment = json.loads(file.read_text(encoding="utf-8"))
+        if assessment["format"] != FORMAT:
             raise KeyError
-        return assessment_sections(found)
+        return assessment_sections(assessment)
     except (OSError, ValueError, KeyError, TypeError):
         raise BundleError(f"{file}: not an assessment; make it again with `polymerge assess {bundle.path}`") from None
 
 
-def assessment_sections(found: Mapping[str, Any]) -> list[str]:
+def assessment_sections(assessment: Mapping[str, Any]) -> list[str]:
     """Heatmap, table and, where there is one, the proposal."""
-    models = {**found["candidates"], **found["thinkers"]}
-    sections = [_heatmap(found, models), _costs(models)]
-    return sections + ([_proposal(found["proposal"])] if found["proposal"] else [])
+    models = {**assessment["candidates"], **assessment["thinkers"]}
+    sections = [_heatmap(assessment, models), _costs(models)]
+    return sections + ([_proposal(assessment["proposal"])] if assessment["proposal"] else [])
 
 
-def _heatmap(found: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -> str:
+def _heatmap(assessment: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -> str:
     go, _ = plotly()
-    fields = list(found["fields"])
+    fields = list(assessment["fields"])
     names = [name for name, model in models.items() if model["accuracy"]]
     grid = [[models[name]["accuracy"].get(field) for field in fields] for name in names]
     figure = go.Figure(

@@ -13,26 +13,26 @@ from ..bundle.inspect import Inspection, layer_number, module_kind
 from .blocks import COLOURS, mean, plot, plotly, section, size, table
 
 
-def merge_sections(found: Inspection, stats: Sequence[Mapping[str, Any]]) -> list[str]:
+def merge_sections(inspection: Inspection, stats: Sequence[Mapping[str, Any]]) -> list[str]:
     """Every section of a merge; without statistics only the sizes and the experts."""
-    sections = [_sizes(found), _experts(found)]
+    sections = [_sizes(inspection), _experts(inspection)]
     if stats:
-        sections += [_errors(stats), _energy(stats), _ranks(stats), _worst(found)]
+        sections += [_errors(stats), _energy(stats), _ranks(stats), _worst(inspection)]
     return sections
 
 
-def _sizes(found: Inspection) -> str:
+def _sizes(inspection: Inspection) -> str:
     go, _ = plotly()
-    residuals = sum(e.residual_bytes for e in found.experts)
-    own = sum(e.bytes for e in found.experts) - residuals
+    residuals = sum(e.residual_bytes for e in inspection.experts)
+    own_bytes = sum(e.bytes for e in inspection.experts) - residuals
     figure = go.Figure()
     labels = ["separate models", "one model", "this bundle"]
-    one = found.base_bytes
+    one = inspection.base_bytes
     parts = {
-        "whole models": [found.separate_bytes, one, 0],
+        "whole models": [inspection.separate_bytes, one, 0],
         "average": [0, 0, one],
         "residuals": [0, 0, residuals],
-        "experts' own tensors": [0, 0, own],
+        "experts' own tensors": [0, 0, own_bytes],
     }
     for (part, values), colour in zip(parts.items(), ("#b9c2cf", *COLOURS), strict=False):
         texts = [size(v) if v else "" for v in values]
@@ -51,7 +51,7 @@ def _sizes(found: Inspection) -> str:
     )
 
 
-def _experts(found: Inspection) -> str:
+def _experts(inspection: Inspection) -> str:
     head = (
         "expert",
         "size",
@@ -73,7 +73,7 @@ def _experts(found: Inspection) -> str:
             f"{e.lost_by_averaging:.2g}",
             e.source,
         )
-        for e in found.experts
+        for e in inspection.experts
     ]
     text = "Errors are relative Frobenius norms over all compressed tensors of an expert."
     return section("Experts", text, table(head, rows, last_is_source=True))
@@ -153,7 +153,7 @@ def _ranks(stats: Sequence[Mapping[str, Any]]) -> str:
     return section("Rank by kind of module", text, plot(figure, 300))
 
 
-def _worst(found: Inspection) -> str:
+def _worst(inspection: Inspection) -> str:
     head = ("tensor", "expert", "shape", "rank", "error", "energy kept")
     rows = [
         (
@@ -164,6 +164,6 @@ def _worst(found: Inspection) -> str:
             f"{line['relative_error']:.3g}",
             f"{line['energy_kept']:.1%}",
         )
-        for line in found.worst
+        for line in inspection.worst
     ]
     return section("Tensors that lost most", "By relative error of the rebuilt weight.", table(head, rows))

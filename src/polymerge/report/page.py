@@ -30,25 +30,27 @@ def write_report(bundle: Bundle | str | Path, path: str | Path, *, demo: Sequenc
         BundleError: not a bundle, or one with an unusable assessment. MissingExtraError: plotly is not installed.
     """
     bundle, path = Bundle.open(bundle), Path(path)
-    found = inspect_bundle(bundle)
+    inspection = inspect_bundle(bundle)
     sections = [demo_section(demo)] if demo else []
-    sections += [*router_sections(bundle.path), *merge_sections(found, bundle.stats())]
+    sections += [*router_sections(bundle.path), *merge_sections(inspection, bundle.stats())]
     sections += assessment.bundle_sections(bundle)
-    write_bytes(path, _page(bundle, found, sections).encode())
+    write_bytes(path, _page(bundle, inspection, sections).encode())
     return path
 
 
-def _page(bundle: Bundle, found: Inspection, sections: Sequence[str]) -> str:
+def _page(bundle: Bundle, inspection: Inspection, sections: Sequence[str]) -> str:
+    low, high = inspection.rank_range
     top = cards(
         [
-            (size(found.total_bytes), f"for {len(found.experts)} experts"),
-            (f"{found.share_of_one_model:.2f} ×", f"one model; apart they are {size(found.separate_bytes)}"),
-            (f"{found.energy_kept:.1%}", "of the residuals' energy kept"),
-            (f"{found.compress_rate:g}", f"compress rate, rank {found.rank_range[0]} to {found.rank_range[1]}"),
-            (found.scale.replace("_", " "), "scale"),
+            (size(inspection.total_bytes), f"for {len(inspection.experts)} experts"),
+            (f"{inspection.share_of_one_model:.2f} ×", f"one model; apart they are {size(inspection.separate_bytes)}"),
+            (f"{inspection.energy_kept:.1%}", "of the residuals' energy kept"),
+            (f"{inspection.compress_rate:g}", f"compress rate, rank {low} to {high}"),
+            (inspection.scale.replace("_", " "), "scale"),
         ]
     )
-    notes = "".join(f"<p>Note: {escape(note)}</p>" for note in found.notes)
-    intro = f"<p>{len(found.experts)} experts of {escape(found.architecture)}, stored in {escape(found.dtype)}.</p>"
+    notes = "".join(f"<p>Note: {escape(note)}</p>" for note in inspection.notes)
+    kind = f"{escape(inspection.architecture)}, stored in {escape(inspection.dtype)}"
+    intro = f"<p>{len(inspection.experts)} experts of {kind}.</p>"
     footer = f"polymerge {bundle.manifest.polymerge_version}, bundle {bundle.digest[:16]}"
     return html_page(bundle.path.resolve().name, f"{intro}{top}{notes}{''.join(sections)}", footer)

@@ -37,10 +37,10 @@ def router_sections(bundle: Path) -> list[str]:
 def _read(file: Path) -> dict[str, Any]:
     """What a file holds; nothing where it is missing or damaged: a report is drawn from what there is."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _learning_curve(fitted: Mapping[str, Any]) -> str:
@@ -150,14 +150,14 @@ def _picture(points: Sequence[Mapping[str, Any]]) -> str:
     figure = go.Figure()
     fields = list(dict.fromkeys(point["field"] for point in points))
     for field, colour in zip(fields, COLOURS * len(fields), strict=False):
-        own = [point for point in points if point["field"] == field]
+        field_points = [point for point in points if point["field"] == field]
         figure.add_scatter(
-            x=[point["x"] for point in own],
-            y=[point["y"] for point in own],
+            x=[point["x"] for point in field_points],
+            y=[point["y"] for point in field_points],
             mode="markers",
             name=escape(field),
             marker={"color": colour, "size": 7, "opacity": 0.75},
-            text=[escape(point["text"]) for point in own],
+            text=[escape(point["text"]) for point in field_points],
             hovertemplate="%{text}<extra>" + escape(field) + "</extra>",
         )
     figure.update_layout(xaxis={"visible": False}, yaxis={"visible": False})

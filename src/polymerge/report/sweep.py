@@ -72,10 +72,10 @@ def _table(points: Sequence[Mapping[str, Any]]) -> str:
 def _accuracies(points: Sequence[Mapping[str, Any]]) -> str:
     experts = points[0]["experts"]
     head = ("code", "rate", *experts, "kept")
-    rows = [["originals", "", *(_percent(found["original_accuracy"]) for found in experts.values()), ""]]
+    rows = [["originals", "", *(_percent(expert["original_accuracy"]) for expert in experts.values()), ""]]
     for point in points:
-        found = [_percent(expert["accuracy"]) for expert in point["experts"].values()]
-        rows.append([point["code"], f"{point['compress_rate']:g}", *found, _percent(point["kept"])])
+        accuracies = [_percent(expert["accuracy"]) for expert in point["experts"].values()]
+        rows.append([point["code"], f"{point['compress_rate']:g}", *accuracies, _percent(point["kept"])])
     return table(head, rows)
 
 

@@ -183,9 +183,9 @@ class _Search:
             number = len(self.measured) + 1
             what = f"rate {plan.recipe.compress_rate:g}, {code}" if keep else "the average"
             self.say(f"merge {number}: {what}, about {self.fitting.bytes(plan) / 1e6:.1f} MB")
-            found = self.measured[key] = measure(plan, self.references, self.folder, self.executor)
-            verdict = "reached" if self.target.is_reached(found) else "missed"
-            self.say(f"merge {number}: {self.target.words(found)}, {verdict}")
+            point = self.measured[key] = measure(plan, self.references, self.folder, self.executor)
+            verdict = "reached" if self.target.is_reached(point) else "missed"
+            self.say(f"merge {number}: {self.target.words(point)}, {verdict}")
         return self.measured[key]
 
     def _narrowed(self, code: CodeName, guess: int) -> int | None:
@@ -224,4 +224,4 @@ class _Search:
         return self.fitting.bytes(self.fitting.at(keep, code))
 
     def _worst_kl(self, keep: int, code: CodeName) -> float:
-        return max(found.kl for found in self.point(keep, code).experts.values())
+        return max(agreement.kl for agreement in self.point(keep, code).experts.values())

@@ -118,7 +118,7 @@ def _equal(
 ) -> bool:
     def read(expert: str, start: int, stop: int) -> Tensor:
         checkpoint, name = checkpoints[expert], task.sources[expert]
-        found = checkpoint.read_rows(name, start, stop) if task.shape else checkpoint.read(name)
-        return found.contiguous().reshape(-1).view(torch.uint8)
+        values = checkpoint.read_rows(name, start, stop) if task.shape else checkpoint.read(name)
+        return values.contiguous().reshape(-1).view(torch.uint8)
 
     return all(torch.equal(read(pair[0], *part), read(pair[1], *part)) for part in rows)

@@ -76,21 +76,21 @@ def merge(
     goal = read_target(target) if target is not None else None
     examples = read_prompts(prompts or {}, limit or LIMIT)
     output = Path(output).expanduser()
-    plan, found = plan_merge(recipe, **settings), None
+    plan, chosen = plan_merge(recipe, **settings), None
     if on_plan:
         on_plan(plan)
     with _opened(executor, address) as tasks:
         if goal:
             check_output(output, overwrite=overwrite)  # now and not after the work
             folder = next(parent for parent in output.absolute().parents if parent.exists())
-            found = find(
+            chosen = find(
                 plan.recipe, goal, examples, codes=codes or tuple(CODES), folder=folder, executor=tasks, progress=say
             )
-            _tell(found, goal, say, on_found)
-            plan = replanned(plan, compress_rate=found.recipe.compress_rate, code=found.recipe.code)
+            _tell(chosen, goal, say, on_found)
+            plan = replanned(plan, compress_rate=chosen.recipe.compress_rate, code=chosen.recipe.code)
         bundle = run_plan(plan, output, overwrite=overwrite, resume=resume, executor=tasks, progress=progress)
-    if found:
-        found.check(bundle)
+    if chosen:
+        chosen.check(bundle)
     return bundle
 
 
@@ -119,11 +119,11 @@ def _opened(executor: Executor | Where, address: str | None) -> AbstractContextM
 
 
 def _tell(
-    found: Found, goal: Target, say: Callable[[str], None] | None, on_found: Callable[[Found], None] | None
+    chosen: Found, goal: Target, say: Callable[[str], None] | None, on_found: Callable[[Found], None] | None
 ) -> None:
     if say:
-        rate, code, point = found.recipe.compress_rate, found.recipe.code, found.point
-        words = f"{goal.words(point)}, measured merges: {found.merges}" if point else "no merge needed"
+        rate, code, point = chosen.recipe.compress_rate, chosen.recipe.code, chosen.point
+        words = f"{goal.words(point)}, measured merges: {chosen.merges}" if point else "no merge needed"
         say(f"found: compress rate {rate:g} with code {code} ({words})")
     if on_found:
-        on_found(found)
+        on_found(chosen)

@@ -78,17 +78,17 @@ class Point:
     @property
     def kl(self) -> float:
         """Mean of the experts'."""
-        return sum(found.kl for found in self.experts.values()) / len(self.experts)
+        return sum(agreement.kl for agreement in self.experts.values()) / len(self.experts)
 
     @property
     def top1(self) -> float:
         """Mean of the experts'."""
-        return sum(found.top1 for found in self.experts.values()) / len(self.experts)
+        return sum(agreement.top1 for agreement in self.experts.values()) / len(self.experts)
 
     @property
     def kept(self) -> float | None:
         """Mean of the experts', without those that have none."""
-        known = [found.kept for found in self.experts.values() if found.kept is not None]
+        known = [agreement.kept for agreement in self.experts.values() if agreement.kept is not None]
         return sum(known) / len(known) if known else None
 
     def to_json(self) -> dict[str, Any]:
@@ -131,8 +131,8 @@ class Reference:
     def against(self, logits: Logits, device: torch.device | None = None) -> Agreement:
         """Compares a model that has the original's tokens."""
         total, same, tokens, right = 0.0, 0, 0, []
-        found = self._log_probabilities(logits, device)
-        for row, one, other in zip(self._rows, self._original, found, strict=True):
+        log_probabilities = self._log_probabilities(logits, device)
+        for row, one, other in zip(self._rows, self._original, log_probabilities, strict=True):
             total += float((one.exp() * (one - other)).sum())
             same += int((one.argmax(-1) == other.argmax(-1)).sum())
             tokens += len(one)
@@ -147,8 +147,8 @@ class Reference:
         """[compared tokens, vocabulary] of every example, on the CPU."""
         for row in self._rows:
             with torch.no_grad():
-                found = logits(torch.tensor([row.ids], device=device))[0, -row.compared - 1 : -1]
-            yield torch.log_softmax(found.float(), dim=-1).cpu()
+                token_logits = logits(torch.tensor([row.ids], device=device))[0, -row.compared - 1 : -1]
+            yield torch.log_softmax(token_logits.float(), dim=-1).cpu()
 
 
 def _tokens(engine: HFEngine, example: Example) -> _ComparedTokens:
@@ -235,12 +235,12 @@ def measure(
         began = time.monotonic()
         bundle = run_plan(replace(plan, recipe=recipe), Path(place) / "bundle", executor=executor)
         seconds = time.monotonic() - began
-        model, found, sizes = load_model(bundle), inspect_bundle(bundle), bundle.sizes()
+        model, inspection, sizes = load_model(bundle), inspect_bundle(bundle), bundle.sizes()
         experts = {
             name: reference.against(lambda ids, name=name: model(ids, experts=name).logits, model.device)  # type: ignore[misc]
             for name, reference in references.items()
         }
-    residuals = sum(expert.residual_bytes for expert in found.experts)
+    residuals = sum(expert.residual_bytes for expert in inspection.experts)
     share = sizes.total / sizes.one_model
     return Point(recipe.code, recipe.compress_rate, sizes.total, residuals, share, round(seconds, 1), experts)
 

@@ -34,16 +34,16 @@ class Target:
     def is_reached(self, point: Point) -> bool:
         """Of kl and accuracy."""
         if self.kind == "kl":
-            return all(found.kl <= self.value for found in point.experts.values())
+            return all(agreement.kl <= self.value for agreement in point.experts.values())
         # shares of few examples are quotients that may miss a round figure by the last bit
-        return all((found.kept or 0.0) >= self.value - 1e-9 for found in point.experts.values())
+        return all((agreement.kept or 0.0) >= self.value - 1e-9 for agreement in point.experts.values())
 
     def words(self, point: Point) -> str:
         """The worst expert's figure."""
 
         def badness(name: str) -> float:
-            found = point.experts[name]
-            return found.kl if self.kind == "kl" else -(found.kept or 0.0)
+            agreement = point.experts[name]
+            return agreement.kl if self.kind == "kl" else -(agreement.kept or 0.0)
 
         name = max(point.experts, key=badness)
         worst: Agreement = point.experts[name]

@@ -24,7 +24,10 @@ def part_the_ends(base: AdapterBase, changes: Changes, file: Path) -> bool:
     tied holds the same for each.
     """
     table, head = base.embedding, base.head
-    if not base.tied or table is None or head is None:
+    if not base.tied or table is None:
+        return False
+    if head is None:
+        _refuse_unknown_head(base, changes, table, file)
         return False
     _load_into_both(changes, table, head, file)
     tokens, others = changes.changed.get(table), changes.changed.get(head)
@@ -34,6 +37,15 @@ def part_the_ends(base: AdapterBase, changes: Changes, file: Path) -> bool:
         return True
     changes.drop(head)
     return False
+
+
+def _refuse_unknown_head(base: AdapterBase, changes: Changes, table: str, file: Path) -> None:
+    change = changes.changed.get(table)
+    if table in changes.apart or (change is not None and not isinstance(change, Replaced)):
+        raise SourceError(
+            f"{file}: changes {table!r}, which may be the head of {base.checkpoint.label} too: transformers does not "
+            "know its architecture; merge the adapter into its base first"
+        )
 
 
 def _load_into_both(changes: Changes, table: str, head: str, file: Path) -> None:

@@ -29,10 +29,10 @@ def adapter_folder(adapter: Path, base: Path, config: Mapping[str, Any], *, chan
     Args:
         changed: `config` is not the one in the base's folder.
     """
-    own = _matching(adapter, OWN)
-    if not own and not changed:
+    adapter_files = _matching(adapter, OWN)
+    if not adapter_files and not changed:
         return base
-    files = _base_files(base, own) | own
+    files = _base_files(base, adapter_files) | adapter_files
     text = json.dumps(config, indent=2, sort_keys=True)
     stats = [(name, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for name, file in files.items()]
     key = hashlib.sha256(json.dumps([text, sorted(stats)]).encode()).hexdigest()[:16]
@@ -43,15 +43,15 @@ def adapter_folder(adapter: Path, base: Path, config: Mapping[str, Any], *, chan
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
-    found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
-    return {str(file.relative_to(folder)): file for file in sorted(found)}
+    files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    return {str(file.relative_to(folder)): file for file in sorted(files)}
 
 
-def _base_files(base: Path, own: Mapping[str, Path]) -> dict[str, Path]:
+def _base_files(base: Path, adapter_files: Mapping[str, Path]) -> dict[str, Path]:
     """The base's small files, without those in whose place the adapter has another form of its own."""
     files = {file.name: file for file in sorted(base.iterdir()) if file.is_file() and file.suffix in KINDS}
     files |= _matching(base, TEMPLATES)
-    if any(name.startswith(("tokenizer", "vocab", "spiece")) for name in own):
+    if any(name.startswith(("tokenizer", "vocab", "spiece")) for name in adapter_files):
         replaced = {*_matching(base, TOKENIZER), *_matching(base, TEMPLATES)}
         files = {name: file for name, file in files.items() if name not in replaced}
     return {name: file for name, file in files.items() if not name.endswith(".index.json") and name != "config.json"}

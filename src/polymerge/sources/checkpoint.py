@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +26,8 @@ from torch import Tensor
 
 from ..errors import SourceError
 from ..host import dtype_name
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +55,7 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ class SafetensorsCheckpoint(Checkpoint):
         self.label, self.folder = label, folder
         self.config = read_json(folder / "config.json")
         weights = weights or _weights_of(folder, label, self.config)
-        found = _tensors_of_index(weights) if weights.suffix == ".json" else tensors_of_file(weights)
-        self.tensors = dict(sorted(found.items(), key=lambda item: natural_key(item[0])))
+        tensors = _tensors_of_index(weights) if weights.suffix == ".json" else tensors_of_file(weights)
+        self.tensors = in_natural_order(tensors)
 
     def read(self, name: str) -> Tensor:
         return read_tensor(self.tensors[name].file, name)
@@ -145,14 +145,14 @@ class BinCheckpoint(Checkpoint):
         weights = weights or _weights_of(folder, label, self.config)
         files = sorted(set(read_weight_map(weights).values())) if weights.suffix == ".json" else [weights.name]
         self._mapped: dict[str, Tensor] = {}
-        found: dict[str, TensorInfo] = {}
+        tensors: dict[str, TensorInfo] = {}
         for file in files:
             for name, tensor in _load_bin(folder / file).items():
                 self._mapped[name] = tensor
                 known = tensor.dtype if tensor.dtype in _DTYPES.values() else None
                 stored_as = dtype_name(tensor.dtype)
-                found[name] = TensorInfo(tuple(tensor.shape), known, stored_as, folder / file)
-        self.tensors = dict(sorted(found.items(), key=lambda item: natural_key(item[0])))
+                tensors[name] = TensorInfo(tuple(tensor.shape), known, stored_as, folder / file)
+        self.tensors = in_natural_order(tensors)
 
     def read(self, name: str) -> Tensor:
         return self._mapped[name].clone()
@@ -207,6 +207,11 @@ def natural_key(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name)]
 
 
+def in_natural_order(by_name: Mapping[str, T]) -> dict[str, T]:
+    """The same entries, sorted by `natural_key`."""
+    return {name: by_name[name] for name in sorted(by_name, key=natural_key)}
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises SourceError where the file is missing or something else."""
     try:
@@ -259,15 +264,15 @@ def _tensors_of_index(index: Path) -> dict[str, TensorInfo]:
 
 def tensors_of_file(file: Path) -> dict[str, TensorInfo]:
     """The header of one safetensors file."""
-    found = {}
+    tensors = {}
     with _opened(file) as handle:
         for name in handle.keys():  # noqa: SIM118 (a safetensors handle is not a dict)
             part = handle.get_slice(name)
             stored_as = part.get_dtype()
-            found[name] = TensorInfo(tuple(part.get_shape()), _DTYPES.get(stored_as), stored_as, file)
-    if not found:
+            tensors[name] = TensorInfo(tuple(part.get_shape()), _DTYPES.get(stored_as), stored_as, file)
+    if not tensors:
         raise SourceError(f"{file}: holds no tensors")
-    return found
+    return tensors
 
 
 def read_tensor(file: Path, name: str) -> Tensor:

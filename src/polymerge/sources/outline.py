@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import SourceError
 from ..host import DTYPES
-from .checkpoint import Checkpoint, TensorInfo, natural_key, read_json
+from .checkpoint import Checkpoint, TensorInfo, in_natural_order, read_json
 from .layers import meta_model, stored_names
 from .opening import HUB_ID
 
@@ -38,11 +38,11 @@ class OutlineCheckpoint(Checkpoint):
                 "say `config:`, a folder with the config.json of an architecture of the same sizes that it knows"
             )
         dtype = DTYPES.get(str(self.config.get("dtype") or self.config.get("torch_dtype")), torch.float32)
-        found = {
+        tensors = {
             name: TensorInfo(shape, dtype, STORED_AS[dtype], folder / "config.json")
             for name, shape in stored_names(model).items()
         }
-        self.tensors = dict(sorted(found.items(), key=lambda item: natural_key(item[0])))
+        self.tensors = in_natural_order(tensors)
 
     @property
     def bytes(self) -> int:
