@@ -24,7 +24,8 @@ def route(
         file: instead of a text, a JSONL file whose rows have `prompt`; it is read as routes are taken.
 
     Raises:
-        RouterError: neither or both are given, or there is no router. DataError: as it is read, a row of the file is none.
+        RouterError: neither or both are given, or there is no router.
+        DataError: as the file is read, a row of it is none.
     """
     if (text is None) == (file is None):
         raise RouterError("route: give either a text or --file")
