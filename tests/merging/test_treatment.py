@@ -28,6 +28,7 @@ from polymerge.merging.treatment import (
 from polymerge.recipe.merge import Recipe
 from polymerge.sources.layers import LayerRecord, map_layers
 from polymerge.sources.opening import open_checkpoint
+from polymerge.sources.persona import persona_of
 from tests.killed import content
 from tests.tiny import COMMON, make_experts
 
@@ -190,7 +191,7 @@ def test_add_refuses_what_merge_refuses_and_verify_says_so(case: Case, row: str)
     assert_has(refusal(lambda: added(bundle, case.folder)), words)
     assert content(bundle.path) == before
     try:  # as if e2 were what e1 was made of
-        problems = verify(bundle, sources=True, moved={"e1": str(case.folder / "e2")}).problems
+        problems = verify(bundle, source={"e1": str(case.folder / "e2")}).problems
     except PolymergeError as error:
         problems = [str(error)]
     assert problems and "e2" in problems[0] and not [problem for problem in problems if "\n" in problem]
@@ -217,28 +218,66 @@ def test_a_refusal_names_the_bundle_where_there_is_one(case: Case) -> None:
     ("key", "value"),
     [
         ("rope_parameters", {"rope_theta": 5e5, "rope_type": "default"}),
-        ("rms_norm_eps", 1e-3),
+        ("rope_theta", 5e5),  # as files of older versions have it
         ("max_position_embeddings", 64),
     ],
 )
-def test_what_is_noted_by_merge_is_noted_by_add(case: Case, key: str, value: object) -> None:
+def test_other_positions_are_held_by_merge_and_by_add_alike(case: Case, key: str, value: object) -> None:
     case.settings(**{key: value})
+    if key == "rope_theta":
+        case.settings(rope_parameters=None)
     plain = merged(case.folder, "e0", "e1")
-    assert not plain.manifest.notes
+    assert not plain.manifest.notes and plain.manifest.format_version == 1
     together = merged(case.folder, "e0", "e2", out="together")
-    assert together.manifest.notes == (f"{key} differs between 'e0' and 'e2'; the bundle takes 'e0''s",)
+    assert together.manifest.experts["e2"].persona == ("positions",)
+    assert together.manifest.format_version == 3 and "the average has 'e0''s" in together.manifest.notes[0]
     grown = add_expert(plain, "e2", case.folder / "e2")
-    assert grown.notes == (f"{key} of 'e2' differs from the bundle's; the bundle keeps its own",)
-    assert grown.bundle.manifest.notes == grown.notes
+    assert grown.persona == ("positions",) and grown.bundle.manifest.format_version == 3
+    kept = [b.persona("e2") for b in (together, grown.bundle)]
+    assert kept[0].positions == kept[1].positions == persona_of(open_checkpoint(str(case.folder / "e2"))).positions
 
 
-def test_another_tokenizer_is_noted_alike(case: Case) -> None:
-    for number, folder in enumerate(("e0", "e1", "e2")):
-        (case.folder / folder / "tokenizer.json").write_text(json.dumps({"same": number < 2}))
-    bundle = merged(case.folder, "e0", "e1")
-    assert not bundle.manifest.notes
-    assert merged(case.folder, "e0", "e2", out="b").manifest.notes[0].startswith("tokenizer.json differs")
-    assert add_expert(bundle, "e2", case.folder / "e2").notes[0].startswith("tokenizer.json of 'e2' differs")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"head_dim": None},  # the default is 48 / 4
+        {"transformers_version": "4.40.0", "_name_or_path": "somewhere", "torch_dtype": "float32"},
+        {"attention_dropout": 0.3, "initializer_range": 0.1, "use_cache": False, "output_attentions": True},
+        {"eos_token_id": 2, "unsloth_version": "2026.1", "pretraining_tp": 2, "id2label": {"0": "a"}},
+    ],
+)
+def test_what_cannot_matter_is_no_difference(case: Case, change: dict[str, Any]) -> None:
+    case.settings(**change)
+    bundle = merged(case.folder, "e0", "e2")
+    assert bundle.manifest.format_version == 1 and not bundle.manifest.notes
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key", "values"),
+    [
+        ("llama", "rms_norm_eps", (1e-6, 1e-3)),
+        ("llama", "hidden_act", ("silu", "relu")),
+        ("qwen3-moe", "norm_topk_prob", (True, False)),
+        ("mistral", "sliding_window", (None, 8)),
+        ("gemma3", "query_pre_attn_scalar", (256, 64)),
+        ("gemma3", "final_logit_softcapping", (None, 30.0)),
+    ],
+)
+def test_every_setting_that_changes_a_forward_pass_is_refused_with_both_values(
+    tmp_path: Path, architecture: str, key: str, values: tuple[Any, Any]
+) -> None:
+    experts = make_experts(architecture, tmp_path)
+    for number, path in enumerate(experts.values()):
+        path.rename(tmp_path / f"e{number}")
+    case = Case(tmp_path)
+    case.settings("e0", "e1", **{key: values[0]})
+    case.settings("e2", **{key: values[1]})
+    words = ["'e2'", f"differ in {key}: {values[0]} and {values[1]}"]
+    assert_has(refusal(lambda: merged(tmp_path, "e0", "e2")), words)
+    bundle = merged(tmp_path, "e0", "e1")
+    assert_has(refusal(lambda: added(bundle, tmp_path)), words)
+    result = verify(bundle, source={"e1": str(tmp_path / "e2")})
+    assert_has(" ".join(result.problems), [f"differ in {key}"])
 
 
 def test_unknown_tensors_that_agree_are_stored_once_and_a_coarser_type_is_the_same(case: Case) -> None:
@@ -349,7 +388,7 @@ def test_tasks_for_an_added_expert_are_the_merges(case: Case) -> None:
 
 def test_settings_that_agree_need_no_note(case: Case) -> None:
     first, second = (expert_in(case.folder, name) for name in ("e0", "e1"))
-    assert check_settings(frame_of(first), second) == []
+    check_settings(frame_of(first), second)
     assert names_in(frame_of(first), second) == {name: name for name in second.checkpoint.tensors}
 
 

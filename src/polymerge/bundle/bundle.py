@@ -21,9 +21,11 @@ from ..errors import BundleError, SourceError
 from ..host import DTYPES
 from ..method.code import Code
 from ..method.dense import dense
-from ..sources.checkpoint import Checkpoint, open_folder
+from ..sources.checkpoint import Checkpoint, open_folder, read_json
+from ..sources.persona import Persona, read_persona
 from .manifest import MANIFEST, SCALES_FILE, STATS, BundleLayer, Manifest, read_manifest
 from .peft import adapter_name
+from .personas import stored_persona
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Bundle:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
+        self._personas: dict[str | None, Persona] = {}
 
     @classmethod
     def open(cls, path: str | Path | Bundle) -> Bundle:
@@ -211,6 +214,18 @@ class Bundle:
         except ValueError as error:
             raise BundleError(f"{place}: {error}; copy the bundle again") from None
         return whole
+
+    def persona(self, expert: str | None = None) -> Persona:
+        """What an expert has beside its weights; of None, the average's. Raises BundleError for an unknown name."""
+        if expert is not None:
+            self.expert_folder(expert)
+        if expert not in self._personas:
+            if expert is None:
+                self._personas[None] = read_persona(self.path, read_json(self.path / "config.json"))
+            else:
+                groups = self.manifest.experts[expert].persona
+                self._personas[expert] = stored_persona(self.path, expert, groups, self.persona())
+        return self._personas[expert]
 
     def scales(self, expert: str) -> dict[str, float]:
         """Checkpoint name -> rho_i. A tensor that is not listed has rho 1."""

@@ -28,6 +28,7 @@ class ExpertSummary:
         energy_kept: share of the squared residual norms that its factors keep, over all tensors.
         relative_error: sqrt of the summed squared errors over the summed squared norms, over all compressed tensors.
         lost_by_averaging: the same if nothing but the average (with the expert's scale) were kept.
+        persona: what it has of its own beside its weights: tokenizer, template, generation, positions.
     """
 
     name: str
@@ -39,6 +40,7 @@ class ExpertSummary:
     energy_kept: float
     relative_error: float
     lost_by_averaging: float
+    persona: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -162,4 +164,5 @@ def _expert(bundle: Bundle, name: str, stats: list[dict[str, Any]]) -> ExpertSum
         energy_kept=energy_kept(stats),
         relative_error=relative_error(stats),
         lost_by_averaging=relative_error(stats, "residual_norm"),
+        persona=bundle.manifest.experts[name].persona,
     )

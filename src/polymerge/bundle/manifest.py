@@ -7,7 +7,7 @@ or read (`polymerge.bundle.bundle`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,11 +18,13 @@ from ..host import DTYPES
 from ..method.code import Code
 from ..method.codes import PUBLISHED, code_of
 from ..recipe.merge import CodeName
+from ..sources.persona import Group
 from .files import FileEntry
 
 FORMAT = "polymerge-bundle"
-# Version 1 holds residuals as published; version 2 differs only in that they have a code.
-FORMAT_VERSIONS = (1, 2)
+# Version 1 holds residuals as published; version 2 differs only in that they have a code; version 3 in that experts
+# have personas, or tensors dtypes, of their own.
+FORMAT_VERSIONS = (1, 2, 3)
 MANIFEST = "polymerge.json"
 STATS = "merge_stats.jsonl"
 # PEFT's name for an adapter's weights. What an expert's file is called in a bundle says its code.
@@ -54,6 +56,7 @@ class ExpertRecord(_Strict):
     Attributes:
         revision: of a hub id, the commit where it is known.
         base, base_revision: of the model under an adapter.
+        persona: groups in which it is not the bundle's: they lie in `experts/<name>/persona/`.
     """
 
     source: str
@@ -62,6 +65,7 @@ class ExpertRecord(_Strict):
     revision: str | None = None
     base: str | None = None
     base_revision: str | None = None
+    persona: tuple[Group, ...] = ()
 
 
 class BundleLayer(_Strict):
@@ -71,6 +75,7 @@ class BundleLayer(_Strict):
         shape: as stored.
         rank: of the residuals; 0 for a tensor that has none.
         mean_scale: s̄, the mean Frobenius norm of the experts' tensors, for linear weights.
+        dtype: of its own; None where it is the bundle's.
     """
 
     tensor: str
@@ -81,6 +86,7 @@ class BundleLayer(_Strict):
     shape: tuple[int, ...]
     rank: int
     mean_scale: float | None = None
+    dtype: str | None = None
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -97,7 +103,7 @@ class Manifest(_Strict):
     """
 
     format: Literal["polymerge-bundle"] = "polymerge-bundle"
-    format_version: Literal[1, 2] = 1
+    format_version: Literal[1, 2, 3] = 1
     polymerge_version: str
     method: Method
     dtype: str
@@ -121,7 +127,9 @@ class Manifest(_Strict):
         if self.format_version == 1:
             del data["method"]["code"]  # which readers of version 1 alone do not know
         for name, record in data["experts"].items():  # nor what was added since
-            data["experts"][name] = {key: value for key, value in record.items() if value is not None}
+            data["experts"][name] = {key: value for key, value in record.items() if value not in (None, [])}
+        for layer in (layer for layer in data["layers"] if layer["dtype"] is None):
+            del layer["dtype"]
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
     def with_expert(
@@ -134,9 +142,11 @@ class Manifest(_Strict):
         notes: Sequence[str] = (),
     ) -> Manifest:
         """With one more expert: its files, its ratios rho, and what a user should hear of."""
+        experts = {**self.experts, name: record}
         return self.model_copy(
             update={
-                "experts": {**self.experts, name: record},
+                "format_version": version_of(self.code, experts.values(), self.layers),
+                "experts": experts,
                 "files": dict(sorted({**self.files, **files}.items())),
                 "scale_ratio_range": (
                     min([self.scale_ratio_range[0], *ratios]),
@@ -148,20 +158,33 @@ class Manifest(_Strict):
 
     def without_expert(self, name: str) -> Manifest:
         """Without an expert and its files."""
+        experts = {n: record for n, record in self.experts.items() if n != name}
         return self.model_copy(
             update={
-                "experts": {n: record for n, record in self.experts.items() if n != name},
+                "format_version": version_of(self.code, experts.values(), self.layers),
+                "experts": experts,
                 "files": {n: entry for n, entry in self.files.items() if not n.startswith(f"experts/{name}/")},
             }
         )
 
     @model_validator(mode="after")
-    def _version_fits_the_code(self) -> Manifest:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
-        if self.format_version != self.code.format_version:
-            raise ValueError(f"format version {self.format_version} does not fit code {self.method.code!r}")
+    def _version_fits(self) -> Manifest:
+        for dtype in {self.dtype, *(layer.dtype for layer in self.layers if layer.dtype)}:
+            if dtype not in DTYPES:
+                raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.format_version != version_of(self.code, self.experts.values(), self.layers):
+            raise ValueError(
+                f"format version {self.format_version} does not fit code {self.method.code!r}, "
+                "the experts' personas and the tensors' dtypes"
+            )
         return self
+
+
+def version_of(code: Code, experts: Iterable[ExpertRecord], layers: Iterable[BundleLayer]) -> Literal[1, 2, 3]:
+    """The lowest format version that has all this."""
+    if any(record.persona for record in experts) or any(layer.dtype for layer in layers):
+        return 3
+    return code.format_version
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -179,7 +202,7 @@ def read_manifest(path: Path) -> Manifest:
         raise BundleError(f"{file}: cannot be read: {error}") from None
     version = data.get("format_version") if isinstance(data, dict) else None
     if version not in FORMAT_VERSIONS:
-        known = " and ".join(map(str, FORMAT_VERSIONS))
+        known = f"{', '.join(map(str, FORMAT_VERSIONS[:-1]))} and {FORMAT_VERSIONS[-1]}"
         raise BundleError(f"{file}: format version {version!r}; this polymerge reads versions {known}")
     try:
         return Manifest.model_validate(data)

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from ..errors import BundleError
+from ..host import DTYPES
 from ..sources.checkpoint import read_json
 from .bundle import Bundle
 from .manifest import BundleLayer
 from .peft import adapter_config, coded_config
+from .personas import persona_problems
 
 # Settings of an adapter that follow from its tensors.
 CHECKED_SETTINGS = (
@@ -68,6 +70,8 @@ def verify_files(bundle: Bundle, progress: Callable[[str], None] | None = None) 
     for expert in bundle.experts:
         say(f"structure of {expert}")
         result.problems += adapter_problems(bundle, expert)
+        groups = bundle.manifest.experts[expert].persona
+        result.problems += persona_problems(bundle.path, expert, groups, list(bundle.manifest.files))
     return result
 
 
@@ -80,6 +84,8 @@ def base_problems(bundle: Bundle) -> Iterator[str]:
         elif stored[layer.tensor].shape != layer.shape:
             shape = list(stored[layer.tensor].shape)
             yield f"base: tensor {layer.tensor!r} is {shape}, the manifest says {list(layer.shape)}"
+        elif layer.dtype and stored[layer.tensor].dtype != DTYPES[layer.dtype]:
+            yield f"base: tensor {layer.tensor!r} is {stored[layer.tensor].stored_as}, the manifest says {layer.dtype}"
     for tensor in stored:
         if tensor not in bundle.layers:
             yield f"base: tensor {tensor!r} is not in the manifest"

@@ -18,27 +18,12 @@ import numpy as np
 
 from ..method.code import Code
 from ..sources.checkpoint import SAFETENSORS_INDEX, natural_key
+from ..sources.persona import GENERATION, MORE_TEMPLATES, OLD_TEMPLATE, TEMPLATE, TOKENIZER_FILES
 from .files import Content, Entry, FileEntry, Piece, write_bytes, write_json, write_pieces, write_safetensors
 from .manifest import MANIFEST, SCALES_FILE, STATS, BundleLayer
 from .peft import PEFT_PREFIX, coded_config, peft_adapter
 
 SHARD_BYTES = 5 * 10**9
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-
-
 # Of a configuration: what only holds for the files that it lay beside.
 OF_THE_SOURCE = (
     "_name_or_path",
@@ -126,14 +111,23 @@ def write_scales(file: Path, scales: Mapping[str, float]) -> FileEntry:
     return write_safetensors(file, entries, (np.float32(ratio).tobytes() for ratio in scales.values()))
 
 
-def copy_model_files(source: Path, folder: Path, config: dict[str, Any], *, code: bool) -> dict[str, FileEntry]:
-    """Configuration, tokenizer and chat templates. Python files only with the user's consent (`code`)."""
+def copy_model_files(
+    source: Path, folder: Path, config: dict[str, Any], *, code: bool, tokenizer: Path | None = None
+) -> dict[str, FileEntry]:
+    """Configuration, generation settings, tokenizer and chat templates, byte by byte.
+
+    Args:
+        code: Python files come along: only with the user's consent.
+        tokenizer: where tokenizer and chat templates lie, if not in `source`.
+    """
     written = {"config.json": write_json(folder / "config.json", config)}
-    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    names += [str(f.relative_to(source)) for f in sorted(source.glob("additional_chat_templates/*.jinja"))]
-    names += [file.name for file in sorted(source.glob("*.py"))] if code else []
-    for name in names:
-        written[name] = write_bytes(folder / name, (source / name).read_bytes())
+    words = tokenizer or source
+    files = [words / name for name in (*TOKENIZER_FILES, TEMPLATE, OLD_TEMPLATE)]
+    files += [*sorted(words.glob(f"{MORE_TEMPLATES}/*.jinja")), source / GENERATION]
+    files += sorted(source.glob("*.py")) if code else []
+    for file in (file for file in files if file.is_file()):
+        name = f"{MORE_TEMPLATES}/{file.name}" if file.parent.name == MORE_TEMPLATES else file.name
+        written[name] = write_bytes(folder / name, file.read_bytes())
     return written
 
 

@@ -33,8 +33,8 @@ def add(
             bundle, name, source, base=base, device=device, trust_remote_code=trust_remote_code,
             progress=lambda done, total, tensor: show(done, total),
         )  # fmt: skip
-    for note in () if quiet else added.notes:
-        err.print(f"note: {note}", markup=False)
+    if added.persona and not quiet:
+        err.print(f"{name} has its own {', '.join(added.persona)}", markup=False)
     if as_json:
         print_json(_data(added, name))
     elif not quiet:
@@ -48,7 +48,7 @@ def _data(added: Added, name: str) -> dict[str, Any]:
         "relative_error": added.relative_error,
         "fresh_relative_error": added.fresh_relative_error,
         "scale_ratio_range": added.scale_ratio_range,
-        "notes": added.notes,
+        "persona": added.persona,
     }
 
 

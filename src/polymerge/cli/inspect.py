@@ -56,6 +56,8 @@ def inspect(
             e.source,
         )
     out.print(experts)
+    for e in (e for e in found.experts if e.persona):
+        out.print(f"{e.name} has its own {', '.join(e.persona)}", markup=False)
     worst = Table("tensors that lost most", "expert", "rank", "error", "energy kept")
     for line in inspection.worst:
         worst.add_row(

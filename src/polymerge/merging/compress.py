@@ -45,6 +45,10 @@ class Settings:
     n_oversamples: int
     n_iter: int
 
+    def of(self, task: TensorTask) -> Settings:
+        """These, for one tensor: whole tensors in its own dtype, factors in the bundle's."""
+        return replace(self, dtype=task.dtype) if task.dtype else self
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -77,6 +81,7 @@ def compress_tensor(task: TensorTask, settings: Settings, read: Read, emit: Emit
         SourceError: a value is not finite; names expert and tensor.
     """
     report = TensorReport()
+    settings = settings.of(task)
     if task.treatment == "copy":
         return _copy(task, read, emit, report)
     if task.record.role != "linear":
@@ -205,11 +210,11 @@ def _keep_or_average(
     emit(None, task.name, mean.view(task.shape))
     if task.treatment == "keep" and not agreed:
         for expert in experts:
-            emit_own(task, expert, mean, read, emit)
+            emit_own(task, expert, mean, settings, read, emit)
     return report
 
 
-def emit_own(task: TensorTask, expert: str, base: Tensor, read: Read, emit: Emit) -> None:
+def emit_own(task: TensorTask, expert: str, base: Tensor, settings: Settings, read: Read, emit: Emit) -> None:
     """An expert's own tensor. The bias of a compressed layer travels as a difference, where PEFT looks for it.
 
     Args:
@@ -219,7 +224,7 @@ def emit_own(task: TensorTask, expert: str, base: Tensor, read: Read, emit: Emit
         bias = read(expert, task.sources[expert], 0, task.shape[0])
         emit(expert, adapter_key(task, "lora_B.bias"), bias.float() - base.float())
         return
-    whole = torch.empty_like(base)
+    whole = torch.empty(base.shape, dtype=settings.dtype)
     _read_into(whole, expert, task, read)
     emit(expert, adapter_key(task), whole.view(task.shape))
 

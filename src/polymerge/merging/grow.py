@@ -7,6 +7,7 @@ them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -30,9 +31,12 @@ from ..recipe.merge import Source, check_expert_name
 from ..sources.checkpoint import Checkpoint
 from ..sources.layers import map_layers
 from ..sources.opening import open_checkpoint
+from ..sources.persona import Group, Persona, differing, persona_of
 from .compress import Emit, Settings, TensorReport, compress_against, emit_own, frobenius_norm
 from .executor import settings_of
 from .journal import Note, Staging
+from .personas import store_persona
+from .precision import with_dtypes
 from .reading import check_copy, checked_digest, reader_of
 from .records import expert_record, ratios_of, scales_of
 from .treatment import Expert, TensorTask, check_settings, frame_of_bundle, tasks_for
@@ -49,14 +53,14 @@ class Added:
         relative_error: mean relative error of the new expert's sampled layers, against the base as it stands.
         fresh_relative_error: the same if all experts were merged anew (estimated).
         scale_ratio_range: smallest and largest rho of the new expert.
-        notes: what differs from the bundle and is the bundle's for all experts.
+        persona: in what it differs from the bundle beside its weights, and has its own.
     """
 
     bundle: Bundle
     relative_error: float
     fresh_relative_error: float
     scale_ratio_range: tuple[float, float]
-    notes: tuple[str, ...] = ()
+    persona: tuple[Group, ...] = ()
 
 
 def add_expert(
@@ -89,9 +93,11 @@ def add_expert(
     checkpoint = open_checkpoint(source.model_copy(update={"base": base}) if base else source)
     expert = Expert(name, checkpoint, map_layers(checkpoint, trust_remote_code=trust_remote_code))
     frame = frame_of_bundle(bundle)
-    heard = check_settings(frame, expert)
-    tasks = tasks_for(frame, [expert], bundle.manifest.method)
+    check_settings(frame, expert, trust_remote_code=trust_remote_code)
     settings = settings_of(bundle.manifest.method, DTYPES[bundle.manifest.dtype], device)
+    tasks = with_dtypes(tasks_for(frame, [expert], bundle.manifest.method), {name: checkpoint}, settings.dtype)
+    persona = persona_of(checkpoint)
+    groups = differing(bundle.persona(), persona)
     check_free_space(bundle.path, 2 * sum(task.expert_bytes(settings.dtype, settings.code) for task in tasks))
     shutil.rmtree(bundle.path / "experts" / name, ignore_errors=True)  # left by a kill before the manifest was written
     staging = Staging(bundle.path / "experts" / name, {}, resume=False, overwrite=False)
@@ -101,16 +107,17 @@ def add_expert(
             notes.append(_add_tensor(bundle, checkpoint, task, settings, staging, index))
             if progress:
                 progress(index + 1, len(tasks), task.name)
-        files = _write(staging, bundle, name, tasks, notes)
+        store = functools.partial(_store, bundle=bundle, name=name, persona=persona, groups=groups)
+        files = _write(staging, bundle, name, tasks, notes, store)
     except Exception:
         shutil.rmtree(staging.folder, ignore_errors=True)  # a second `add` starts again
         raise
-    record = expert_record(name, checkpoint, tasks, notes)
+    record = expert_record(name, checkpoint, tasks, notes, groups)
     lines = [line.to_json() for note in notes for line in note.stats]
     write_stats(bundle.path, [*bundle.stats(), *lines])
-    manifest = bundle.manifest.with_expert(name, record, files=files, ratios=ratios_of(notes), notes=heard)
+    manifest = bundle.manifest.with_expert(name, record, files=files, ratios=ratios_of(notes))
     _write_manifest(bundle, manifest)
-    return _assess(Bundle.open(bundle.path), name, checkpoint, tasks, settings, notes, tuple(heard))
+    return _assess(Bundle.open(bundle.path), name, checkpoint, tasks, settings, notes)
 
 
 def remove_expert(bundle: Bundle | str | Path, name: str) -> Bundle:
@@ -141,12 +148,13 @@ def _add_tensor(
             check_copy(raw, base, name, source)
             report.digests[name] = hashlib.sha256(raw_bytes(raw)).hexdigest()
             return staging.finish(index, writer.note(report.digests, {}, ()))
+        settings = settings.of(task)
         report.digests[name] = checked_digest(raw, settings.dtype, name, source)
         if task.record.role == "linear":
             _add_linear(bundle, name, task, raw, base, settings, writer.emit, report)
-        elif task.treatment == "keep" and not torch.equal(raw.to(base.dtype), base):
+        elif task.treatment == "keep" and not torch.equal(raw.to(settings.dtype).float(), base.float()):
             base = base.view(task.shape or (1,))
-            emit_own(task, name, base, reader_of({name: checkpoint}), writer.emit)
+            emit_own(task, name, base, settings, reader_of({name: checkpoint}), writer.emit)
         return staging.finish(index, writer.note(report.digests, report.scales, report.stats))
 
 
@@ -168,7 +176,12 @@ def _add_linear(
 
 
 def _write(
-    staging: Staging, bundle: Bundle, name: str, tasks: Sequence[TensorTask], notes: Sequence[Note]
+    staging: Staging,
+    bundle: Bundle,
+    name: str,
+    tasks: Sequence[TensorTask],
+    notes: Sequence[Note],
+    store: Callable[[Path], dict[str, FileEntry]],
 ) -> dict[str, FileEntry]:
     pieces = [piece for note in notes for piece in note.pieces]
     layers = list(bundle.layers.values())
@@ -181,8 +194,18 @@ def _write(
     tied, code = bundle.manifest.tied_embedding, bundle.code
     scales = scales_of(name, tasks, notes)
     files = write_expert(folder, name, pieces, scales, layers, staging.content, code=code, tied_embedding=tied)
+    files |= store(folder)
     staging.publish(folder / "experts" / name)
     return files
+
+
+def _store(
+    folder: Path, bundle: Bundle, name: str, persona: Persona, groups: tuple[Group, ...]
+) -> dict[str, FileEntry]:
+    """What the expert has of its own beside its weights; Python files only where the bundle has some."""
+    tied = bool(bundle.persona().config.get("tie_word_embeddings", bundle.manifest.tied_embedding is not None))
+    code = any(file.endswith(".py") for file in bundle.manifest.files)
+    return store_persona(folder, name, persona, groups, dtype=bundle.manifest.dtype, tied=tied, code=code)
 
 
 def _write_manifest(bundle: Bundle, manifest: Manifest) -> None:
@@ -197,7 +220,6 @@ def _assess(
     tasks: Sequence[TensorTask],
     settings: Settings,
     notes: Sequence[Note],
-    heard: tuple[str, ...],
 ) -> Added:
     errors = {line.tensor: line.relative_error for note in notes for line in note.stats}
     linear = [task for task in tasks if task.treatment == "low_rank"]
@@ -209,7 +231,7 @@ def _assess(
         relative_error=sum(errors[task.name] for task in sample) / max(1, len(sample)),
         fresh_relative_error=sum(fresh) / max(1, len(fresh)),
         scale_ratio_range=(min(ratios), max(ratios)),
-        notes=heard,
+        persona=bundle.manifest.experts[name].persona,
     )
 
 

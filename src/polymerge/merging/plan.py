@@ -12,8 +12,7 @@ from typing import Any, Unpack
 
 import torch
 
-from ..errors import SourceError
-from ..host import DTYPES, dtype_name
+from ..host import dtype_name
 from ..method.code import Code
 from ..method.codes import code_of
 from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, Source, load_recipe
@@ -21,6 +20,8 @@ from ..sources.checkpoint import Checkpoint
 from ..sources.layers import LayerMap, map_layers
 from ..sources.opening import open_checkpoint
 from ..sources.outline import OutlineCheckpoint, outline
+from .personas import Personas, personas_of
+from .precision import bundle_dtype, with_dtypes
 from .treatment import Expert, TensorTask, check_settings, frame_of, task_of, tasks_for, with_differences
 
 
@@ -35,6 +36,7 @@ class MergePlan:
     dtype: torch.dtype
     tied: bool
     notes: tuple[str, ...]
+    personas: Personas
 
     @property
     def first(self) -> Checkpoint:
@@ -53,7 +55,7 @@ class MergePlan:
 
     @property
     def base_bytes(self) -> int:
-        return sum(task.numel for task in self.tasks) * self.dtype.itemsize
+        return sum(task.stored_bytes(self.dtype) for task in self.tasks)
 
     @property
     def residual_bytes(self) -> int:
@@ -104,7 +106,8 @@ class MergePlan:
             "write_bytes": self.write_bytes,
             "read_bytes": self.read_bytes,
             "memory_bytes": self.memory_bytes,
-            "notes": list(self.notes),
+            "personas": {name: list(groups) for name, groups in self.personas.groups.items() if groups},
+            "notes": [*self.notes, *self.personas.hints],
         }
 
 
@@ -129,33 +132,24 @@ def plan_merge(recipe: RecipeLike, *, weights: bool = True, **settings: Unpack[R
         shown = recipe.config or "the hub's config.json"
         notes.append(f"sizes of {', '.join(outlined)} are from {shown} alone; no weight was looked at")
     for expert in experts[1:]:
-        notes += check_settings(frame_of(first), expert)
+        check_settings(frame_of(first), expert, trust_remote_code=recipe.trust_remote_code)
+    personas = personas_of(checkpoints)
+    notes += personas.notes
     untied = next((expert for expert in experts if not expert.layer_map.tied), None)
     reference = untied or first
     tasks = tasks_for(frame_of(reference), experts, recipe)
-    dtype = _dtype(recipe, checkpoints, tasks)
-    return MergePlan(recipe, checkpoints, reference.layer_map, tasks, dtype, untied is None, tuple(notes))
+    dtype = bundle_dtype(recipe, checkpoints, tasks)
+    tasks = with_dtypes(tasks, checkpoints, dtype)
+    return MergePlan(recipe, checkpoints, reference.layer_map, tasks, dtype, untied is None, tuple(notes), personas)
 
 
 def replanned(plan: MergePlan, *, compress_rate: float, code: CodeName) -> MergePlan:
     """The same experts at another rate and with another code, without opening them again."""
     recipe = plan.recipe.model_copy(update={"compress_rate": compress_rate, "code": code})
-    tasks = [task_of(task.record, task.shape, task.sources, recipe) for task in plan.tasks]
+    tasks = [replace(task_of(t.record, t.shape, t.sources, recipe), dtype=t.dtype) for t in plan.tasks]
     return replace(plan, recipe=recipe, tasks=with_differences(tasks))
 
 
 def _opened(recipe: Recipe, source: Source, weights: bool) -> Checkpoint:
     found = None if weights else outline(source.source, recipe.config, revision=source.revision)
     return found or open_checkpoint(source)
-
-
-def _dtype(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tasks: tuple[TensorTask, ...]) -> torch.dtype:
-    if recipe.dtype:
-        return DTYPES[recipe.dtype]
-    linear = next((t for t in tasks if t.record.role == "linear"), tasks[0])
-    found = {e: checkpoints[e].tensors[source].dtype or torch.float32 for e, source in linear.sources.items()}
-    if len(set(found.values())) > 1:
-        kinds = ", ".join(f"{e}: {dtype_name(d)}" for e, d in found.items())
-        raise SourceError(f"the experts are stored in different dtypes ({kinds}); say `dtype:` in the recipe")
-    dtype = next(iter(found.values()))
-    return torch.float32 if dtype == torch.float64 else dtype

@@ -12,7 +12,9 @@ from dataclasses import asdict
 from ..bundle.manifest import BundleLayer, ExpertRecord
 from ..host import dtype_name
 from ..sources.checkpoint import Checkpoint
+from ..sources.persona import Group
 from .journal import Note
+from .precision import main_dtype
 from .treatment import TensorTask
 
 
@@ -28,20 +30,24 @@ def bundle_layer(task: TensorTask, note: Note) -> BundleLayer:
         shape=task.shape,
         rank=task.rank,
         mean_scale=note.stats[0].mean_scale if note.stats else None,
+        dtype=dtype_name(task.dtype) if task.dtype else None,
     )
 
 
 def expert_record(
-    expert: str, checkpoint: Checkpoint, tasks: Sequence[TensorTask], notes: Sequence[Note]
+    expert: str,
+    checkpoint: Checkpoint,
+    tasks: Sequence[TensorTask],
+    notes: Sequence[Note],
+    persona: tuple[Group, ...] = (),
 ) -> ExpertRecord:
     """Where an expert came from, and the hash over the names and bytes of its tensors."""
     lines = (f"{task.sources[expert]} {note.digests[expert]}\n" for task, note in zip(tasks, notes, strict=True))
-    linear = next((task for task in tasks if task.record.role == "linear"), tasks[0])
-    dtype = checkpoint.tensors[linear.sources[expert]].dtype
     return ExpertRecord(
         **asdict(checkpoint.whence),
         sha256=hashlib.sha256("".join(lines).encode()).hexdigest(),
-        dtype=dtype_name(dtype) if dtype else "unknown",
+        dtype=dtype_name(main_dtype(expert, checkpoint, tasks)),
+        persona=persona,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..bundle.bundle import Bundle
 from ..bundle.files import FileEntry, check_free_space, check_output, disk_errors
-from ..bundle.manifest import BundleLayer, Manifest, Method
+from ..bundle.manifest import BundleLayer, Manifest, Method, version_of
 from ..bundle.peft import missing_siblings
 from ..bundle.write import (
     bundle_config,
@@ -32,6 +32,7 @@ from ..recipe.merge import Recipe
 from ..version import __version__
 from .executor import Executor, in_threads
 from .journal import Note, Staging, half_done
+from .personas import store_persona
 from .plan import MergePlan, plan_merge
 from .proof import prove
 from .records import bundle_layer, expert_record, ratios_of, scales_of
@@ -165,7 +166,8 @@ def _assemble(plan: MergePlan, staging: Staging, notes: list[Note], folder: Path
     layers = tuple(bundle_layer(task, note) for task, note in zip(plan.tasks, notes, strict=True))
     code = plan.recipe.trust_remote_code
     config = bundle_config(plan.first.config, dtype=dtype_name(plan.dtype), tied=plan.tied, code=code)
-    files = copy_model_files(plan.first.folder, folder, config, code=code)
+    tokenizer = plan.personas.bundle.folder
+    files = copy_model_files(plan.first.folder, folder, config, code=code, tokenizer=tokenizer)
     base = {piece.key: piece for piece in pieces if piece.owner is None}
     files |= write_base(folder, list(base.values()), staging.content)
     for expert in plan.checkpoints:
@@ -175,6 +177,8 @@ def _assemble(plan: MergePlan, staging: Staging, notes: list[Note], folder: Path
         scales = scales_of(expert, plan.tasks, notes)
         tied = plan.tied_embedding
         files |= write_expert(folder, expert, own, scales, layers, staging.content, code=plan.code, tied_embedding=tied)
+        persona, groups = plan.personas.experts[expert], plan.personas.groups[expert]
+        files |= store_persona(folder, expert, persona, groups, dtype=dtype_name(plan.dtype), tied=plan.tied, code=code)
     write_stats(folder, (line.to_json() for note in notes for line in note.stats))
     write_manifest(folder, _manifest(plan, notes, layers, files).to_json())
 
@@ -183,16 +187,17 @@ def _manifest(
     plan: MergePlan, notes: list[Note], layers: tuple[BundleLayer, ...], files: dict[str, FileEntry]
 ) -> Manifest:
     recipe = plan.recipe
-    ratios = ratios_of(notes)
+    ratios, groups = ratios_of(notes), plan.personas.groups
+    experts = {n: expert_record(n, c, plan.tasks, notes, groups[n]) for n, c in plan.checkpoints.items()}
     return Manifest(
-        format_version=plan.code.format_version,
+        format_version=version_of(plan.code, experts.values(), layers),
         polymerge_version=__version__,
         method=Method(**recipe.model_dump(include=set(Method.model_fields))),
         dtype=dtype_name(plan.dtype),
         architecture=(plan.first.config.get("architectures") or ["unknown"])[0],
         layers_from=plan.layer_map.layers_from,
         tied_embedding=plan.tied_embedding,
-        experts={name: expert_record(name, c, plan.tasks, notes) for name, c in plan.checkpoints.items()},
+        experts=experts,
         scale_ratio_range=(min(ratios, default=1.0), max(ratios, default=1.0)),
         layers=layers,
         files=dict(sorted(files.items())),

@@ -17,6 +17,7 @@ from ..errors import PolymergeError, SourceError
 from ..sources.checkpoint import Origin
 from ..sources.layers import map_layers
 from ..sources.opening import opened_again
+from ..sources.persona import differing, persona_of
 from .reading import same_numbers
 from .treatment import Expert, check_settings, frame_of_bundle, tasks_for
 
@@ -66,10 +67,12 @@ def check_source(bundle: Bundle, expert: str, moved: str | None, result: Verific
     candidate, frame = _opened(bundle, expert, moved), frame_of_bundle(bundle)
     try:
         check_settings(frame, candidate)
+        unlike = differing(bundle.persona(expert), persona_of(candidate.checkpoint))
         tasks = tasks_for(frame, [candidate], bundle.manifest.method)
     except SourceError as reason:
         result.problems.append(f"{source}: {reason}; is it the checkpoint that was merged?")
         return
+    result.problems += [f"expert {expert!r}: its {group} is not the one of {source}" for group in unlike]
     recorded = {line["tensor"]: line["relative_error"] for line in bundle.stats() if line["expert"] == expert}
     reader, errors = bundle.expert_reader(expert), {}
     for task in tasks:

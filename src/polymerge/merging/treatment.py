@@ -20,31 +20,15 @@ from ..errors import SourceError
 from ..method.code import Code
 from ..method.codes import code_of
 from ..method.rsvd import factors_are_smaller, rank_for_rate
+from ..model.positions import objection
 from ..recipe.merge import Recipe
 from ..sources.checkpoint import Checkpoint, read_json
-from ..sources.layers import LayerMap, LayerRecord
+from ..sources.configuration import first_difference, positions_of, resolved, settings_of
+from ..sources.layers import LayerMap, LayerRecord, meta_model
 
 Treatment = Literal["low_rank", "full", "average", "keep", "copy"]
 # What says how tensors are stored: a recipe, and the manifest of the bundle that was made of one.
 Settings = Recipe | Method
-
-# Settings that shapes do not show, and with which one set of weights means two different models.
-MUST_AGREE = (
-    "model_type",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "num_experts_per_tok",
-)
-SHOULD_AGREE = (
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "rms_norm_eps",
-    "max_position_embeddings",
-    "sliding_window",
-)
 
 
 @dataclass(frozen=True)
@@ -59,6 +43,7 @@ class TensorTask:
         rank: of the residuals; 0 unless "low_rank".
         sources: expert -> the tensor's name in that expert's checkpoint.
         as_difference: a bias of a low-rank layer: an adapter holds its difference from the base's, as PEFT does.
+        dtype: what it is stored in, where that is not the bundle's (`polymerge.merging.precision`).
     """
 
     record: LayerRecord
@@ -67,6 +52,7 @@ class TensorTask:
     rank: int
     sources: Mapping[str, str]
     as_difference: bool = False
+    dtype: torch.dtype | None = None
 
     @property
     def name(self) -> str:
@@ -85,10 +71,14 @@ class TensorTask:
         rows, columns = self.shape
         return (columns, rows) if self.record.transposed else (rows, columns)
 
+    def stored_bytes(self, dtype: torch.dtype) -> int:
+        """Of one whole tensor, in a bundle of this dtype."""
+        return self.numel * (self.dtype or dtype).itemsize
+
     def expert_bytes(self, dtype: torch.dtype, code: Code) -> int:
         """What one expert's adapter stores for this tensor, at most."""
         if self.treatment in ("full", "keep"):
-            return self.numel * dtype.itemsize
+            return self.stored_bytes(dtype)
         return code.bytes(*self.matrix_shape, self.rank) if self.treatment == "low_rank" else 0
 
 
@@ -148,28 +138,32 @@ def frame_of_bundle(bundle: Bundle) -> Frame:
     return Frame(None, bundle.path, read_json(bundle.path / "config.json"), slots, head)
 
 
-def check_settings(frame: Frame, expert: Expert) -> list[str]:
-    """What a user should hear of: settings that differ and of which the bundle has one for all.
+def check_settings(frame: Frame, expert: Expert, *, trust_remote_code: bool = False) -> None:
+    """Whether weights of this expert mean the same in the frame's model. Defaults are filled in before two
+    configurations are compared; positions may differ, where the architecture lets them follow the rows.
 
     Raises:
-        SourceError: a setting differs with which the same weights are another model.
+        SourceError: a setting differs with which the same weights are another model; names it and both values.
     """
-    one, other = frame.config, expert.checkpoint.config
-    if one.get("architectures") != other.get("architectures"):
-        raise SourceError(
-            f"{frame.label} and expert {expert.name!r} have different architectures: "
-            f"{one.get('architectures')} and {other.get('architectures')}"
-        )
-    for key in MUST_AGREE:
-        if one.get(key) != other.get(key):
-            raise SourceError(
-                f"{frame.label} and expert {expert.name!r} differ in {key}: {one.get(key)} and {other.get(key)}"
-            )
-    notes = [_note(frame, expert, key) for key in SHOULD_AGREE if one.get(key) != other.get(key)]
-    files = [folder / "tokenizer.json" for folder in (frame.folder, expert.checkpoint.folder)]
-    if all(file.exists() for file in files) and files[0].read_bytes() != files[1].read_bytes():
-        notes.append(_note(frame, expert, "tokenizer.json"))
-    return notes
+    folder, config = expert.checkpoint.folder, expert.checkpoint.config
+    pair = f"{frame.label} and expert {expert.name!r}"
+    kinds = [frame.config.get("architectures"), config.get("architectures")]
+    if kinds[0] != kinds[1]:
+        raise SourceError(f"{pair} have different architectures: {kinds[0]} and {kinds[1]}")
+    one, other = resolved(frame.folder, frame.config), resolved(folder, config)
+    settings, others = settings_of(one), settings_of(other)
+    key = first_difference(settings, others)
+    if key is not None:
+        raise SourceError(f"{pair} differ in {key}: {settings.get(key)} and {others.get(key)}")
+    moved = first_difference(positions_of(one), positions_of(other))
+    if moved is None:
+        return
+    models = [meta_model(place, trust_remote_code=trust_remote_code) for place in (frame.folder, folder)]
+    unknown = "transformers does not know the architecture"
+    reason = objection(models[0], models[1]) if models[0] and models[1] else unknown
+    if reason:
+        values = f"{positions_of(one).get(moved)} and {positions_of(other).get(moved)}"
+        raise SourceError(f"{pair} differ in {moved}: {values}; they cannot be held apart, because {reason}")
 
 
 def names_in(frame: Frame, expert: Expert) -> dict[str, str]:
@@ -202,9 +196,10 @@ def tasks_for(frame: Frame, experts: Sequence[Expert], settings: Settings) -> tu
     tasks = []
     for tensor, slot in frame.slots.items():
         sources = {expert.name: names[expert.name][tensor] for expert in experts}
-        # A manifest does not say which tensors the model does not know; the checkpoints do.
-        known = all(expert.layer_map.records[sources[expert.name]].known for expert in experts)
-        tasks.append(task_of(replace(slot.record, known=known), slot.shape, sources, settings))
+        # A manifest does not say which tensors the model does not know, or computes with in float32; checkpoints do.
+        records = [expert.layer_map.records[sources[expert.name]] for expert in experts]
+        known, wide = all(record.known for record in records), any(record.float32 for record in records)
+        tasks.append(task_of(replace(slot.record, known=known, float32=wide), slot.shape, sources, settings))
     return with_differences(tasks)
 
 
@@ -237,12 +232,6 @@ def with_differences(tasks: Sequence[TensorTask]) -> tuple[TensorTask, ...]:
 
 def _record(layer: BundleLayer) -> LayerRecord:
     return LayerRecord(layer.tensor, layer.module, layer.parameter, layer.role, layer.transposed)
-
-
-def _note(frame: Frame, expert: Expert, what: str) -> str:
-    if frame.expert is None:
-        return f"{what} of {expert.name!r} differs from the bundle's; the bundle keeps its own"
-    return f"{what} differs between {frame.expert!r} and {expert.name!r}; the bundle takes {frame.expert!r}'s"
 
 
 def _check_names(frame: Frame, expert: Expert, names: Mapping[str, str]) -> None:

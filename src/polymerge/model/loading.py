@@ -4,18 +4,22 @@ put in its place (`polymerge.model.placing`).
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from torch import nn
 
 from ..bundle.bundle import Bundle
 from ..errors import ModelError
 from ..host import DTYPES, pick_device, pick_dtype
+from ..sources.layers import meta_model
 from .assignment import Assignment
 from .mixed import MixedModel
-from .placing import CodedPlacer, Placer
+from .placing import CodedPlacer, Placed, Placer
+from .positions import place_positions
 from .trial import Trial
 
 logger = logging.getLogger(__name__)
@@ -64,8 +68,25 @@ def load_model(
     if trial.objection:
         raise ModelError(f"{bundle.path}: {type(hf).__name__} cannot be run as a bundle: {trial.objection}")
     state = Assignment(bundle.experts, place)
+    rows = place_positions(hf, state, _with_positions(bundle, trust_remote_code))
     placed = placer(bundle, hf, state, chosen, trial).place()
-    return MixedModel(hf, state, bundle, placed).to(place)
+    placed = Placed([*placed.modules, *rows], placed.strategy)
+    return MixedModel(hf, state, bundle, placed, trust_remote_code=trust_remote_code).to(place)
+
+
+def _with_positions(bundle: Bundle, trust_remote_code: bool) -> list[nn.Module | None]:
+    """For every expert a model without weights that has its positions; None where they are the bundle's."""
+    found: dict[str, nn.Module | None] = {}
+    models = []
+    for expert in bundle.experts:
+        persona = bundle.persona(expert)
+        said = json.dumps(persona.positions, sort_keys=True)
+        if said not in found and "positions" in bundle.manifest.experts[expert].persona:
+            found[said] = meta_model(persona.config_folder, trust_remote_code=trust_remote_code)
+            if found[said] is None:
+                raise ModelError(f"{persona.config_folder}: transformers cannot read the positions of {expert!r}")
+        models.append(found.get(said))
+    return models
 
 
 def _uses_kernel(kernel: Kernel, bundle: Bundle, device: torch.device, dtype: torch.dtype) -> bool:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .assignment import Assignment, Experts
+from .assignment import Assignment, Experts, RowExpert
+from .personas import AVERAGE, Personas
 
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle
@@ -34,11 +34,14 @@ class MixedModel(nn.Module):
             expert, where an architecture allows nothing finer.
     """
 
-    def __init__(self, hf: Any, state: Assignment, bundle: Bundle, placed: Placed) -> None:
+    def __init__(
+        self, hf: Any, state: Assignment, bundle: Bundle, placed: Placed, *, trust_remote_code: bool = False
+    ) -> None:
         super().__init__()
         self.hf, self._state, self.bundle = hf, state, bundle
         self.own = nn.ModuleList(placed.modules)  # what stands in the place of a forward is no part of the tree
         self.strategy = placed.strategy
+        self.personas = Personas(bundle, trust_remote_code=trust_remote_code)
 
     def forward(self, input_ids: Tensor | None = None, *args: Any, experts: Experts = None, **kwargs: Any) -> Any:
         """The transformers model's own forward. input_ids [B, T] (or `inputs_embeds` [B, T, H])."""
@@ -57,9 +60,17 @@ class MixedModel(nn.Module):
         """Everything that runs inside uses these experts, for batches of `rows` rows (or their beams)."""
         self._state.set(experts, rows)
         try:
+            self._check_mixtures()
             yield
         finally:
             self._state.set(None, 1)
+
+    def _check_mixtures(self) -> None:
+        names = [*self._state.names, AVERAGE]
+        for weights, _ in self._state.groups:
+            if 1.0 not in weights:
+                members = {name: weight for name, weight in zip(names, weights, strict=True) if weight}
+                self.personas.check_mixture(members)
 
     def check_experts(self, experts: Experts, rows: int = 1) -> None:
         """Raises ModelError for what `forward` and `generate` would refuse."""
@@ -92,15 +103,14 @@ class MixedModel(nn.Module):
         dtype: torch.dtype = self.hf.dtype
         return dtype
 
-    @cached_property
+    @property
     def tokenizer(self) -> Any:
-        """The bundle's tokenizer, padding on the left as generation needs it."""
-        from transformers import AutoTokenizer
+        """The average's tokenizer, padding on the left as generation needs it."""
+        return self.tokenizer_of(None)
 
-        tokenizer = AutoTokenizer.from_pretrained(self.bundle.path, local_files_only=True, padding_side="left")
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
+    def tokenizer_of(self, expert: RowExpert) -> Any:
+        """An expert's own tokenizer, with its chat template. Raises ModelError where it has none that can be used."""
+        return self.personas.tokenizer(expert)
 
     def to(self, *args: Any, **kwargs: Any) -> MixedModel:
         """As torch's; the assignment moves along."""

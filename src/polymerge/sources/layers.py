@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -47,6 +47,7 @@ class LayerRecord:
         transposed: the matrix is stored [in, out] (GPT-2's Conv1D).
         known: False where the model has no such parameter, or one of whole numbers, a table; it is copied, and never
             differs between experts.
+        float32: the architecture computes with it in float32, whatever the rest of the model is in.
     """
 
     tensor: str
@@ -55,6 +56,7 @@ class LayerRecord:
     role: Role
     transposed: bool = False
     known: bool = True
+    float32: bool = False
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,8 @@ def _known_names(
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     stored_shapes = {name: tuple(tensor.shape) for name, tensor in stored_as(model, state).items()}
     known = {name: LayerRecord(name, *_split(name), *roles.get(name, ("other", False))) for name in state}
+    wide = _kept_in_float32(model)
+    known = {name: replace(record, float32=wide(name)) for name, record in known.items()}
     stored_under: dict[str, set[str]] = {name: set() for name in state}
     for stored, parts in forms_of(model).items():
         for part in parts:
@@ -252,6 +256,13 @@ def _known_names(
         else:  # one matrix of a fused parameter, or several in one
             known[stored] = LayerRecord(stored, stored.removesuffix(".weight"), "weight", "linear")
     return known, stored_under, shapes | stored_shapes
+
+
+def _kept_in_float32(model: PreTrainedModel) -> Callable[[str], bool]:
+    """Whether transformers loads a parameter in float32 into a model in 16 bits, by its own patterns."""
+    patterns = sorted(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    found = re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns)) if patterns else None
+    return lambda name: found is not None and found.search(name) is not None
 
 
 def _roles(model: PreTrainedModel) -> dict[str, tuple[Role, bool]]:

@@ -1,0 +1,98 @@
+"""With which tokenizer, template, end tokens, settings and context a request is answered: its expert's own.
+
+Knows personas and what an engine makes of them; does not know models or batches.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Self
+
+from ..model.personas import speaker_of
+from ..sources.persona import Group, Persona, load_tokenizer
+from .base import Message
+from .chat import chat_ids
+from .defaults import GenerationDefaults, checkpoint_defaults
+
+if TYPE_CHECKING:
+    from ..model.assignment import RowExpert
+
+# An expert's persona, and in which groups it is not the average's.
+Own = Callable[[str], tuple[Persona, Sequence[Group]]]
+
+
+@dataclass(frozen=True)
+class Voice:
+    """What one expert speaks with.
+
+    Attributes:
+        max_length: of its context, in tokens.
+    """
+
+    tokenizer: Any
+    defaults: GenerationDefaults
+    max_length: int
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a text."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
+        return ids
+
+    def text(self, ids: Sequence[int], special: bool) -> str:
+        """The text of token ids, with or without special tokens; that of one alone may be a part of a character."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=not special)
+        return text
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation; without a chat template, its turns one below the other."""
+        return chat_ids(self.tokenizer, messages)
+
+
+class Voices:
+    """Those of a bundle: the average's, and made when first asked for, those of experts that have their own.
+
+    Args:
+        average: the bundle's.
+        own: an expert's persona; None where all have the average's.
+    """
+
+    def __init__(self, average: Voice, own: Own | None = None) -> None:
+        self.average, self._own = average, own
+        self._made: dict[str, Voice] = {}
+
+    def of(self, expert: RowExpert) -> Voice:
+        """A mixture has its heaviest member's.
+
+        Raises:
+            ModelError: its tokenizer cannot be used, or a setting means nothing.
+        """
+        name = speaker_of(expert)
+        if name is None or self._own is None:
+            return self.average
+        if name not in self._made:
+            persona, groups = self._own(name)
+            self._made[name] = _voice(self.average, name, persona, groups) if groups else self.average
+        return self._made[name]
+
+    def apart(self) -> Self:
+        """The same with tokenizers of its own: one changes its settings while it encodes, so that every thread needs
+        its own."""
+        average = replace(self.average, tokenizer=copy.deepcopy(self.average.tokenizer))
+        return type(self)(average, self._own)
+
+
+def _voice(average: Voice, name: str, persona: Persona, groups: Sequence[Group]) -> Voice:
+    tokenizer, defaults, length = average.tokenizer, average.defaults, average.max_length
+    if "tokenizer" in groups:
+        tokenizer = load_tokenizer(persona)
+    elif "template" in groups:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = persona.chat_template
+    if "tokenizer" in groups or "generation" in groups:
+        defaults = checkpoint_defaults(SimpleNamespace(**persona.generation), tokenizer, f"expert {name!r}")
+    if "positions" in groups:
+        length = persona.max_length or length
+    return Voice(tokenizer, defaults, length)
