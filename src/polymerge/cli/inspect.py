@@ -56,7 +56,7 @@ def inspect(
             e.source,
         )
     out.print(experts)
-    for e in (e for e in found.experts if e.persona):
+    for e in (e for e in inspection.experts if e.persona):
         out.print(f"{e.name} has its own {', '.join(e.persona)}", markup=False)
     worst = Table("tensors that lost most", "expert", "rank", "error", "energy kept")
     for line in inspection.worst:
