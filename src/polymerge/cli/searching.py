@@ -32,7 +32,7 @@ class Wanted:
 
     def find(self, recipe: Recipe, output: Path, *, overwrite: bool, executor: Executor, quiet: bool) -> Found:
         """Searches; the bundles that are measured lie beside the output for a moment."""
-        from ..bundle.files import check_output
+        from ..bundle.place import check_output
         from ..search.find import find
 
         check_output(output.expanduser(), overwrite=overwrite)  # now and not after the work

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.bundle import Bundle
-from ..bundle.files import FileEntry, check_free_space, check_output, disk_errors
+from ..bundle.files import FileEntry, check_free_space, disk_errors
+from ..bundle.lock import writing
 from ..bundle.manifest import BundleLayer, Manifest, Method, version_of
 from ..bundle.peft import missing_siblings
+from ..bundle.place import check_output, publish, restore, settled, work_folder
 from ..bundle.write import (
     bundle_config,
     clear,
@@ -74,7 +76,8 @@ def merge(
     """Merges the recipe's experts into a bundle at `output`.
 
     The result depends only on the recipe and the sources: not on the workers or where they run, and not on whether
-    the merge was killed and resumed. Nothing appears at `output` before the bundle is whole.
+    the merge was killed and resumed. Nothing appears at `output` before the bundle is whole. Where `output` is a link,
+    the bundle comes to where it leads.
 
     Args:
         recipe: a Recipe, its dict, or a YAML file.
@@ -84,7 +87,7 @@ def merge(
 
     Raises:
         RecipeError, SourceError: before any tensor is read, except for values that are not finite.
-        OutputExistsError, DiskSpaceError: before any tensor is read.
+        OutputExistsError, LockedError, DiskSpaceError: before any tensor is read.
         ErrorBudgetExceeded: the bundle is whole, but a tensor's relative error is over `max_error`.
     """
     plan = plan_merge(load_recipe(recipe))
@@ -101,18 +104,21 @@ def run_plan(
     progress: OnProgress | None = None,
 ) -> Bundle:
     """`merge` for a plan that is already made."""
-    output = Path(output).expanduser()
+    output = settled(output)
+    work = work_folder(output)
     pick_device(plan.recipe.device)
     check_output(output, overwrite=overwrite)
     # The pieces and the bundle made of them lie side by side for a moment.
-    check_free_space(output.parent, 2 * plan.write_bytes - (half_done(output) if resume else 0))
-    with disk_errors(output):
-        staging = Staging(output, fingerprint(plan), resume=resume, overwrite=overwrite)
+    check_free_space(output.parent, 2 * plan.write_bytes - (half_done(work) if resume else 0))
+    with disk_errors(output), writing(output):
+        restore(output)
+        check_output(output, overwrite=overwrite)  # again: now nobody else changes it
+        staging = Staging(work, fingerprint(plan), resume=resume, kind="merge")
         notes = _compress_all(plan, staging, executor, progress)
-        folder = staging.folder / "bundle"
+        folder = work / "bundle"
         _assemble(plan, staging, notes, folder)
-        staging.publish(folder)
-    bundle = Bundle.open(output)
+        publish(folder, output)
+        bundle = Bundle.open(output)
     _check_budget(plan.recipe, bundle)
     return bundle
 
@@ -121,7 +127,7 @@ def fingerprint(plan: MergePlan) -> dict[str, Any]:
     """What must be equal for half-done work to be gone on with. Workers, device and how the bundle will answer may
     differ."""
     answering = {"config", "thinker", "staged", "memory_limit"}
-    recipe = plan.recipe.model_dump(mode="json", exclude={"workers", "max_error", *answering})
+    recipe = plan.recipe.model_dump(mode="json", exclude={"workers", "device", "max_error", *answering})
     return {
         "polymerge": __version__,
         "recipe": recipe,

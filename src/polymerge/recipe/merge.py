@@ -8,7 +8,6 @@ whether a source exists is found out by `polymerge.sources.checkpoint`.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -16,6 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from ..errors import RecipeError
+from ..naming import check_expert_names
 from .response import StageSettings, ThinkerSettings
 
 KeepOrAverage = Literal["keep", "average"]
@@ -25,10 +25,6 @@ DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 # A key's path in a YAML file -> its line.
 Lines = dict[tuple[str, ...], int]
 Model = TypeVar("Model", bound=BaseModel)
-
-# An expert's name becomes a folder's name, a route's name and an HTTP header's value.
-EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-RESERVED_NAMES = frozenset({"average", "auto", "staged", "base", "default"})
 
 
 class Source(BaseModel):
@@ -116,24 +112,6 @@ class Recipe(BaseModel):
         if len(experts) < 2:
             raise ValueError(f"a merge needs at least two experts, found {len(experts)}")
         return experts
-
-
-def check_expert_names(names: Collection[str]) -> None:
-    """Raises ValueError unless all names are safe and no two are one."""
-    for name in names:
-        check_expert_name(name)
-    if len({name.casefold() for name in names}) < len(names):
-        raise ValueError("two experts have the same name (upper and lower case do not tell them apart)")
-
-
-def check_expert_name(name: str) -> None:
-    """Raises ValueError unless `name` is safe as a folder, a route and a header."""
-    if name.casefold() in RESERVED_NAMES:
-        raise ValueError(f"expert name {name!r} is reserved ({', '.join(sorted(RESERVED_NAMES))})")
-    if not EXPERT_NAME.fullmatch(name) or ".." in name:
-        raise ValueError(
-            f"expert name {name!r} must be 1 to 64 letters, digits, '.', '_' or '-', and start with a letter or digit"
-        )
 
 
 def load_recipe(source: Recipe | dict[str, Any] | str | Path) -> Recipe:

