@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 
 from ..bundle.bundle import Bundle
-from ..bundle.files import DTYPE_NAMES, Entry, check_free_space, publish, raw_bytes
+from ..bundle.files import DTYPE_NAMES, Entry, raw_bytes
+from ..bundle.place import settled
+from ..bundle.reading import steady
 from ..bundle.write import bundle_config, copy_model_files, write_weights
 from ..host import dtype_of
 from ..sources.checkpoint import read_json
-from .place import fresh
+from .place import placed
 
 
 def export_dense(
@@ -24,28 +26,28 @@ def export_dense(
         dtype: "float32", "bfloat16" or "float16"; by default the bundle's.
 
     Raises:
-        BundleError: unknown expert. OutputExistsError, DiskSpaceError: before anything is written.
+        BundleError: unknown expert. OutputExistsError, LockedError, DiskSpaceError: before anything is written.
     """
-    bundle, output = Bundle.open(bundle), Path(output).expanduser()
+    bundle, output = Bundle.open(bundle), settled(output)
     bundle.expert_folder(expert)
     target = dtype_of(dtype or bundle.manifest.dtype)
     entries = [_entry(bundle, tensor, target) for tensor in bundle.layers]
-    check_free_space(output.parent, sum(entry[3] for entry in entries))
-    staged = fresh(output, overwrite=overwrite)
-    tied = bool(read_json(bundle.path / "config.json").get("tie_word_embeddings"))
-    config = bundle_config(
-        read_json(bundle.path / "config.json"), dtype=dtype or bundle.manifest.dtype, tied=tied, code=True
-    )
-    copy_model_files(bundle.path, staged, config, code=True)
-    reader = bundle.expert_reader(expert)
+    needed = sum(entry[3] for entry in entries)
+    with placed(output, overwrite=overwrite, needed=needed) as staged, steady(bundle):
+        tied = bool(read_json(bundle.path / "config.json").get("tie_word_embeddings"))
+        config = bundle_config(
+            read_json(bundle.path / "config.json"), dtype=dtype or bundle.manifest.dtype, tied=tied, code=True
+        )
+        copy_model_files(bundle.path, staged, config, code=True)
+        reader = bundle.expert_reader(expert)
 
-    def content(index: int) -> Iterator[bytes]:
-        tensor = reader.read(entries[index][0])
-        tensor = tensor.to(target) if tensor.is_floating_point() else tensor
-        yield bytes(raw_bytes(tensor))
+        def content(index: int) -> Iterator[bytes]:
+            tensor = reader.read(entries[index][0])
+            tensor = tensor.to(target) if tensor.is_floating_point() else tensor
+            yield bytes(raw_bytes(tensor))
 
-    write_weights(staged, entries, content)
-    return publish(staged, output)
+        write_weights(staged, entries, content)
+    return output
 
 
 def _entry(bundle: Bundle, tensor: str, dtype: torch.dtype) -> Entry:

@@ -10,11 +10,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ...errors import BundleError
+from ...naming import check_expert_names, check_path
 
 NOTE = "polymerge-vllm.json"
 # What `vllm serve --max-lora-rank` accepts (vLLM 0.32, vllm/config/lora.py).
@@ -25,6 +26,8 @@ EMBEDDING_ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM")
 # On CPUs, vLLM 0.32 gives requests without an adapter whatever lies in the last slot (they index it as -1, in
 # vllm/lora/ops/torch_ops): one more slot than experts keeps that one empty.
 SPARE_SLOTS = 1
+# Part of vLLM's command line: never to be taken for an option.
+ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 # The name under which the base is served.
 AVERAGE = "average"
 
@@ -64,6 +67,12 @@ class ServedExpert(_Strict):
     same_token: float
     probe: Probe
 
+    @field_validator("adapter")
+    @classmethod
+    def _stays_inside(cls, adapter: str) -> str:
+        check_path(adapter)
+        return adapter
+
 
 class VllmNote(_Strict):
     """polymerge-vllm.json.
@@ -80,15 +89,21 @@ class VllmNote(_Strict):
     format_version: Literal[1] = 1
     polymerge_version: str
     bundle: str
-    dtype: str
+    dtype: Annotated[str, Field(pattern=r"^[a-z0-9]+$")]
     max_lora_rank: int
-    target_modules: tuple[str, ...]
+    target_modules: tuple[ModuleName, ...]
     head_adapters: bool
     base_bytes: int
     slot_bytes: int
     calibration_tokens: int
     experts: dict[str, ServedExpert]
     lost: tuple[str, ...]
+
+    @field_validator("experts")
+    @classmethod
+    def _experts_are_safe(cls, experts: dict[str, ServedExpert]) -> dict[str, ServedExpert]:
+        check_expert_names(experts)
+        return experts
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), ensure_ascii=False) + "\n"
@@ -122,10 +137,13 @@ def read_note(folder: str | Path) -> VllmNote:
         raise BundleError(
             f"{folder}: has no {NOTE}; make such a folder with `polymerge export BUNDLE --to vllm -o {folder}`"
         ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{file}: cannot be read: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise BundleError(f"{file}: {where}: {first['msg']}; export the bundle again") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise BundleError(f"{file}: {where}: {reason}; export the bundle again") from None
 
 
 def serve_arguments(folder: str | Path, note: VllmNote) -> list[str]:
