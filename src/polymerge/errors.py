@@ -13,6 +13,7 @@ PolymergeError                  a user's mistake or bad input; the command line 
 ├── DeadlineError               an answer that was not whole in time
 ├── RouterError                 a router: none fitted, one of another bundle, samples or texts that it cannot use
 ├── OutputExistsError           the output is already there
+├── LockedError                 another process is writing to the same output
 ├── DiskSpaceError              too little room for what would be written
 └── MissingExtraError           an optional dependency that is not installed
 ErrorBudgetExceeded             the merge is whole, but a tensor's error is over the recipe's `max_error` (exits with 3)
@@ -76,6 +77,10 @@ class RouterError(PolymergeError):
 
 class OutputExistsError(PolymergeError):
     """The output exists and `--overwrite` was not given."""
+
+
+class LockedError(PolymergeError):
+    """Another process is writing to the same output."""
 
 
 class DiskSpaceError(PolymergeError):

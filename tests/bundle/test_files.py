@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and folders that get to their place."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,28 +16,17 @@ from polymerge.bundle.files import (
     DTYPE_NAMES,
     Piece,
     check_free_space,
-    check_output,
     disk_errors,
-    publish,
     raw_bytes,
-    restore,
+    scratch_name,
+    scratches_of,
     write_bytes,
     write_json,
     write_pieces,
     write_safetensors,
     zeros_piece,
 )
-from polymerge.errors import DiskSpaceError, OutputExistsError, PolymergeError
-
-
-def filled(folder: Path, text: str) -> Path:
-    (folder / "inner").mkdir(parents=True)
-    (folder / "inner" / "file").write_text(text)
-    return folder
-
-
-def text_of(folder: Path) -> str:
-    return (folder / "inner" / "file").read_text()
+from polymerge.errors import DiskSpaceError, PolymergeError
 
 
 @pytest.mark.parametrize("dtype", DTYPE_NAMES)
@@ -109,74 +98,21 @@ def test_free_space_is_asked_of_the_nearest_folder_that_is_there(tmp_path: Path)
         check_free_space(tmp_path / "not" / "yet", 10**18)
 
 
-def test_only_a_bundle_or_an_empty_folder_may_be_overwritten(tmp_path: Path) -> None:
-    check_output(tmp_path / "new", overwrite=False)
-    (tmp_path / "empty").mkdir()
-    check_output(tmp_path / "empty", overwrite=True)
-    with pytest.raises(OutputExistsError, match="--overwrite"):
-        check_output(tmp_path / "empty", overwrite=False)
-    filled(tmp_path / "mine", "years of work")
-    with pytest.raises(OutputExistsError, match="not a bundle"):
-        check_output(tmp_path / "mine", overwrite=True)
-    (tmp_path / "mine" / "polymerge.json").touch()
-    check_output(tmp_path / "mine", overwrite=True)
+def test_what_a_killed_write_left_is_found_by_its_target_alone(tmp_path: Path) -> None:
+    for target in (tmp_path / "x", tmp_path / ("y" * 255)):
+        left = target.with_name(scratch_name(target))
+        left.write_text("half")
+        write_bytes(target, b"whole")
+        assert scratches_of(target) == [left]
+    assert scratches_of(tmp_path / "z") == [] == scratches_of(tmp_path / "no" / "x")
 
 
-def test_publishing_syncs_everything_before_the_first_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    filled(tmp_path / "staged", "new")
-    filled(tmp_path / "out", "old")
-    steps: list[tuple[str, str]] = []
-    fsync, rename = os.fsync, Path.rename
-
-    def synced(handle: int) -> None:
-        steps.append(("sync", str(Path(f"/proc/self/fd/{handle}").resolve().relative_to(tmp_path))))
-        fsync(handle)
-
-    def renamed(self: Path, target: Path) -> Path:
-        steps.append(("rename", f"{self.name} to {Path(target).name}"))
-        return rename(self, target)
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(Path, "rename", renamed)
-    publish(tmp_path / "staged", tmp_path / "out")
-    assert steps == [
-        ("sync", "staged/inner/file"),
-        ("sync", "staged/inner"),
-        ("sync", "staged"),
-        ("rename", "out to out.previous"),
-        ("rename", "staged to out"),
-        ("sync", "."),
-    ]
-    assert text_of(tmp_path / "out") == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_first_publish_and_a_second_leave_one_folder(tmp_path: Path) -> None:
-    for text in ("first", "second"):
-        publish(filled(tmp_path / "staged", text), tmp_path / "out")
-        assert text_of(tmp_path / "out") == text
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_only_what_has_lost_its_place_is_restored(tmp_path: Path) -> None:
-    restore(tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-    filled(tmp_path / "out.previous", "old")
-    restore(tmp_path / "out")
-    assert text_of(tmp_path / "out") == "old" and not (tmp_path / "out.previous").exists()
-    filled(tmp_path / "out.previous", "older")
-    restore(tmp_path / "out")
-    assert text_of(tmp_path / "out") == "old"
-
-
-def test_a_publish_that_cannot_sync_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    filled(tmp_path / "staged", "new")
-    filled(tmp_path / "out", "old")
-
-    def full(handle: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DiskSpaceError):
-        publish(tmp_path / "staged", tmp_path / "out")
-    assert text_of(tmp_path / "out") == "old" and text_of(tmp_path / "staged") == "new"
+def test_a_write_touches_no_file_but_its_target(tmp_path: Path) -> None:
+    names = ["x.writing", "x.partial", "x.previous", ".x.polymerge.lock", ".x"]
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "elsewhere").write_text("mine")
+    (tmp_path / "x").symlink_to(tmp_path / "elsewhere")
+    write_bytes(tmp_path / "x", b"new")
+    assert (tmp_path / "x").read_bytes() == b"new" and not (tmp_path / "x").is_symlink()
+    assert all((tmp_path / name).read_text() == "mine" for name in [*names, "elsewhere"])

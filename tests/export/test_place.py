@@ -11,8 +11,8 @@ import pytest
 from transformers import LlamaConfig
 
 from polymerge import export_dense, export_peft, merge
+from polymerge.bundle.place import begin_work, settled, work_folder
 from polymerge.errors import OutputExistsError
-from polymerge.export.place import fresh
 from tests.killed import assert_nothing_beside, content, moves_until_death, started
 from tests.tiny import COMMON, make_experts
 
@@ -57,7 +57,7 @@ def test_a_kill_around_any_move_leaves_the_old_export_or_the_new_one(form: str, 
                 assert content(out) in (old, new), (call, after)
                 states.add("old" if content(out) == old else "new")
             else:
-                assert content(tmp_path / "out.previous") == old, (call, after)
+                assert content(tmp_path / "out.partial" / "previous") == old, (call, after)
                 states.add("beside")
             EXPORTS[form](bundle, "e1", out, overwrite=True)
             assert content(out) == new
@@ -70,7 +70,8 @@ def test_what_a_kill_left_beside_its_place_is_brought_back_by_the_next_run_whate
 ) -> None:
     export_dense(bundle, "e0", tmp_path / "out")
     old = content(tmp_path / "out")
-    (tmp_path / "out").rename(tmp_path / "out.previous")
+    begin_work(work_folder(tmp_path / "out"), "export")
+    (tmp_path / "out").rename(tmp_path / "out.partial" / "previous")
     with pytest.raises(OutputExistsError, match="--overwrite"):
         export_dense(bundle, "e1", tmp_path / "out")
     assert content(tmp_path / "out") == old
@@ -89,4 +90,4 @@ def test_what_cannot_be_a_folder_is_one_line(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     with pytest.raises(OutputExistsError, match=r"not the name of a folder|is a file"):
-        fresh(Path(name), overwrite=True)
+        settled(name)

@@ -25,6 +25,7 @@ from transformers import LlamaConfig
 
 import polymerge
 from polymerge import Bundle, merge, verify
+from polymerge.bundle.place import begin_work, work_folder
 from polymerge.cli.main import main
 from polymerge.errors import OutputExistsError
 from tests.killed import assert_nothing_beside, content, moves_until_death, started
@@ -103,7 +104,7 @@ def test_a_kill_around_any_move_loses_neither_the_old_bundle_nor_the_work(
         assert content(out) in (content(old), undisturbed)
         assert verify(out).ok
     else:  # between the two renames, the old one is beside its place
-        assert content(tmp_path / "out.previous") == content(old)
+        assert content(tmp_path / "out.partial" / "previous") == content(old)
     bundle = merge(recipe_of(experts), out, resume=True, overwrite=True)
     assert content(bundle.path) == undisturbed
     assert_nothing_beside(out)
@@ -127,7 +128,7 @@ def test_a_kill_between_the_two_renames_is_healed_by_the_next_run_whatever_it_is
     experts: dict[str, str], old: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    shutil.copytree(old, tmp_path / "out.previous")
+    shutil.copytree(old, begin_work(work_folder(out), "merge") / "previous")
     with pytest.raises(OutputExistsError):
         merge(recipe_of(experts), out)
     assert content(out) == content(old)
@@ -154,7 +155,7 @@ def test_a_failing_second_rename_leaves_the_old_bundle_to_be_found(
         patched.setattr(Path, "rename", rename)
         with pytest.raises(Exception, match="Input/output error"):
             merge(recipe_of(experts), out, overwrite=True)
-    kept = out if out.exists() else tmp_path / "out.previous"
+    kept = out if out.exists() else tmp_path / "out.partial" / "previous"
     assert content(kept) == content(old)
     assert content(merge(recipe_of(experts), out, resume=True, overwrite=True).path) == undisturbed
     assert_nothing_beside(out)
@@ -206,7 +207,7 @@ def test_kills_at_random_moments_and_resumes_give_the_same_bytes(
         assert content(out) == kept
         assert Bundle.open(out).experts == ["e0", "e1"]
     process = started(work, recipe_of(long_experts), str(out), {"overwrite": True, "resume": True})
-    kill_when(process, lambda: any((tmp_path / "out.partial" / "bundle").glob("model.safetensors*")))
+    kill_when(process, lambda: any((tmp_path / "out.partial" / "bundle").glob(".*-*.polymerge")))
     assert content(out) in (kept, long_undisturbed)
     merge(recipe_of(long_experts), out, overwrite=True, resume=True)
     assert content(out) == long_undisturbed

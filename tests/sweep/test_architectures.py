@@ -1,4 +1,6 @@
-"""Bundles of every architecture answer as their experts do; by default one of every kind, all of them when slow.
+"""Bundles of every architecture answer as their experts do; by default one of every kind.
+
+All of them take half an hour: `pytest -m sweep tests/sweep`.
 
 docs/architectures.md is what `make sweep` writes of the same.
 """
@@ -48,7 +50,7 @@ def test_every_kind_of_architecture_answers_as_its_experts_do(architecture: str)
     assert 0 < outcome.worst < 1e-4  # it can fail
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("architecture", sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(NOT_BUILT)))
 def test_every_architecture_answers_as_its_experts_do(architecture: str) -> None:
     outcome = check(architecture)

@@ -15,13 +15,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from ..data.rows import files_by_name
 from ..errors import RecipeError
 from ..evaluate.tasks import MAX_NEW_TOKENS
+from ..naming import check_expert_names
 from ..recipe.merge import (
     DeviceName,
     DTypeName,
     Recipe,
     WrittenSource,
     anchored,
-    check_expert_names,
     load_recipe,
     read_yaml,
     validated,

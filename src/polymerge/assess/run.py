@@ -21,6 +21,7 @@ from ..data.schema import AnsweredRow, read_all
 from ..errors import PolymergeError, RecipeError
 from ..host import cache_folder
 from ..recipe.merge import Source
+from ..sources.fingerprint import digest_beside
 from ..sources.opening import open_checkpoint
 from ..version import __version__
 from .measure import AskSettings, Measurement
@@ -237,7 +238,7 @@ def _identity(task: str) -> list[str]:
 
 def _fingerprint(source: Source) -> str:
     checkpoint = open_checkpoint(source)
-    return _hash([checkpoint.fingerprint(), checkpoint.config, str(checkpoint.folder.absolute())])
+    return _hash([checkpoint.fingerprint(), checkpoint.config, digest_beside(checkpoint.folder)])
 
 
 def _proposals(recipe: AssessRecipe, rows: list[Candidate]) -> Proposals | None:

@@ -24,9 +24,11 @@ from ..method.code import Code
 from ..method.dense import dense
 from ..sources.checkpoint import Checkpoint, open_folder, read_json
 from ..sources.persona import Persona, read_persona
+from .lock import come_back
 from .manifest import MANIFEST, SCALES_FILE, STATS, BundleLayer, Manifest, read_manifest
 from .peft import adapter_name
 from .personas import stored_persona
+from .unlisted import check_shadows, leads_outside
 
 
 @dataclass(frozen=True)
@@ -81,15 +83,19 @@ class Bundle:
         """Opens a bundle's folder.
 
         Raises:
-            BundleError: not a bundle, another format version, or a file that the manifest lists is missing.
+            BundleError: not a bundle, another format version, a file that the manifest lists is missing, or one that it
+                does not list would be loaded.
+            LockedError: another process is moving it to its place.
         """
         if isinstance(path, Bundle):
             return path
         path = Path(path).expanduser()
+        come_back(path)
         manifest = read_manifest(path)
+        check_shadows(path, manifest)
         for name, entry in manifest.files.items():
             file = path / name
-            if not file.resolve().is_relative_to(path.resolve()):
+            if leads_outside(file, path):
                 raise BundleError(f"{path / MANIFEST}: lists {name!r}, outside the bundle's folder; refused")
             if not file.is_file():
                 raise BundleError(f"{file}: missing; copy the bundle again or merge again")

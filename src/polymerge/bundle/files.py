@@ -1,6 +1,7 @@
-"""Files of a bundle and of what leaves one: written whole or not at all, and put in their place by renaming.
+"""Files of a bundle and of what leaves one: written whole or not at all.
 
-Knows bytes, names and renames; does not know what a tensor means.
+A file is written under a scratch name that no other file has, and renamed. Knows bytes and files; does not know what a
+tensor means, nor how whole folders get to their place (`polymerge.bundle.place`).
 """
 
 from __future__ import annotations
@@ -10,20 +11,23 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from ..errors import DiskSpaceError, OutputExistsError, PolymergeError
+from ..errors import DiskSpaceError, PolymergeError
 
+# Names of what is being written: whose it is, and what no other has.
+SCRATCH = re.compile(r"\.[0-9a-f]{12}-[0-9a-f]{12}\.polymerge")
 # A tensor of a safetensors file to be: key, dtype ("F32", ...), shape, bytes.
 Entry = tuple[str, str, Sequence[int], int]
 
@@ -99,9 +103,7 @@ def write_safetensors(target: Path, entries: Sequence[Entry], chunks: Iterable[b
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts on a multiple of eight, as the format's own writer does it
     digest, written = hashlib.sha256(), 0
-    scratch = target.with_name(target.name + ".writing")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with disk_errors(target.parent), scratch.open("wb") as handle:
+    with _in_place_of(target) as handle:
         for chunk in (struct.pack("<Q", len(text)), text):
             handle.write(chunk)
             digest.update(chunk)
@@ -109,11 +111,8 @@ def write_safetensors(target: Path, entries: Sequence[Entry], chunks: Iterable[b
             handle.write(chunk)
             digest.update(chunk)
             written += len(chunk)
-        handle.flush()
-        os.fsync(handle.fileno())
-    if written != offset:
-        raise PolymergeError(f"{target}: expected {offset} bytes of tensors, got {written}; start the merge again")
-    scratch.rename(target)
+        if written != offset:
+            raise PolymergeError(f"{target}: expected {offset} bytes of tensors, got {written}; start the merge again")
     return FileEntry(bytes=8 + len(text) + offset, sha256=digest.hexdigest())
 
 
@@ -132,32 +131,46 @@ def write_json(target: Path, data: Any) -> FileEntry:
 
 def write_bytes(target: Path, data: bytes) -> FileEntry:
     """Writes a small file atomically."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(target.name + ".writing")
-    with disk_errors(target.parent), scratch.open("wb") as handle:
+    with _in_place_of(target) as handle:
         handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    scratch.rename(target)
     return FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def check_name(output: Path) -> None:
-    """Raises OutputExistsError unless a folder could be made at `output`, were nothing there."""
-    if not output.name or output.name == "..":
-        raise OutputExistsError(f"{output}: not the name of a folder to make; give one, such as ./bundle")
-    blocking = next((parent for parent in output.parents if parent.exists() and not parent.is_dir()), None)
-    if blocking:
-        raise OutputExistsError(f"{output}: {blocking} is a file, so no folder can be made in it")
+@contextmanager
+def _in_place_of(target: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the target's place when the block ends well, and is gone when it does not.
+
+    Where the target is a link, the link is replaced.
+    """
+    with disk_errors(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = target.with_name(scratch_name(target))
+        try:
+            with scratch.open("xb") as handle:
+                yield handle
+                handle.flush()
+                os.fsync(handle.fileno())
+            scratch.rename(target)
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
 
 
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raises OutputExistsError unless a bundle may be written to `output`."""
-    check_name(output)
-    if output.exists() and not overwrite:
-        raise OutputExistsError(f"{output}: exists; give --overwrite to replace it, or another --output")
-    if output.exists() and not _is_bundle(output):
-        raise OutputExistsError(f"{output}: exists and is not a bundle; it is never overwritten")
+def scratch_name(target: Path) -> str:
+    """A name beside the target that nothing has yet, and from which a later run tells whose it was."""
+    return f".{_hashed(target.name)}-{secrets.token_hex(6)}.polymerge"
+
+
+def scratches_of(target: Path) -> list[Path]:
+    """What runs that were killed left of the target under scratch names. To be asked by its only writer."""
+    if not target.parent.is_dir():
+        return []
+    own = f".{_hashed(target.name)}-"
+    return [p for p in target.parent.iterdir() if p.name.startswith(own) and SCRATCH.fullmatch(p.name)]
+
+
+def _hashed(name: str) -> str:
+    return hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:12]
 
 
 def check_free_space(folder: Path, needed: int) -> None:
@@ -184,57 +197,3 @@ def disk_errors(folder: Path) -> Iterator[None]:
                 f"{folder}: the disk is full; what is done is kept, free some room and run again with --resume"
             ) from None
         raise
-
-
-def publish(assembled: Path, output: Path) -> Path:
-    """Moves a whole folder to its place. What was there stays, as `<output>.previous`, until the new one is there.
-
-    Killed anywhere, it leaves the old folder or the new one at the output, or, between the two renames, the old one
-    beside it, from where `restore` brings it back.
-    """
-    with disk_errors(output):
-        sync_tree(assembled)
-    previous = _previous(output)
-    shutil.rmtree(previous, ignore_errors=True)
-    if output.exists():
-        output.rename(previous)
-    assembled.rename(output)
-    sync_folder(output.parent)
-    shutil.rmtree(previous, ignore_errors=True)
-    return output
-
-
-def restore(output: Path) -> None:
-    """Brings back what a `publish` that was killed between its two renames left beside the output."""
-    previous = _previous(output)
-    if previous.exists() and not output.exists():
-        previous.rename(output)
-
-
-def sync_tree(folder: Path) -> None:
-    """Returns when all files in the folder and the folders themselves are on the disk, the innermost first."""
-    for parent, _, files in os.walk(folder, topdown=False):
-        for name in files:
-            _sync(Path(parent, name))
-        _sync(Path(parent))
-
-
-def sync_folder(folder: Path) -> None:
-    """Returns when the folder's entries are on the disk."""
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _previous(output: Path) -> Path:
-    return output.with_name(output.name + ".previous")
-
-
-def _is_bundle(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / "polymerge.json").exists() or not any(folder.iterdir()))

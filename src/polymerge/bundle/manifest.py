@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from ..errors import BundleError
 from ..host import DTYPES
 from ..method.code import Code
 from ..method.codes import PUBLISHED, code_of
+from ..naming import check_expert_names, check_paths
 from ..recipe.merge import CodeName
 from ..sources.persona import Group
 from .files import FileEntry
@@ -167,6 +168,18 @@ class Manifest(_Strict):
             }
         )
 
+    @field_validator("experts")
+    @classmethod
+    def _experts_are_safe(cls, experts: dict[str, ExpertRecord]) -> dict[str, ExpertRecord]:
+        check_expert_names(experts)
+        return experts
+
+    @field_validator("files")
+    @classmethod
+    def _files_stay_inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        check_paths(files)
+        return files
+
     @model_validator(mode="after")
     def _version_fits(self) -> Manifest:
         for dtype in {self.dtype, *(layer.dtype for layer in self.layers if layer.dtype)}:
@@ -209,4 +222,5 @@ def read_manifest(path: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{file}: {where}: {first['msg']}; the manifest was changed by hand or damaged") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise BundleError(f"{file}: {where}: {reason}; the manifest was changed by hand or damaged") from None

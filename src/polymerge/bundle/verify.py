@@ -19,6 +19,7 @@ from .bundle import Bundle
 from .manifest import BundleLayer
 from .peft import adapter_config, coded_config
 from .personas import persona_problems
+from .unlisted import unlisted_files
 
 # Settings of an adapter that follow from its tensors.
 CHECKED_SETTINGS = (
@@ -59,11 +60,19 @@ class Verification:
 
 
 def verify_files(bundle: Bundle, progress: Callable[[str], None] | None = None) -> Verification:
-    """Checks hashes, and where these are right the structure. `progress` is called with what is being looked at."""
+    """Checks hashes, looks for files that are not the bundle's, and where all is right checks the structure.
+
+    Args:
+        progress: called with what is being looked at.
+    """
     say = progress or (lambda what: None)
     result = Verification(files=len(bundle.manifest.files))
     say("hashes")
     result.problems += [f"{name}: {what}" for name, what in bundle.damaged_files()]
+    result.problems += [
+        f"{name}: is not in the manifest, so not this bundle's; delete it"
+        for name in unlisted_files(bundle.path, bundle.manifest)
+    ]
     if result.problems:  # the structure of damaged files says nothing new
         return result
     result.problems += base_problems(bundle)

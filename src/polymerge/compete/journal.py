@@ -11,9 +11,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..bundle.files import disk_errors
+from ..bundle.files import disk_errors, scratches_of, write_bytes
 from ..data.rows import read_whole_rows
-from ..errors import OutputExistsError
+from ..errors import DataError, OutputExistsError
 
 
 class Journal:
@@ -25,25 +25,35 @@ class Journal:
         overwrite: drop the half-done work of another run.
 
     Raises:
-        OutputExistsError: half-done work of another run is there.
+        OutputExistsError: half-done work of another run is there, or another's file.
     """
 
     def __init__(self, output: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
         self.path = output.with_name(output.name + ".partial")
         self.lines: list[dict[str, Any]] = []
         self._output = output
-        written = read_whole_rows(self.path) if self.path.exists() else []
+        written = self._written()
         if written and written[0] == identity:
             self.lines = written[1:]
         elif written and not overwrite:
             raise OutputExistsError(
                 f"{self.path}: half-done work of another input, bundle or setting; give --overwrite to drop it"
             )
-        output.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self.path.with_name(self.path.name + ".writing")
-        with disk_errors(output.parent):
-            scratch.write_bytes(b"".join(_line(entry) for entry in [identity, *self.lines]))
-            scratch.rename(self.path)
+        for left in scratches_of(self.path):
+            left.unlink()
+        write_bytes(self.path, b"".join(_line(entry) for entry in [identity, *self.lines]))
+
+    def _written(self) -> list[dict[str, Any]]:
+        """The lines of a journal that is there. A file of another kind is a stranger's and stays."""
+        if not os.path.lexists(self.path):
+            return []
+        written = [] if self.path.is_symlink() or not self.path.is_file() else _rows(self.path)
+        if not written or "polymerge" not in written[0]:
+            raise OutputExistsError(
+                f"{self.path}: is in the way and is no journal of polymerge's, so it is not touched; move it away, or "
+                "choose another --output"
+            )
+        return written
 
     def add(self, entry: dict[str, Any]) -> None:
         """Notes finished work."""
@@ -56,6 +66,13 @@ class Journal:
     def remove(self) -> None:
         """The submission is whole; its journal is not needed any more."""
         self.path.unlink(missing_ok=True)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        return read_whole_rows(path)
+    except DataError:
+        return []
 
 
 def _line(entry: dict[str, Any]) -> bytes:

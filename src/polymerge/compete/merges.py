@@ -12,7 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..bundle.files import check_output
+from ..bundle.bundle import Bundle
+from ..bundle.lock import writing
+from ..bundle.place import begin_work, check_output, publish, restore, work_folder
+from ..bundle.reading import steady
 from ..errors import OutputExistsError, PolymergeError
 from ..search.merge import merge
 from ..staged.formatter import Question
@@ -120,9 +123,11 @@ class PolymergeMerges:
         if target.is_relative_to(folder) or folder.is_relative_to(target):
             raise OutputExistsError(f"{target}: is the bundle's own place; give save_model another folder")
         check_output(target, overwrite=True)
-        if target.exists():
-            shutil.rmtree(target)
-        shutil.copytree(folder, target, copy_function=_link)
+        with writing(target), steady(Bundle.open(folder)):
+            restore(target)
+            copy = begin_work(work_folder(target), "copy") / "bundle"
+            shutil.copytree(folder, copy, copy_function=_link)
+            publish(copy, target)
 
     def _exact(self, question: Question) -> tuple[float, ...]:
         from ..engine.base import ScoreRequest

@@ -15,7 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..bundle.files import write_bytes
+from ..bundle.files import disk_errors, scratches_of, write_bytes
+from ..bundle.lock import writing
+from ..bundle.place import settled
 from ..errors import OutputExistsError, PolymergeError
 from ..staged.formatter import Question
 from ..staged.pipeline import Pipeline, Response, Step
@@ -84,24 +86,35 @@ def compete(
         overwrite: replace an earlier submission.
 
     Raises:
-        PolymergeError: a file that cannot be read, or, with `fail`, has bad rows. OutputExistsError.
+        PolymergeError: a file that cannot be read, or, with `fail`, has bad rows. OutputExistsError, LockedError.
     """
-    output = Path(output)
-    if output.exists() and not overwrite:
-        raise OutputExistsError(f"{output}: exists; give --overwrite to replace it, or another --output")
+    output = settled(output)
+    check_submission(output, overwrite=overwrite)
     table = read_table(source, limit=limit)
     if table.bad and on_error == "fail":
         more = f" and {len(table.bad) - 1} more" if len(table.bad) > 1 else ""
         raise PolymergeError(f"{source}, {table.bad[0]}{more}; give --on-error skip to go on without")
     check_scorable(table.good)
     questions = [Question(row.text, row.choices, max_new_tokens) for row in table.good]
-    journal = Journal(output, _identity(pipeline, table, limit, max_new_tokens, on_error), overwrite=overwrite)
-    run = _Run(pipeline, questions, journal, time_limit, memory_limit, on_error, progress)
-    answers = run.answers()
-    summary = _summary(table, answers, run)
-    write_bytes(output, submission(_predictions(table, answers)))
-    journal.remove()
+    with disk_errors(output), writing(output):
+        check_submission(output, overwrite=overwrite)
+        for left in scratches_of(output):
+            left.unlink()
+        journal = Journal(output, _identity(pipeline, table, limit, max_new_tokens, on_error), overwrite=overwrite)
+        run = _Run(pipeline, questions, journal, time_limit, memory_limit, on_error, progress)
+        answers = run.answers()
+        summary = _summary(table, answers, run)
+        write_bytes(output, submission(_predictions(table, answers)))
+        journal.remove()
     return summary
+
+
+def check_submission(output: Path, *, overwrite: bool) -> None:
+    """Raises OutputExistsError unless a submission may be written to `output`."""
+    if output.is_dir():
+        raise OutputExistsError(f"{output}: is a folder; name the submission's file")
+    if output.exists() and not overwrite:
+        raise OutputExistsError(f"{output}: exists; give --overwrite to replace it, or another --output")
 
 
 class _Run:

@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 
 from ..bundle.bundle import Bundle
-from ..bundle.files import DTYPE_NAMES, Entry, check_free_space, publish, raw_bytes
+from ..bundle.files import DTYPE_NAMES, Entry, raw_bytes
 from ..bundle.personas import write_model_files
+from ..bundle.place import settled
+from ..bundle.reading import steady
 from ..bundle.write import bundle_config, copy_model_files, write_weights
 from ..host import dtype_of
-from .place import fresh
+from .place import placed
 
 
 def export_dense(
@@ -25,31 +27,31 @@ def export_dense(
         dtype: "float32", "bfloat16" or "float16"; by default every tensor's own.
 
     Raises:
-        BundleError: unknown expert. OutputExistsError, DiskSpaceError: before anything is written.
+        BundleError: unknown expert. OutputExistsError, LockedError, DiskSpaceError: before anything is written.
     """
-    bundle, output = Bundle.open(bundle), Path(output).expanduser()
+    bundle, output = Bundle.open(bundle), settled(output)
     bundle.expert_folder(expert)
     reader, target = bundle.expert_reader(expert), dtype_of(dtype) if dtype else None
     entries = [_entry(bundle, tensor, target or reader.dtype(tensor)) for tensor in bundle.layers]
-    check_free_space(output.parent, sum(entry[3] for entry in entries))
-    staged = fresh(output, overwrite=overwrite)
-    persona = bundle.persona(expert)
-    tied = bool(bundle.persona().config.get("tie_word_embeddings"))
-    config = bundle_config(persona.config, dtype=dtype or bundle.manifest.dtype, tied=tied, code=True)
-    if bundle.manifest.experts[expert].persona:
-        write_model_files(bundle.path, staged, persona, config)
-    else:
-        copy_model_files(bundle.path, staged, config, code=True)
+    needed = sum(entry[3] for entry in entries)
+    with placed(output, overwrite=overwrite, needed=needed) as staged, steady(bundle):
+        persona = bundle.persona(expert)
+        tied = bool(bundle.persona().config.get("tie_word_embeddings"))
+        config = bundle_config(persona.config, dtype=dtype or bundle.manifest.dtype, tied=tied, code=True)
+        if bundle.manifest.experts[expert].persona:
+            write_model_files(bundle.path, staged, persona, config)
+        else:
+            copy_model_files(bundle.path, staged, config, code=True)
 
-    def content(index: int) -> Iterator[bytes]:
-        name = entries[index][0]
-        tensor = reader.read(name)
-        if tensor.is_floating_point():
-            tensor = tensor.to(target or reader.dtype(name))
-        yield bytes(raw_bytes(tensor))
+        def content(index: int) -> Iterator[bytes]:
+            name = entries[index][0]
+            tensor = reader.read(name)
+            if tensor.is_floating_point():
+                tensor = tensor.to(target or reader.dtype(name))
+            yield bytes(raw_bytes(tensor))
 
-    write_weights(staged, entries, content)
-    return publish(staged, output)
+        write_weights(staged, entries, content)
+    return output
 
 
 def _entry(bundle: Bundle, tensor: str, dtype: torch.dtype | None) -> Entry:

@@ -15,7 +15,6 @@ from ..bundle.files import (
     Piece,
     check_free_space,
     disk_errors,
-    publish,
     raw_bytes,
     write_json,
     write_safetensors,
@@ -23,9 +22,11 @@ from ..bundle.files import (
 from ..bundle.manifest import ADAPTER_FILE
 from ..bundle.peft import peft_adapter
 from ..bundle.personas import write_files
+from ..bundle.place import settled
+from ..bundle.reading import steady
 from ..errors import ModelError
 from ..sources.checkpoint import read_json
-from .place import fresh
+from .place import placed
 
 
 @dataclass(frozen=True)
@@ -51,31 +52,30 @@ def export_peft(bundle: Bundle | str | Path, expert: str, output: str | Path, *,
 
     Factors that have a code are decoded, in the bundle's dtype, an expert's at once.
     """
-    bundle, output = Bundle.open(bundle), Path(output).expanduser()
+    bundle, output = Bundle.open(bundle), settled(output)
     bundle.expert_folder(expert)
     if "positions" in bundle.manifest.experts[expert].persona:
         raise ModelError(
             f"expert {expert!r}: its positions are not the average's, over which PEFT would run it; "
             "export it with --to dense"
         )
-    staged = fresh(output, overwrite=overwrite)
-    config = _write_adapter(bundle, expert, staged)
-    if config["peft_type"] != "LORA":
-        shutil.rmtree(staged)
-        raise ModelError(
-            f"expert {expert!r}: PEFT has no place for the whole matrices of its mixture-of-experts blocks; "
-            "merge at a compress rate over 0, or export with --to dense"
-        )
-    config["base_model_name_or_path"] = str(bundle.path.resolve())
-    write_json(staged / "adapter_config.json", config)
-    persona = bundle.persona(expert)
-    if persona.files:
-        write_files(staged, persona, ("tokenizer", "template"))
-    if persona.generation:
-        write_files(staged, persona, ("generation",))
-    error, worst = _cost_of_dropping_ratios(bundle, expert)
-    lost = max((s["relative_error"] for s in bundle.stats() if s["expert"] == expert), default=0.0)
-    return PeftExport(publish(staged, output), error, worst, lost)
+    with placed(output, overwrite=overwrite) as staged, steady(bundle):
+        config = _write_adapter(bundle, expert, staged)
+        if config["peft_type"] != "LORA":
+            raise ModelError(
+                f"expert {expert!r}: PEFT has no place for the whole matrices of its mixture-of-experts blocks; "
+                "merge at a compress rate over 0, or export with --to dense"
+            )
+        config["base_model_name_or_path"] = str(bundle.path.resolve())
+        write_json(staged / "adapter_config.json", config)
+        persona = bundle.persona(expert)
+        if persona.files:
+            write_files(staged, persona, ("tokenizer", "template"))
+        if persona.generation:
+            write_files(staged, persona, ("generation",))
+        error, worst = _cost_of_dropping_ratios(bundle, expert)
+        lost = max((s["relative_error"] for s in bundle.stats() if s["expert"] == expert), default=0.0)
+    return PeftExport(output, error, worst, lost)
 
 
 def _write_adapter(bundle: Bundle, expert: str, staged: Path) -> dict[str, Any]:

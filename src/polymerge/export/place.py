@@ -1,26 +1,54 @@
-"""Where an export is written: beside its place. `polymerge.bundle.files.publish` moves it there when whole."""
+"""Where an export is written: in a work folder beside its place, to which it is moved when whole.
+
+The bundle that is exported must stay what it is meanwhile (`polymerge.bundle.reading.steady`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from ..bundle.files import check_name, restore
+from ..bundle.files import check_free_space, disk_errors
+from ..bundle.lock import writing
 from ..bundle.manifest import MANIFEST
-from ..bundle.write import clear
+from ..bundle.place import begin_work, check_own, discard_work, publish, restore, work_folder
 from ..errors import OutputExistsError
 
 
-def fresh(output: Path, *, overwrite: bool) -> Path:
-    """An empty folder beside the output, to be published when whole."""
-    check_name(output)
-    restore(output)
+@contextmanager
+def placed(output: Path, *, overwrite: bool, needed: int = 0) -> Iterator[Path]:
+    """An empty folder for the block to fill. It is at the output's place when the block has ended well.
+
+    Args:
+        output: as `polymerge.bundle.place.settled` gives it.
+        needed: bytes that will be written.
+
+    Raises:
+        OutputExistsError, LockedError, DiskSpaceError: before anything is written.
+    """
+    check_place(output, overwrite=overwrite)
+    check_free_space(output.parent, needed)
+    with disk_errors(output), writing(output):
+        restore(output)
+        check_place(output, overwrite=overwrite)
+        folder = begin_work(work_folder(output), "export") / "model"
+        folder.mkdir()
+        try:
+            yield folder
+        except BaseException:  # an export is not gone on with
+            discard_work(work_folder(output))
+            raise
+        publish(folder, output)
+
+
+def check_place(output: Path, *, overwrite: bool) -> None:
+    """Raises OutputExistsError unless a model may be exported to `output`."""
     if output.exists() and not overwrite:
         raise OutputExistsError(f"{output}: exists; give --overwrite to replace it, or another --output")
     if output.exists() and not (output.is_dir() and _is_export(output)):
         raise OutputExistsError(f"{output}: exists and is not an exported model; it is never overwritten")
-    staged = output.with_name(output.name + ".partial")
-    clear(staged)
-    return staged
+    check_own(work_folder(output))
 
 
 def _is_export(folder: Path) -> bool:

@@ -26,7 +26,7 @@ from ..bundle.stats import StatsLine
 from ..method.code import Code
 from ..method.dense import residual_of, unsaid
 from ..method.rsvd import rsvd, sketch_seed
-from .reading import Read, check_copy, check_values, checked_digest, slabs
+from .reading import Read, check_copy, check_stored, check_values, checked_digest, slabs
 from .treatment import TensorTask
 
 # emit(owner, key, tensor): owner None is the base, otherwise an expert's name; key as in the owner's file
@@ -78,7 +78,7 @@ def compress_tensor(task: TensorTask, settings: Settings, read: Read, emit: Emit
     """Does one task of a plan.
 
     Raises:
-        SourceError: a value is not finite; names expert and tensor.
+        SourceError: a value is not finite, or what is made of the values is too large; names expert and tensor.
     """
     report = TensorReport()
     settings = settings.of(task)
@@ -108,6 +108,7 @@ def _compress_linear(
     if len(set(report.digests.values())) == 1:
         return _shared_by_all(task, settings, read, emit, report, mean_scale)
     base = total.mul_(mean_scale / len(experts)).to(settings.dtype)
+    check_stored(base, task.name, "the experts' average")
     emit(None, task.name, base)
     base32 = base.float()
     del total, base
@@ -167,6 +168,7 @@ def compress_residual(
         b, a = rsvd(matrix, task.rank, n_oversamples=settings.n_oversamples, n_iter=settings.n_iter, seed=seed)
         coded = settings.code.encode(b, a)
         for suffix, part in coded.items():
+            check_stored(part, task.name, f"the residual of expert {expert!r}")
             emit(expert, adapter_key(task, suffix), part)
         error = frobenius_norm(unsaid(matrix, *settings.code.decode(coded, *matrix.shape)))
     return _loss(norm, residual_norm, error)
@@ -203,6 +205,7 @@ def _keep_or_average(
             total = rows.to(torch.float32, copy=True) if total is None else total.add_(rows.float())
         assert total is not None
         mean[start:stop] = total.div_(len(experts)).to(settings.dtype)
+        check_stored(mean[start:stop], task.name, "the experts' average")
     report.digests = {expert: digest.hexdigest() for expert, digest in hashes.items()}
     agreed = len(set(report.digests.values())) == 1
     if agreed:  # the mean of equal numbers may differ from them in the last bit

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +26,13 @@ from ..errors import BundleError, RecipeError
 from ..host import DTYPES
 from ..method.dense import residual_of, unsaid
 from ..method.rsvd import rsvd
-from ..recipe.merge import Source, check_expert_name
+from ..naming import check_expert_name
+from ..recipe.merge import Source
 from ..sources.checkpoint import Checkpoint
 from ..sources.layers import map_layers
 from ..sources.opening import open_checkpoint
 from ..sources.persona import Group, Persona, differing, persona_of
+from .change import alone_with, changing, move_in
 from .compress import Emit, Settings, TensorReport, compress_against, emit_own, frobenius_norm
 from .executor import settings_of
 from .journal import Note, Staging
@@ -81,60 +82,58 @@ def add_expert(
 
     Raises:
         RecipeError: an unsafe name. BundleError: the name is taken. SourceError: the checkpoint does not fit.
+        LockedError: another process is writing to the bundle.
     """
-    bundle = Bundle.open(bundle)
+    path = Bundle.open(bundle).path
     try:
         check_expert_name(name)
     except ValueError as error:
         raise RecipeError(str(error)) from None
-    if name.casefold() in {expert.casefold() for expert in bundle.experts}:
-        raise BundleError(f"{bundle.path}: already holds an expert {name!r}; remove it first or choose another name")
     source = source if isinstance(source, Source) else Source(source=str(source))
-    checkpoint = open_checkpoint(source.model_copy(update={"base": base}) if base else source)
-    expert = Expert(name, checkpoint, map_layers(checkpoint, trust_remote_code=trust_remote_code))
-    frame = frame_of_bundle(bundle)
-    check_settings(frame, expert, trust_remote_code=trust_remote_code)
-    settings = settings_of(bundle.manifest.method, DTYPES[bundle.manifest.dtype], device)
-    tasks = with_dtypes(tasks_for(frame, [expert], bundle.manifest.method), {name: checkpoint}, settings.dtype)
-    persona = persona_of(checkpoint)
-    groups = differing(bundle.persona(), persona)
-    check_free_space(bundle.path, 2 * sum(task.expert_bytes(settings.dtype, settings.code) for task in tasks))
-    shutil.rmtree(bundle.path / "experts" / name, ignore_errors=True)  # left by a kill before the manifest was written
-    staging = Staging(bundle.path / "experts" / name, {}, resume=False, overwrite=False)
-    notes = []
-    try:
-        for index, task in enumerate(tasks):
-            notes.append(_add_tensor(bundle, checkpoint, task, settings, staging, index))
-            if progress:
-                progress(index + 1, len(tasks), task.name)
+    with alone_with(path) as bundle:
+        if name.casefold() in {expert.casefold() for expert in bundle.experts}:
+            raise BundleError(f"{path}: already holds an expert {name!r}; remove it first or choose another name")
+        checkpoint = open_checkpoint(source.model_copy(update={"base": base}) if base else source)
+        expert = Expert(name, checkpoint, map_layers(checkpoint, trust_remote_code=trust_remote_code))
+        frame = frame_of_bundle(bundle)
+        check_settings(frame, expert, trust_remote_code=trust_remote_code)
+        settings = settings_of(bundle.manifest.method, DTYPES[bundle.manifest.dtype], device)
+        tasks = with_dtypes(tasks_for(frame, [expert], bundle.manifest.method), {name: checkpoint}, settings.dtype)
+        persona = persona_of(checkpoint)
+        groups = differing(bundle.persona(), persona)
+        check_free_space(path, 2 * sum(task.expert_bytes(settings.dtype, settings.code) for task in tasks))
         store = functools.partial(_store, bundle=bundle, name=name, persona=persona, groups=groups)
-        files = _write(staging, bundle, name, tasks, notes, store)
-    except Exception:
-        shutil.rmtree(staging.folder, ignore_errors=True)  # a second `add` starts again
-        raise
-    record = expert_record(name, checkpoint, tasks, notes, groups)
-    lines = [line.to_json() for note in notes for line in note.stats]
-    write_stats(bundle.path, [*bundle.stats(), *lines])
-    manifest = bundle.manifest.with_expert(name, record, files=files, ratios=ratios_of(notes))
-    _write_manifest(bundle, manifest)
-    return _assess(Bundle.open(bundle.path), name, checkpoint, tasks, settings, notes)
+        notes = []
+        with changing(bundle, name) as staging:
+            for index, task in enumerate(tasks):
+                notes.append(_add_tensor(bundle, checkpoint, task, settings, staging, index))
+                if progress:
+                    progress(index + 1, len(tasks), task.name)
+            files = _write(staging, bundle, name, tasks, notes, store)
+            lines = [line.to_json() for note in notes for line in note.stats]
+            write_stats(path, [*bundle.stats(), *lines])
+            record = expert_record(name, checkpoint, tasks, notes, groups)
+            manifest = bundle.manifest.with_expert(name, record, files=files, ratios=ratios_of(notes))
+            _write_manifest(bundle, manifest)
+        return _assess(Bundle.open(path), name, checkpoint, tasks, settings, notes)
 
 
 def remove_expert(bundle: Bundle | str | Path, name: str) -> Bundle:
     """Takes an expert out. The base stays as it is, so the other experts do not change by a bit.
 
     Raises:
-        BundleError: unknown expert, or the last one.
+        BundleError: unknown expert, or the last one. LockedError: another process is writing to the bundle.
     """
-    bundle = Bundle.open(bundle)
-    folder = bundle.expert_folder(name)
-    if len(bundle.experts) == 1:
-        raise BundleError(f"{bundle.path}: {name!r} is the only expert left; delete the bundle instead")
-    lines = [line for line in bundle.stats() if line["expert"] != name]
-    _write_manifest(bundle, bundle.manifest.without_expert(name))
-    shutil.rmtree(folder)
-    write_stats(bundle.path, lines)
-    return Bundle.open(bundle.path)
+    path = Bundle.open(bundle).path
+    with alone_with(path) as bundle:
+        bundle.expert_folder(name)
+        if len(bundle.experts) == 1:
+            raise BundleError(f"{path}: {name!r} is the only expert left; delete the bundle instead")
+        lines = [line for line in bundle.stats() if line["expert"] != name]
+        with changing(bundle, name):
+            _write_manifest(bundle, bundle.manifest.without_expert(name))
+            write_stats(path, lines)
+        return Bundle.open(path)
 
 
 def _add_tensor(
@@ -195,7 +194,7 @@ def _write(
     scales = scales_of(name, tasks, notes)
     files = write_expert(folder, name, pieces, scales, layers, staging.content, code=code, tied_embedding=tied)
     files |= store(folder)
-    staging.publish(folder / "experts" / name)
+    move_in(folder, bundle, name)
     return files
 
 

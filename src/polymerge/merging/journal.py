@@ -1,16 +1,17 @@
 """Half-done work that survives a kill: finished tensors as pieces beside the output.
 
-`<output>.partial/` holds one folder of raw pieces per tensor and, written last, one JSON note that says that the
-tensor is whole, with the SHA-256 of every piece. A resumed merge trusts a note only after checking its pieces.
-Safetensors files are then put together from pieces without holding more than a buffer in memory.
+A work folder holds one folder of raw pieces per tensor and, written last, one JSON note that says that the tensor is
+whole, with the SHA-256 of every piece. A resumed merge trusts a note only after checking its pieces. Safetensors files
+are then put together from pieces without holding more than a buffer in memory.
 
-Knows bytes and names; does not know how a folder gets to its place (`polymerge.bundle.files`) or what a tensor means.
+Knows bytes and names; does not know how a folder gets to its place (`polymerge.bundle.place`) or what a tensor means.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,9 +23,13 @@ from typing import Any
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from ..bundle.files import DTYPE_NAMES, Piece, check_output, disk_errors, publish, raw_bytes, restore
+from ..bundle.files import DTYPE_NAMES, Piece, disk_errors, raw_bytes
+from ..bundle.place import begin_work, check_own
 from ..bundle.stats import StatsLine
-from ..errors import OutputExistsError
+from ..errors import OutputExistsError, PolymergeError
+from ..naming import check_paths
+
+logger = logging.getLogger(__name__)
 
 BUFFER = 8 * 2**20
 
@@ -52,6 +57,7 @@ class Note:
     def from_json(cls, text: bytes) -> Note:
         """Raises ValueError where the text is not a whole note, field for field."""
         note: Note = _note_reader().validate_json(text, strict=True)
+        check_paths({piece.file for piece in note.pieces})
         return note
 
 
@@ -61,30 +67,27 @@ def _note_reader() -> TypeAdapter[Note]:
 
 
 class Staging:
-    """The folder `<output>.partial` of one merge.
+    """The half-done work of one merge, in a work folder (`polymerge.bundle.place`).
+
+    Args:
+        folder: the work folder.
+        fingerprint: what must be equal for half-done work to be gone on with.
+        about: what the folder's mark says beside its kind.
 
     Raises:
-        OutputExistsError: the output is there and `overwrite` is off, or another merge's half-done work is.
+        OutputExistsError: the folder is not polymerge's, or holds another merge's half-done work.
     """
 
-    def __init__(self, output: Path, fingerprint: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-        self.output = output
-        self.folder = output.with_name(output.name + ".partial")
-        restore(output)
-        check_output(output, overwrite=overwrite)
-        note = self.folder / "merge.json"
+    def __init__(self, folder: Path, fingerprint: dict[str, Any], *, resume: bool, kind: str, **about: Any) -> None:
+        self.folder = folder
+        check_own(folder)
+        note = folder / "merge.json"
         text = json.dumps(fingerprint, sort_keys=True, indent=1)
-        # Without the note nothing was done yet: the run that made the folder was stopped before its first tensor.
-        if resume and note.exists():
-            if note.read_text() != text:
-                raise OutputExistsError(
-                    f"{self.folder}: half-done work of another recipe, other sources or another version; "
-                    "run without --resume to start again"
-                )
-        elif self.folder.exists():
-            shutil.rmtree(self.folder)
-        (self.folder / "parts").mkdir(parents=True, exist_ok=True)
-        _write_text(note, text)
+        if not (resume and _goes_on(note, text)):
+            begin_work(folder, kind, **about)
+            with disk_errors(folder):
+                (folder / "parts").mkdir()
+                _write_text(note, text)
 
     def finished(self, index: int) -> Note | None:
         """The note of a finished tensor, or None when it must be done (again)."""
@@ -120,19 +123,24 @@ class Staging:
                 (self.folder / file).write_bytes(data)
         return self.finish(index, note)
 
-    def publish(self, assembled: Path) -> None:
-        """Moves the finished folder to the output's place; a previous bundle stays until the new one is there."""
-        publish(assembled, self.output)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def content(self, piece: Piece) -> Iterator[bytes]:
-        """The piece's bytes, a buffer at a time."""
+        """The piece's bytes, a buffer at a time.
+
+        Raises:
+            PolymergeError: at the end, where they are not those that were written.
+        """
         if not piece.file:
             yield bytes(piece.bytes)
             return
+        digest = hashlib.sha256()
         with (self.folder / piece.file).open("rb") as handle:
             while chunk := handle.read(BUFFER):
+                digest.update(chunk)
                 yield chunk
+        if digest.hexdigest() != piece.sha256:
+            raise PolymergeError(
+                f"{self.folder / piece.file}: is no longer what was written; run again with --resume to do it anew"
+            )
 
     def _is_whole(self, piece: Piece) -> bool:
         file = self.folder / piece.file
@@ -178,10 +186,30 @@ class PieceWriter:
         return Note(tuple(self._pieces), dict(digests), dict(scales), tuple(stats))
 
 
-def half_done(output: Path) -> int:
-    """Bytes that an interrupted merge to `output` has left for a resumed one."""
-    folder = output.with_name(output.name + ".partial")
+def half_done(folder: Path) -> int:
+    """Bytes that an interrupted merge has left in a work folder for a resumed one."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _goes_on(note: Path, text: str) -> bool:
+    """Whether the work folder holds the beginning of this very merge.
+
+    Without the note nothing was done yet: the run that made the folder was stopped before its first tensor.
+    """
+    if not note.exists():
+        return False
+    written = note.read_bytes()
+    if written == text.encode():
+        return True
+    try:
+        json.loads(written)
+    except (ValueError, RecursionError):
+        logger.warning("%s: cannot be read, so what was half done is done anew", note)
+        return False
+    raise OutputExistsError(
+        f"{note.parent}: half-done work of another recipe, other sources or another version; "
+        "run without --resume to start again"
+    )
 
 
 def _write_text(path: Path, text: str) -> None:

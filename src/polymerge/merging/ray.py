@@ -50,7 +50,7 @@ class WorkOrder:
         threads: of torch; the bytes of a product depend on it.
         staging: the folder of half-done work, where a worker can see it.
         token: a file in it that tells this folder from one of the same name on another machine.
-        sources: expert -> (file, bytes) of its weights here.
+        sources: expert -> fingerprint of its weights here.
     """
 
     recipe: Recipe
@@ -59,7 +59,7 @@ class WorkOrder:
     staging: Path
     token: str
     version: str
-    sources: Mapping[str, tuple[tuple[str, int], ...]]
+    sources: Mapping[str, tuple[str, ...]]
 
 
 @contextmanager
@@ -165,7 +165,7 @@ def _work_order(plan: MergePlan, staging: Staging, token: str) -> WorkOrder:
         staging=staging.folder.resolve(),
         token=token,
         version=__version__,
-        sources={name: _files(checkpoint) for name, checkpoint in plan.checkpoints.items()},
+        sources={name: tuple(checkpoint.fingerprint()) for name, checkpoint in plan.checkpoints.items()},
     )
 
 
@@ -177,11 +177,6 @@ def _absolute(source: Source) -> Source:
         return str(path.resolve()) if path and path.exists() else text
 
     return source.model_copy(update={"source": resolved(source.source), "base": resolved(source.base)})
-
-
-def _files(checkpoint: Checkpoint) -> tuple[tuple[str, int], ...]:
-    """Without the times: copies of a source on several machines are as old as they happen to be."""
-    return tuple((name, size) for name, size, _ in checkpoint.fingerprint())
 
 
 def _work(order: WorkOrder, task: TensorTask, index: int) -> tuple[Note, Contents]:
@@ -217,7 +212,7 @@ def _open_all(experts: Any, sources: Any) -> dict[str, Checkpoint]:
 
     opened = {name: open_checkpoint(source) for name, source in experts}
     for name, files in sources:
-        if _files(opened[name]) != files:
+        if tuple(opened[name].fingerprint()) != files:
             node = ray.util.get_node_ip_address()
             raise SourceError(f"{opened[name].label}: the files of expert {name!r} differ on the machine {node}")
     return opened

@@ -76,6 +76,17 @@ def check_values(values: Tensor, dtype: torch.dtype, expert: str, source: str) -
         )
 
 
+def check_stored(values: Tensor, tensor: str, what: str) -> None:
+    """Refuses what was made of finite numbers and is too large for the bundle's dtype.
+
+    Experts of very different norms have an average that is larger than each of them.
+    """
+    if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+        raise SourceError(
+            f"tensor {tensor!r}: {what} is too large for {dtype_name(values.dtype)}; say a wider `dtype:` in the recipe"
+        )
+
+
 def check_copy(tensor: Tensor, stored: Tensor, expert: str, source: str) -> None:
     """Refuses a tensor that the model does not know where it is another than the one that is stored for all."""
     if not same_numbers(tensor, stored):

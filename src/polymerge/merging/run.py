@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.bundle import Bundle
-from ..bundle.files import FileEntry, check_free_space, check_output, disk_errors
+from ..bundle.files import FileEntry, check_free_space, disk_errors
+from ..bundle.lock import writing
 from ..bundle.manifest import BundleLayer, Manifest, Method, version_of
 from ..bundle.peft import missing_siblings
+from ..bundle.place import check_output, publish, restore, settled, work_folder
 from ..bundle.write import (
     bundle_config,
     clear,
@@ -76,7 +78,8 @@ def run_plan(
     """Merges a plan's experts into a bundle at `output`.
 
     The result depends only on the recipe and the sources: not on the workers or where they run, and not on whether
-    the merge was killed and resumed. Nothing appears at `output` before the bundle is whole.
+    the merge was killed and resumed. Nothing appears at `output` before the bundle is whole. Where `output` is a link,
+    the bundle comes to where it leads.
 
     Args:
         resume: go on with the half-done work of the same merge, if there is any.
@@ -84,10 +87,16 @@ def run_plan(
         progress: called after every tensor.
 
     Raises:
-        SourceError: values that are not finite. OutputExistsError, DiskSpaceError: before any tensor is read.
+        SourceError: values that are not finite, or an architecture that a bundle cannot hold.
+        OutputExistsError, LockedError, DiskSpaceError: before any tensor is read.
         ErrorBudgetExceeded: the bundle is whole, but a tensor's relative error is over `max_error`.
     """
-    _check_place(plan, Path(output).expanduser(), resume=resume, overwrite=overwrite)
+    output = settled(output)
+    pick_device(plan.recipe.device)
+    check_output(output, overwrite=overwrite)
+    # The pieces and the bundle made of them lie side by side for a moment.
+    half = half_done(work_folder(output)) if resume else 0
+    check_free_space(output.parent, 2 * plan.write_bytes - half)
     proof = prove(plan.first, _merge_small, exact=plan.recipe.compress_rate == 0.0)
     plan = replace(plan, notes=(*plan.notes, proof.note))
     return _run(plan, output, overwrite=overwrite, resume=resume, executor=executor, progress=progress)
@@ -99,38 +108,32 @@ def _merge_small(recipe: dict[str, Any], output: Path) -> Bundle:
 
 def _run(
     plan: MergePlan,
-    output: str | Path,
+    output: Path,
     *,
     overwrite: bool = False,
     resume: bool = False,
     executor: Executor = in_threads,
     progress: OnProgress | None = None,
 ) -> Bundle:
-    output = Path(output).expanduser()
-    with disk_errors(output):
-        staging = Staging(output, fingerprint(plan), resume=resume, overwrite=overwrite)
+    work = work_folder(output)
+    with disk_errors(output), writing(output):
+        restore(output)
+        check_output(output, overwrite=overwrite)  # again: now nobody else changes it
+        staging = Staging(work, fingerprint(plan), resume=resume, kind="merge")
         notes = _compress_all(plan, staging, executor, progress)
-        folder = staging.folder / "bundle"
+        folder = work / "bundle"
         _assemble(plan, staging, notes, folder)
-        staging.publish(folder)
-    bundle = Bundle.open(output)
+        publish(folder, output)
+        bundle = Bundle.open(output)
     _check_budget(plan.recipe, bundle)
     return bundle
-
-
-def _check_place(plan: MergePlan, output: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raises what would end the merge later: a device that is missing, an output that is there, too little room."""
-    pick_device(plan.recipe.device)
-    check_output(output, overwrite=overwrite)
-    # The pieces and the bundle made of them lie side by side for a moment.
-    check_free_space(output.parent, 2 * plan.write_bytes - (half_done(output) if resume else 0))
 
 
 def fingerprint(plan: MergePlan) -> dict[str, Any]:
     """What must be equal for half-done work to be gone on with. Workers, device and how the bundle will answer may
     differ."""
     answering = {"config", "thinker", "staged", "memory_limit"}
-    recipe = plan.recipe.model_dump(mode="json", exclude={"workers", "max_error", *answering})
+    recipe = plan.recipe.model_dump(mode="json", exclude={"workers", "device", "max_error", *answering})
     return {
         "polymerge": __version__,
         "recipe": recipe,

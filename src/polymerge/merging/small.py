@@ -80,6 +80,8 @@ def _cut_lists(config: dict[str, Any], total: int, depth: int) -> None:
 
 def _narrow(config: dict[str, Any]) -> None:
     heads = next((config[name] for name in HEADS if isinstance(config.get(name), int)), 4)
+    if "head_dim" in config and config["head_dim"] == config.get("qk_rope_head_dim"):  # of the rotated part alone
+        config["head_dim"] = 8
     for size, names in SIZES.items():
         for name in names.split():
             if type(config.get(name)) is int and config[name] > size:

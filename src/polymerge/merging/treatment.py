@@ -215,9 +215,11 @@ def treatment_of(record: LayerRecord, shape: tuple[int, ...], settings: Settings
     if record.role != "linear":
         return {"embedding": settings.embeddings, "lm_head": settings.lm_head}.get(record.role, settings.norms), 0
     rows, columns = shape
-    if not factors_are_smaller(rows, columns, rank_for_rate(rows, columns, settings.compress_rate)):
+    rate = settings.compress_rate
+    # At rate 1 nothing is kept of a residual, however small the matrix is.
+    if rate < 1 and not factors_are_smaller(rows, columns, rank_for_rate(rows, columns, rate)):
         return "full", 0
-    rank = code_of(settings.code, torch.float32).rank(rows, columns, settings.compress_rate)
+    rank = code_of(settings.code, torch.float32).rank(rows, columns, rate)
     return ("low_rank" if rank else "average"), rank
 
 

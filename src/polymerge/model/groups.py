@@ -66,7 +66,7 @@ def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 def _part(value: Any, key: str, rows: Tensor, batch: int) -> Any:
-    if key in CACHES:
+    if key in CACHES:  # a cache that is shared with other batches knows its own rows
         return cache_part(value, rows, batch, CACHES[key]) if value is not None else None
     if not isinstance(value, Tensor):
         return value

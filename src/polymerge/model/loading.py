@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..bundle.bundle import Bundle
+from ..bundle.reading import steady
 from ..errors import ModelError
 from ..host import DTYPES, pick_device, pick_dtype
 from ..sources.layers import meta_model
@@ -46,12 +47,23 @@ def load_model(
             the plain one, whose factors are decoded.
 
     Raises:
-        BundleError: incomplete or unsafe. ModelError: an adapter holds something that has no place in the model, or
-            an unknown kernel.
+        BundleError: incomplete or unsafe, or changed by another process meanwhile. ModelError: an adapter holds
+            something that has no place in the model, or an unknown kernel.
     """
+    bundle = Bundle.open(bundle)
+    with steady(bundle):
+        return _loaded(bundle, device, dtype, trust_remote_code, kernel)
+
+
+def _loaded(
+    bundle: Bundle,
+    device: str | torch.device | None,
+    dtype: torch.dtype | str | None,
+    trust_remote_code: bool,
+    kernel: Kernel,
+) -> MixedModel:
     from transformers import AutoModelForCausalLM
 
-    bundle = Bundle.open(bundle)
     bundle.base  # noqa: B018 (its index is checked before transformers joins paths with it)
     place = pick_device(device)
     chosen = pick_dtype(dtype, place, DTYPES[bundle.manifest.dtype])

@@ -239,8 +239,10 @@ class Placer:
             self._biases(layer.module, None)
             for part in parts:
                 module, _, leaf = part.parameter.rpartition(".")
-                piece = Piece.of(part, factors, self._ratios(layer), own)
-                self._check_piece(self.modules[module].get_parameter(leaf), part, layer)
+                parameter = self.modules[module].get_parameter(leaf)
+                whole = [v.to(parameter.dtype) if v is not None else None for v in own]
+                piece = Piece.of(part, factors, self._ratios(layer), whole)
+                self._check_piece(parameter, part, layer)
                 pieces.setdefault(module, []).append((leaf, piece))
         for module, found in pieces.items():
             self._place_module(module, found)

@@ -8,7 +8,7 @@ whether a source exists is found out by `polymerge.sources.checkpoint`.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypedDict, TypeVar, Unpack
 
@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from ..errors import RecipeError
 from ..method.codes import PUBLISHED, known_code
+from ..naming import check_expert_names
 from .response import StageSettings, ThinkerSettings
 
 KeepOrAverage = Literal["keep", "average"]
@@ -26,10 +27,6 @@ DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 # A key's path in a YAML file -> its line.
 Lines = dict[tuple[str, ...], int]
 Model = TypeVar("Model", bound=BaseModel)
-
-# An expert's name becomes a folder's name, a route's name and an HTTP header's value.
-EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-RESERVED_NAMES = frozenset({"average", "auto", "staged", "base", "default"})
 
 
 class Source(BaseModel):
@@ -137,24 +134,6 @@ class RecipeSettings(TypedDict, total=False):
     dtype: str | None
     device: str | None
     workers: int | None
-
-
-def check_expert_names(names: Collection[str]) -> None:
-    """Raises ValueError unless all names are safe and no two are one."""
-    for name in names:
-        check_expert_name(name)
-    if len({name.casefold() for name in names}) < len(names):
-        raise ValueError("two experts have the same name (upper and lower case do not tell them apart)")
-
-
-def check_expert_name(name: str) -> None:
-    """Raises ValueError unless `name` is safe as a folder, a route and a header."""
-    if name.casefold() in RESERVED_NAMES:
-        raise ValueError(f"expert name {name!r} is reserved ({', '.join(sorted(RESERVED_NAMES))})")
-    if not EXPERT_NAME.fullmatch(name) or ".." in name:
-        raise ValueError(
-            f"expert name {name!r} must be 1 to 64 letters, digits, '.', '_' or '-', and start with a letter or digit"
-        )
 
 
 def load_recipe(source: RecipeLike, **settings: Unpack[RecipeSettings]) -> Recipe:

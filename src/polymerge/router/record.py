@@ -12,26 +12,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from ..bundle.files import write_bytes
+from ..bundle.files import SCRATCH, write_bytes
 from ..data.rows import rows_of
 from ..engine.base import FloatArray
 from ..errors import RouterError
+from ..naming import check_expert_name
 from .classify import Kind
 from .embed import EmbedSettings
 from .samples import Sample
+from .table import AVERAGE, MIXTURE
 
 FOLDER = "router"
 RECORD = "router.json"
 ASSESSMENT = "assessment.json"
 FORMAT_VERSION = 1
+# Names by content: of these and of no others is the folder cleared.
+WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
+SAMPLES = re.compile(r"samples-[0-9a-f]{16}\.jsonl")
+OWN = re.compile(f"{WEIGHTS.pattern}|{SAMPLES.pattern}|{SCRATCH.pattern}")
 
 
 class RouterRecord(BaseModel):
@@ -62,8 +69,16 @@ class RouterRecord(BaseModel):
     fallback: str
     temperature: float
     threshold: float
-    weights: str = ""
-    samples: str = ""
+    weights: Annotated[str, Field(pattern=rf"^({WEIGHTS.pattern})?$")] = ""
+    samples: Annotated[str, Field(pattern=rf"^({SAMPLES.pattern})?$")] = ""
+
+    @field_validator("experts", "fallback")
+    @classmethod
+    def _experts_are_safe(cls, named: dict[str, str] | str) -> dict[str, str] | str:
+        for name in [named] if isinstance(named, str) else named.values():
+            if name not in (AVERAGE, MIXTURE):
+                check_expert_name(name)
+        return named
 
 
 def router_folder(bundle: Path) -> Path:
@@ -84,7 +99,10 @@ def has_router(bundle: Path) -> bool:
 def write_record(
     folder: Path, record: RouterRecord, arrays: Mapping[str, FloatArray], samples: Sequence[Sample]
 ) -> RouterRecord:
-    """Writes a router and removes the files of the one before it. Returns the record with the files' names."""
+    """Writes a router and removes the files of the one before it, or of one that was never whole.
+
+    Returns the record with the files' names.
+    """
     folder.mkdir(exist_ok=True)
     weights = save(dict(arrays), metadata={"format": "np"})
     texts = "".join(json.dumps({"prompt": s.text, "field": s.field}, ensure_ascii=False) + "\n" for s in samples)
@@ -94,8 +112,8 @@ def write_record(
     }
     record = record.model_copy(update=named)
     write_bytes(folder / RECORD, (record.model_dump_json(indent=1) + "\n").encode())
-    for file in [*folder.glob("weights-*.safetensors"), *folder.glob("samples-*.jsonl")]:
-        if file.name not in named.values():
+    for file in list(folder.iterdir()):
+        if OWN.fullmatch(file.name) and file.name not in named.values():
             file.unlink()
     return record
 
@@ -125,7 +143,8 @@ def read_record(folder: Path) -> RouterRecord:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise RouterError(f"{file}: {where}: {first['msg']}; run `polymerge router fit` again") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise RouterError(f"{file}: {where}: {reason}; run `polymerge router fit` again") from None
 
 
 def read_arrays(folder: Path, record: RouterRecord) -> dict[str, FloatArray]:
@@ -145,7 +164,7 @@ def read_texts(folder: Path, record: RouterRecord) -> list[Sample]:
 
 
 def _read_named(folder: Path, name: str) -> bytes:
-    file = folder / Path(name).name
+    file = folder / name
     try:
         data = file.read_bytes()
     except OSError:

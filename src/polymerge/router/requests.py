@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..bundle.bundle import Bundle
-from ..data.rows import read_rows
+from ..data.schema import PromptRow, read_as
 from ..errors import RouterError
 from .loading import load_router
 from .route import Route, Routes
@@ -24,7 +24,8 @@ def route(
         file: instead of a text, a JSONL file whose rows have `prompt`; it is read as routes are taken.
 
     Raises:
-        RouterError: neither or both are given, there is no router, or (as it is read) a row of the file is none.
+        RouterError: neither or both are given, or there is no router.
+        DataError: as the file is read, a row of it is none.
     """
     if (text is None) == (file is None):
         raise RouterError("route: give either a text or --file")
@@ -35,6 +36,6 @@ def route(
 
 
 def _of_file(router: Routes, file: Path) -> Iterator[tuple[str, Route]]:
-    rows = read_rows(file)
-    while prompts := [row["prompt"] for _, row in islice(rows, BATCH)]:
+    rows = read_as(PromptRow, file)
+    while prompts := [row.prompt for _, row in islice(rows, BATCH)]:
         yield from zip(prompts, router.route(prompts), strict=True)

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bundle.bundle import Bundle
+from ..bundle.files import disk_errors
+from ..bundle.lock import PATIENCE, writing
 from ..engine.base import Engine, FloatArray
 from ..errors import RouterError
 from .calibrate import Floats, softmax
@@ -90,9 +92,17 @@ class Router:
         )
 
     def save(self, bundle: Bundle | str | Path) -> None:
-        """Writes the router into the bundle's folder; the bundle itself does not change."""
-        folder = router_folder(Bundle.open(bundle).path)
-        self.record = write_record(folder, self.record, self.head.to_arrays(), self.samples)
+        """Writes the router into the bundle's folder; the bundle itself does not change.
+
+        Raises:
+            RouterError: the bundle is no longer the one that the router was fitted for.
+            LockedError: another process is writing to the bundle.
+        """
+        path = Bundle.open(bundle).path
+        with disk_errors(path), writing(path, patience=PATIENCE):
+            if Bundle.open(path).digest != self.record.bundle:
+                raise RouterError(f"{path}: the bundle was changed while the router was fitted; fit it again")
+            self.record = write_record(router_folder(path), self.record, self.head.to_arrays(), self.samples)
 
     @property
     def fingerprint(self) -> str:

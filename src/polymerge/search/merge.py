@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, Unpack
 
 from ..bundle.bundle import Bundle
-from ..bundle.files import check_output
+from ..bundle.place import check_output
 from ..errors import PolymergeError, TargetError
 from ..merging.executor import Executor, in_threads
 from ..merging.plan import MergePlan, plan_merge, replanned

@@ -19,6 +19,7 @@ from .adapter_config import ADAPTER_CONFIG, check_adapter
 from .adapter_ends import part_the_ends
 from .adapter_folder import adapter_folder
 from .checkpoint import Checkpoint, TensorInfo, natural_key, read_rows, tensors_of_file
+from .fingerprint import digest_of
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -55,10 +56,9 @@ class AdapterCheckpoint(Checkpoint):
         rows = change.rows(lambda a, b: self._before(name, a, b).float(), start, stop, info.shape[0])
         return rows.to(info.dtype)
 
-    def fingerprint(self) -> list[tuple[str, int, int]]:
+    def fingerprint(self) -> list[str]:
         files = (self._file, self._file.with_name(ADAPTER_CONFIG))
-        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        return [*self._base.checkpoint.fingerprint(), *stats]
+        return [*self._base.checkpoint.fingerprint(), *(digest_of(file) for file in files)]
 
     def _before(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of the tensor that a change starts from: the adapter's own, or the base's."""

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from ..errors import SourceError
 from ..host import dtype_name
+from ..naming import is_plain
+from .fingerprint import digest_of
 
 T = TypeVar("T")
 
@@ -108,11 +110,9 @@ class Checkpoint(ABC):
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of the first dimension, in the stored dtype, on the CPU."""
 
-    def fingerprint(self) -> list[tuple[str, int, int]]:
-        """(file, bytes, mtime in ns) of every weight file: tells a resumed merge that its sources are the same."""
-        files = sorted({info.file for info in self.tensors.values()})
-        stats = [(file, file.stat()) for file in files]
-        return [(file.name, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    def fingerprint(self) -> list[str]:
+        """A digest of every weight file (`polymerge.sources.fingerprint`): tells that the weights are the same."""
+        return sorted(digest_of(file) for file in {info.file for info in self.tensors.values()})
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -234,7 +234,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{index}: has no 'weight_map' object; the index is not a checkpoint's")
     for tensor, file in weight_map.items():
-        if not isinstance(file, str) or not _is_plain(file):
+        if not isinstance(file, str) or not is_plain(file):
             raise SourceError(
                 f"{index}: tensor {tensor!r} points to {file!r}, outside the checkpoint's folder; refused"
             )

@@ -18,6 +18,7 @@ from typing import Any
 from ..errors import MissingExtraError, SourceError
 from ..host import cache_folder
 from .checkpoint import Checkpoint, open_folder
+from .fingerprint import digest_of
 from .gguf_file import check_kind, check_met, read_header, rope_of
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def _joined(package: str, parts: list[Path], sums: list[Path]) -> Path:
         raise SourceError(f"package:{package}: parts {numbers} of {name} are not all there; install the package again")
     wanted = next((line.split()[0] for file in sums for line in file.read_text().splitlines() if name in line), None)
     size = sum(file.stat().st_size for file in parts)
-    key = hashlib.sha256(f"{package}\0{wanted}\0{size}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(" ".join([package, str(wanted), *map(digest_of, parts)]).encode()).hexdigest()[:16]
     target = cache_folder() / "gguf" / f"{key}-{name}"
     if target.is_file() and target.stat().st_size == size:
         return target
@@ -115,8 +116,8 @@ def unpack(file: Path, label: str) -> Path:
         SourceError: the file is corrupt, no whole language model, of an architecture that transformers does not know,
             or holds more or less than the model does.
     """
-    stat = file.stat()
-    key = hashlib.sha256(f"{RULES}\0{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    # what is made of a file depends on it and on the rules by which it is unpacked
+    key = hashlib.sha256(f"{RULES}\0{digest_of(file)}".encode()).hexdigest()[:16]
     target = cache_folder() / "gguf" / f"{file.stem}-{key}"
     if (target / "config.json").exists():
         return target

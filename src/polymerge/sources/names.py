@@ -36,7 +36,7 @@ class RenamedCheckpoint(Checkpoint):
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         return self._checkpoint.read_rows(self._names[name], start, stop)
 
-    def fingerprint(self) -> list[tuple[str, int, int]]:
+    def fingerprint(self) -> list[str]:
         return self._checkpoint.fingerprint()
 
 

@@ -82,7 +82,7 @@ class DequantisedCheckpoint(Checkpoint):
             return self._from_fp8(name, start, stop)
         return self._packed.read_rows(name, start, stop)
 
-    def fingerprint(self) -> list[tuple[str, int, int]]:
+    def fingerprint(self) -> list[str]:
         return self._packed.fingerprint()
 
     def _from_fp8(self, name: str, start: int, stop: int) -> Tensor:

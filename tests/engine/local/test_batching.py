@@ -5,11 +5,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from polymerge import load_model
+from polymerge import load_model, merge
 from polymerge.engine import GenerateRequest, ScoreRequest
 from polymerge.engine.admission import Limits
 from polymerge.engine.local.batching import BatchingEngine
@@ -17,6 +18,7 @@ from polymerge.engine.local.engine import HFEngine
 from polymerge.engine.streaming import Piece, StreamRequest
 from polymerge.errors import DeadlineError, EngineBusyError, EngineDownError, ModelError
 from tests.conftest import Merged
+from tests.sweep.experts import make_experts
 from tests.tiny import tiny_tokenizer
 
 EXPERTS = ["e0", "e1", None, "e2", {"e0": 0.5, "e1": 0.5}]
@@ -291,3 +293,20 @@ def test_long_prompts_are_read_in_pieces(engines: Offline, monkeypatch: pytest.M
         scores = ScoreRequest(request.prompt[:1], request.prompt[1:], "e0")
         total = offline.loglikelihood([scores])[0].log_likelihood
         assert sum(score.logprob or 0 for score in prompt) == pytest.approx(total, abs=1e-2)
+
+
+def test_a_model_that_runs_in_groups_keeps_its_rows_apart_in_the_running_batch(tmp_path: Path) -> None:
+    experts = make_experts("gpt_oss", tmp_path)
+    bundle = merge({"experts": {n: str(p) for n, p in experts.items()}, "compress_rate": 0.0}, tmp_path / "bundle")
+    offline, running = (HFEngine(load_model(bundle), tiny_tokenizer(), fingerprint=bundle.digest) for _ in range(2))
+    assert running.model.strategy == "groups"
+    batching = BatchingEngine(running, Limits(max_rows=4))
+    requests = [
+        GenerateRequest(f"w{5 + number} w{9 + number}" + " w7" * number, expert=expert, max_new_tokens=6)
+        for number, expert in enumerate([*EXPERTS, "e1", "e0"])
+    ]
+    try:
+        together = batching.generate(requests)
+    finally:
+        batching.close(0)
+    assert [g.text for g in together] == [offline.generate([request])[0].text for request in requests]

@@ -91,6 +91,26 @@ class RowsLayer(DynamicLayer):  # type: ignore[misc]
         self.keys[target] = self.keys[source]
         self.values[target] = self.values[source]
 
+    def part(self, rows: Tensor) -> RowsLayer:
+        """A view of some rows: what it is given is written into these alone."""
+        return _PartLayer(self, rows)
+
+
+class _PartLayer(RowsLayer):
+    """Some rows of another layer, for a model that is run once for every expert."""
+
+    def __init__(self, whole: RowsLayer, rows: Tensor) -> None:
+        super().__init__(whole._extent, whole)
+        self.whole, self.rows = whole, rows.to(whole.keys.device)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """[rows, heads, new, dim] after what is there."""
+        start, end = self._extent.start, self._extent.end
+        after = end + key_states.shape[-2]
+        self.whole.keys[self.rows, :, end:after] = key_states
+        self.whole.values[self.rows, :, end:after] = value_states
+        return self.whole.keys[self.rows, :, start:after], self.whole.values[self.rows, :, start:after]
+
 
 class RunningCache(Cache):  # type: ignore[misc]
     """A transformers cache that rows join and leave.
@@ -144,6 +164,13 @@ class RunningCache(Cache):  # type: ignore[misc]
     def after_step(self) -> None:
         """Every row is one token longer."""
         self.extent.end += 1
+
+    def part(self, rows: Tensor) -> Cache:
+        """Some rows of the running ones, as a cache that writes into this one."""
+        layers = [layer.part(rows) if isinstance(layer, RowsLayer) else layer for layer in self.layers]
+        made = Cache(layers=[])
+        made.layers = layers
+        return made
 
     def _make_room(self, rows: int, left: int, new: int = 0) -> None:
         """Room for so many rows, for `left` columns that end where all rows end, and for `new` ones after that."""

@@ -7,7 +7,6 @@ requests, answers or batches.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -23,6 +22,7 @@ from ...model import MixedModel, load_model
 from ...recipe.merge import Source
 from ...sources.checkpoint import Checkpoint
 from ...sources.dense import dense_model
+from ...sources.fingerprint import digest_beside
 from ...sources.opening import open_checkpoint
 from ..base import Message, Prompt
 from ..defaults import GenerationDefaults, checkpoint_defaults
@@ -99,7 +99,8 @@ class LoadedModel:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.eval().requires_grad_(False).to(place)
-        digest = hashlib.sha256(json.dumps(checkpoint.fingerprint(), sort_keys=True).encode()).hexdigest()
+        parts = [*checkpoint.fingerprint(), digest_beside(checkpoint.folder)]
+        digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()
         return cls(model, tokenizer, fingerprint=digest, batch_tokens=batch_tokens)
 
     @property

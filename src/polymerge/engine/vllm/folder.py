@@ -11,11 +11,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ...errors import BundleError
+from ...naming import check_expert_names, check_path
 from ...sources.persona import Group, Persona, read_persona
 
 NOTE = "polymerge-vllm.json"
@@ -27,6 +28,8 @@ EMBEDDING_ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM")
 # On CPUs, vLLM 0.32 gives requests without an adapter whatever lies in the last slot (they index it as -1, in
 # vllm/lora/ops/torch_ops): one more slot than experts keeps that one empty.
 SPARE_SLOTS = 1
+# Part of vLLM's command line: never to be taken for an option.
+ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 # The name under which the base is served.
 AVERAGE = "average"
 
@@ -69,6 +72,12 @@ class ServedExpert(_Strict):
     probe: Probe
     persona: tuple[Group, ...] = ()
 
+    @field_validator("adapter")
+    @classmethod
+    def _stays_inside(cls, adapter: str) -> str:
+        check_path(adapter)
+        return adapter
+
 
 class VllmNote(_Strict):
     """polymerge-vllm.json.
@@ -85,15 +94,21 @@ class VllmNote(_Strict):
     format_version: Literal[1] = 1
     polymerge_version: str
     bundle: str
-    dtype: str
+    dtype: Annotated[str, Field(pattern=r"^[a-z0-9]+$")]
     max_lora_rank: int
-    target_modules: tuple[str, ...]
+    target_modules: tuple[ModuleName, ...]
     head_adapters: bool
     base_bytes: int
     slot_bytes: int
     calibration_tokens: int
     experts: dict[str, ServedExpert]
     lost: tuple[str, ...]
+
+    @field_validator("experts")
+    @classmethod
+    def _experts_are_safe(cls, experts: dict[str, ServedExpert]) -> dict[str, ServedExpert]:
+        check_expert_names(experts)
+        return experts
 
     def to_json(self) -> str:
         data = self.model_dump(mode="json")
@@ -140,10 +155,13 @@ def read_note(folder: str | Path) -> VllmNote:
         raise BundleError(
             f"{folder}: has no {NOTE}; make such a folder with `polymerge export BUNDLE --to vllm -o {folder}`"
         ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{file}: cannot be read: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise BundleError(f"{file}: {where}: {first['msg']}; export the bundle again") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise BundleError(f"{file}: {where}: {reason}; export the bundle again") from None
 
 
 def serve_arguments(folder: str | Path, note: VllmNote) -> list[str]:

@@ -23,9 +23,6 @@ from ...bundle.bundle import ExpertReader
 from ...bundle.files import (
     DTYPE_NAMES,
     Entry,
-    check_free_space,
-    disk_errors,
-    publish,
     raw_bytes,
     write_bytes,
     write_json,
@@ -34,6 +31,8 @@ from ...bundle.files import (
 from ...bundle.manifest import ADAPTER_FILE
 from ...bundle.peft import PEFT_PREFIX, adapter_config
 from ...bundle.personas import write_files
+from ...bundle.place import settled
+from ...bundle.reading import steady
 from ...bundle.write import copy_model_files
 from ...engine.vllm.folder import NOTE, ServedExpert, VllmNote, serve_arguments
 from ...errors import ModelError
@@ -42,7 +41,7 @@ from ...merging.run import OnProgress, Progress
 from ...method.rsvd import rsvd, sketch_seed
 from ...sources.checkpoint import read_json
 from ...version import __version__
-from ..place import fresh
+from ..place import placed
 from .calibrate import Calibration, Measured, check_tokenizer
 from .norms import gain_ratio, norm_modules
 from .plan import HEAD, Factored, VllmPlan
@@ -81,7 +80,7 @@ def write_vllm(
         ModelError, OutputExistsError, DiskSpaceError: before anything is written. The first for an expert that is the
             average as far as vLLM can tell them apart, and for a bundle without a tokenizer.
     """
-    bundle, output = plan.bundle, Path(output).expanduser()
+    bundle, output = plan.bundle, settled(output)
     place = pick_device(device)
     empty = [expert for expert, tasks in plan.experts.items() if not tasks]
     if empty:  # vLLM refuses an empty adapter
@@ -89,24 +88,22 @@ def write_vllm(
             f"{bundle.path}: expert {empty[0]!r} has nothing that an adapter could hold; serve the bundle as it is"
         )
     check_tokenizer(bundle)
-    check_free_space(output.parent, bundle.sizes().base + plan.adapter_bytes)
-    staged = fresh(output, overwrite=overwrite)
-    copy_model_files(bundle.path, staged, read_json(bundle.path / "config.json"), code=True)
-    with disk_errors(output.parent):
+    needed = bundle.sizes().base + plan.adapter_bytes
+    with placed(output, overwrite=overwrite, needed=needed) as staged, steady(bundle):
+        copy_model_files(bundle.path, staged, read_json(bundle.path / "config.json"), code=True)
         for file in (name for name in bundle.manifest.files if "/" not in name and ".safetensors" in name):
             shutil.copyfile(bundle.path / file, staged / file)
-    clock, calibration = _Clock(plan, progress), Calibration(bundle, samples or builtin_prompts(), place)
-    writer, measured = _Writer(plan, place, clock), {}
-    for expert, tasks in plan.experts.items():
-        sizes = calibration.input_sizes(expert, {task.module for task in tasks if not task.embedding})
-        writer.write(expert, staged / _adapter(expert), sizes)
-        write_files(staged / _adapter(expert), bundle.persona(expert), bundle.manifest.experts[expert].persona)
-        measured[expert] = calibration.measure(expert, staged / _adapter(expert))
-        clock.measured(expert)
-    note = _note(plan, measured)
-    write_bytes(staged / NOTE, note.to_json().encode())
-    folder = publish(staged, output)
-    return VllmExport(folder, note)
+        clock, calibration = _Clock(plan, progress), Calibration(bundle, samples or builtin_prompts(), place)
+        writer, measured = _Writer(plan, place, clock), {}
+        for expert, tasks in plan.experts.items():
+            sizes = calibration.input_sizes(expert, {task.module for task in tasks if not task.embedding})
+            writer.write(expert, staged / _adapter(expert), sizes)
+            write_files(staged / _adapter(expert), bundle.persona(expert), bundle.manifest.experts[expert].persona)
+            measured[expert] = calibration.measure(expert, staged / _adapter(expert))
+            clock.measured(expert)
+        note = _note(plan, measured)
+        write_bytes(staged / NOTE, note.to_json().encode())
+    return VllmExport(output, note)
 
 
 class _Writer:

@@ -1,0 +1,185 @@
+"""How a folder gets to its place: made whole beside it, then moved there by renaming, and nothing that is a stranger's
+is touched on the way.
+
+What is half-done lies in a *work folder* that carries polymerge's mark, the small file `.polymerge`, from the moment it
+is there. Only folders with the mark are ever cleared, and they leave by a scratch name, so that a kill in the middle
+leaves none without. Knows folders, marks and renames; not what lies in them, nor who may write
+(`polymerge.bundle.lock`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import OutputExistsError
+from .files import disk_errors, scratch_name, scratches_of
+
+MARK = ".polymerge"
+MARK_VERSION = 1
+WORK = ".partial"
+
+
+def settled(output: str | Path) -> Path:
+    """Where an output really lies: a link is followed here, once, and nowhere later.
+
+    Raises:
+        OutputExistsError: no folder or file can be made there.
+    """
+    output = Path(output).expanduser()
+    check_name(output)
+    if not output.is_symlink():
+        return output
+    try:
+        return output.resolve()
+    except (OSError, RuntimeError):
+        raise OutputExistsError(f"{output}: is a link that leads in a circle; give another --output") from None
+
+
+def check_name(output: Path) -> None:
+    """Raises OutputExistsError unless a folder could be made at `output`, were nothing there."""
+    if not output.name or output.name == "..":
+        raise OutputExistsError(f"{output}: not the name of a folder to make; give one, such as ./bundle")
+    blocking = next((parent for parent in output.parents if parent.exists() and not parent.is_dir()), None)
+    if blocking:
+        raise OutputExistsError(f"{output}: {blocking} is a file, so no folder can be made in it")
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Raises OutputExistsError unless a bundle may be written to `output`."""
+    check_name(output)
+    if output.exists() and not overwrite:
+        raise OutputExistsError(f"{output}: exists; give --overwrite to replace it, or another --output")
+    if output.exists() and not _is_bundle(output):
+        raise OutputExistsError(f"{output}: exists and is not a bundle; it is never overwritten")
+    check_own(work_folder(output))
+
+
+def work_folder(output: Path) -> Path:
+    """Where an output is half-done. While it is moved, what it replaces lies there too."""
+    return output.with_name(output.name + WORK)
+
+
+def begin_work(folder: Path, kind: str, **about: Any) -> Path:
+    """An empty work folder with its mark, in the place of whatever an interrupted run left there.
+
+    Raises:
+        OutputExistsError: a folder or file without the mark is there.
+    """
+    discard_work(folder)
+    scratch = folder.with_name(scratch_name(folder))
+    with disk_errors(folder.parent):
+        scratch.mkdir(parents=True)
+        _write_mark(scratch / MARK, {"polymerge": kind, "version": MARK_VERSION, **about})
+    scratch.rename(folder)
+    return folder
+
+
+def discard_work(folder: Path) -> None:
+    """Deletes a work folder, and what an interrupted deletion left. Raises OutputExistsError for a stranger's."""
+    check_own(folder)
+    restore(folder.with_name(folder.name.removesuffix(WORK)))  # never with the last copy of an output in it
+    if folder.exists():
+        _delete(folder)
+    for left in scratches_of(folder):
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+
+def check_own(folder: Path) -> None:
+    """Raises OutputExistsError where something is at a work folder's place that polymerge did not make."""
+    if os.path.lexists(folder) and mark_of(folder) is None:
+        raise OutputExistsError(
+            f"{folder}: is in the way and was not made by polymerge (it has no {MARK}), so it is not touched; "
+            "move it away, or choose another --output"
+        )
+
+
+def mark_of(folder: Path) -> Mapping[str, Any] | None:
+    """What a work folder's mark says; None for any other folder, a file, or a link."""
+    if folder.is_symlink() or not folder.is_dir():
+        return None
+    try:
+        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return mark if isinstance(mark, dict) and isinstance(mark.get("polymerge"), str) else None
+
+
+def publish(assembled: Path, output: Path) -> Path:
+    """Moves a whole folder out of the output's work folder to its place, and ends the work.
+
+    Killed anywhere, it leaves the old folder or the new one at the output, or, between the two renames, the old one in
+    the work folder, from where `restore` brings it back.
+    """
+    work = work_folder(output)
+    with disk_errors(output):
+        sync_tree(assembled)
+    if output.exists():
+        output.rename(_previous(work))
+    assembled.rename(output)
+    sync_folder(output.parent)
+    discard_work(work)
+    return output
+
+
+def restore(output: Path) -> None:
+    """Undoes a `publish` that was killed between its two renames, and ends one that was killed after them."""
+    previous = _previous(work_folder(output))
+    if mark_of(previous.parent) is None or not previous.exists():
+        return
+    if output.exists():
+        _delete(previous)
+    else:
+        previous.rename(output)
+
+
+def is_away(output: Path) -> bool:
+    """Whether a `publish` that was killed, or that is at work this moment, has the output's folder."""
+    return not output.exists() and _previous(work_folder(output)).exists()
+
+
+def sync_tree(folder: Path) -> None:
+    """Returns when all files in the folder and the folders themselves are on the disk, the innermost first."""
+    for parent, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            _sync(Path(parent, name))
+        _sync(Path(parent))
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns when the folder's entries are on the disk."""
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_mark(file: Path, mark: Mapping[str, Any]) -> None:
+    with file.open("x", encoding="utf-8") as handle:
+        handle.write(json.dumps(mark) + "\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _delete(folder: Path) -> None:
+    """A kill in the middle leaves a scratch folder, which the next run finds by its name."""
+    scratch = folder.with_name(scratch_name(folder))
+    folder.rename(scratch)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _previous(work: Path) -> Path:
+    return work / "previous"
+
+
+def _is_bundle(folder: Path) -> bool:
+    return folder.is_dir() and ((folder / "polymerge.json").exists() or not any(folder.iterdir()))
