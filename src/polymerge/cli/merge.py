@@ -70,7 +70,7 @@ def merge(
     searched: list[Found] = []
 
     def notes(plan: MergePlan) -> None:
-        for note in plan.notes:
+        for note in (*plan.notes, *plan.personas.hints):
             if not quiet:
                 err.print(f"note: {note}", markup=False)
 
