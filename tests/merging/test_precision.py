@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from polymerge import Bundle, add_expert, export_dense, load_model, merge, remove_expert, verify
 from polymerge.errors import SourceError
-from tests.tiny import COMMON, make_experts
+from tests.sweep.configs import tiny_config
+from tests.tiny import make_experts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDE = ("norm", "lm_head")  # in float32, in a checkpoint in bfloat16
@@ -90,11 +91,7 @@ def test_a_narrow_bundle_takes_a_wide_norm_whole(tmp_path: Path) -> None:
 
 
 def test_what_an_architecture_computes_in_float32_stays_so_when_the_rest_is_narrowed(tmp_path: Path) -> None:
-    config = hf.DeepseekV3Config(
-        **COMMON, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16,
-        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, first_k_dense_replace=1, n_group=1,
-        topk_group=1, n_shared_experts=1,
-    )  # fmt: skip
+    config = tiny_config("deepseek_v3")
     experts = make_experts("deepseek", tmp_path, count=2, config=config)
     bias = "model.layers.1.mlp.gate.e_score_correction_bias"
     for number, path in enumerate(experts.values()):
