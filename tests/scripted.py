@@ -29,14 +29,17 @@ class ScriptedEngine:
         self.max_length = 4096
         self.asked: list[GenerateRequest | ScoreRequest] = []
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
+    def max_length_of(self, expert: Any = None) -> int:
+        return self.max_length
+
+    def encode(self, text: str, *, special: bool = True, expert: Any = None) -> list[int]:
         ids = [BOS if letter == "¤" else ord(letter) for letter in text]
         return [BOS, *ids] if self._bos and special else ids
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, expert: Any = None) -> str:
         return "".join(chr(token) for token in ids if token != BOS)
 
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def chat_prompt(self, messages: Sequence[Message], *, expert: Any = None) -> list[int]:
         return self.encode("".join(f"{message['content']}\n" for message in messages))
 
     def _text(self, prompt: Prompt) -> str:

@@ -200,7 +200,10 @@ class Says:
     def __init__(self, text: str) -> None:
         self.text = text
 
-    def chat_prompt(self, messages: Any) -> list[int]:
+    def max_length_of(self, expert: Any) -> int:
+        return self.max_length
+
+    def chat_prompt(self, messages: Any, *, expert: Any = None) -> list[int]:
         return [1]
 
     def generate(self, requests: Any) -> list[Any]:

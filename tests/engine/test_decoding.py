@@ -112,7 +112,7 @@ def words(ids: list[int]) -> str:
 
 
 def test_what_counts_is_read_and_the_rest_is_left_out(offline: HFEngine, served: BatchingEngine) -> None:
-    assert offline.defaults == served.defaults == COUNTS
+    assert offline.defaults_of() == served.defaults_of() == COUNTS
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, [9], [30, 31], [8] * 20])
@@ -234,7 +234,7 @@ def test_vllm_is_asked_for_the_same_and_its_answers_end_the_same(
     ]
     with fake_vllm(["a", "b", "average"], model, max_model_len=128) as url:
         engine = VllmEngine(tmp_path / "v", VllmApi(url))
-        assert engine.defaults == COUNTS
+        assert engine.defaults_of() == COUNTS
         assert engine.generate(requests[:3]) == offline.generate(requests[:3])
         greedy = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.3}
         for body in asked:
@@ -268,4 +268,4 @@ def test_a_setting_that_means_nothing_is_refused_in_one_line(offline: HFEngine, 
 def test_settings_that_say_nothing_are_neutral(checkpoints: Callable[[str], dict[str, Path]], tmp_path: Path) -> None:
     settings = {"top_k": -1, "eos_token_id": 40}
     folder = written(tmp_path / "m", checkpoints("llama")["e0"], tiny_tokenizer(), settings)
-    assert HFEngine.from_checkpoint(str(folder)).defaults == GenerationDefaults(ends=frozenset({2, 40}))
+    assert HFEngine.from_checkpoint(str(folder)).defaults_of() == GenerationDefaults(ends=frozenset({2, 40}))

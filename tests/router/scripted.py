@@ -29,13 +29,16 @@ class ScriptedEngine:
         self.words: list[str] = ["<s>"]
         self.seen: list[list[int]] = []
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
+    def max_length_of(self, expert: Any = None) -> int:
+        return self.max_length
+
+    def encode(self, text: str, *, special: bool = True, expert: Any = None) -> list[int]:
         for word in text.split():
             if word not in self.words:
                 self.words.append(word)
         return [0] * special + [self.words.index(word) for word in text.split()]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, expert: Any = None) -> str:
         return " ".join(self.words[n] for n in ids if n)
 
     def embed(self, prompts: Sequence[Any], *, layers: Sequence[int] = (-1,), pooling: str = "last") -> FloatArray:
@@ -54,7 +57,7 @@ class ScriptedEngine:
             for r in requests
         ]
 
-    def chat_prompt(self, messages: Any) -> list[int]:
+    def chat_prompt(self, messages: Any, *, expert: Any = None) -> list[int]:
         return self.encode(messages[-1]["content"])
 
     def generate(self, requests: Any) -> Any:

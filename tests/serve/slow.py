@@ -21,7 +21,8 @@ def slowed(engine: BatchingEngine, seconds: float) -> None:
         step()
 
     batch.step = slow
-    engine._engine.defaults = replace(engine.defaults, ends=frozenset())
+    voices = engine._engine.voices
+    voices.average = replace(voices.average, defaults=replace(voices.average.defaults, ends=frozenset()))
 
 
 def main(bundle: str) -> None:

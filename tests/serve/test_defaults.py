@@ -21,7 +21,8 @@ PROMPT = [5, 6, 7]
 @pytest.fixture(scope="module")
 def engine(merged: Merged) -> Iterator[BatchingEngine]:
     engine = tiny_engine(merged)
-    engine._engine.defaults = DEFAULTS
+    voices = engine._engine.voices
+    voices.average = replace(voices.average, defaults=DEFAULTS)
     yield engine
     engine.close(0)
 

@@ -27,13 +27,16 @@ class ScriptedEngine:
         self.write, self.like = write, like
         self.prompts: list[str] = []
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
+    def max_length_of(self, expert: Any = None) -> int:
+        return self.max_length
+
+    def encode(self, text: str, *, special: bool = True, expert: Any = None) -> list[int]:
         return [ord(character) for character in text]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, expert: Any = None) -> str:
         return "".join(map(chr, ids))
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]], *, expert: Any = None) -> list[int]:
         return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>")
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:

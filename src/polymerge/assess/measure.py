@@ -118,7 +118,7 @@ def measure_harness(engine: Engine, task: str, expert: RowExpert, settings: AskS
 def _choices(engine: Engine, rows: Sequence[AnsweredRow], expert: RowExpert, settings: AskSettings) -> list[str]:
     requests, chosen = [], []
     for row in rows:
-        context = _prompt(engine, row, settings)
+        context = _prompt(engine, row, expert, settings)
         requests += [ScoreRequest(context, choice, expert) for choice in row.choices or ()]
     scores = iter(engine.loglikelihood(requests))
     for row in rows:
@@ -129,19 +129,20 @@ def _choices(engine: Engine, rows: Sequence[AnsweredRow], expert: RowExpert, set
 
 
 def _answers(engine: Engine, rows: Sequence[AnsweredRow], expert: RowExpert, settings: AskSettings) -> list[str]:
-    room = engine.max_length - settings.max_new_tokens
+    length = engine.max_length_of(expert)
+    room = length - settings.max_new_tokens
     if room < 1:
-        raise ModelError(f"max_new_tokens {settings.max_new_tokens} fills the model's context of {engine.max_length}")
+        raise ModelError(f"max_new_tokens {settings.max_new_tokens} fills the model's context of {length}")
     requests = [
         GenerateRequest(
-            _prompt(engine, row, settings)[-room:], expert, max_new_tokens=settings.max_new_tokens, stop=STOP
+            _prompt(engine, row, expert, settings)[-room:], expert, max_new_tokens=settings.max_new_tokens, stop=STOP
         )
         for row in rows
     ]
     return [generation.text for generation in engine.generate(requests)]
 
 
-def _prompt(engine: Engine, row: AnsweredRow, settings: AskSettings) -> list[int]:
+def _prompt(engine: Engine, row: AnsweredRow, expert: RowExpert, settings: AskSettings) -> list[int]:
     if settings.chat_template:
-        return engine.chat_prompt([{"role": "user", "content": row.prompt}])
-    return engine.encode(f"{row.prompt}\n")
+        return engine.chat_prompt([{"role": "user", "content": row.prompt}], expert=expert)
+    return engine.encode(f"{row.prompt}\n", expert=expert)

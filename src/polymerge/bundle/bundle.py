@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -309,6 +310,16 @@ class ExpertReader:
         if layer.role != "linear":
             return base
         return dense(base, self._scales.get(tensor, 1.0), self.factors(tensor), transposed=layer.transposed)
+
+    def dtype(self, tensor: str) -> torch.dtype | None:
+        """What a tensor of the expert is in; None for one that is no number."""
+        layer = self._bundle.layers[tensor]
+        key = self._stored.get(f"{layer.module}.{layer.parameter}")
+        if key is None:
+            return self._bundle.base.tensors[tensor].dtype
+        with _opened(self._file) as handle:
+            stored: torch.dtype = handle.get_slice(key)[:0].dtype if layer.shape else handle.get_tensor(key).dtype
+            return stored
 
     def factors(self, tensor: str) -> tuple[Tensor, Tensor] | None:
         """B [out, r] and A [r, in] of a linear weight, float32, decoded; None where the expert has none."""

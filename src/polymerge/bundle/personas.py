@@ -66,6 +66,20 @@ def write_files(home: Path, persona: Persona, groups: Sequence[Group], *, code: 
     return written
 
 
+def write_model_files(path: Path, folder: Path, persona: Persona, config: Mapping[str, Any]) -> dict[str, FileEntry]:
+    """All that describes an expert's dense model but its weights; Python files are the bundle's.
+
+    Args:
+        path: the bundle's folder.
+    """
+    written = {CONFIG: write_json(folder / CONFIG, config)}
+    groups: list[Group] = ["tokenizer", "template", *(["generation"] if persona.generation else [])]  # type: ignore[list-item]
+    written |= write_files(folder, persona, groups, code=persona.folder != path)
+    for file in sorted(path.glob("*.py")):
+        written.setdefault(file.name, write_bytes(folder / file.name, file.read_bytes()))
+    return written
+
+
 def write_templates(home: Path, templates: Templates) -> dict[str, FileEntry]:
     """Chat templates as the files that transformers looks for first."""
     names = {name: TEMPLATE if name == DEFAULT else f"{MORE_TEMPLATES}/{name}.jinja" for name in templates}

@@ -107,7 +107,10 @@ class PolymergeMerges:
         questions = [Question(str(text), max_new_tokens=self.max_gen_len) for text in batch["input"]]
         responses, engine = self.pipeline.respond(questions), self.pipeline.engine
         pairs = zip(questions, responses, strict=True)
-        ids = [[*engine.encode(q.text), *engine.encode(r.text, special=False)] for q, r in pairs]
+        ids = [
+            [*engine.encode(q.text, expert=r.expert), *engine.encode(r.text, special=False, expert=r.expert)]
+            for q, r in pairs
+        ]
         return ids, [response.text for response in responses]
 
     def save_model(self, output_dir: str | Path) -> None:
@@ -131,8 +134,8 @@ class PolymergeMerges:
 
         pipeline = self.pipeline
         (step,) = pipeline.steps([question])
-        read = pipeline.engine.encode(question.text)
-        ids = [pipeline.engine.encode(choice) for choice in question.choices]
+        read = pipeline.engine.encode(question.text, expert=step.expert)
+        ids = [pipeline.engine.encode(choice, expert=step.expert) for choice in question.choices]
         requests = [ScoreRequest([*read, own[0]], own[1:], step.expert) for own in ids if len(own) > 1]
         found = iter(pipeline.engine.loglikelihood(requests))
         return tuple(next(found).log_likelihood if len(own) > 1 else 0.0 for own in ids)

@@ -14,10 +14,10 @@ from dataclasses import replace
 from ..errors import ModelError
 from .admission import Demand
 from .base import Generation
-from .defaults import GenerationDefaults
 from .sampling import Sampler
 from .streaming import Finish, Listener, Piece, StreamRequest, TokenScore
 from .text import Decode, TextStream
+from .voices import Voice
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ class Answer:
     Attributes:
         made: tokens of the answer so far, the end token among them.
         sampler: what the tokens are chosen by, where they are chosen in this process.
+        text_of: token ids -> text.
         over: nothing more is to be made: it ended, failed, or was cancelled.
         failures: batches that broke while this answer ran in them.
     """
@@ -51,6 +52,7 @@ class Answer:
         self.failures = 0
         self.sampler = Sampler(request.generate, prompt)
         self.due = time.monotonic() + request.seconds if request.seconds is not None else None
+        self.text_of = decode
         self._text = TextStream(decode, request.generate.stop)
         self._scores: list[tuple[int, TokenScore]] = []  # where a token's text begins, and its score
         self._prompt_scores: tuple[TokenScore, ...] = ()
@@ -135,22 +137,23 @@ def new_answer(
     prompt: Sequence[int],
     listener: Listener,
     *,
-    defaults: GenerationDefaults,
-    max_length: int,
-    decode: Decode,
+    voice: Voice,
+    max_length: int | None = None,
     spare: int = 0,
 ) -> Answer:
     """The answer to a request of a model: its budget is what its own context has room for, whoever runs beside it, and
     what the checkpoint decides is written into it.
 
     Args:
-        max_length: of the context, in tokens.
+        voice: its expert's.
+        max_length: of the context, in tokens, where that is shorter than the voice's.
         spare: tokens that the context must have room for even where no answer is wanted.
 
     Raises:
         ModelError: an empty prompt, or one that leaves no room.
     """
-    asked = request.generate
+    asked, defaults = request.generate, voice.defaults
+    max_length = min(voice.max_length, max_length or voice.max_length)
     if not prompt:
         raise ModelError("generate: the prompt is empty")
     room = max_length - len(prompt)
@@ -158,7 +161,7 @@ def new_answer(
         raise ModelError(f"generate: the prompt has {len(prompt)} tokens, the model's context {max_length}")
     penalty = defaults.repetition_penalty if asked.repetition_penalty is None else asked.repetition_penalty
     asked = replace(asked, max_new_tokens=min(asked.max_new_tokens, room), repetition_penalty=penalty)
-    return Answer(replace(request, generate=asked), prompt, listener, ends=defaults.ends, decode=decode)
+    return Answer(replace(request, generate=asked), prompt, listener, ends=defaults.ends, decode=voice.text)
 
 
 class Collector:

@@ -112,9 +112,12 @@ class Score:
 class Engine(Protocol):
     """A model that runs. Every request of a list has its own expert; results come in the order of the requests.
 
+    Experts may differ in tokenizer, chat template, end tokens, generation settings and context. What asks for these
+    takes an `expert` as a request does; without one it is the average's.
+
     Attributes:
         experts: the names that a request may give; empty for a plain model.
-        max_length: of the context, in tokens.
+        max_length: of the average's context, in tokens.
         fingerprint: changes with anything that results depend on; the key of caches.
     """
 
@@ -127,14 +130,17 @@ class Engine(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
+    def max_length_of(self, expert: RowExpert = None) -> int:
+        """Of an expert's context, in tokens."""
+
+    def encode(self, text: str, *, special: bool = True, expert: RowExpert = None) -> list[int]:
         """Token ids of a text, with the tokenizer's special tokens unless told otherwise."""
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, expert: RowExpert = None) -> str:
         """The text of token ids, without special tokens."""
 
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation that waits for the model's turn, by the model's chat template."""
+    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None) -> list[int]:
+        """Token ids of a conversation that waits for the model's turn, by the expert's chat template."""
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """Raises ModelError for an unknown expert or a prompt that leaves no room in the context."""

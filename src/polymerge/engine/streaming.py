@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from .base import Engine, GenerateRequest
 from .defaults import GenerationDefaults
+
+if TYPE_CHECKING:
+    from ..model.assignment import RowExpert
 
 Finish = Literal["stop", "length"]
 
@@ -88,14 +91,10 @@ class EngineState:
 
 
 class StreamingEngine(Engine, Protocol):
-    """An engine that takes requests while others run.
+    """An engine that takes requests while others run."""
 
-    Attributes:
-        defaults: what the checkpoint says of a request that leaves a setting out.
-    """
-
-    @property
-    def defaults(self) -> GenerationDefaults: ...
+    def defaults_of(self, expert: RowExpert = None) -> GenerationDefaults:
+        """What an expert's checkpoint says of a request that leaves a setting out."""
 
     @property
     def state(self) -> EngineState: ...

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -30,25 +31,31 @@ class Voice:
 
     Attributes:
         max_length: of its context, in tokens.
+        lock: held while the tokenizer is used, where several threads share it: one changes its settings while it
+            encodes.
     """
 
     tokenizer: Any
     defaults: GenerationDefaults
     max_length: int
+    lock: AbstractContextManager[Any] = field(default_factory=nullcontext)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
-        return ids
+        with self.lock:
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
+            return ids
 
     def text(self, ids: Sequence[int], special: bool) -> str:
         """The text of token ids, with or without special tokens; that of one alone may be a part of a character."""
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=not special)
-        return text
+        with self.lock:
+            text: str = self.tokenizer.decode(list(ids), skip_special_tokens=not special)
+            return text
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation; without a chat template, its turns one below the other."""
-        return chat_ids(self.tokenizer, messages)
+        with self.lock:
+            return chat_ids(self.tokenizer, messages)
 
 
 class Voices:
@@ -74,12 +81,13 @@ class Voices:
             return self.average
         if name not in self._made:
             persona, groups = self._own(name)
-            self._made[name] = _voice(self.average, name, persona, groups) if groups else self.average
+            if not groups:
+                return self.average
+            self._made[name] = _voice(self.average, name, persona, groups)
         return self._made[name]
 
     def apart(self) -> Self:
-        """The same with tokenizers of its own: one changes its settings while it encodes, so that every thread needs
-        its own."""
+        """The same with tokenizers of its own, for another thread."""
         average = replace(self.average, tokenizer=copy.deepcopy(self.average.tokenizer))
         return type(self)(average, self._own)
 
@@ -95,4 +103,4 @@ def _voice(average: Voice, name: str, persona: Persona, groups: Sequence[Group])
         defaults = checkpoint_defaults(SimpleNamespace(**persona.generation), tokenizer, f"expert {name!r}")
     if "positions" in groups:
         length = persona.max_length or length
-    return Voice(tokenizer, defaults, length)
+    return replace(average, tokenizer=tokenizer, defaults=defaults, max_length=length)

@@ -6,16 +6,19 @@ Knows modes by name and what a user compares: accuracy by task and mode, and eac
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..bundle.files import write_bytes
 from ..engine.base import Engine
 from ..router.route import Routes
 from .modes import chooser
 from .run import HarnessSettings, accuracy, evaluate
+
+if TYPE_CHECKING:
+    from ..model.assignment import RowExpert
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ def evaluate_modes(
     include_path: str | Path | None = None,
     settings: HarnessSettings | None = None,
     tokenizer: Any = None,
+    tokenizer_of: Callable[[RowExpert], Any] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> Comparison:
     """`polymerge.evaluate.evaluate` for every mode. With an engine that remembers its answers
@@ -91,6 +95,7 @@ def evaluate_modes(
                 include_path=include_path,
                 settings=settings,
                 tokenizer=tokenizer,
+                tokenizer_of=tokenizer_of,
                 about={"mode": mode, **(about or {})},
             )
             for mode, choose in choices.items()

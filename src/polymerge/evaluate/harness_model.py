@@ -10,7 +10,8 @@ context of the question that is not empty is what the mode sees, and never a con
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.instance import Instance
@@ -33,6 +34,27 @@ GENERATION_KEYS = frozenset({"until", "max_gen_toks", "do_sample", "temperature"
 FIRST_TOKEN = -1
 
 
+@dataclass(frozen=True)
+class _Conversation:
+    """Turns that the harness had rendered."""
+
+    turns: list[dict[str, str]]
+    opens: bool  # the model's turn comes next; otherwise it goes on with the last one
+
+    @property
+    def asked(self) -> str:
+        """The user's last turn."""
+        return next((turn["content"] for turn in reversed(self.turns) if turn["role"] == "user"), "")
+
+    def rendered(self, tokenizer: Any) -> str:
+        """As text, by the tokenizer's template."""
+        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": self.opens}
+        if not self.opens:
+            options["continue_final_message"] = True
+        text: str = tokenizer.apply_chat_template(self.turns, **options)
+        return text
+
+
 @register_model("polymerge")
 class PolymergeLM(LM):  # type: ignore[misc]  # the harness has no types
     """The harness's view of an engine.
@@ -41,19 +63,28 @@ class PolymergeLM(LM):  # type: ignore[misc]  # the harness has no types
         engine: what runs.
         choose: a mode (`polymerge.evaluate.modes`).
         tokenizer: with a chat template, for `apply_chat_template`; the contract has token ids only.
+        tokenizer_of: an expert's own. The harness renders a conversation before its expert is chosen; it is rendered
+            again with the expert's template.
 
     Attributes:
         chosen: task -> expert -> how many questions it answered.
     """
 
-    def __init__(self, engine: Engine, choose: Choose | None = None, *, tokenizer: Any = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        choose: Choose | None = None,
+        *,
+        tokenizer: Any = None,
+        tokenizer_of: Callable[[RowExpert], Any] | None = None,
+    ) -> None:
         super().__init__()
         self.engine, self.tokenizer = engine, tokenizer
+        self._tokenizer_of = tokenizer_of or (lambda expert: tokenizer)
         self._choose = choose or average()
-        self._plain: dict[str, str] = {}
+        self._conversations: dict[str, _Conversation] = {}
         self._experts: dict[tuple[str, Any], RowExpert] = {}
-        bare, full = engine.encode("a", special=False), engine.encode("a")
-        self._prefix = full[: full.index(bare[0])] if bare and bare[0] in full else []
+        self._prefixes: dict[str, list[int]] = {}
         self.chosen: dict[str, Counter[str]] = defaultdict(Counter)
 
     @classmethod
@@ -74,7 +105,8 @@ class PolymergeLM(LM):  # type: ignore[misc]  # the harness has no types
         if bundle is None or arguments.keys() - {"device", "dtype"}:
             raise ModelError("the model `polymerge` takes bundle=FOLDER, and mode, device and dtype")
         engine = HFEngine.from_bundle(bundle, **arguments)
-        return cls(engine, chooser(mode, engine.experts), tokenizer=engine.tokenizer)
+        choose = chooser(mode, engine.experts)
+        return cls(engine, choose, tokenizer=engine.tokenizer, tokenizer_of=engine.tokenizer_of)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> PolymergeLM:
@@ -96,12 +128,11 @@ class PolymergeLM(LM):  # type: ignore[misc]  # the harness has no types
         return template if isinstance(template, str) else str(template)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as text. The user's last turn, without the template, is remembered for the mode."""
-        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-        if not add_generation_prompt:
-            options["continue_final_message"] = True
-        text: str = self.tokenizer.apply_chat_template(chat_history, **options)
-        self._plain[text] = next((m["content"] for m in reversed(chat_history) if m["role"] == "user"), text)
+        """The conversation as text. It is remembered: its last turn of the user for the mode, all of it for the
+        template of the expert that will be chosen."""
+        conversation = _Conversation([dict(message) for message in chat_history], add_generation_prompt)
+        text = conversation.rendered(self.tokenizer)
+        self._conversations[text] = conversation
         return text
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -109,7 +140,7 @@ class PolymergeLM(LM):  # type: ignore[misc]  # the harness has no types
         experts = self._experts_of(requests)
         asked = []
         for request, expert in zip(requests, experts, strict=True):
-            context, continuation = self.encode_pair(*request.args[:2])
+            context, continuation = self.encode_pair(request.args[0], request.args[1], expert)
             asked.append(ScoreRequest(context, continuation, expert))
         scores = self.engine.loglikelihood(asked)
         found = [(score.log_likelihood, score.is_greedy) for score in scores]
@@ -124,9 +155,9 @@ class PolymergeLM(LM):  # type: ignore[misc]  # the harness has no types
         windows: list[ScoreRequest] = []
         owners: list[int] = []
         for number, (request, expert) in enumerate(zip(requests, experts, strict=True)):
-            tokens = self.engine.encode(request.args[0], special=False)
+            tokens = self.engine.encode(request.args[0], special=False, expert=expert)
             # one place less than the context holds: the engine counts the first token of a window in
-            for pair in get_rolling_token_windows(tokens, FIRST_TOKEN, self.engine.max_length - 1, 1):
+            for pair in get_rolling_token_windows(tokens, FIRST_TOKEN, self.engine.max_length_of(expert) - 1, 1):
                 before, wanted = make_disjoint_window(pair)
                 windows.append(ScoreRequest([] if before == [FIRST_TOKEN] else before, wanted, expert))
                 owners.append(number)
@@ -148,24 +179,43 @@ class PolymergeLM(LM):  # type: ignore[misc]  # the harness has no types
             self.cache_hook.add_partial("generate_until", request.args, answer)
         return answers
 
-    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    def encode_pair(self, context: str, continuation: str, expert: RowExpert = None) -> tuple[list[int], list[int]]:
         """Token ids as the harness's own models cut them: white space at the context's end belongs to the
         continuation, and both are encoded as one text."""
         if not context:
-            return [], self.engine.encode(continuation, special=False)
+            return [], self.engine.encode(continuation, special=False, expert=expert)
+        context = self._of(context, expert)
         bare = context.rstrip()
         if not bare:
-            return [], self.engine.encode(context + continuation, special=False)
-        before = self._encode(bare)
-        return before, self._encode(context + continuation)[len(before) :]
+            return [], self.engine.encode(context + continuation, special=False, expert=expert)
+        before = self._encode(bare, expert)
+        return before, self._encode(context + continuation, expert)[len(before) :]
 
-    def _encode(self, text: str) -> list[int]:
+    def _of(self, text: str, expert: RowExpert) -> str:
+        """A context in the words of the expert's chat template, where it is a conversation."""
+        conversation, tokenizer = self._conversations.get(text), self._tokenizer_of(expert)
+        if conversation is None or tokenizer is self.tokenizer:
+            return text
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ModelError(f"expert {expert!r} has no chat template; run without --apply-chat-template")
+        return conversation.rendered(tokenizer)
+
+    def _prefix(self, expert: RowExpert) -> list[int]:
+        """What the tokenizer puts before a text."""
+        key = str(expert)
+        if key not in self._prefixes:
+            bare, full = (self.engine.encode("a", special=special, expert=expert) for special in (False, True))
+            self._prefixes[key] = full[: full.index(bare[0])] if bare and bare[0] in full else []
+        return self._prefixes[key]
+
+    def _encode(self, text: str, expert: RowExpert) -> list[int]:
         """With the tokenizer's first token once: a rendered chat template holds it already."""
-        start = len(self._prefix)
-        ids = self.engine.encode(text, special=False) if start else []
-        if not start or ids[:start] != self._prefix:
-            return self.engine.encode(text)
-        if ids[start : 2 * start] == self._prefix:
+        prefix = self._prefix(expert)
+        start = len(prefix)
+        ids = self.engine.encode(text, special=False, expert=expert) if start else []
+        if not start or ids[:start] != prefix:
+            return self.engine.encode(text, expert=expert)
+        if ids[start : 2 * start] == prefix:
             raise ModelError("a context begins with the tokenizer's first token twice; the chat template adds it again")
         return ids
 
@@ -174,11 +224,13 @@ class PolymergeLM(LM):  # type: ignore[misc]  # the harness has no types
         unknown = sorted(options.keys() - GENERATION_KEYS)
         if unknown:
             raise ModelError(f"generation_kwargs: {unknown[0]} is not one of {', '.join(sorted(GENERATION_KEYS))}")
-        room = self.engine.max_length - options["max_gen_toks"]
+        length = self.engine.max_length_of(expert)
+        room = length - options["max_gen_toks"]
         if room < 1:
-            raise ModelError(f"max_gen_toks {options['max_gen_toks']} fills the context of {self.engine.max_length}")
+            raise ModelError(f"max_gen_toks {options['max_gen_toks']} fills the context of {length}")
+        context = self._of(context, expert)
         return GenerateRequest(
-            (self._encode(context) or self.engine.encode("\n"))[-room:],
+            (self._encode(context, expert) or self.engine.encode("\n", expert=expert))[-room:],
             expert,
             max_new_tokens=options["max_gen_toks"],
             temperature=float(options.get("temperature") or 0.0) if options.get("do_sample") else 0.0,
@@ -195,7 +247,8 @@ class PolymergeLM(LM):  # type: ignore[misc]  # the harness has no types
             known = key in self._experts or (key in fresh and fresh[key].text)
             if not known and (text or key not in fresh):
                 row = request.doc if isinstance(request.doc, dict) else {}
-                fresh[key] = Question(self._plain.get(request.args[0], text), key[0], row)
+                conversation = self._conversations.get(request.args[0])
+                fresh[key] = Question((conversation.asked if conversation else "") or text, key[0], row)
         for key, expert in zip(fresh, self._choose(list(fresh.values())) if fresh else (), strict=True):
             self._experts[key] = expert
             self.chosen[key[0]][expert if isinstance(expert, str) else "mixture" if expert else "average"] += 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -21,6 +21,8 @@ from .modes import Choose
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from ..model.assignment import RowExpert
 
 # Where a task measures several things, the first of these is its accuracy.
 ACCURACIES = ("acc", "exact_match", "acc_norm", "pass@1", "em", "f1")
@@ -56,6 +58,7 @@ def evaluate(
     include_path: str | Path | None = None,
     settings: HarnessSettings | None = None,
     tokenizer: Any = None,
+    tokenizer_of: Callable[[RowExpert], Any] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The harness's results on an engine.
@@ -65,6 +68,7 @@ def evaluate(
         choose: a mode (`polymerge.evaluate.modes`); by default no expert answers.
         include_path: a folder with task YAML files of one's own, known under their names.
         tokenizer: for `apply_chat_template`.
+        tokenizer_of: an expert's own; without it, all have the `tokenizer`'s template.
         about: written into the results beside the fingerprint: the mode, the router's hash.
 
     Returns:
@@ -81,7 +85,7 @@ def evaluate(
     from .harness_model import PolymergeLM
 
     settings = settings or HarnessSettings()
-    model = PolymergeLM(engine, choose, tokenizer=tokenizer)
+    model = PolymergeLM(engine, choose, tokenizer=tokenizer, tokenizer_of=tokenizer_of)
     if settings.apply_chat_template:
         model.chat_template(True)  # refuses early
     manager, loaded = _load_tasks(tasks, include_path)

@@ -78,6 +78,7 @@ def evaluate_bundle(
         label=label,
         include_path=include_path,
         tokenizer=engine.tokenizer,
+        tokenizer_of=engine.tokenizer_of,
         settings=HarnessSettings(
             num_fewshot=num_fewshot,
             limit=limit,

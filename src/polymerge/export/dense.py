@@ -9,50 +9,54 @@ import torch
 
 from ..bundle.bundle import Bundle
 from ..bundle.files import DTYPE_NAMES, Entry, raw_bytes
+from ..bundle.personas import write_model_files
 from ..bundle.place import settled
 from ..bundle.reading import steady
 from ..bundle.write import bundle_config, copy_model_files, write_weights
 from ..host import dtype_of
-from ..sources.checkpoint import read_json
 from .place import placed
 
 
 def export_dense(
     bundle: Bundle | str | Path, expert: str, output: str | Path, *, dtype: str | None = None, overwrite: bool = False
 ) -> Path:
-    """Writes an expert as an ordinary checkpoint that transformers (and llama.cpp's converter) opens.
+    """Writes an expert as an ordinary checkpoint that transformers (and llama.cpp's converter) opens, with its own
+    tokenizer, chat template, generation settings and configuration.
 
     Args:
-        dtype: "float32", "bfloat16" or "float16"; by default the bundle's.
+        dtype: "float32", "bfloat16" or "float16"; by default every tensor's own.
 
     Raises:
         BundleError: unknown expert. OutputExistsError, LockedError, DiskSpaceError: before anything is written.
     """
     bundle, output = Bundle.open(bundle), settled(output)
     bundle.expert_folder(expert)
-    target = dtype_of(dtype or bundle.manifest.dtype)
-    entries = [_entry(bundle, tensor, target) for tensor in bundle.layers]
+    reader, target = bundle.expert_reader(expert), dtype_of(dtype) if dtype else None
+    entries = [_entry(bundle, tensor, target or reader.dtype(tensor)) for tensor in bundle.layers]
     needed = sum(entry[3] for entry in entries)
     with placed(output, overwrite=overwrite, needed=needed) as staged, steady(bundle):
-        tied = bool(read_json(bundle.path / "config.json").get("tie_word_embeddings"))
-        config = bundle_config(
-            read_json(bundle.path / "config.json"), dtype=dtype or bundle.manifest.dtype, tied=tied, code=True
-        )
-        copy_model_files(bundle.path, staged, config, code=True)
-        reader = bundle.expert_reader(expert)
+        persona = bundle.persona(expert)
+        tied = bool(bundle.persona().config.get("tie_word_embeddings"))
+        config = bundle_config(persona.config, dtype=dtype or bundle.manifest.dtype, tied=tied, code=True)
+        if bundle.manifest.experts[expert].persona:
+            write_model_files(bundle.path, staged, persona, config)
+        else:
+            copy_model_files(bundle.path, staged, config, code=True)
 
         def content(index: int) -> Iterator[bytes]:
-            tensor = reader.read(entries[index][0])
-            tensor = tensor.to(target) if tensor.is_floating_point() else tensor
+            name = entries[index][0]
+            tensor = reader.read(name)
+            if tensor.is_floating_point():
+                tensor = tensor.to(target or reader.dtype(name))
             yield bytes(raw_bytes(tensor))
 
         write_weights(staged, entries, content)
     return output
 
 
-def _entry(bundle: Bundle, tensor: str, dtype: torch.dtype) -> Entry:
+def _entry(bundle: Bundle, tensor: str, dtype: torch.dtype | None) -> Entry:
     info = bundle.base.tensors[tensor]
-    if info.dtype is None:  # integers and the like keep their own type
+    if info.dtype is None or dtype is None:  # integers and the like keep their own type
         width = bundle.base_tensor(tensor).element_size()
         return tensor, info.stored_as, info.shape, info.numel * width
     return tensor, DTYPE_NAMES[dtype], info.shape, info.numel * dtype.itemsize

@@ -16,12 +16,12 @@ from ..bundle.files import (
     check_free_space,
     disk_errors,
     raw_bytes,
-    write_bytes,
     write_json,
     write_safetensors,
 )
 from ..bundle.manifest import ADAPTER_FILE
 from ..bundle.peft import peft_adapter
+from ..bundle.personas import write_files
 from ..bundle.place import settled
 from ..bundle.reading import steady
 from ..errors import ModelError
@@ -47,12 +47,18 @@ class PeftExport:
 
 
 def export_peft(bundle: Bundle | str | Path, expert: str, output: str | Path, *, overwrite: bool = False) -> PeftExport:
-    """Writes an expert's adapter for plain PEFT over the bundle's average, and measures what dropping rho costs.
+    """Writes an expert's adapter for plain PEFT over the bundle's average, with its tokenizer, chat template and
+    generation settings beside it, and measures what dropping rho costs.
 
     Factors that have a code are decoded, in the bundle's dtype, an expert's at once.
     """
     bundle, output = Bundle.open(bundle), settled(output)
     bundle.expert_folder(expert)
+    if "positions" in bundle.manifest.experts[expert].persona:
+        raise ModelError(
+            f"expert {expert!r}: its positions are not the average's, over which PEFT would run it; "
+            "export it with --to dense"
+        )
     with placed(output, overwrite=overwrite) as staged, steady(bundle):
         config = _write_adapter(bundle, expert, staged)
         if config["peft_type"] != "LORA":
@@ -62,8 +68,11 @@ def export_peft(bundle: Bundle | str | Path, expert: str, output: str | Path, *,
             )
         config["base_model_name_or_path"] = str(bundle.path.resolve())
         write_json(staged / "adapter_config.json", config)
-        for file in sorted(bundle.path.glob("token*.json")):
-            write_bytes(staged / file.name, file.read_bytes())
+        persona = bundle.persona(expert)
+        if persona.files:
+            write_files(staged, persona, ("tokenizer", "template"))
+        if persona.generation:
+            write_files(staged, persona, ("generation",))
         error, worst = _cost_of_dropping_ratios(bundle, expert)
         lost = max((s["relative_error"] for s in bundle.stats() if s["expert"] == expert), default=0.0)
     return PeftExport(output, error, worst, lost)

@@ -133,6 +133,11 @@ def label_by_experts(
 
 
 def _requests(engine: Engine, sample: Sample, chat: bool) -> list[ScoreRequest]:
-    context = engine.chat_prompt([{"role": "user", "content": sample.text}]) if chat else engine.encode(sample.text)
-    answer = engine.encode(sample.answer if chat else f" {sample.answer}", special=False)
-    return [ScoreRequest(context, answer, expert) for expert in engine.experts]
+    return [_request(engine, sample, chat, expert) for expert in engine.experts]
+
+
+def _request(engine: Engine, sample: Sample, chat: bool, expert: str) -> ScoreRequest:
+    messages = [{"role": "user", "content": sample.text}]
+    context = engine.chat_prompt(messages, expert=expert) if chat else engine.encode(sample.text, expert=expert)
+    answer = engine.encode(sample.answer if chat else f" {sample.answer}", special=False, expert=expert)
+    return ScoreRequest(context, answer, expert)

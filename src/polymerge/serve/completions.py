@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from .errors import ApiError
-from .routing import STAGED
+from .routing import STAGED, Choice
 from .schema import ChatRequest, CompletionRequest
 from .service import Service
 from .shapes import ChatShape, CompletionShape
@@ -25,7 +25,7 @@ def completion_routes(service: Service) -> APIRouter:
         turns = [message.text for message in body.messages if message.role == "user"]
         choice = await service.choose(request, body.model, turns, sticky=body.polymerge.sticky)
         messages = [message.for_template() for message in body.messages]
-        prompt = await service.tokens(lambda: service.engine.chat_prompt(messages), "messages")
+        prompt = await service.tokens(lambda: service.engine.chat_prompt(messages, expert=choice.expert), "messages")
         requests = service.stream_requests(
             body, [prompt], [choice], tokens=body.wanted_tokens, logprobs=body.wanted_logprobs
         )
@@ -38,11 +38,13 @@ def completion_routes(service: Service) -> APIRouter:
         if body.model == STAGED:
             raise ApiError(400, "model: staged answers conversations; use /v1/chat/completions", param="model")
         engine, prompts, texts, choices = service.engine, [], [], []
+        named = body.model if body.model in engine.experts else None
         for given in body.prompts:
-            ids = await _ids(service, given)
-            text = given if isinstance(given, str) else engine.decode(ids)
-            choices.append(await service.choose(request, body.model, [text]))
-            prompts.append(ids)
+            # the router reads text; token ids are the average's where no expert is named
+            text = given if isinstance(given, str) else engine.decode(given, expert=named)
+            choice = await service.choose(request, body.model, [text])
+            choices.append(choice)
+            prompts.append(await _ids(service, given, choice))
             texts.append(text)
         requests = service.stream_requests(
             body,
@@ -59,7 +61,7 @@ def completion_routes(service: Service) -> APIRouter:
     return routes
 
 
-async def _ids(service: Service, given: str | list[int]) -> list[int]:
+async def _ids(service: Service, given: str | list[int], choice: Choice) -> list[int]:
     if isinstance(given, str):
-        return await service.tokens(lambda: service.engine.encode(given), "prompt")
+        return await service.tokens(lambda: service.engine.encode(given, expert=choice.expert), "prompt")
     return given

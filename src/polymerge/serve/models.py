@@ -31,5 +31,6 @@ def model_routes(service: Service) -> APIRouter:
 
 def _model(service: Service, name: str, created: int) -> dict[str, Any]:
     """`max_model_len` is what vLLM calls the context; `max_tokens` is the server's limit for one answer."""
-    limits = {"max_model_len": service.engine.max_length, "max_tokens": service.settings.max_tokens}
+    expert = name if name in service.engine.experts else None
+    limits = {"max_model_len": service.engine.max_length_of(expert), "max_tokens": service.settings.max_tokens}
     return {"id": name, "object": "model", "created": created, "owned_by": "polymerge"} | limits

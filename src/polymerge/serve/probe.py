@@ -74,7 +74,7 @@ def _dense(engine: HFEngine, bundle: Bundle, ids: list[int], expert: str) -> Ten
     dtype = engine.hf.dtype
     reader = bundle.expert_reader(expert)
     tensors = {name: _as(reader.read(name), dtype) for name in bundle.layers}
-    config = AutoConfig.from_pretrained(bundle.path, local_files_only=True)
+    config = AutoConfig.from_pretrained(bundle.persona(expert).config_folder, local_files_only=True)
     model: Any = type(engine.hf).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
     del tensors
     logits: Tensor = model.eval().to(engine.device)(input_ids=torch.tensor([ids], device=engine.device)).logits[0]

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio.to_thread import run_sync
 from starlette.requests import Request
@@ -23,6 +23,9 @@ from .schema import ChatRequest, Generating
 from .settings import ServeSettings
 from .shapes import ChatShape, Shape, event, usage
 from .stages import Responds, Stages, question_of
+
+if TYPE_CHECKING:
+    from ..model.assignment import RowExpert
 
 logger = logging.getLogger("polymerge.serve")
 Result = TypeVar("Result")
@@ -86,12 +89,13 @@ class Service:
         count = body.n or 1
         if count * len(prompts) > self.settings.max_choices:
             raise ApiError(400, f"n: at most {self.settings.max_choices} answers a request", param="n")
-        requests, defaults = [], self.engine.defaults
+        requests = []
         for prompt, choice in zip(prompts, choices, strict=True):
+            defaults = self.engine.defaults_of(choice.expert)
             asked = GenerateRequest(
                 prompt,
                 choice.expert,
-                max_new_tokens=self._budget(len(prompt), tokens),
+                max_new_tokens=self._budget(len(prompt), tokens, choice.expert),
                 temperature=defaults.temperature if body.temperature is None else body.temperature,
                 top_p=defaults.top_p if body.top_p is None else body.top_p,
                 seed=body.seed,
@@ -166,25 +170,26 @@ class Service:
         content = b"".join(map(event, chunks)) + event("[DONE]")
         return Response(content, media_type="text/event-stream", headers=SSE_HEADERS | choice.headers)
 
-    def _budget(self, prompt: int, tokens: int | None) -> int:
+    def _budget(self, prompt: int, tokens: int | None, expert: RowExpert) -> int:
         """Tokens that an answer may have."""
-        room = self.engine.max_length - prompt
+        length = self.engine.max_length_of(expert)
+        room = length - prompt
         if tokens is None:
-            usual = self.engine.defaults.max_new_tokens or room
+            usual = self.engine.defaults_of(expert).max_new_tokens or room
             tokens = max(1, min(room, usual, self.settings.max_tokens))
         if tokens > self.settings.max_tokens:
             raise ApiError(400, f"max_tokens: this server gives at most {self.settings.max_tokens}", param="max_tokens")
         if tokens > room:
-            message = (
-                f"the prompt has {prompt} tokens and the answer up to {tokens}; the context is {self.engine.max_length}"
-            )
+            message = f"the prompt has {prompt} tokens and the answer up to {tokens}; the context is {length}"
             raise ApiError(400, message, param="max_tokens", code="context_length_exceeded")
         return tokens
 
     def _log(self, requests: Sequence[StreamRequest], answers: Sequence[Gathered]) -> None:
         if self.settings.log_prompts:
             for request, answer in zip(requests, answers, strict=True):
-                logger.info("prompt %r answer %r", self.engine.decode(request.generate.prompt), answer.text)  # type: ignore[arg-type]
+                asked = request.generate
+                text = self.engine.decode(asked.prompt, expert=asked.expert)  # type: ignore[arg-type]  # ids by now
+                logger.info("prompt %r answer %r", text, answer.text)
 
 
 async def in_thread(call: Callable[[], Result]) -> Result:

@@ -158,6 +158,13 @@ def differing(one: Persona, other: Persona) -> tuple[Group, ...]:
     return tuple(group for group in GROUPS if unlike[group])
 
 
+def end_tokens(generation: Mapping[str, Any]) -> list[int]:
+    """The tokens that end an answer, by generation settings alone."""
+    ends = generation.get("eos_token_id")
+    listed = ends if isinstance(ends, list) else [ends]
+    return sorted(int(token) for token in listed if token is not None)
+
+
 def same_tokenizer(one: Persona, other: Persona) -> bool:
     """Whether both make the same tokens of every text, and the same text of tokens."""
     if one.folder == other.folder or _tokenizer_files(one) == _tokenizer_files(other):
@@ -240,7 +247,4 @@ def _settings(generation: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that are set, with end tokens as a sorted list, and without those that say what holds anyway."""
     found = {key: value for key, value in _meant(generation).items() if value is not None and key not in OF_THE_RUN}
     found = {key: value for key, value in found.items() if UNSAID.get(key) != value}
-    ends = found.get("eos_token_id")
-    if ends is not None:
-        found["eos_token_id"] = sorted(ends) if isinstance(ends, list) else [ends]
-    return found
+    return {**found, "eos_token_id": end_tokens(found)}

@@ -87,7 +87,8 @@ class Formatter:
 
     def fits(self, request: FormatRequest) -> bool:
         """Whether the prompt and the longest answer fit the model's context."""
-        return len(self._ids(request.prompt)) + self._longest_answer(request.question) <= self._engine.max_length
+        used = len(self._ids(request.prompt, request.expert)) + self._longest_answer(request)
+        return used <= self._engine.max_length_of(request.expert)
 
     def _write(self, asked: Sequence[FormatRequest]) -> list[Answer]:
         requests = [
@@ -118,15 +119,16 @@ class Formatter:
         length = {"none": 1, "tokens": score.tokens, "characters": len(choice)}[self._norm]
         return score.log_likelihood / length
 
-    def _ids(self, prompt: str) -> list[int]:
+    def _ids(self, prompt: str, expert: RowExpert) -> list[int]:
         if self._chat:
-            return self._engine.chat_prompt([{"role": "user", "content": prompt}])
-        return self._engine.encode(prompt)
+            return self._engine.chat_prompt([{"role": "user", "content": prompt}], expert=expert)
+        return self._engine.encode(prompt, expert=expert)
 
     def _context(self, request: FormatRequest, prompt: str) -> list[int]:
-        room = max(1, self._engine.max_length - self._longest_answer(request.question))
-        return self._ids(prompt)[-room:]
+        room = max(1, self._engine.max_length_of(request.expert) - self._longest_answer(request))
+        return self._ids(prompt, request.expert)[-room:]
 
-    def _longest_answer(self, question: Question) -> int:
-        choices = (len(self._engine.encode(choice, special=False)) for choice in question.choices)
+    def _longest_answer(self, request: FormatRequest) -> int:
+        question, encode = request.question, self._engine.encode
+        choices = (len(encode(choice, special=False, expert=request.expert)) for choice in question.choices)
         return max(choices, default=question.max_new_tokens)

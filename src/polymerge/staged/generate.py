@@ -106,7 +106,8 @@ def _straight(
         if on_route:
             on_route(route)
     expert = route.expert if route else None if asked.expert == "average" else asked.expert
-    prompt = loaded.chat_prompt([{"role": "user", "content": text}]) if chat and _has_template(loaded) else text
+    templated = chat and loaded.tokenizer_of(expert).chat_template is not None
+    prompt = loaded.chat_prompt([{"role": "user", "content": text}], expert=expert) if templated else text
     pieces: list[Piece] = []
     failures: list[Exception] = []
 
@@ -124,9 +125,5 @@ def _straight(
     answer, written = "".join(piece.text for piece in pieces), pieces[-1]
     return Response(
         answer, None, (), "direct", "no thinker was asked for", "", expert, route.field if route else "", route,
-        len(loaded.encode(prompt) if isinstance(prompt, str) else prompt), written.tokens, 0,
+        len(loaded.ids(prompt, expert)), written.tokens, 0,
     )  # fmt: skip
-
-
-def _has_template(engine: Any) -> bool:
-    return engine.tokenizer.chat_template is not None

@@ -71,7 +71,8 @@ def endless(expert: Any = "e0", tokens: int = 100) -> StreamRequest:
 
 
 def without_end(engine: BatchingEngine) -> None:
-    engine._engine.defaults = replace(engine.defaults, ends=frozenset())
+    voices = engine._engine.voices
+    voices.average = replace(voices.average, defaults=replace(voices.average.defaults, ends=frozenset()))
 
 
 @pytest.mark.parametrize("engines", ["llama", "gemma3", "gpt2", "mixtral"], indirect=True)

@@ -59,7 +59,7 @@ def asked(prompt: Any, expert: Any = "a", *, stop: tuple[str, ...] = (), tokens:
 
 def test_answers_come_in_pieces_and_end_as_the_embedded_ones_do(folder: Path) -> None:
     with running(folder, faithful) as engine:
-        assert engine.defaults.ends == {2}
+        assert engine.defaults_of().ends == {2}
         heard = [Heard() for _ in range(4)]
         requests = [
             asked([5, 6, 7], tokens=4),

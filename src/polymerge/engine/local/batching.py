@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -28,6 +28,9 @@ from ..jobs import Jobs
 from ..streaming import EngineState, Listener, Stream, StreamRequest
 from .engine import HFEngine
 from .running import RunningBatch
+
+if TYPE_CHECKING:
+    from ...model.assignment import RowExpert
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +51,7 @@ class BatchingEngine:
         self._engine, self._limits = engine, limits
         # A tokenizer changes its settings while it encodes, so every thread needs its own or a lock.
         self._front = copy.copy(engine)
-        self._front.tokenizer = copy.deepcopy(engine.tokenizer)
+        self._front.voices = engine.voices.apart()
         self._tokenizing = threading.Lock()
         self._checks = Assignment(engine.experts, torch.device("cpu"))
         self._waiting: deque[Answer] = deque()
@@ -73,27 +76,33 @@ class BatchingEngine:
         return self._engine.fingerprint
 
     @property
-    def defaults(self) -> GenerationDefaults:
-        return self._engine.defaults
-
-    @property
     def state(self) -> EngineState:
         return EngineState(self._status, len(self._batch), len(self._waiting))
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
+    def max_length_of(self, expert: RowExpert = None) -> int:
         """As in the contract."""
         with self._tokenizing:
-            return self._front.encode(text, special=special)
+            return self._engine.max_length_of(expert)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def defaults_of(self, expert: RowExpert = None) -> GenerationDefaults:
         """As in the contract."""
         with self._tokenizing:
-            return self._front.decode(ids)
+            return self._engine.defaults_of(expert)
 
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, text: str, *, special: bool = True, expert: RowExpert = None) -> list[int]:
         """As in the contract."""
         with self._tokenizing:
-            return self._front.chat_prompt(messages)
+            return self._front.encode(text, special=special, expert=expert)
+
+    def decode(self, ids: Sequence[int], *, expert: RowExpert = None) -> str:
+        """As in the contract."""
+        with self._tokenizing:
+            return self._front.decode(ids, expert=expert)
+
+    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None) -> list[int]:
+        """As in the contract."""
+        with self._tokenizing:
+            return self._front.chat_prompt(messages, expert=expert)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """As in the contract; the requests share the running batch with everyone else's, however long the queue is."""
@@ -148,15 +157,15 @@ class BatchingEngine:
         return list(answers)
 
     def _answer(self, request: StreamRequest, listener: Listener) -> Answer:
-        asked, defaults = request.generate, self.defaults
+        asked = request.generate
         with self._tokenizing:
-            prompt = self._front.ids(asked.prompt)
             if self.experts:
                 self._checks.set(asked.expert, 1)
             else:
                 self._front.check_expert(asked.expert)
-        length, decode = self.max_length, self._engine.text
-        return new_answer(request, prompt, listener, defaults=defaults, max_length=length, decode=decode)
+            prompt = self._front.ids(asked.prompt, asked.expert)
+            voice = self._engine.voices.of(asked.expert)  # the worker's own
+        return new_answer(request, prompt, listener, voice=voice)
 
     def _on_worker(self, key: Any, items: Sequence[Any], run: Callable[[Sequence[Any]], list[Result]]) -> list[Result]:
         """Runs something on the model between two steps."""
@@ -251,7 +260,7 @@ class BatchingEngine:
         """Whether the model can still be used at all."""
         time.sleep(pause)
         try:
-            self._engine.embed([[min(self.defaults.ends, default=0)]])
+            self._engine.embed([[min(self.defaults_of().ends, default=0)]])
         except Exception:
             logger.exception("the model cannot be used")
             return False

@@ -49,8 +49,8 @@ class HFEngine(LoadedModel):
 
     def _answer(self, request: GenerateRequest, listener: Listener) -> Answer:
         self.check_expert(request.expert)
-        prompt, asked, length = self.ids(request.prompt), StreamRequest(_seeded(request)), self.max_length
-        return new_answer(asked, prompt, listener, defaults=self.defaults, max_length=length, decode=self.text)
+        prompt, asked = self.ids(request.prompt, request.expert), StreamRequest(_seeded(request))
+        return new_answer(asked, prompt, listener, voice=self.voices.of(request.expert))
 
     def _run(self, answers: Sequence[Answer]) -> None:
         if joins(self.hf):
@@ -95,9 +95,9 @@ class HFEngine(LoadedModel):
         return np.stack(found) if found else np.zeros((0, len(layers), width), dtype=np.float32)
 
     def _pair(self, request: ScoreRequest) -> tuple[list[int], list[int]]:
-        continuation = request.continuation
-        ids = self.encode(continuation, special=False) if isinstance(continuation, str) else self.checked(continuation)
-        return scored_pair(self.ids(request.context), ids, self.tokenizer, self.max_length)
+        continuation, voice = request.continuation, self.voices.of(request.expert)
+        ids = voice.encode(continuation, special=False) if isinstance(continuation, str) else self.checked(continuation)
+        return scored_pair(self.ids(request.context, request.expert), ids, voice.tokenizer, voice.max_length)
 
     def _in_batches(
         self, items: Sequence[Item], lengths: Sequence[int], run: Callable[[Sequence[Item]], list[Result]]

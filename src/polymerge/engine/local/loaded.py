@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -25,8 +25,11 @@ from ...sources.dense import dense_model
 from ...sources.fingerprint import digest_beside
 from ...sources.opening import open_checkpoint
 from ..base import Message, Prompt
-from ..chat import chat_ids
-from ..defaults import checkpoint_defaults
+from ..defaults import GenerationDefaults, checkpoint_defaults
+from ..voices import Voice, Voices
+
+if TYPE_CHECKING:
+    from ...model.assignment import RowExpert
 
 # Tokens of a batch, padding included: wide enough to keep two to sixteen cores busy, small enough for a laptop.
 BATCH_TOKENS = 4096
@@ -41,20 +44,22 @@ class LoadedModel:
         batch_tokens: tokens of one batch at most, padding included; one request always fits.
 
     Attributes:
-        defaults: what the checkpoint's generation_config.json says.
+        voices: each expert's tokenizer, end tokens, settings and context.
 
     Raises:
-        ModelError: it says something that means nothing.
+        ModelError: generation_config.json says something that means nothing.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, fingerprint: str, batch_tokens: int = BATCH_TOKENS) -> None:
-        self.model, self.tokenizer, self.fingerprint = model, tokenizer, fingerprint
+        self.model, self.fingerprint = model, fingerprint
         self.batch_tokens = batch_tokens
         self._mixed = isinstance(model, MixedModel)
         self.hf: Any = model.hf if self._mixed else model
         self._vocabulary = int(self.hf.config.get_text_config().vocab_size)
         label = str(model.bundle.path if self._mixed else self.hf.config.name_or_path or "the model")
-        self.defaults = checkpoint_defaults(self.hf.generation_config, tokenizer, label)
+        defaults = checkpoint_defaults(self.hf.generation_config, tokenizer, label)
+        average = Voice(tokenizer, defaults, _context(self.hf, tokenizer))
+        self.voices = Voices(average, model.personas.own if self._mixed else None)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle | str | Path, *, batch_tokens: int = BATCH_TOKENS, **load: Any) -> Self:
@@ -104,37 +109,47 @@ class LoadedModel:
         return list(self.model.experts) if self._mixed else []
 
     @property
+    def tokenizer(self) -> Any:
+        """The average's."""
+        return self.voices.average.tokenizer
+
+    @property
     def max_length(self) -> int:
-        """The context, in tokens."""
-        text_config = self.hf.config.get_text_config()
-        return int(getattr(text_config, "max_position_embeddings", 0) or self.tokenizer.model_max_length)
+        """The average's context, in tokens."""
+        return self.voices.average.max_length
+
+    def max_length_of(self, expert: RowExpert = None) -> int:
+        """An expert's context, in tokens."""
+        return self.voices.of(expert).max_length
+
+    def defaults_of(self, expert: RowExpert = None) -> GenerationDefaults:
+        """What the generation_config.json of an expert's checkpoint says."""
+        return self.voices.of(expert).defaults
 
     @property
     def device(self) -> torch.device:
         """Where the model lies."""
         return torch.device(self.hf.device)
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
+    def tokenizer_of(self, expert: RowExpert = None) -> Any:
+        """An expert's own."""
+        return self.voices.of(expert).tokenizer
+
+    def encode(self, text: str, *, special: bool = True, expert: RowExpert = None) -> list[int]:
         """Token ids of a text."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
-        return ids
+        return self.voices.of(expert).encode(text, special=special)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, expert: RowExpert = None) -> str:
         """The text of token ids, without special tokens. Raises ModelError for ids outside the vocabulary."""
-        return self.text(self.checked(ids), False)
+        return self.voices.of(expert).text(self.checked(ids), False)
 
-    def text(self, ids: Sequence[int], special: bool) -> str:
-        """The text of token ids, with or without special tokens; that of one alone may be a part of a character."""
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=not special)
-        return text
-
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None) -> list[int]:
         """Token ids of a conversation; without a chat template, its turns one below the other."""
-        return chat_ids(self.tokenizer, messages)
+        return self.voices.of(expert).chat_prompt(messages)
 
-    def ids(self, prompt: Prompt) -> list[int]:
+    def ids(self, prompt: Prompt, expert: RowExpert = None) -> list[int]:
         """Token ids of a prompt. Raises ModelError as `checked` does."""
-        return self.encode(prompt) if isinstance(prompt, str) else self.checked(prompt)
+        return self.encode(prompt, expert=expert) if isinstance(prompt, str) else self.checked(prompt)
 
     def checked(self, ids: Sequence[int]) -> list[int]:
         """Token ids as they are. Raises ModelError for one outside the vocabulary."""
@@ -170,6 +185,11 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     stored = next((info.dtype for info in checkpoint.tensors.values() if info.dtype), torch.float32)
     return DTYPES.get(str(named), stored)
+
+
+def _context(hf: Any, tokenizer: Any) -> int:
+    text_config = hf.config.get_text_config()
+    return int(getattr(text_config, "max_position_embeddings", 0) or tokenizer.model_max_length)
 
 
 def positions(mask: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from ..answer import Answer
 from ..sampling import choose_tokens
 from ..streaming import TokenScore
+from ..text import Decode
 from .cache import RunningCache
 from .loaded import LoadedModel, positions
 
@@ -129,10 +130,11 @@ class RunningBatch:
         tokens = choose_tokens(logits, [answer.sampler for answer in answers])
         for row, (answer, request, token) in enumerate(zip(list(answers), requests, tokens, strict=True)):
             wanted = request.logprobs is not None
-            answer.take(token, self._scores(logits[row : row + 1], [token], request.logprobs)[0] if wanted else None)
+            answer.take(token, self._score(answer, logits[row : row + 1], token) if wanted else None)
 
-    def _scores(self, logits: Tensor, tokens: Sequence[int], top: int | None) -> list[TokenScore]:
-        return token_scores(self._engine, logits, tokens, top or 0)
+    @staticmethod
+    def _score(answer: Answer, logits: Tensor, token: int) -> TokenScore:
+        return token_scores(answer.text_of, logits, [token], answer.request.logprobs or 0)[0]
 
 
 class _PromptScorer:
@@ -149,14 +151,15 @@ class _PromptScorer:
             return
         prompt = self._answer.prompt
         if not self.scores and prompt:
-            self.scores.append(TokenScore(self._engine.text(prompt[:1], True), None))
+            self.scores.append(TokenScore(self._answer.text_of(prompt[:1], True), None))
         first = max(self._pad, start)
         logits = logits[first - start :]
         targets = prompt[first - self._pad + 1 : first - self._pad + 1 + len(logits)]
-        self.scores += token_scores(self._engine, logits[: len(targets)], targets, self._answer.request.logprobs or 0)
+        top = self._answer.request.logprobs or 0
+        self.scores += token_scores(self._answer.text_of, logits[: len(targets)], targets, top)
 
 
-def token_scores(engine: LoadedModel, logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenScore]:
+def token_scores(text_of: Decode, logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenScore]:
     """Scores of tokens [T] under logits [T, V], with the `top` likeliest alternatives."""
     if not len(tokens):
         return []
@@ -165,6 +168,6 @@ def token_scores(engine: LoadedModel, logits: Tensor, tokens: Sequence[int], top
     values, likeliest = logprobs.topk(min(top, logits.shape[-1]), dim=-1)
     found = []
     for token, logprob, row, ids in zip(tokens, own, values.tolist(), likeliest.tolist(), strict=True):
-        others = tuple((engine.text([other], True), value) for other, value in zip(ids, row, strict=True))
-        found.append(TokenScore(engine.text([token], True), logprob, others))
+        others = tuple((text_of([other], True), value) for other, value in zip(ids, row, strict=True))
+        found.append(TokenScore(text_of([token], True), logprob, others))
     return found

@@ -14,20 +14,25 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ...errors import ModelError
+from ...sources.checkpoint import read_json
+from ...sources.persona import load_tokenizer, read_persona
 from ..answer import Answer, Collector, new_answer
 from ..base import FloatArray, GenerateRequest, Generation, Message, Pooling, Prompt, Score, ScoreRequest
-from ..chat import chat_ids
 from ..defaults import GenerationDefaults, folder_defaults
 from ..scoring import scored_pair
 from ..streaming import Listener, StreamRequest
+from ..voices import Voice, Voices
 from .api import VllmApi
 from .folder import AVERAGE, VllmNote, distance, read_note
 from .reading import Reader
 from .scores import Place, Scored, score_text, score_token
 from .server import VllmServer
+
+if TYPE_CHECKING:
+    from ...model.assignment import RowExpert
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +58,7 @@ class VllmEngine:
         self.folder, self.api = Path(folder).expanduser(), api
         self.note: VllmNote = read_note(self.folder)
         self._concurrency = concurrency
-        self._tokenizing = threading.Lock()  # a tokenizer changes its settings while it encodes
-        self._reader = Reader(api, self.text)
+        self._reader = Reader(api)
 
     @classmethod
     def connect(
@@ -89,40 +93,38 @@ class VllmEngine:
         return int(length)
 
     @cached_property
+    def voices(self) -> Voices:
+        """The bundle's tokenizer, and each expert's template and settings."""
+        base = read_persona(self.folder, read_json(self.folder / "config.json"))
+        tokenizer = load_tokenizer(base)
+        lock = threading.RLock()  # whoever reads an answer decodes it
+        average = Voice(tokenizer, folder_defaults(self.folder, tokenizer), self.max_length, lock)
+        return Voices(average, lambda expert: self.note.persona(self.folder, expert, base))
+
+    @property
     def tokenizer(self) -> Any:
         """The bundle's."""
-        from transformers import AutoTokenizer
+        return self.voices.average.tokenizer
 
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        except Exception as error:  # transformers raises many types for one unusable folder
-            raise ModelError(f"{self.folder}: no usable tokenizer ({' '.join(str(error).split())[:200]})") from None
+    def max_length_of(self, expert: RowExpert = None) -> int:
+        """The served context is the same for all."""
+        return self.max_length
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
+    def defaults_of(self, expert: RowExpert = None) -> GenerationDefaults:
+        """What the exported generation_config.json says, or the expert's own."""
+        return self.voices.of(expert).defaults
+
+    def encode(self, text: str, *, special: bool = True, expert: RowExpert = None) -> list[int]:
         """Token ids of a text."""
-        with self._tokenizing:
-            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
-            return ids
+        return self.voices.of(expert).encode(text, special=special)
 
-    @cached_property
-    def defaults(self) -> GenerationDefaults:
-        """What the exported generation_config.json says."""
-        return folder_defaults(self.folder, self.tokenizer)
-
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, expert: RowExpert = None) -> str:
         """The text of token ids, without special tokens."""
-        return self.text(ids, False)
+        return self.voices.of(expert).text(ids, False)
 
-    def text(self, ids: Sequence[int], special: bool) -> str:
-        """The text of token ids, with or without special tokens."""
-        with self._tokenizing:
-            text: str = self.tokenizer.decode(list(ids), skip_special_tokens=not special)
-            return text
-
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None) -> list[int]:
         """Token ids of a conversation; without a chat template, its turns one below the other."""
-        with self._tokenizing:
-            return chat_ids(self.tokenizer, messages)
+        return self.voices.of(expert).chat_prompt(messages)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """As in the contract; vLLM makes its batches of requests for different experts."""
@@ -142,11 +144,9 @@ class VllmEngine:
             )
         return new_answer(
             request,
-            self._ids(asked.prompt),
+            self._ids(asked.prompt, asked.expert),
             listener,
-            defaults=self.defaults,
-            max_length=self.max_length,
-            decode=self.text,
+            voice=self.voices.of(asked.expert),
             spare=1,  # vLLM makes a token even where only scores are wanted
         )
 
@@ -222,13 +222,13 @@ class VllmEngine:
         return [[next(found) for _ in range(start, len(ids))] for _, ids, start in items]
 
     def _pair(self, request: ScoreRequest) -> tuple[list[int], list[int]]:
-        continuation = request.continuation
-        ids = self.encode(continuation, special=False) if isinstance(continuation, str) else list(continuation)
+        continuation, voice = request.continuation, self.voices.of(request.expert)
+        ids = voice.encode(continuation, special=False) if isinstance(continuation, str) else list(continuation)
         # vLLM has to write a token after what it scores
-        return scored_pair(self._ids(request.context), ids, self.tokenizer, self.max_length - 1)
+        return scored_pair(self._ids(request.context, request.expert), ids, voice.tokenizer, voice.max_length - 1)
 
-    def _ids(self, prompt: Prompt) -> list[int]:
-        return self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    def _ids(self, prompt: Prompt, expert: RowExpert) -> list[int]:
+        return self.encode(prompt, expert=expert) if isinstance(prompt, str) else list(prompt)
 
     def _model(self, expert: Any) -> str:
         """The served name of an expert."""

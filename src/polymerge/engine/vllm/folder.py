@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ...errors import BundleError
 from ...naming import check_expert_names, check_path
+from ...sources.persona import Group, Persona, read_persona
 
 NOTE = "polymerge-vllm.json"
 # What `vllm serve --max-lora-rank` accepts (vLLM 0.32, vllm/config/lora.py).
@@ -58,6 +60,8 @@ class ServedExpert(_Strict):
         kl_unfolded: the same for the bundle's own factors alone, with nothing folded into them.
         kl_average: the same for the average alone.
         same_token: share of calibration tokens at which both have the same likeliest token.
+        persona: in what it is not the average beside its weights: files beside its adapter, which vLLM itself does not
+            look at. Whoever renders a conversation, or sets a request's defaults, must.
     """
 
     adapter: str
@@ -66,6 +70,7 @@ class ServedExpert(_Strict):
     kl_average: float
     same_token: float
     probe: Probe
+    persona: tuple[Group, ...] = ()
 
     @field_validator("adapter")
     @classmethod
@@ -106,7 +111,20 @@ class VllmNote(_Strict):
         return experts
 
     def to_json(self) -> str:
-        return json.dumps(self.model_dump(mode="json"), ensure_ascii=False) + "\n"
+        data = self.model_dump(mode="json")
+        for expert in (expert for expert in data["experts"].values() if not expert["persona"]):
+            del expert["persona"]  # which older readers do not know
+        return json.dumps(data, ensure_ascii=False) + "\n"
+
+    def persona(self, folder: Path, expert: str, average: Persona) -> tuple[Persona, tuple[Group, ...]]:
+        """An expert's persona, and in which groups it is not the average's. Raises SourceError for a broken file."""
+        served = self.experts.get(expert)
+        if served is None or not served.persona:
+            return average, ()
+        beside = read_persona(folder / served.adapter, average.config)
+        templates = beside.templates if "template" in served.persona else average.templates
+        generation = beside.generation if "generation" in served.persona else average.generation
+        return replace(average, templates=templates, generation=generation), served.persona
 
     @property
     def fingerprint(self) -> str:

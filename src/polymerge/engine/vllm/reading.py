@@ -16,7 +16,6 @@ from ...errors import DeadlineError, EngineDownError, ModelError, PolymergeError
 from ..answer import Answer
 from ..base import GenerateRequest
 from ..streaming import TokenScore
-from ..text import Decode
 from .api import VllmApi
 from .scores import TOKEN_ID, prompt_scores
 
@@ -24,14 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 class Reader:
-    """Reads answers from a server.
+    """Reads answers from a server."""
 
-    Args:
-        text: token ids -> text.
-    """
-
-    def __init__(self, api: VllmApi, text: Decode) -> None:
-        self._api, self._text = api, text
+    def __init__(self, api: VllmApi) -> None:
+        self._api = api
 
     def read(self, answer: Answer, model: str) -> None:
         """The whole answer of a served model. What goes wrong is told to the answer."""
@@ -53,7 +48,7 @@ class Reader:
         finish = None
         with closing(self._stream(answer, model)) as chunks:
             for choice in chunks:
-                for token, score in self._tokens(choice, answer.request.logprobs):
+                for token, score in _tokens(answer, choice):
                     answer.take(token, score)
                 if answer.due is not None and time.monotonic() > answer.due:
                     answer.fail(DeadlineError("the answer was not whole in time"))
@@ -73,27 +68,29 @@ class Reader:
             body |= {"logprobs": answer.request.logprobs, "return_tokens_as_token_ids": True}
         return self._api.stream(body, timeout=left)
 
-    def _tokens(self, choice: dict[str, Any], logprobs: int | None) -> list[tuple[int, TokenScore | None]]:
-        ids: list[int] = choice.get("token_ids") or []
-        told = choice.get("logprobs")
-        if logprobs is None or not told:
-            return [(token, None) for token in ids]
-        rows = zip(ids, told["token_logprobs"], told["top_logprobs"] or [{}] * len(ids), strict=True)
-        return [(token, self._score(token, value, _by_id(top), logprobs)) for token, value, top in rows]
-
     def _scored_prompt(self, answer: Answer, model: str) -> list[TokenScore]:
         count = answer.request.logprobs or 0
         places = prompt_scores(self._api, model, answer.prompt, count)
-        scores = [TokenScore(self._text(answer.prompt[:1], True), None)]
+        scores = [TokenScore(answer.text_of(answer.prompt[:1], True), None)]
         for token, place in zip(answer.prompt[1:], places[1:], strict=True):
             values = {int(key): float(value["logprob"]) for key, value in place.items()}
-            scores.append(self._score(token, values[token], values, count))
+            scores.append(_score(answer, token, values[token], values))
         return scores
 
-    def _score(self, token: int, logprob: float, values: dict[int, float], count: int) -> TokenScore:
-        likeliest = sorted(values.items(), key=lambda item: -item[1])[:count]
-        top = tuple((self._text([other], True), value) for other, value in likeliest)
-        return TokenScore(self._text([token], True), logprob, top)
+
+def _tokens(answer: Answer, choice: dict[str, Any]) -> list[tuple[int, TokenScore | None]]:
+    ids: list[int] = choice.get("token_ids") or []
+    told = choice.get("logprobs")
+    if answer.request.logprobs is None or not told:
+        return [(token, None) for token in ids]
+    rows = zip(ids, told["token_logprobs"], told["top_logprobs"] or [{}] * len(ids), strict=True)
+    return [(token, _score(answer, token, value, _by_id(top))) for token, value, top in rows]
+
+
+def _score(answer: Answer, token: int, logprob: float, values: dict[int, float]) -> TokenScore:
+    likeliest = sorted(values.items(), key=lambda item: -item[1])[: answer.request.logprobs or 0]
+    top = tuple((answer.text_of([other], True), value) for other, value in likeliest)
+    return TokenScore(answer.text_of([token], True), logprob, top)
 
 
 def settings(request: GenerateRequest) -> dict[str, Any]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..base import Engine, FloatArray, Message, Pooling, Prompt
+
+if TYPE_CHECKING:
+    from ...model.assignment import RowExpert
 
 
 class ForwardingEngine:
@@ -28,17 +32,21 @@ class ForwardingEngine:
         """The engine's."""
         return self._engine.fingerprint
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
+    def max_length_of(self, expert: RowExpert = None) -> int:
         """The engine's."""
-        return self._engine.encode(text, special=special)
+        return self._engine.max_length_of(expert)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def encode(self, text: str, *, special: bool = True, expert: RowExpert = None) -> list[int]:
         """The engine's."""
-        return self._engine.decode(ids)
+        return self._engine.encode(text, special=special, expert=expert)
 
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def decode(self, ids: Sequence[int], *, expert: RowExpert = None) -> str:
         """The engine's."""
-        return self._engine.chat_prompt(messages)
+        return self._engine.decode(ids, expert=expert)
+
+    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None) -> list[int]:
+        """The engine's."""
+        return self._engine.chat_prompt(messages, expert=expert)
 
     def embed(
         self, prompts: Sequence[Prompt], *, layers: Sequence[int] = (-1,), pooling: Pooling = "last"

@@ -46,7 +46,12 @@ class MeteredEngine(ForwardingEngine):
         began = time.perf_counter()
         found = self._engine.loglikelihood(requests)
         self.seconds += time.perf_counter() - began
-        contexts = {(r.context if isinstance(r.context, str) else tuple(r.context), str(r.expert)) for r in requests}
-        self.read += sum(len(self.encode(c) if isinstance(c, str) else c) for c, _ in contexts)
+        contexts = {
+            (r.context if isinstance(r.context, str) else tuple(r.context), str(r.expert)): r.expert for r in requests
+        }
+        self.read += sum(
+            len(self.encode(context, expert=expert) if isinstance(context, str) else context)
+            for (context, _), expert in contexts.items()
+        )
         self.read += sum(score.tokens for score in found)
         return found

@@ -150,11 +150,11 @@ def applied(model: nn.Module, adapter: Adapter) -> Iterator[None]:
 
 def _row(engine: HFEngine, expert: str, sample: CalibrationPrompt) -> tuple[list[int], int]:
     """Token ids of a prompt with its answer, and where the answer begins."""
-    prompt = engine.chat_prompt([{"role": "user", "content": sample.prompt}])[-engine.max_length // 2 :]
+    prompt = engine.chat_prompt([{"role": "user", "content": sample.prompt}], expert=expert)[-engine.max_length // 2 :]
     if not prompt:
         raise ModelError(f"the calibration prompt {sample.prompt!r} has no tokens in the bundle's tokenizer")
     if sample.answer is not None:
-        answer = engine.encode(sample.answer, special=False)[: engine.max_length // 2 - 1]
+        answer = engine.encode(sample.answer, special=False, expert=expert)[: engine.max_length // 2 - 1]
         return [*prompt, *answer], len(prompt)
     ids = torch.tensor([prompt], device=engine.device)
     made = engine.model.generate(

@@ -30,6 +30,7 @@ from ...bundle.files import (
 )
 from ...bundle.manifest import ADAPTER_FILE
 from ...bundle.peft import PEFT_PREFIX, adapter_config
+from ...bundle.personas import write_files
 from ...bundle.place import settled
 from ...bundle.reading import steady
 from ...bundle.write import copy_model_files
@@ -97,6 +98,7 @@ def write_vllm(
         for expert, tasks in plan.experts.items():
             sizes = calibration.input_sizes(expert, {task.module for task in tasks if not task.embedding})
             writer.write(expert, staged / _adapter(expert), sizes)
+            write_files(staged / _adapter(expert), bundle.persona(expert), bundle.manifest.experts[expert].persona)
             measured[expert] = calibration.measure(expert, staged / _adapter(expert))
             clock.measured(expert)
         note = _note(plan, measured)
@@ -189,6 +191,7 @@ def _note(plan: VllmPlan, measured: dict[str, Measured]) -> VllmNote:
             kl_average=found.kl_average,
             same_token=found.same_token,
             probe=found.probe,
+            persona=plan.bundle.manifest.experts[expert].persona,
         )
         for expert, found in measured.items()
     }

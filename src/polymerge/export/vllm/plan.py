@@ -19,6 +19,7 @@ from ...engine.vllm.folder import EMBEDDING_ARCHITECTURES, LORA_RANKS, padded_ra
 from ...errors import ModelError
 from ...host import DTYPES
 from ...sources.checkpoint import natural_key
+from ...sources.persona import Persona, end_tokens, load_tokenizer, same_words
 from .norms import gain_ratio, norm_modules, norm_readers
 
 # For a bundle without low-rank residuals (compress rate 0 or 1).
@@ -119,9 +120,12 @@ def plan_vllm(bundle: Bundle | str | Path, *, max_rank: int | None = None) -> Vl
         max_rank: vLLM's `--max-lora-rank`; by default the smallest that holds the bundle's own factors.
 
     Raises:
-        ModelError: a rank that vLLM does not know, or residuals of fused mixture-of-experts blocks.
+        ModelError: a rank that vLLM does not know, residuals of fused mixture-of-experts blocks, or an expert with
+            a tokenizer, end tokens or positions of its own.
     """
     bundle = Bundle.open(bundle)
+    for expert in bundle.experts:
+        _check_persona(bundle, expert)
     if max_rank is not None and max_rank not in LORA_RANKS:
         raise ModelError(f"rank {max_rank}: vLLM takes one of {', '.join(map(str, LORA_RANKS))}")
     linear = [layer for layer in bundle.layers.values() if layer.role == "linear"]
@@ -140,6 +144,29 @@ def plan_vllm(bundle: Bundle | str | Path, *, max_rank: int | None = None) -> Vl
         lost.append(f"all experts: residuals of rank up to {largest} are cut to rank {allowed}")
     norms = {layer.module: layer.tensor for layer in bundle.layers.values() if layer.role == "norm"}
     return VllmPlan(bundle, allowed, experts, norms, tuple(lost))
+
+
+def _check_persona(bundle: Bundle, expert: str) -> None:
+    """Raises ModelError for what vLLM has once for all adapters: its adapters have had no tokenizers of their own since
+    0.12, it ends answers at the base's end tokens, and knows the base's positions."""
+    own, base = bundle.persona(expert), bundle.persona()
+    groups = bundle.manifest.experts[expert].persona
+    unlike = {
+        "tokenizer": "tokenizer" in groups and not _speak_alike(base, own),
+        "end tokens": end_tokens(own.generation) != end_tokens(base.generation),
+        "positions": "positions" in groups,
+    }
+    for what in (what for what, differs in unlike.items() if differs):
+        raise ModelError(
+            f"expert {expert!r} has its own {what}, and vLLM has one for all adapters; serve the bundle as it is, "
+            "remove the expert, or export it with --to dense"
+        )
+
+
+def _speak_alike(one: Persona, other: Persona) -> bool:
+    """Whether two tokenizers are one to vLLM: they differ in a padding token, say."""
+    first, second = load_tokenizer(one), load_tokenizer(other)
+    return same_words(first, second) and first.eos_token_id == second.eos_token_id
 
 
 class _Expressed:
