@@ -28,10 +28,11 @@ WORDS = {"0": "at rate 0", "0.95": "at 0.95", "int4": "at 0.95 in `int4`", "bflo
 HEAD = """# Architectures
 
 Every causal language model of transformers {version} (`AutoModelForCausalLM`), as `make sweep` finds it: a tiny
-random model of each, three experts in which every tensor differs, merged {variants}. *Works* means that a batch of all experts and the average, padded, and the tokens that are generated
-after it with the cache, give every row the logits of that expert's own transformers model (at rate 0, within
-{close:g} of the largest logit in float32) or of its dense export, alone and together, and that transformers opens the
-bundle without missing or unexpected tensors.
+random model of each, three experts in which every tensor differs, merged {variants}.
+*Works* means that a batch of all experts and the average, padded, and the tokens that are generated after it with the
+cache, give every row the logits of that expert's own transformers model (at rate 0, within {close:g} of the largest
+logit in float32) or of its dense export, alone and together, and that transformers opens the bundle without missing or
+unexpected tensors.
 
 *Rows*: `layers`, a batch of several experts goes through the model once; `groups`, it goes through once for every
 expert in it, because parameters that experts have of their own are read where rows cannot be told apart (recurrent
