@@ -78,7 +78,7 @@ def test_a_note_that_is_cut_off_anywhere_is_no_note() -> None:
 
 
 def staged(tmp_path: Path, *, resume: bool = False, fingerprint: dict[str, Any] | None = None) -> Staging:
-    return Staging(tmp_path / "out", fingerprint or {"recipe": 1}, resume=resume, overwrite=False)
+    return Staging(tmp_path / "out.partial", fingerprint or {"recipe": 1}, resume=resume, kind="merge")
 
 
 def finish(staging: Staging, index: int, value: float) -> Note:

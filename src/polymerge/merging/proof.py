@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # Largest difference of two logits, relative to the largest logit.
 CLOSE = 1e-4
+# Parameters of a small model at most.
+MOST = 20_000_000
 ROWS = ("one", "two", None, "two")
 LENGTHS = (7, 4, 7, 5)
 Merge = Callable[[dict[str, Any], Path], Bundle]
@@ -137,6 +139,10 @@ def _experts(settings: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     torch.manual_seed(0)
     try:
         config = transformers.AutoConfig.for_model(**settings)
+        with torch.device("meta"):
+            wide = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
+        if wide > MOST:
+            raise _NotSmall(f"{wide / 1e6:.0f} million parameters")
         model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
         state = {k: v for k, v in model.state_dict().items() if v.is_floating_point() and bool(v.isfinite().all())}
         paths = {}
