@@ -1,4 +1,4 @@
-"""The arithmetic of one tensor against float64."""
+"""Matrices of one row, and numbers near the end of what a dtype holds."""
 
 from pathlib import Path
 
@@ -8,7 +8,6 @@ from safetensors.torch import load_file, save_file
 
 from polymerge import add_expert, merge
 from polymerge.errors import SourceError
-from polymerge.merging.compress import frobenius_norm
 from polymerge.merging.treatment import treatment_of
 from polymerge.recipe.merge import Recipe
 from polymerge.sources.layers import LayerRecord
@@ -17,17 +16,8 @@ from tests.tiny import make_experts
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 
 
-@pytest.mark.parametrize("scale", [1e-25, 1e-20, 1e-8, 1.0, 1e8, 1e25])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 500), (500, 3), (200, 300)])
-def test_the_norm_is_float64s_to_float32_rounding(shape: tuple[int, int], scale: float) -> None:
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * scale
-    for given in (matrix, matrix.T):
-        assert frobenius_norm(given) == pytest.approx(float(matrix.double().norm()), rel=1e-6)
-    assert frobenius_norm(torch.zeros(shape)) == 0.0
-
-
 @pytest.mark.parametrize(("rate", "expected"), [(0.0, "full"), (0.5, "full"), (0.95, "full"), (1.0, "average")])
-@pytest.mark.parametrize("shape", [(1, 48), (48, 1), (1, 1), (2, 3)])
+@pytest.mark.parametrize("shape", [(1, 48), (48, 1), (1, 1)])
 def test_a_matrix_too_small_for_factors_is_whole_but_averaged_at_rate_one(
     shape: tuple[int, int], rate: float, expected: str
 ) -> None:

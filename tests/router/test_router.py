@@ -119,7 +119,7 @@ def test_a_kill_between_two_files_leaves_the_router_before(
         (lambda folder: _edit(folder, temperature="warm"), "temperature"),
         (lambda folder: _edit(folder, surprise=1), "surprise"),
         (lambda folder: _edit(folder, format_version=2), "format version 2"),
-        (lambda folder: _edit(folder, weights="../../elsewhere"), "missing"),
+        (lambda folder: _edit(folder, weights="../../elsewhere"), "weights"),
         (lambda folder: next(folder.glob("*.safetensors")).unlink(), "missing"),
         (lambda folder: next(folder.glob("*.safetensors")).write_bytes(b"x"), "not what its name says"),
         (lambda folder: next(folder.glob("*.jsonl")).write_text(""), "not what its name says"),

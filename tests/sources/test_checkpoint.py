@@ -431,4 +431,4 @@ def test_the_fingerprint_changes_with_the_weights(sharded: Path) -> None:
     save_file({name: value + 1 for name, value in load_file(shard).items()}, shard)
     after = open_checkpoint(sharded).fingerprint()
     assert after != before
-    assert [a == b for a, b in zip(after, before, strict=True)].count(False) == 1
+    assert len(set(before) - set(after)) == len(set(after) - set(before)) == 1
