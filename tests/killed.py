@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import shutil
@@ -12,13 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers.models.llama.modeling_llama  # noqa: F401
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 import polymerge.merging.run
 from polymerge.merging.proof import Proof
 
 # The server below has all of this imported, down to what is imported only when it is used.
+for module in (
+    "polymerge.compete",
+    "polymerge.export.dense",
+    "polymerge.export.peft",
+    "polymerge.merging.grow",
+    "polymerge.merging.run",
+    "polymerge.model",
+    "polymerge.router.training",
+    "pytest",
+    "sklearn.linear_model",
+    "sklearn.model_selection",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.tokenization_auto",
+):
+    importlib.import_module(module)
 
 # Processes that start in milliseconds: copies of a server that has imported everything and computed nothing.
 FORKS = multiprocessing.get_context("forkserver")

@@ -425,7 +425,8 @@ def test_what_is_found_while_reading_is_one_line_and_no_bundle(
     code, error = run(monkeypatch, capsys, "merge", "recipe.yaml", "-o", "out")
     assert code == 2
     assert_one_line(error, words)
-    left = {name: value for name, value in everything(case.folder).items() if not name.startswith("out.partial")}
+    after = everything(case.folder)  # the lock, a file without content, stays for the next writer
+    left = {name: value for name, value in after.items() if not name.startswith(("out.partial", ".out.polymerge.lock"))}
     assert left == before
 
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
+from polymerge.bundle.lock import writing
 from polymerge.compete import compete
 from polymerge.compete import run as run_module
 from polymerge.compete.clock import Clock
-from polymerge.errors import ModelError, OutputExistsError, PolymergeError
+from polymerge.errors import LockedError, ModelError, OutputExistsError, PolymergeError
 from polymerge.recipe.response import StageSettings
 from polymerge.staged import Pipeline
 from tests.staged.scripted import ScriptedEngine, ScriptedRouter, ScriptedThinker
@@ -153,6 +154,34 @@ def test_an_existing_submission_and_another_runs_work_are_kept(tmp_path: Path) -
         compete(pipeline(), source, output)
     compete(pipeline(), source, output, overwrite=True)
     assert len(read(output)) == 3
+
+
+@pytest.mark.parametrize("text", ["", "years of work", "[]", '{"mine": 1}\n', "\x00\xff"])
+def test_a_strangers_file_in_the_place_of_the_journal_is_never_touched(tmp_path: Path, text: str) -> None:
+    source, output = make_input(tmp_path, 3), tmp_path / "out.csv"
+    (tmp_path / "out.csv.partial").write_text(text)
+    (tmp_path / "out.csv.writing").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(OutputExistsError, match=r"out\.csv\.partial: is in the way"):
+            compete(pipeline(), source, output, overwrite=overwrite)
+    assert (tmp_path / "out.csv.partial").read_text() == text and not output.exists()
+    (tmp_path / "out.csv.partial").unlink()
+    compete(pipeline(), source, output)
+    assert (tmp_path / "out.csv.writing").read_text() == "mine"
+
+
+def test_a_submission_is_written_by_one_run_at_a_time_and_where_a_link_leads(tmp_path: Path) -> None:
+    source, output = make_input(tmp_path, 3), tmp_path / "out.csv"
+    with writing(output), pytest.raises(LockedError, match=r"out\.csv: another polymerge process"):
+        compete(pipeline(), source, output)
+    assert not output.exists()
+    (tmp_path / "disk").mkdir()
+    output.symlink_to(tmp_path / "disk" / "sub.csv")
+    for _ in range(2):
+        compete(pipeline(), source, output, overwrite=True)
+        assert output.is_symlink() and len(read(tmp_path / "disk" / "sub.csv")) == 3
+    with pytest.raises(OutputExistsError, match="is a folder"):
+        compete(pipeline(), source, tmp_path / "disk", overwrite=True)
 
 
 class Stopped(BaseException):

@@ -1,5 +1,6 @@
 """Adding and removing an expert leaves everything else as it was, to the bit."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from polymerge import Bundle, add_expert, load_model, merge, remove_expert, verify
-from polymerge.errors import BundleError, RecipeError, SourceError
+from polymerge.bundle.place import begin_work, mark_of
+from polymerge.errors import BundleError, OutputExistsError, RecipeError, SourceError
+from polymerge.merging.change import CHANGE
 from tests.tiny import make_experts
 
 
@@ -87,3 +90,57 @@ def test_an_expert_beyond_the_bundles_dtype_is_refused_and_the_bundle_stays(tmp_
     with pytest.raises(SourceError, match=r"'e2'.*q_proj.*too large for float16"):
         add_expert(bundle, "e2", experts["e2"])
     assert files(Bundle.open(bundle.path)) == before
+
+
+def test_an_expert_may_be_called_as_half_done_work_is(grown: tuple[Bundle, dict[str, Path]]) -> None:
+    bundle, experts = grown
+    for name in ("x", "x.partial", "x.previous"):
+        add_expert(bundle, name, experts["e2"])
+    before = files(bundle)
+    remove_expert(bundle, "x")
+    add_expert(bundle, "x", experts["e2"])
+    assert files(bundle) == before
+    assert verify(bundle.path).ok and not list(bundle.path.glob(".*"))
+
+
+def test_a_folder_among_the_experts_that_no_manifest_lists_is_never_touched(
+    grown: tuple[Bundle, dict[str, Path]],
+) -> None:
+    bundle, experts = grown
+    (bundle.path / "experts" / "e2").mkdir()
+    (bundle.path / "experts" / "e2" / "mine").write_text("years of work")
+    with pytest.raises(BundleError, match=r"e2: is there, but is no expert of this bundle's manifest; move it away"):
+        add_expert(bundle, "e2", experts["e2"])
+    remove_expert(bundle, "e1")
+    assert (bundle.path / "experts" / "e2" / "mine").read_text() == "years of work"
+
+
+def test_a_change_that_was_killed_is_ended_by_the_next_one(grown: tuple[Bundle, dict[str, Path]]) -> None:
+    """Before the manifest was written, the expert's folder goes; after it, it stays."""
+    bundle, experts = grown
+    shutil.copytree(bundle.path / "experts" / "e1", bundle.path / "experts" / "e3")
+    begin_work(bundle.path / CHANGE, "change", expert="e3")
+    add_expert(bundle, "e2", experts["e2"])
+    assert not (bundle.path / "experts" / "e3").exists()
+    begin_work(bundle.path / CHANGE, "change", expert="e2")
+    assert remove_expert(bundle, "e1").experts == ["e0", "e2"]
+    assert verify(bundle.path).ok and mark_of(bundle.path / CHANGE) is None
+
+
+@pytest.mark.parametrize("expert", ["../../outside", "..", "/outside", 3, None, ["e0"]])
+def test_a_mark_that_lies_deletes_nothing(
+    grown: tuple[Bundle, dict[str, Path]], tmp_path: Path, expert: object
+) -> None:
+    bundle, _ = grown
+    (tmp_path / "outside").mkdir()
+    begin_work(bundle.path / CHANGE, "change", expert=expert)
+    assert remove_expert(bundle, "e1").experts == ["e0"]
+    assert (tmp_path / "outside").is_dir() and verify(bundle.path).ok
+
+
+def test_a_strangers_folder_in_the_place_of_a_changes_work_stays(grown: tuple[Bundle, dict[str, Path]]) -> None:
+    bundle, experts = grown
+    (bundle.path / CHANGE).mkdir()
+    with pytest.raises(OutputExistsError, match="was not made by polymerge"):
+        add_expert(bundle, "e2", experts["e2"])
+    assert (bundle.path / CHANGE).is_dir() and Bundle.open(bundle.path).experts == ["e0", "e1"]

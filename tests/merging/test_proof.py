@@ -94,7 +94,7 @@ def test_an_unknown_tensor_that_differs_is_refused(tmp_path: Path) -> None:
     for path in experts.values():
         file = path / "model.safetensors"
         save_file(load_file(file) | {"model.value_head": torch.randn(3)}, file, {"format": "pt"})
-    with pytest.raises(SourceError, match=r"'e0' and 'e1' differ in tensor 'model.value_head'"):
+    with pytest.raises(SourceError, match=r"'model.value_head' is unknown to its architecture"):
         merge({"experts": sources(experts)}, tmp_path / "bundle")
 
 

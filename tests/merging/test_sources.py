@@ -64,7 +64,7 @@ def test_without_sources_no_checkpoint_is_needed(two: dict[str, str], tmp_path: 
 def test_a_checkpoint_that_has_moved_is_found_where_the_user_says(two: dict[str, str], tmp_path: Path) -> None:
     bundle = merge({"experts": two}, tmp_path / "b")
     shutil.move(two["e1"], tmp_path / "elsewhere")
-    result = verify(bundle, sources=True, moved={"e1": str(tmp_path / "elsewhere")})
+    result = verify(bundle, sources=True, source={"e1": str(tmp_path / "elsewhere")})
     assert result.ok and result.sources[1].source == str(tmp_path / "elsewhere")
 
 
@@ -80,7 +80,7 @@ def test_a_checkpoint_that_was_changed_is_a_problem_that_names_the_tensor(
 
 def test_the_sources_of_another_expert_are_a_problem(merged: Merged) -> None:
     bundle, experts = merged("llama", compress_rate=0.5)
-    result = verify(bundle, sources=True, moved={"e0": str(experts["e1"])})
+    result = verify(bundle, sources=True, source={"e0": str(experts["e1"])})
     assert result.problems and all(problem.startswith("expert 'e0': ") for problem in result.problems)
     assert len(result.sources) == 3
 
@@ -101,7 +101,7 @@ def test_averaged_tensors_are_not_held_against_the_sources(two: dict[str, str], 
 def test_a_checkpoint_that_no_longer_fits_is_a_problem_and_no_traceback(two: dict[str, str], tmp_path: Path) -> None:
     bundle = merge({"experts": two}, tmp_path / "b")
     other = make_experts("gpt2", tmp_path, count=1)["e0"]
-    result = verify(bundle, sources=True, moved={"e0": str(other)})
+    result = verify(bundle, sources=True, source={"e0": str(other)})
     [problem] = result.problems
     assert str(other) in problem and "different architectures" in problem
     assert [check.expert for check in result.sources] == ["e1"]

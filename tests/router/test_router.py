@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from polymerge import Bundle
-from polymerge.errors import RouterError
+import polymerge.router.router as router_module
+from polymerge import Bundle, remove_expert
+from polymerge.bundle.lock import writing
+from polymerge.errors import LockedError, RouterError
 from polymerge.router.classify import KINDS
 from polymerge.router.embed import ALIGNMENT_PROMPT, TASK_PROMPT
 from polymerge.router.evaluation import measure_router, save_evaluation
@@ -117,7 +119,7 @@ def test_a_kill_between_two_files_leaves_the_router_before(
         (lambda folder: _edit(folder, temperature="warm"), "temperature"),
         (lambda folder: _edit(folder, surprise=1), "surprise"),
         (lambda folder: _edit(folder, format_version=2), "format version 2"),
-        (lambda folder: _edit(folder, weights="../../elsewhere"), "missing"),
+        (lambda folder: _edit(folder, weights="../../elsewhere"), "weights"),
         (lambda folder: next(folder.glob("*.safetensors")).unlink(), "missing"),
         (lambda folder: next(folder.glob("*.safetensors")).write_bytes(b"x"), "not what its name says"),
         (lambda folder: next(folder.glob("*.jsonl")).write_text(""), "not what its name says"),
@@ -270,3 +272,31 @@ def test_settings_that_cannot_be_used_are_one_line() -> None:
     assert fit_settings(template="none").embed.template == "{input}"
     assert fit_settings(template="task").embed.template == TASK_PROMPT
     assert fit_settings().embed.template == ALIGNMENT_PROMPT
+
+
+def test_a_router_is_saved_only_into_the_bundle_that_it_was_fitted_for(bundle: Bundle, engine: Any) -> None:
+    router = fit(bundle, engine).router
+    remove_expert(bundle, "e2")
+    with pytest.raises(RouterError, match="the bundle was changed while the router was fitted; fit it again"):
+        router.save(bundle.path)
+    assert not router_folder(bundle.path).exists()
+
+
+def test_a_router_is_saved_by_one_process_at_a_time(
+    bundle: Bundle, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router_module, "PATIENCE", 0.1)
+    router = fit(bundle, engine).router
+    with writing(bundle.path), pytest.raises(LockedError, match="another polymerge process"):
+        router.save(bundle)
+
+
+def test_saving_a_router_removes_its_own_old_files_alone(bundle: Bundle, engine: Any) -> None:
+    fit(bundle, engine).router.save(bundle)
+    folder = router_folder(bundle.path)
+    for name in ("weights-mine.safetensors", "samples-2.jsonl", "weights-0123456789abcdef.safetensors.bak"):
+        (folder / name).write_text("mine")
+    old = {file.name for file in folder.iterdir()}
+    fit(bundle, engine, coverage=0.5, classifier="knn").router.save(bundle)
+    gone = old - {file.name for file in folder.iterdir()}
+    assert len(gone) == 1 and gone.pop().startswith("weights-")

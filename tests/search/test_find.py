@@ -198,6 +198,11 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(stopped.value.code or 0)
 
 
+def visible(folder: Path) -> list[str]:
+    """What is in a folder, but for locks."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
 def test_the_command_writes_what_a_merge_with_the_found_values_writes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,8 +231,8 @@ def test_the_command_writes_what_a_merge_with_the_found_values_writes(
     again = merge(recipe | {"compress_rate": search["compress_rate"], "code": search["code"]}, tmp_path / "again")
     assert content(output) == content(again.path)
     assert Bundle.open(output).manifest.method.compress_rate == search["compress_rate"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "deep", "recipe.yaml"]
-    assert [path.name for path in output.parent.iterdir()] == ["bundle"]
+    assert visible(tmp_path) == ["again", "deep", "recipe.yaml"]
+    assert visible(output.parent) == ["bundle"]
 
 
 def test_the_command_prints_how_to_repeat_it(

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import openai
@@ -78,9 +78,13 @@ class Server:
     url: str
     uvicorn: uvicorn.Server
     thread: threading.Thread
+    clients: list[openai.OpenAI] = field(default_factory=list)
 
     def client(self, key: str = KEY, **more: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **more)
+        """Closed with the server: what is left to the collector of garbage would warn of an open socket."""
+        made = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **more)
+        self.clients.append(made)
+        return made
 
 
 @contextmanager
@@ -93,9 +97,14 @@ def running(app: FastAPI, engine: Any) -> Iterator[Server]:
         if server.started:
             break
         time.sleep(0.01)
-    yield Server(app, engine, f"http://127.0.0.1:{place.getsockname()[1]}", server, thread)
-    server.should_exit = True
-    thread.join(20)
+    opened = Server(app, engine, f"http://127.0.0.1:{place.getsockname()[1]}", server, thread)
+    try:
+        yield opened
+    finally:
+        for client in opened.clients:
+            client.close()
+        server.should_exit = True
+        thread.join(20)
 
 
 def tiny_engine(merged: Merged, limits: Limits = DEFAULT_LIMITS) -> BatchingEngine:

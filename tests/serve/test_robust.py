@@ -184,11 +184,15 @@ def test_sigterm_under_load_cuts_no_answer(merged: Merged, tmp_path: Path) -> No
         return "cut"
 
     async def everyone() -> list[Any]:
-        return await asyncio.gather(*[ask(number) for number in range(6)])
+        async with client:
+            return await asyncio.gather(*[ask(number) for number in range(6)])
 
-    assert asyncio.run(everyone()) == ["length"] * 6
-    assert process.wait(20) == 0
-    process.stdout.close()
+    try:
+        assert asyncio.run(everyone()) == ["length"] * 6
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.stdout.close()
     with pytest.raises(httpx2.ConnectError):
         httpx2.get(f"{url}/health")
 

@@ -425,9 +425,10 @@ def test_a_repository_without_weights_says_so(hub: tuple[Asked, dict[str, Path]]
 
 def test_the_fingerprint_changes_with_the_weights(sharded: Path) -> None:
     before = open_checkpoint(sharded).fingerprint()
-    assert [name for name, _, _ in before] == sorted(file.name for file in sharded.glob("*.safetensors"))
-    shard = sharded / before[1][0]
+    shards = sorted(sharded.glob("*.safetensors"))
+    assert len(before) == len(shards)
+    shard = shards[1]
     save_file({name: value + 1 for name, value in load_file(shard).items()}, shard)
     after = open_checkpoint(sharded).fingerprint()
     assert after != before
-    assert [a == b for a, b in zip(after, before, strict=True)].count(False) == 1
+    assert len(set(before) - set(after)) == len(set(after) - set(before)) == 1

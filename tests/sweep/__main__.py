@@ -24,14 +24,15 @@ from .check import CLOSE, Outcome, check
 
 VARIANTS = os.environ.get("VARIANTS", "0 0.95 int4 bfloat16").split()
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+WORDS = {"0": "at rate 0", "0.95": "at 0.95", "int4": "at 0.95 in `int4`", "bfloat16": "in bfloat16"}
 HEAD = """# Architectures
 
 Every causal language model of transformers {version} (`AutoModelForCausalLM`), as `make sweep` finds it: a tiny
-random model of each, three experts in which every tensor differs, merged at rate 0, at 0.95, at 0.95 in `int4`, and
-in bfloat16. *Works* means that a batch of all experts and the average, padded, and the tokens that are generated
-after it with the cache, give every row the logits of that expert's own transformers model (at rate 0, within
-{close:g} of the largest logit in float32) or of its dense export, alone and together, and that transformers opens the
-bundle without missing or unexpected tensors.
+random model of each, three experts in which every tensor differs, merged {variants}.
+*Works* means that a batch of all experts and the average, padded, and the tokens that are generated after it with the
+cache, give every row the logits of that expert's own transformers model (at rate 0, within {close:g} of the largest
+logit in float32) or of its dense export, alone and together, and that transformers opens the bundle without missing or
+unexpected tensors.
 
 *Rows*: `layers`, a batch of several experts goes through the model once; `groups`, it goes through once for every
 expert in it, because parameters that experts have of their own are read where rows cannot be told apart (recurrent
@@ -54,7 +55,8 @@ def page(outcomes: Sequence[Outcome]) -> str:
     tried = [outcome for outcome in outcomes if outcome.status != "not built"]
     works = sum(outcome.status == "works" for outcome in tried)
     counts = f"{works} of the {len(tried)} that can be built small work."
-    head = HEAD.format(version=transformers.__version__, close=CLOSE, counts=counts)
+    variants = ", ".join(WORDS[variant] for variant in VARIANTS)
+    head = HEAD.format(version=transformers.__version__, close=CLOSE, counts=counts, variants=variants)
     return head + "".join(map(_line, outcomes))
 
 
@@ -66,7 +68,7 @@ def _line(outcome: Outcome) -> str:
 
 
 def main(names: list[str]) -> None:
-    """Sweeps, a line of JSON for each."""
+    """Sweeps, a line of JSON for each. VARIANTS in the environment says which merges, by default all."""
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     outcomes = []

@@ -111,8 +111,9 @@ def _compare(bundle: Bundle, oracles: Models, outcome: Outcome, variant: str) ->
         _judge(outcome, whose, mixed[number : number + 1][where], expected[number][where])
     if torch.allclose(expected[1], oracles[None](**_row(inputs, 1)).logits, rtol=1e-3):
         raise ValueError("the experts do not differ")
-    outcome.step = f"{variant}: generate"
-    _compare_generation(model, oracles, inputs, outcome, variant)
+    if variant != "int4":  # the same layers as at 0.95, with decoded factors
+        outcome.step = f"{variant}: generate"
+        _compare_generation(model, oracles, inputs, outcome, variant)
 
 
 def _compare_generation(

@@ -165,8 +165,8 @@ def scratches_of(target: Path) -> list[Path]:
     """What runs that were killed left of the target under scratch names. To be asked by its only writer."""
     if not target.parent.is_dir():
         return []
-    own = f".{_hashed(target.name)}-"
-    return [p for p in target.parent.iterdir() if p.name.startswith(own) and SCRATCH.fullmatch(p.name)]
+    start = f".{_hashed(target.name)}-"
+    return [p for p in target.parent.iterdir() if p.name.startswith(start) and SCRATCH.fullmatch(p.name)]
 
 
 def _hashed(name: str) -> str:

@@ -72,7 +72,7 @@ def begin_work(folder: Path, kind: str, **about: Any) -> Path:
     """
     discard_work(folder)
     scratch = folder.with_name(scratch_name(folder))
-    with disk_errors(folder.parent):
+    with disk_errors(folder):
         scratch.mkdir(parents=True)
         _write_mark(scratch / MARK, {"polymerge": kind, "version": MARK_VERSION, **about})
     scratch.rename(folder)

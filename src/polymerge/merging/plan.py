@@ -16,7 +16,7 @@ from ..host import dtype_name
 from ..method.code import Code
 from ..method.codes import code_of
 from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, Source, load_recipe
-from ..sources.checkpoint import Checkpoint
+from ..sources.checkpoint import Checkpoint, architecture_of
 from ..sources.layers import LayerMap, map_layers
 from ..sources.opening import open_checkpoint
 from ..sources.outline import OutlineCheckpoint, outline
@@ -91,7 +91,7 @@ class MergePlan:
         ranks = sorted({t.rank for t in self.tasks if t.treatment == "low_rank"})
         return {
             "experts": {name: c.label for name, c in self.checkpoints.items()},
-            "architecture": (self.first.config.get("architectures") or ["unknown"])[0],
+            "architecture": architecture_of(self.first.config),
             "layers_from": self.layer_map.layers_from,
             "compress_rate": self.recipe.compress_rate,
             "code": self.recipe.code,

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # Largest difference of two logits, relative to the largest logit.
 CLOSE = 1e-4
+# Parameters of a small model at most.
+MOST = 20_000_000
 ROWS = ("one", "two", None, "two")
 LENGTHS = (7, 4, 7, 5)
 Merge = Callable[[dict[str, Any], Path], Bundle]
@@ -83,23 +85,22 @@ def prove(checkpoint: Checkpoint, merge: Merge, *, exact: bool) -> Proof:
         kind = checkpoint.config.get("model_type", "unknown")
         return Proof(str(kind), False, reason="the installed transformers does not know it")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
-    return _proved(type(model).__name__, config, parameters, merge, exact)
-
-
-@functools.cache
-def _proved(name: str, config: str, parameters: int, merge: Merge, exact: bool) -> Proof:
-    reason = ""
-    for settings in small_configs(json.loads(config), parameters):
+    name, reason = type(model).__name__, ""
+    for settings in small_configs(json.loads(json.dumps(model.config.to_dict(), default=str)), parameters):
         try:
-            with _kept(), tempfile.TemporaryDirectory() as folder, torch.no_grad():
-                strategy = _tried(settings, Path(folder), merge, exact)
-            return Proof(name, True, strategy)
+            return Proof(name, True, _proved(json.dumps(settings, sort_keys=True), merge, exact))
         except _NotSmall as error:
             reason = str(error)
         except PolymergeError as error:
             raise SourceError(f"{name}: a small model of this architecture cannot be a bundle: {error}") from None
     return Proof(name, False, reason=reason)
+
+
+@functools.cache
+def _proved(settings: str, merge: Merge, exact: bool) -> str:
+    """How the rows of a small model are run, after it was tried."""
+    with _kept(), tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        return _tried(json.loads(settings), Path(folder), merge, exact)
 
 
 def _tried(settings: Mapping[str, Any], folder: Path, merge: Merge, exact: bool) -> str:
@@ -138,6 +139,10 @@ def _experts(settings: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     torch.manual_seed(0)
     try:
         config = transformers.AutoConfig.for_model(**settings)
+        with torch.device("meta"):
+            wide = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
+        if wide > MOST:
+            raise _NotSmall(f"{wide / 1e6:.0f} million parameters")
         model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
         state = {k: v for k, v in model.state_dict().items() if v.is_floating_point() and bool(v.isfinite().all())}
         paths = {}

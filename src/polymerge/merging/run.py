@@ -31,6 +31,7 @@ from ..bundle.write import (
 from ..errors import ErrorBudgetExceeded
 from ..host import dtype_name, peak_memory, pick_device
 from ..recipe.merge import Recipe
+from ..sources.checkpoint import architecture_of
 from ..version import __version__
 from .executor import Executor, in_threads
 from .journal import Note, Staging, half_done
@@ -197,7 +198,7 @@ def _manifest(
         polymerge_version=__version__,
         method=Method(**recipe.model_dump(include=set(Method.model_fields))),
         dtype=dtype_name(plan.dtype),
-        architecture=(plan.first.config.get("architectures") or ["unknown"])[0],
+        architecture=architecture_of(plan.first.config),
         layers_from=plan.layer_map.layers_from,
         tied_embedding=plan.tied_embedding,
         experts=experts,

@@ -76,6 +76,8 @@ def _cut_lists(config: dict[str, Any], total: int, depth: int) -> None:
             config[name] = value[:depth]
         elif isinstance(value, list) and value and all(type(v) is int for v in value) and "layer" in name:
             config[name] = [number for number in value if number < depth]
+        elif isinstance(value, dict) and value and all(str(key).isdigit() for key in value):  # layer -> settings
+            config[name] = {key: part for key, part in value.items() if int(key) < depth}
 
 
 def _narrow(config: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ Modules of which a model has many (layers, block experts) are judged together: w
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -186,12 +187,18 @@ def _digest(value: Tensor) -> Tensor:
     parts = ROWS if value.dim() and value.shape[0] and not value.shape[0] % ROWS else 1
     flat = value.detach().reshape(parts, -1).float().nan_to_num()
     flat = flat / (1 + flat.abs())
-    generator = torch.Generator().manual_seed(flat.shape[1])
-    signs = torch.randint(0, 2, (flat.shape[1], SUMS), generator=generator).to(flat) * 2 - 1
-    sums = flat @ signs / max(1, flat.shape[1]) ** 0.5
+    sums = flat @ _signs(flat.shape[1], flat.device) / max(1, flat.shape[1]) ** 0.5
     size = flat.norm(dim=1, keepdim=True) / max(1, flat.shape[1]) ** 0.5
     first = value.shape[0] if value.dim() else 0
     return torch.cat([sums, size, torch.full_like(size, float(first))], dim=1).cpu()
+
+
+@functools.lru_cache(maxsize=16)
+def _signs(length: int, device: torch.device) -> Tensor:
+    """[length, SUMS] of 1 and -1, the same for every tensor of a length."""
+    generator = torch.Generator().manual_seed(length)
+    signs = torch.randint(0, 2, (length, SUMS), generator=generator)
+    return signs.to(device, torch.float32) * 2 - 1
 
 
 def _compared(one: Any, two: Any, change: float) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import Checkpoint, TensorInfo
+from .checkpoint import Checkpoint, TensorInfo, architecture_of
 from .layers import LayerRecord, map_layers, meta_model
 from .lora import FusedFactors
 
@@ -69,7 +69,7 @@ class AdapterBase:
 
     def refusal(self, key: str, module: str) -> str:
         """Why a key of the adapter has no place."""
-        kind = (self.checkpoint.config.get("architectures") or ["a model"])[0]
+        kind = architecture_of(self.checkpoint.config)
         base = f"the base {self.checkpoint.label} ({kind})"
         if _SENSES.search(module):
             return f"{key!r} belongs to a multimodal model's other senses, which {base} does not have"

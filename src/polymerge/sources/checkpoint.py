@@ -202,6 +202,12 @@ def _is_plain(name: str) -> bool:
     return bool(name) and Path(name).name == name and "\\" not in name and name not in (".", "..")
 
 
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The class that a configuration names, or "unknown"."""
+    named = config.get("architectures")
+    return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else "unknown"
+
+
 def natural_key(name: str) -> list[tuple[int, int | str]]:
     """Sorts layers.2 before layers.10."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name)]

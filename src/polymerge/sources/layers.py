@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ..errors import SourceError
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, architecture_of
 from .forms import forms_of, rows_of, stored_as
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _refuse_other_class(checkpoint: Checkpoint, model: PreTrainedModel, unknown:
 
 
 def _class_of(checkpoint: Checkpoint) -> str:
-    return str((checkpoint.config.get("architectures") or ["a model"])[0])
+    return architecture_of(checkpoint.config)
 
 
 def stored_names(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from ...host import dtype_name
 from ...method.code import Code
 from ..assignment import Assignment
 from .grouped import Residuals, add_plain, tiles_of
@@ -34,7 +35,7 @@ def objection(shapes: Collection[tuple[int, int]], code: Code, device: torch.dev
     if code.kernel_bits is None:
         return f"it does not read the code {code.name!r}"
     if dtype not in TOLERANCES:
-        return f"it does not compute in {str(dtype).removeprefix('torch.')}"
+        return f"it does not compute in {dtype_name(dtype)}"
     if find_spec("triton") is None:
         return "triton is not installed"
     try:
