@@ -95,7 +95,8 @@ class VllmEngine:
     @cached_property
     def voices(self) -> Voices:
         """The bundle's tokenizer, and each expert's template and settings."""
-        base = read_persona(self.folder, read_json(self.folder / "config.json"))
+        config = self.folder / "config.json"
+        base = read_persona(self.folder, read_json(config) if config.is_file() else {})
         tokenizer = load_tokenizer(base)
         lock = threading.RLock()  # whoever reads an answer decodes it
         average = Voice(tokenizer, folder_defaults(self.folder, tokenizer), self.max_length, lock)
