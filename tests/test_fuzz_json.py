@@ -26,7 +26,7 @@ from transformers import LlamaConfig
 from polymerge import Bundle, merge, verify
 from polymerge.errors import BundleError, PolymergeError, RecipeError, RouterError, SourceError
 from polymerge.recipe.merge import Recipe, load_recipe
-from polymerge.router.fit import fit_router
+from polymerge.router.fit import fit_samples
 from polymerge.router.router import Router
 from polymerge.router.settings import FitSettings
 from polymerge.sources.adapter import open_adapter
@@ -127,7 +127,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     save_file(factors, folder / "adapter" / "adapter_model.safetensors", {"format": "pt"})
     engine = ScriptedEngine(("e0", "e1"))
-    fitted = fit_router(
+    fitted = fit_samples(
         folder / "bundle",
         engine,
         make_samples(5),
