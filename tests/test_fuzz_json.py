@@ -26,7 +26,7 @@ from transformers import LlamaConfig
 from polymerge import Bundle, merge, verify
 from polymerge.errors import BundleError, PolymergeError, RecipeError, RouterError, SourceError
 from polymerge.recipe.merge import Recipe, load_recipe
-from polymerge.router.fit import fit_router
+from polymerge.router.fit import fit_samples
 from polymerge.router.router import Router
 from polymerge.router.settings import FitSettings
 from polymerge.sources.adapter import open_adapter
@@ -34,7 +34,7 @@ from polymerge.sources.checkpoint import open_folder
 from tests.router.scripted import ScriptedEngine, make_samples
 from tests.tiny import COMMON, make_experts
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 TINY = {**COMMON, "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 24}
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -127,7 +127,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     save_file(factors, folder / "adapter" / "adapter_model.safetensors", {"format": "pt"})
     engine = ScriptedEngine(("e0", "e1"))
-    fitted = fit_router(
+    fitted = fit_samples(
         folder / "bundle",
         engine,
         make_samples(5),

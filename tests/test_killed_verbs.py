@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from polymerge import Bundle, add_expert, export_dense, merge, remove_expert, verify
 from polymerge.compete import compete
 from polymerge.errors import BundleError
-from polymerge.router.fit import fit_router
+from polymerge.router.fit import fit_samples
 from polymerge.router.record import read_arrays, read_record, read_texts, router_folder
 from polymerge.router.settings import FitSettings
 from tests.compete.test_run import make_input, pipeline
@@ -26,7 +26,7 @@ from tests.router.scripted import ScriptedEngine, make_samples
 from tests.staged.scripted import ScriptedThinker
 from tests.tiny import COMMON, make_experts
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 TINY = {**COMMON, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48}
 RATE = {"compress_rate": 0.6}
 # Names that polymerge uses, or used once, with something before or after; and those of others' tools.
@@ -85,7 +85,7 @@ def do_export(folder: Path, made: Path) -> None:
 def do_fit(folder: Path, made: Path) -> None:
     experts = {"math": "e0", "shell": "e1", "json": "e0"}
     engine = ScriptedEngine(("e0", "e1"))
-    fitted = fit_router(
+    fitted = fit_samples(
         folder / "out",
         engine,
         make_samples(6, seed=5),
@@ -148,7 +148,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     merge({"experts": experts, **RATE, "seed": 1}, folder / "old")
     engine, samples = ScriptedEngine(("e0", "e1")), make_samples(5)
     fields = dict.fromkeys(("math", "shell", "json"), "e0")
-    fit_router(folder / "old", engine, samples, settings=FitSettings(), experts=fields).router.save(folder / "old")
+    fit_samples(folder / "old", engine, samples, settings=FitSettings(), experts=fields).router.save(folder / "old")
     export_dense(folder / "old", "e0", folder / "old export")
     make_input(folder, 70)
     return folder

@@ -34,6 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported folder with all but the weights."""
     path = tmp_path_factory.mktemp("exported")
     tiny_tokenizer().save_pretrained(path)
+    (path / "config.json").write_text('{"model_type": "llama", "vocab_size": 96}')
     costs = {"kl": 0.0, "kl_unfolded": 0.0, "kl_average": 1.0, "same_token": 1.0}
     experts = {
         name: ServedExpert(
