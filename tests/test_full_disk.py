@@ -135,7 +135,7 @@ def measured(verb: str, sources: dict[str, str], old: Path, folder: Path) -> Dis
     return disk
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "add"])  # that leaves a scratch folder: issue 12
+@pytest.mark.parametrize("verb", VERBS)
 def test_a_few_moments_at_which_the_disk_is_full(verb: str, sources: dict[str, str], old: Path, tmp_path: Path) -> None:
     disk = measured(verb, sources, old, tmp_path / "x")
     assert disk.calls > 10 and disk.bytes > 20_000

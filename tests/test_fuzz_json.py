@@ -34,7 +34,7 @@ from polymerge.sources.checkpoint import open_folder
 from tests.router.scripted import ScriptedEngine, make_samples
 from tests.tiny import COMMON, make_experts
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {**COMMON, "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 24}
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 Q0 = "model.layers.0.self_attn.q_proj"

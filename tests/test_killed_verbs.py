@@ -26,7 +26,7 @@ from tests.router.scripted import ScriptedEngine, make_samples
 from tests.staged.scripted import ScriptedThinker
 from tests.tiny import COMMON, make_experts
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {**COMMON, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48}
 RATE = {"compress_rate": 0.6}
 # Names that polymerge uses, or used once, with something before or after; and those of others' tools.
@@ -239,7 +239,7 @@ def test_a_kill_around_a_move_leaves_the_old_state_or_the_new_one(
         process.join(100)
         assert process.exitcode == -signal.SIGKILL
         news.add(assert_old_or_new(verb, folder, made, states))
-    assert True in news and moves > 2
+    assert True in news and moves >= 2
 
 
 @pytest.mark.slow

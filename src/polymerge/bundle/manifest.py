@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import BundleError
 from ..host import DTYPES
@@ -84,8 +84,8 @@ class BundleLayer(_Strict):
     parameter: str
     role: Literal["linear", "embedding", "lm_head", "norm", "bias", "other"]
     transposed: bool
-    shape: tuple[int, ...]
-    rank: int
+    shape: tuple[Annotated[int, Field(ge=0)], ...]
+    rank: Annotated[int, Field(ge=0)]
     mean_scale: float | None = None
     dtype: str | None = None
 
@@ -94,6 +94,12 @@ class BundleLayer(_Strict):
         """(out, in) of a linear weight."""
         rows, columns = self.shape
         return (columns, rows) if self.transposed else (rows, columns)
+
+    @model_validator(mode="after")
+    def _linear_is_a_matrix(self) -> BundleLayer:
+        if self.role == "linear" and (len(self.shape) != 2 or self.mean_scale is None):
+            raise ValueError(f"{self.tensor!r} is no matrix with a scale, as a linear weight is")
+        return self
 
 
 class Manifest(_Strict):

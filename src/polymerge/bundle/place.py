@@ -74,8 +74,12 @@ def begin_work(folder: Path, kind: str, **about: Any) -> Path:
     scratch = folder.with_name(scratch_name(folder))
     with disk_errors(folder):
         scratch.mkdir(parents=True)
-        _write_mark(scratch / MARK, {"polymerge": kind, "version": MARK_VERSION, **about})
-    scratch.rename(folder)
+        try:
+            _write_mark(scratch / MARK, {"polymerge": kind, "version": MARK_VERSION, **about})
+            scratch.rename(folder)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
     return folder
 
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -67,8 +67,8 @@ class RouterRecord(BaseModel):
     fields: tuple[str, ...]
     experts: dict[str, str]
     fallback: str
-    temperature: float
-    threshold: float
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    threshold: Annotated[float, Field(allow_inf_nan=False)]
     weights: Annotated[str, Field(pattern=rf"^({WEIGHTS.pattern})?$")] = ""
     samples: Annotated[str, Field(pattern=rf"^({SAMPLES.pattern})?$")] = ""
 
@@ -79,6 +79,12 @@ class RouterRecord(BaseModel):
             if name not in (AVERAGE, MIXTURE):
                 check_expert_name(name)
         return named
+
+    @model_validator(mode="after")
+    def _every_field_has_its_expert(self) -> RouterRecord:
+        if not self.fields or sorted(self.fields) != sorted(self.experts):
+            raise ValueError("fields and experts are not those of one router")
+        return self
 
 
 def router_folder(bundle: Path) -> Path:

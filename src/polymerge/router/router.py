@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ..bundle.bundle import Bundle
 from ..bundle.files import disk_errors
 from ..bundle.lock import PATIENCE, writing
@@ -20,7 +22,7 @@ from ..errors import RouterError
 from .calibrate import Floats, softmax
 from .embed import Embedder
 from .head import Head
-from .record import RouterRecord, read_arrays, read_record, read_texts, router_folder, write_record
+from .record import RECORD, RouterRecord, read_arrays, read_record, read_texts, router_folder, write_record
 from .route import Neighbour, Route
 from .samples import Sample
 from .table import AVERAGE, MIXTURE
@@ -87,9 +89,10 @@ class Router:
         unknown = {record.fallback, *record.experts.values()} - {*bundle.experts, AVERAGE, MIXTURE}
         if unknown:
             raise RouterError(f"{folder}: routes to {sorted(unknown)[0]!r}, which the bundle does not hold; {again}")
-        return cls(
-            record, Head.from_arrays(record.classifier, read_arrays(folder, record)), read_texts(folder, record), engine
-        )
+        head, samples = read_head(folder, record), read_texts(folder, record)
+        if len(samples) != len(head.vectors):
+            raise RouterError(f"{folder}: {record.samples} and {record.weights} are not of one router; {again}")
+        return cls(record, head, samples, engine)
 
     def save(self, bundle: Bundle | str | Path) -> None:
         """Writes the router into the bundle's folder; the bundle itself does not change.
@@ -175,6 +178,23 @@ class Router:
             return f"{field} at {probability:.0%}; {near}"
         doubt = "unlike the samples of any field" if known < probability else f"{field} at {probability:.0%} only"
         return f"{doubt}: confidence {known * probability:.2f} is under the threshold {self.record.threshold:.2f}"
+
+
+def read_head(folder: Path, record: RouterRecord) -> Head:
+    """What was learned. Raises RouterError where it is not of the record's kind and fields."""
+    try:
+        head = Head.from_arrays(record.classifier, read_arrays(folder, record))
+        logits = head.logits(np.zeros((1, len(head.space.mean)), dtype=np.float32))
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        raise RouterError(
+            f"{folder / record.weights}: is no {record.classifier} head ({error}); run `polymerge router fit` again"
+        ) from None
+    if logits.shape != (1, len(record.fields)):
+        raise RouterError(
+            f"{folder / record.weights}: tells {logits.shape[1]} fields apart, {RECORD} names {len(record.fields)}; "
+            "run `polymerge router fit` again"
+        )
+    return head
 
 
 def _asked(expert: str) -> str | None:

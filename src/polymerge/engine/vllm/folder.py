@@ -29,7 +29,7 @@ EMBEDDING_ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM")
 # vllm/lora/ops/torch_ops): one more slot than experts keeps that one empty.
 SPARE_SLOTS = 1
 # Part of vLLM's command line: never to be taken for an option.
-ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}$")]
 # The name under which the base is served.
 AVERAGE = "average"
 
