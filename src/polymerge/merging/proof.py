@@ -90,7 +90,7 @@ def prove(checkpoint: Checkpoint, merge: Merge, *, exact: bool) -> Proof:
         try:
             return Proof(name, True, _proved(json.dumps(settings, sort_keys=True), merge, exact))
         except _NotSmall as error:
-            reason = str(error)
+            reason = reason or str(error)
         except PolymergeError as error:
             raise SourceError(f"{name}: a small model of this architecture cannot be a bundle: {error}") from None
     return Proof(name, False, reason=reason)

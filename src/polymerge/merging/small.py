@@ -23,8 +23,9 @@ SIZES: dict[int, str] = {
     "linear_value_head_dim mamba_head_dim mamba_d_head global_head_dim index_head_dim hidden_size_per_layer_input",
     8: "qk_rope_head_dim rotary_dim ssm_state_size state_size mamba_d_state mamba_num_heads mamba_n_heads",
     4: "num_experts num_local_experts n_routed_experts moe_num_experts",
-    2: "num_experts_per_tok moe_topk moe_k linear_num_key_heads",
+    2: "num_experts_per_tok num_experts_per_token moe_topk moe_k linear_num_key_heads",
     1: "n_group topk_group first_k_dense_replace num_dense_layers n_shared_experts mamba_n_groups n_groups",
+    128: "mamba_d_ssm",
     256: "vocab_size vocab_size_per_layer_input max_position_embeddings n_positions max_target_positions n_ctx",
 }
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "linear_num_value_heads")
@@ -45,11 +46,12 @@ def small_configs(config: dict[str, Any], parameters: int) -> Iterator[dict[str,
 
 def _shrunk(config: dict[str, Any], *, narrow: bool) -> dict[str, Any]:
     made = copy.deepcopy(config)
-    depth = _depth(made)
+    total = next((made[name] for name in LAYERS if isinstance(made.get(name), int)), 0)
+    kept = _kept_layers(made, total)
+    _cut_lists(made, total, kept)
     for name in LAYERS:
-        if isinstance(made.get(name), int) and depth:
-            _cut_lists(made, made[name], depth)
-            made[name] = min(made[name], depth)
+        if isinstance(made.get(name), int):
+            made[name] = min(made[name], len(kept))
     if narrow:
         _narrow(made)
     _fit_tokens(made)
@@ -59,25 +61,33 @@ def _shrunk(config: dict[str, Any], *, narrow: bool) -> dict[str, Any]:
     return made
 
 
-def _depth(config: dict[str, Any]) -> int:
-    """So many layers that every kind is there."""
-    total = next((config[name] for name in LAYERS if isinstance(config.get(name), int)), 0)
-    kinds = next((v for v in config.values() if isinstance(v, list) and len(v) == total and v), None)
-    if kinds is None:
-        periods = [v for k, v in config.items() if k.endswith(("_period", "_interval", "_step")) and isinstance(v, int)]
-        return int(min(total, MOST_LAYERS, max([2, *periods])))
-    marks = [json.dumps(kind) for kind in kinds]
-    return int(min(MOST_LAYERS, max(2, *(marks.index(kind) + 1 for kind in set(marks)))))
+def _kept_layers(config: dict[str, Any], total: int) -> list[int]:
+    """Numbers of layers among which every kind is."""
+    lists = [value for value in config.values() if isinstance(value, list) and value]
+    kinds = [tuple(json.dumps(value[n]) for value in lists if len(value) == total) for n in range(total)]
+    kept = {kinds.index(kind) for kind in kinds}
+    for name, value in config.items():  # [9, 18, 27]: the layers that have attention
+        if "layer" in name and isinstance(value, list) and value and len(value) != total and _are_numbers(value):
+            kept.add(min(value))
+        if name.endswith(("_period", "_interval", "_step")) and type(value) is int and value <= MOST_LAYERS:
+            kept |= set(range(value))
+    more = [number for number in range(total) if number not in kept]
+    return sorted([*sorted(kept)[:MOST_LAYERS], *more[: max(0, 2 - len(kept))]])
 
 
-def _cut_lists(config: dict[str, Any], total: int, depth: int) -> None:
+def _cut_lists(config: dict[str, Any], total: int, kept: list[int]) -> None:
+    place = {number: n for n, number in enumerate(kept)}
     for name, value in config.items():
         if isinstance(value, list) and len(value) == total:
-            config[name] = value[:depth]
-        elif isinstance(value, list) and value and all(type(v) is int for v in value) and "layer" in name:
-            config[name] = [number for number in value if number < depth]
+            config[name] = [value[number] for number in kept]
+        elif isinstance(value, list) and value and "layer" in name and _are_numbers(value):
+            config[name] = [place[number] for number in value if number in place]
         elif isinstance(value, dict) and value and all(str(key).isdigit() for key in value):  # layer -> settings
-            config[name] = {key: part for key, part in value.items() if int(key) < depth}
+            config[name] = {str(place[int(key)]): part for key, part in value.items() if int(key) in place}
+
+
+def _are_numbers(values: list[Any]) -> bool:
+    return all(type(value) is int for value in values)
 
 
 def _narrow(config: dict[str, Any]) -> None:
@@ -94,6 +104,8 @@ def _narrow(config: dict[str, Any]) -> None:
     for name in KEY_HEADS:
         if isinstance(config.get(name), int):
             config[name] = max(1, min(4, config[name] * 4 // max(4, heads)))
+    if isinstance(config.get("expand"), int) and type(config.get("num_heads")) is int:  # Mamba 2
+        config["num_heads"] = config["expand"] * config.get("hidden_size", 64) // config.get("head_dim", 16)
     if type(config.get("qk_head_dim")) is int:
         config["qk_head_dim"] = config.get("qk_nope_head_dim", 0) + config.get("qk_rope_head_dim", 0)
 

@@ -6,6 +6,7 @@ reads and writes a cache of them all. Where no parameter needs that, a batch goe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,11 +24,20 @@ class WholeModel(OwnModule):
 
     Attributes:
         split: off, a batch goes through the model once unless a caller passes arguments that were not tried.
+        states: attributes of modules that hold what a cache would (RecurrentGemma).
     """
 
-    def __init__(self, state: Assignment, inner: nn.Module, *, split: bool, tried: frozenset[str]) -> None:
+    def __init__(
+        self,
+        state: Assignment,
+        inner: nn.Module,
+        *,
+        split: bool,
+        tried: frozenset[str],
+        states: Sequence[tuple[nn.Module, str]] = (),
+    ) -> None:
         super().__init__(state, inner)
-        self.split, self._tried = split, tried
+        self.split, self._tried, self._states = split, tried, states
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own."""
@@ -41,19 +51,30 @@ class WholeModel(OwnModule):
         rows = [expanded(numbers, state.beams) for _, numbers in state.groups]
         outputs = []
         caches: dict[str, list[Any]] = {name: [] for name in CACHES}
+        before, after = self._held(), []
         for group, numbers in enumerate(rows):
             picked = [_part(value, str(place), numbers, batch) for place, value in enumerate(args)]
             named = {name: _part(value, name, numbers, batch) for name, value in kwargs.items()}
+            self._hold(cache_part(before, numbers, batch))
             with state.narrowed(group), self.in_place():
                 output = self._forward(*picked, **named)
+            after.append(self._held())
             for name in caches:
                 caches[name].append(_taken(output, name))
             outputs.append(output)
+        self._hold(join_cache(None, after, rows))
         result = joined(outputs, rows)
         for name, parts in caches.items():
             if parts[0] is not None:
                 _put(result, name, join_cache(kwargs.get(name), parts, rows, CACHES[name]))
         return result
+
+    def _held(self) -> list[Any]:
+        return [vars(module).get(attribute) for module, attribute in self._states]
+
+    def _hold(self, values: Sequence[Any]) -> None:
+        for (module, attribute), value in zip(self._states, values, strict=True):
+            vars(module)[attribute] = value
 
     def _must_split(self, kwargs: dict[str, Any]) -> bool:
         given = {name for name, value in kwargs.items() if isinstance(value, Tensor) and value.dim() > 1}

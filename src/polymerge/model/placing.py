@@ -89,7 +89,8 @@ class Placer:
         return Placed([*self.parts.values(), *whole], "groups" if groups else "layers")
 
     def _whole(self, module: nn.Module, groups: bool) -> WholeModel:
-        whole = WholeModel(self.state, module, split=groups, tried=self.trial.inputs)
+        states = [(self.modules[name], attribute) for name, attribute in self.trial.states]
+        whole = WholeModel(self.state, module, split=groups, tried=self.trial.inputs, states=states)
         whole.tensors = [*self.whole, *self.idle]
         return whole
 
@@ -135,21 +136,32 @@ class Placer:
         weight, bias = inner.get_parameter("weight").data, getattr(inner, "bias", None)
         weight = weight.T if layer.transposed else weight
         biases = self._biases(module, bias)
+        places = [place for place, _ in self.tree.places(inner.get_parameter("weight"))]
         if self._is_linear(module):
-            self.tree.replace(module, self._linear(layer, weight, bias.data if bias is not None else None, biases))
-            if not self.trial.kind(module).plain:
-                self._split_above(module, ["weight", "bias"])
+            made = self._linear(layer, weight, bias.data if bias is not None else None, biases)
+            for place in places:
+                self.tree.replace(place, made)
+                if not self.trial.kind(place).plain:
+                    self._split_above(place, ["weight", "bias"])
             return
         dense = MixedLinear(self.state, weight, None, self._factors(module), self._ratios(layer), [None] * len(biases))
-        tensors = [OwnWeight(inner, dense, transposed=layer.transposed)]
-        own = [OwnTensor(inner, "bias", biases)] if any(value is not None for value in biases) else []
-        self._hold(module, [*tensors, *own])
+        for place in places:
+            self._hold(place, [OwnWeight(self.modules[place], dense, transposed=layer.transposed)])
+        for place, name in self.tree.places(bias) if bias is not None and any(b is not None for b in biases) else ():
+            self._hold(place, [OwnTensor(self.modules[place], name, biases)])
 
     def _is_linear(self, module: str) -> bool:
+        """Whether a layer, and every other one whose weight is the same parameter, multiplies and does nothing else."""
         inner = self.modules[module]
-        single = self.trial.kind(module).called and self.trial.kind(module).single
         if f"{module}.weight" in self.orders and self.linear[module].transposed:
             raise ModelError(f"{module}: its rows are stored in another order; not supported in a transposed layer")
+        places = [place for place, _ in self.tree.places(inner.get_parameter("weight"))]
+        biases = {id(getattr(self.modules[place], "bias", None)) for place in places}
+        return len(biases) == 1 and all(self._multiplies(place) for place in places)
+
+    def _multiplies(self, module: str) -> bool:
+        inner = self.modules[module]
+        single = self.trial.kind(module).called and self.trial.kind(module).single
         return single and self.trial.read_by_itself(module, ["weight", "bias"]) and _multiplies(inner)
 
     def _biases(self, module: str, bias: Tensor | None) -> Values:
@@ -250,6 +262,11 @@ class Placer:
     def _place_module(self, module: str, pieces: Sequence[tuple[str, Piece]]) -> None:
         inner = self.modules[module]
         names = sorted({name for name, _ in pieces})
+        tied = [name for name in names if len(self.tree.places(inner.get_parameter(name))) > 1]
+        if tied:
+            raise ModelError(
+                f"{module}.{tied[0]} is stored in pieces, and another module's parameter too; not supported"
+            )
         if (slabs := self._slabs(module, names, pieces)) is not None:
             self.tree.replace(module, MixedBlockExperts(self.state, inner, slabs))
             if not self.trial.kind(module).rows:

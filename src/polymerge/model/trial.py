@@ -86,12 +86,14 @@ class Trial:
     Attributes:
         objection: why the model cannot be run for several experts; then nothing is known of any module.
         inputs: arguments of the model that were tried.
+        states: (module, attribute) of tensors that modules hold from one call to the next.
     """
 
     def __init__(self, hf: Any) -> None:
         self._kinds: dict[str, Kind] = {}
         self.objection, self.inputs = "", frozenset[str]()
-        before = _marks(hf)
+        self.states: list[tuple[str, str]] = []
+        before, held = _marks(hf), _held(hf)
         try:
             first, second = (self._run(hf, other) for other in (False, True))
         except Exception as error:  # a model that needs more than tokens
@@ -101,6 +103,10 @@ class Trial:
         if changed:  # RWKV divides weights by powers of two when it is first run
             self.objection = f"it changes its own weights while it runs, {changed[0]} for one"
             return
+        self.states = [place for place, value in _held(hf).items() if held.get(place) is not value]
+        for name, _ in self.states:  # whoever runs such a module runs it for all rows
+            for kind in {kind for stack in self.kind(name).stacks for kind in stack}:
+                self._kinds[kind].clear = False
         change = CHANGE.get(hf.dtype, 1e-3)
         for name in first.keys() | second.keys():
             self._judge(self._kinds[kind_of(name)], first.get(name, []), second.get(name, []), change)
@@ -307,6 +313,12 @@ def _spy(cls: type[nn.Module], watch: _Watch) -> type[nn.Module]:
 def _marks(hf: nn.Module) -> dict[str, Tensor]:
     """The first numbers of every parameter."""
     return {name: parameter.detach().flatten()[:64].clone() for name, parameter in hf.named_parameters()}
+
+
+def _held(hf: nn.Module) -> dict[tuple[str, str], Tensor]:
+    """Tensors that are plain attributes of modules."""
+    attributes = ((name, key, value) for name, module in hf.named_modules() for key, value in vars(module).items())
+    return {(name, key): value for name, key, value in attributes if isinstance(value, Tensor)}
 
 
 def _inputs(hf: Any, other: bool) -> dict[str, Tensor]:
