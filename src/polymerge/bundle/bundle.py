@@ -158,34 +158,34 @@ class Bundle:
             coded: modules whose factors come as they are stored.
         """
         with _opened(self.expert_file(expert)) as handle:
-            found = {adapter_name(key): handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+            tensors = {adapter_name(key): handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
         if self.code.peft_readable:
-            return found
+            return tensors
         dtype = DTYPES[self.manifest.dtype]
         for layer in self._linear:
             if layer.module in coded:
                 continue
-            factors = self.factors(expert, layer, found.get)
+            factors = self.factors(expert, layer, tensors.get)
             for suffix in self.code.suffixes:
-                found.pop(f"{layer.module}.{suffix}", None)
+                tensors.pop(f"{layer.module}.{suffix}", None)
             if factors:
                 b, a = factors
-                found |= {f"{layer.module}.lora_A.weight": a.to(dtype), f"{layer.module}.lora_B.weight": b.to(dtype)}
-        return found
+                tensors |= {f"{layer.module}.lora_A.weight": a.to(dtype), f"{layer.module}.lora_B.weight": b.to(dtype)}
+        return tensors
 
     def adapter_shapes(self, expert: str) -> dict[str, tuple[int, ...]]:
         """Shapes of what `adapter` gives, from the file's header alone."""
         with _opened(self.expert_file(expert)) as handle:
-            found = {adapter_name(key): tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+            shapes = {adapter_name(key): tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
         if self.code.peft_readable:
-            return found
+            return shapes
         for layer in self._linear:
-            stored = [found.pop(f"{layer.module}.{suffix}", None) for suffix in self.code.suffixes]
+            stored = [shapes.pop(f"{layer.module}.{suffix}", None) for suffix in self.code.suffixes]
             if stored[0]:
                 out_features, in_features = layer.matrix_shape
-                found[f"{layer.module}.lora_A.weight"] = (stored[0][0], in_features)
-                found[f"{layer.module}.lora_B.weight"] = (out_features, stored[0][0])
-        return found
+                shapes[f"{layer.module}.lora_A.weight"] = (stored[0][0], in_features)
+                shapes[f"{layer.module}.lora_B.weight"] = (out_features, stored[0][0])
+        return shapes
 
     def factors(
         self, expert: str, layer: BundleLayer, get: Callable[[str], Tensor | None]
@@ -277,8 +277,8 @@ class Bundle:
         """(file, what is wrong) for every file whose content is not the manifest's. Reads the whole bundle."""
         for name, entry in self.manifest.files.items():
             with (self.path / name).open("rb") as handle:
-                found = hashlib.file_digest(handle, "sha256").hexdigest()
-            if found != entry.sha256:
+                digest = hashlib.file_digest(handle, "sha256").hexdigest()
+            if digest != entry.sha256:
                 yield name, "its SHA-256 is not the manifest's; the file was changed or damaged"
 
 
@@ -297,9 +297,9 @@ class ExpertReader:
         layer = self._bundle.layers.get(tensor)
         if layer is None:
             raise BundleError(f"{self._bundle.path}: no tensor {tensor!r} in this bundle")
-        own = self._get(f"{layer.module}.{layer.parameter}")
-        if own is not None:
-            return own.float() if own.is_floating_point() else own
+        whole = self._get(f"{layer.module}.{layer.parameter}")
+        if whole is not None:
+            return whole.float() if whole.is_floating_point() else whole
         base = self._bundle.base_tensor(tensor)
         if not base.is_floating_point():
             return base

@@ -125,7 +125,7 @@ def write_pieces(target: Path, pieces: Sequence[Piece], content: Content) -> Fil
 def write_json(target: Path, data: Any) -> FileEntry:
     """Writes JSON atomically, keys as given, a list of numbers on one line."""
     text = json.dumps(data, indent=2, ensure_ascii=False)
-    text = re.sub(r"\[\s+(\d[\d,\s]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    text = re.sub(r"\[\s+(\d[\d,\s]*?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
     return write_bytes(target, f"{text}\n".encode())
 
 

@@ -58,8 +58,8 @@ def missing_siblings(keys: Iterable[str], layers: Iterable[BundleLayer]) -> list
     """
     have = set(keys)
     layers = list(layers)
-    own = {layer.module for layer in layers if f"{layer.module}.{layer.parameter}" in have}
-    return [layer for layer in layers if layer.module in own and f"{layer.module}.{layer.parameter}" not in have]
+    whole = {layer.module for layer in layers if f"{layer.module}.{layer.parameter}" in have}
+    return [layer for layer in layers if layer.module in whole and f"{layer.module}.{layer.parameter}" not in have]
 
 
 def adapter_config(
@@ -73,7 +73,7 @@ def adapter_config(
     `modules_to_save` would leave the head with the base's weight, or want it stored twice.
     """
     ranks: dict[str, int] = {}
-    own: set[str] = set()
+    whole: set[str] = set()
     tokens: dict[str, list[int]] = {}
     lora_bias = False
     for name, shape in tensors:
@@ -85,13 +85,13 @@ def adapter_config(
         elif tied_embedding and name == f"{tied_embedding}.weight":
             tokens[tied_embedding] = list(range(shape[0]))
         else:
-            own.add(name.rpartition(".")[0])
+            whole.add(name.rpartition(".")[0])
     by_module = {layer.module: layer for layer in layers if layer.role == "linear"}
     fused = {m: r for m, r in ranks.items() if m in by_module and is_fused(by_module[m])}
     # transformers 5 holds a mixture's matrices in one parameter, for which PEFT takes the general rank alone.
     rank = next(iter(fused.values()), None) or (Counter(ranks.values()).most_common(1)[0][0] if ranks else 1)
     pattern = {re.escape(module): r for module, r in ranks.items() if r != rank}
-    whole_blocks = own & {module for module, layer in by_module.items() if is_fused(layer)}
+    whole_blocks = whole & {module for module, layer in by_module.items() if is_fused(layer)}
     return {
         # PEFT has no place for whole matrices of a fused block and would leave them out without a word; a type that
         # it does not know makes it refuse.
@@ -111,7 +111,7 @@ def adapter_config(
         "target_modules": sorted(ranks, key=natural_key) or "dummy-target-modules",
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
-        "modules_to_save": sorted(own, key=natural_key) or None,
+        "modules_to_save": sorted(whole, key=natural_key) or None,
         "trainable_token_indices": tokens or None,
     }
 

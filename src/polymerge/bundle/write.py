@@ -66,8 +66,8 @@ def write_weights(
     if many:
         weight_map = {entries[i][0]: name for name, shard in zip(names, shards, strict=True) for i in shard}
         total = {"total_size": sum(entry[3] for entry in entries)}
-        found = {"metadata": total, "weight_map": weight_map}
-        written[SAFETENSORS_INDEX] = write_json(folder / SAFETENSORS_INDEX, found)
+        table = {"metadata": total, "weight_map": weight_map}
+        written[SAFETENSORS_INDEX] = write_json(folder / SAFETENSORS_INDEX, table)
     return written
 
 
@@ -154,13 +154,13 @@ def write_manifest(folder: Path, text: str) -> None:
 
 def tool_versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    found = {}
+    versions = {}
     for package in ("torch", "transformers", "safetensors"):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def clear(folder: Path) -> None:

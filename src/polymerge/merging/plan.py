@@ -151,5 +151,5 @@ def replanned(plan: MergePlan, *, compress_rate: float, code: CodeName) -> Merge
 
 
 def _opened(recipe: Recipe, source: Source, weights: bool) -> Checkpoint:
-    found = None if weights else outline(source.source, recipe.config, revision=source.revision)
-    return found or open_checkpoint(source)
+    outlined = None if weights else outline(source.source, recipe.config, revision=source.revision)
+    return outlined or open_checkpoint(source)

@@ -143,8 +143,8 @@ def _result(reference: Any, tensor: str) -> tuple[Note, Contents]:
     from ray.exceptions import RayError, RayTaskError
 
     try:
-        found: tuple[Note, Contents] = ray.get(reference)
-        return found
+        result: tuple[Note, Contents] = ray.get(reference)
+        return result
     except RayTaskError as error:
         if isinstance(error.cause, PolymergeError):
             raise error.cause from None

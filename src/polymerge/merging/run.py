@@ -175,12 +175,14 @@ def _assemble(plan: MergePlan, staging: Staging, notes: list[Note], folder: Path
     base = {piece.key: piece for piece in pieces if piece.owner is None}
     files |= write_base(folder, list(base.values()), staging.content)
     for expert in plan.checkpoints:
-        own = [piece for piece in pieces if piece.owner == expert]
-        for layer in missing_siblings((piece.key for piece in own), layers):
-            own.append(replace(base[layer.tensor], owner=expert, key=f"{layer.module}.{layer.parameter}"))
+        owned = [piece for piece in pieces if piece.owner == expert]
+        for layer in missing_siblings((piece.key for piece in owned), layers):
+            owned.append(replace(base[layer.tensor], owner=expert, key=f"{layer.module}.{layer.parameter}"))
         scales = scales_of(expert, plan.tasks, notes)
         tied = plan.tied_embedding
-        files |= write_expert(folder, expert, own, scales, layers, staging.content, code=plan.code, tied_embedding=tied)
+        files |= write_expert(
+            folder, expert, owned, scales, layers, staging.content, code=plan.code, tied_embedding=tied
+        )
         persona, groups = plan.personas.experts[expert], plan.personas.groups[expert]
         files |= store_persona(folder, expert, persona, groups, dtype=dtype_name(plan.dtype), tied=plan.tied, code=code)
     write_stats(folder, (line.to_json() for note in notes for line in note.stats))
