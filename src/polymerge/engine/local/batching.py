@@ -126,8 +126,8 @@ class BatchingEngine:
         def run(items: Sequence[Prompt]) -> list[FloatArray]:
             return list(self._engine.embed(items, layers=layers, pooling=pooling))
 
-        found: list[FloatArray] = self._on_worker(("embed", tuple(layers), pooling), prompts, run)
-        return np.stack(found)
+        rows: list[FloatArray] = self._on_worker(("embed", tuple(layers), pooling), prompts, run)
+        return np.stack(rows)
 
     def submit(self, requests: Sequence[StreamRequest], listeners: Sequence[Listener]) -> list[Stream]:
         """As in the contract."""
