@@ -96,9 +96,9 @@ def test_what_is_finished_is_found_again_by_a_resumed_run(tmp_path: Path) -> Non
     note = finish(staging, 3, 1.5)
     again = staged(tmp_path, resume=True)
     assert again.finished(3) == note and again.finished(2) is None
-    base, own = note.pieces
+    base, weights = note.pieces
     assert (base.owner, base.key, base.dtype, base.shape, base.bytes) == (None, "x", "F32", (2, 3), 24)
-    assert (own.owner, own.dtype, own.shape, own.bytes) == ("math", "BF16", (), 2)
+    assert (weights.owner, weights.dtype, weights.shape, weights.bytes) == ("math", "BF16", (), 2)
     assert b"".join(again.content(base)) == torch.full((2, 3), 1.5).numpy().tobytes()
     assert hashlib.sha256(b"".join(again.content(base))).hexdigest() == base.sha256
     assert half_done(again.folder) > 26

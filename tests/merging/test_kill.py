@@ -258,16 +258,16 @@ def test_a_configuration_that_changed_between_kill_and_resume_is_noticed(
     experts: dict[str, str], calls: int, tmp_path: Path
 ) -> None:
     """The roles of tensors and the heads come from it."""
-    own = {name: str(shutil.copytree(path, tmp_path / name)) for name, path in experts.items()}
+    folders = {name: str(shutil.copytree(path, tmp_path / name)) for name, path in experts.items()}
     out = tmp_path / "out"
-    process = started(work_and_die, recipe_of(own), str(out), {}, calls - 20, False)
+    process = started(work_and_die, recipe_of(folders), str(out), {}, calls - 20, False)
     process.join(60)
     assert notes_in(out)
-    for path in own.values():
+    for path in folders.values():
         config = Path(path) / "config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 0.5}))
     with pytest.raises(OutputExistsError, match="other sources"):
-        merge(recipe_of(own), out, resume=True)
+        merge(recipe_of(folders), out, resume=True)
 
 
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[Any, str]:

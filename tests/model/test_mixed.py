@@ -38,8 +38,8 @@ def plain(folder: Path) -> Any:
 
 
 def dense_models(bundle: Bundle, folder: Path) -> dict[str | None, Any]:
-    found: dict[str | None, Any] = {name: plain(export_dense(bundle, name, folder / name)) for name in bundle.experts}
-    return found | {None: plain(bundle.path)}
+    models: dict[str | None, Any] = {name: plain(export_dense(bundle, name, folder / name)) for name in bundle.experts}
+    return models | {None: plain(bundle.path)}
 
 
 def distance(got: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor) -> float:
