@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..errors import BundleError
 from ..host import DTYPES
@@ -21,11 +21,12 @@ from ..naming import check_expert_names, check_paths
 from ..recipe.merge import CodeName
 from ..sources.persona import Group
 from .files import FileEntry
+from .versioned import read_versioned
 
 FORMAT = "polymerge-bundle"
 # Version 1 holds residuals as published; version 2 differs only in that they have a code; version 3 in that experts
 # have personas, or tensors dtypes, of their own.
-FORMAT_VERSIONS = (1, 2, 3)
+FormatVersion = Literal[1, 2, 3]
 MANIFEST = "polymerge.json"
 STATS = "merge_stats.jsonl"
 # PEFT's name for an adapter's weights. What an expert's file is called in a bundle says its code.
@@ -110,7 +111,7 @@ class Manifest(_Strict):
     """
 
     format: Literal["polymerge-bundle"] = "polymerge-bundle"
-    format_version: Literal[1, 2, 3] = 1
+    format_version: FormatVersion = 1
     polymerge_version: str
     method: Method
     dtype: str
@@ -199,7 +200,7 @@ class Manifest(_Strict):
         return self
 
 
-def version_of(code: Code, experts: Iterable[ExpertRecord], layers: Iterable[BundleLayer]) -> Literal[1, 2, 3]:
+def version_of(code: Code, experts: Iterable[ExpertRecord], layers: Iterable[BundleLayer]) -> FormatVersion:
     """The lowest format version that has all this."""
     if any(record.persona for record in experts) or any(layer.dtype for layer in layers):
         return 3
@@ -211,22 +212,6 @@ def read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     if not path.is_dir():
         raise BundleError(f"{path}: no such folder; make one with `polymerge merge recipe.yaml -o {path}`")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BundleError(
-            f"{path}: has no {MANIFEST}, so it is not a bundle; a plain checkpoint is merged first"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{file}: cannot be read: {error}") from None
-    version = data.get("format_version") if isinstance(data, dict) else None
-    if version not in FORMAT_VERSIONS:
-        known = f"{', '.join(map(str, FORMAT_VERSIONS[:-1]))} and {FORMAT_VERSIONS[-1]}"
-        raise BundleError(f"{file}: format version {version!r}; this polymerge reads versions {known}")
-    try:
-        return Manifest.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
-        raise BundleError(f"{file}: {where}: {reason}; the manifest was changed by hand or damaged") from None
+    missing = f"{path}: has no {MANIFEST}, so it is not a bundle; a plain checkpoint is merged first"
+    fix = "the manifest was changed by hand or damaged"
+    return read_versioned(Manifest, file, error=BundleError, missing=missing, fix=fix)
