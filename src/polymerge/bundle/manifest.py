@@ -229,4 +229,6 @@ def read_manifest(path: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
-        raise BundleError(f"{file}: {where}: {reason}; the manifest was changed by hand or damaged") from None
+        raise BundleError(
+            f"{file}: {f'{where}: ' if where else ''}{reason}; the manifest was changed by hand or damaged"
+        ) from None

@@ -150,7 +150,9 @@ def read_record(folder: Path) -> RouterRecord:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
-        raise RouterError(f"{file}: {where}: {reason}; run `polymerge router fit` again") from None
+        raise RouterError(
+            f"{file}: {f'{where}: ' if where else ''}{reason}; run `polymerge router fit` again"
+        ) from None
 
 
 def read_arrays(folder: Path, record: RouterRecord) -> dict[str, FloatArray]:
