@@ -37,6 +37,7 @@ def layer(module: str, role: str, *shape: int, parameter: str = "weight", transp
         transposed=transposed,
         shape=shape,
         rank=0,
+        mean_scale=1.0 if role == "linear" else None,
     )
 
 

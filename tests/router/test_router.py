@@ -115,7 +115,7 @@ def test_a_kill_between_two_files_leaves_the_router_before(
         (lambda folder: (folder / "router.json").unlink(), "run `polymerge router fit"),
         (lambda folder: (folder / "router.json").write_text("{"), "cannot be read"),
         (lambda folder: _edit(folder, bundle="0" * 64), "fitted for another bundle"),
-        (lambda folder: _edit(folder, experts={"math": "gone"}), "routes to 'gone'"),
+        (lambda folder: _edit(folder, fields=["math"], experts={"math": "gone"}), "routes to 'gone'"),
         (lambda folder: _edit(folder, temperature="warm"), "temperature"),
         (lambda folder: _edit(folder, surprise=1), "surprise"),
         (lambda folder: _edit(folder, format_version=2), "format version 2"),
