@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..method.code import Code
 from ..sources.checkpoint import natural_key
-from .files import Piece, zeros_piece
+from .files import Entry
 from .manifest import BundleLayer
 
 PEFT_PREFIX = "base_model.model."
 # Where PEFT keeps an expert's own rows of an embedding that the output head is tied to.
 TIED_ROWS = ".token_adapter.trainable_tokens_delta"
+# What every residual has beside its weights' names where one of an adapter's has a bias.
+BIASED_PAIR = ("lora_A.weight", "lora_B.weight", "lora_B.bias")
 _FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 
 
@@ -28,17 +29,11 @@ def adapter_name(stored: str) -> str:
     return f"{name.removesuffix(TIED_ROWS)}.weight" if name.endswith(TIED_ROWS) else name
 
 
-def peft_adapter(
-    expert: str, pieces: Sequence[Piece], layers: Sequence[BundleLayer], *, tied_embedding: str | None
-) -> tuple[dict[str, Any], list[Piece]]:
-    """adapter_config.json, and the pieces of the adapter file under PEFT's names, with what PEFT needs beside them.
-
-    Args:
-        pieces: keys are names of the model, without PEFT's prefix.
-    """
-    pieces = sorted(_with_bias_everywhere(expert, pieces, layers), key=lambda piece: natural_key(piece.key))
-    config = adapter_config([(p.key, p.shape) for p in pieces], layers, tied_embedding=tied_embedding)
-    return config, [replace(piece, key=_stored_name(piece.key, tied_embedding)) for piece in pieces]
+def stored_name(name: str, tied_embedding: str | None) -> str:
+    """The other way round: the key of a tensor in an adapter file that PEFT reads."""
+    if tied_embedding and name == f"{tied_embedding}.weight":
+        name = tied_embedding + TIED_ROWS
+    return PEFT_PREFIX + name
 
 
 def coded_config(code: Code) -> dict[str, Any]:
@@ -76,7 +71,7 @@ def adapter_config(
     whole: set[str] = set()
     tokens: dict[str, list[int]] = {}
     lora_bias = False
-    for name, shape in tensors:
+    for name, shape in sorted(tensors, key=lambda tensor: natural_key(tensor[0])):
         factor = _FACTOR.fullmatch(name)
         if factor:
             ranks[factor[1]] = shape[0] if factor[2] == "A" else shape[1]
@@ -121,25 +116,18 @@ def is_fused(layer: BundleLayer) -> bool:
     return layer.module == layer.tensor.removesuffix(".weight") and ".experts." in layer.module
 
 
-def _with_bias_everywhere(expert: str, pieces: Sequence[Piece], layers: Sequence[BundleLayer]) -> list[Piece]:
-    """PEFT's `lora_bias` is one switch for the whole adapter: with one bias, every factor pair needs one, and the
-    other way round a bias needs a factor pair. What is missing is zeros."""
-    have = {piece.key for piece in pieces}
-    if not any(key.endswith(".lora_B.bias") for key in have):
-        return list(pieces)
-    filled = list(pieces)
+def missing_zeros(shapes: Mapping[str, Sequence[int]], layers: Iterable[BundleLayer]) -> list[Entry]:
+    """Zeros that an adapter with these tensors needs (names of the model).
+
+    PEFT's `lora_bias` is one switch for the whole adapter: with one bias, every factor pair needs one, and the other
+    way round a bias needs a factor pair.
+    """
+    needed = []
     for layer in (layer for layer in layers if layer.role == "linear"):
-        rows, columns = layer.shape[::-1] if layer.transposed else layer.shape
-        a, b, bias = (f"{layer.module}.{part}" for part in ("lora_A.weight", "lora_B.weight", "lora_B.bias"))
-        if a in have and bias not in have:
-            filled.append(zeros_piece(expert, bias, "F32", (rows,)))
-        if bias in have and a not in have:
-            filled.append(zeros_piece(expert, a, "F32", (1, columns)))
-            filled.append(zeros_piece(expert, b, "F32", (rows, 1)))
-    return filled
-
-
-def _stored_name(name: str, tied_embedding: str | None) -> str:
-    if tied_embedding and name == f"{tied_embedding}.weight":
-        name = tied_embedding + TIED_ROWS
-    return PEFT_PREFIX + name
+        rows, columns = layer.matrix_shape
+        a, b, bias = (f"{layer.module}.{part}" for part in BIASED_PAIR)
+        if a in shapes and bias not in shapes:
+            needed.append(Entry(bias, "F32", (rows,), 4 * rows))
+        if bias in shapes and a not in shapes:
+            needed += [Entry(a, "F32", (1, columns), 4 * columns), Entry(b, "F32", (rows, 1), 4 * rows)]
+    return needed if any(key.endswith(".lora_B.bias") for key in shapes) else []

@@ -33,7 +33,7 @@ def export_dense(
     bundle.expert_folder(expert)
     reader, target = bundle.expert_reader(expert), dtype_of(dtype) if dtype else None
     entries = [_entry(bundle, tensor, target or reader.dtype(tensor)) for tensor in bundle.layers]
-    needed = sum(entry[3] for entry in entries)
+    needed = sum(entry.bytes for entry in entries)
     with placed(output, overwrite=overwrite, needed=needed) as staged, steady(bundle):
         persona = bundle.persona(expert)
         tied = bool(bundle.persona().config.get("tie_word_embeddings"))
@@ -44,7 +44,7 @@ def export_dense(
             copy_model_files(bundle.path, staged, config, code=True)
 
         def content(index: int) -> Iterator[bytes]:
-            name = entries[index][0]
+            name = entries[index].key
             tensor = reader.read(name)
             if tensor.is_floating_point():
                 tensor = tensor.to(target or reader.dtype(name))
@@ -58,5 +58,5 @@ def _entry(bundle: Bundle, tensor: str, dtype: torch.dtype | None) -> Entry:
     info = bundle.base.tensors[tensor]
     if info.dtype is None or dtype is None:  # integers and the like keep their own type
         width = bundle.base_tensor(tensor).element_size()
-        return tensor, info.stored_as, info.shape, info.numel * width
-    return tensor, DTYPE_NAMES[dtype], info.shape, info.numel * dtype.itemsize
+        return Entry(tensor, info.stored_as, info.shape, info.numel * width)
+    return Entry(tensor, DTYPE_NAMES[dtype], info.shape, info.numel * dtype.itemsize)

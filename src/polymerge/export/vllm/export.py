@@ -117,8 +117,8 @@ class _Writer:
         """One expert's adapter. `sizes` are those of the layers' inputs, by module: [in]."""
         tasks, dtype = self.plan.experts[expert], self.plan.dtype
         shapes = {key: shape for task in tasks for key, shape in task.shapes.items()}
-        entries: list[Entry] = [
-            (PEFT_PREFIX + key, DTYPE_NAMES[dtype], shape, shape[0] * shape[1] * dtype.itemsize)
+        entries = [
+            Entry(PEFT_PREFIX + key, DTYPE_NAMES[dtype], shape, shape[0] * shape[1] * dtype.itemsize)
             for key, shape in shapes.items()
         ]
         # As far as PEFT's patterns go, a lookup's factors are like any others.
