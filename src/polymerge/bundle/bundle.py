@@ -23,6 +23,7 @@ from ..host import DTYPES
 from ..method.code import Code
 from ..method.dense import dense
 from ..sources.checkpoint import Checkpoint, open_folder, read_json
+from ..sources.fused import SlicedCheckpoint
 from ..sources.persona import Persona, read_persona
 from .lock import come_back
 from .manifest import MANIFEST, SCALES_FILE, STATS, BundleLayer, Manifest, read_manifest
@@ -123,9 +124,11 @@ class Bundle:
 
     @cached_property
     def base(self) -> Checkpoint:
-        """The average as a checkpoint; its index is checked against its folder."""
+        """The average as a checkpoint, matrix by matrix as in the manifest; its index is checked against its folder."""
+        slices = {layer.tensor: layer.slice for layer in self.manifest.layers if layer.slice}
         try:
-            return open_folder(self.path, label=str(self.path))
+            base = open_folder(self.path, label=str(self.path))
+            return SlicedCheckpoint(base, slices) if slices else base
         except SourceError as error:
             raise BundleError(str(error)) from None
 

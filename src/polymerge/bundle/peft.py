@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,8 @@ from .manifest import BundleLayer
 PEFT_PREFIX = "base_model.model."
 # Where PEFT keeps an expert's own rows of an embedding that the output head is tied to.
 TIED_ROWS = ".token_adapter.trainable_tokens_delta"
+# What PEFT would take for an adapter and read in part says a type of its own.
+WHOLE_BLOCKS, SLICED_BLOCKS = "POLYMERGE_WHOLE_BLOCKS", "POLYMERGE_SLICED_BLOCKS"
 _FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 
 
@@ -91,11 +93,8 @@ def adapter_config(
     # transformers 5 holds a mixture's matrices in one parameter, for which PEFT takes the general rank alone.
     rank = next(iter(fused.values()), None) or (Counter(ranks.values()).most_common(1)[0][0] if ranks else 1)
     pattern = {re.escape(module): r for module, r in ranks.items() if r != rank}
-    whole_blocks = own & {module for module, layer in by_module.items() if is_fused(layer)}
     return {
-        # PEFT has no place for whole matrices of a fused block and would leave them out without a word; a type that
-        # it does not know makes it refuse.
-        "peft_type": "POLYMERGE_WHOLE_BLOCKS" if whole_blocks else "LORA",
+        "peft_type": _peft_type(own, ranks, by_module),
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
         "inference_mode": True,
@@ -116,9 +115,19 @@ def adapter_config(
     }
 
 
+def _peft_type(own: Container[str], factored: Container[str], layers: Mapping[str, BundleLayer]) -> str:
+    """LORA, or a type that PEFT does not know and refuses, where it would leave out matrices of a block without a word:
+    whole ones, and those that a checkpoint stores in one tensor."""
+    if any(layer.slice and (module in own or module in factored) for module, layer in layers.items()):
+        return SLICED_BLOCKS
+    whole = any(is_fused(layer) and module in own for module, layer in layers.items())
+    return WHOLE_BLOCKS if whole else "LORA"
+
+
 def is_fused(layer: BundleLayer) -> bool:
     """Whether the tensor is one matrix of a parameter that transformers holds fused (mixture-of-experts blocks)."""
-    return layer.module == layer.tensor.removesuffix(".weight") and ".experts." in layer.module
+    apart = layer.module == layer.tensor.removesuffix(".weight") and ".experts." in layer.module
+    return apart or layer.slice is not None
 
 
 def _with_bias_everywhere(expert: str, pieces: Sequence[Piece], layers: Sequence[BundleLayer]) -> list[Piece]:
@@ -128,7 +137,7 @@ def _with_bias_everywhere(expert: str, pieces: Sequence[Piece], layers: Sequence
     if not any(key.endswith(".lora_B.bias") for key in have):
         return list(pieces)
     filled = list(pieces)
-    for layer in (layer for layer in layers if layer.role == "linear"):
+    for layer in (layer for layer in layers if layer.role == "linear" and not layer.slice):
         rows, columns = layer.shape[::-1] if layer.transposed else layer.shape
         a, b, bias = (f"{layer.module}.{part}" for part in ("lora_A.weight", "lora_B.weight", "lora_B.bias"))
         if a in have and bias not in have:

@@ -20,7 +20,7 @@ from ..method.code import Code
 from ..sources.checkpoint import SAFETENSORS_INDEX, natural_key
 from ..sources.persona import GENERATION, MORE_TEMPLATES, OLD_TEMPLATE, TEMPLATE, TOKENIZER_FILES
 from .files import Content, Entry, FileEntry, Piece, write_bytes, write_json, write_pieces, write_safetensors
-from .manifest import MANIFEST, SCALES_FILE, STATS, BundleLayer
+from .manifest import MANIFEST, SCALES_FILE, STATS, BundleLayer, stored_layers, stored_shape
 from .peft import PEFT_PREFIX, coded_config, peft_adapter
 
 SHARD_BYTES = 5 * 10**9
@@ -35,10 +35,18 @@ OF_THE_SOURCE = (
 )
 
 
-def write_base(folder: Path, pieces: Sequence[Piece], content: Content) -> dict[str, FileEntry]:
-    """The average's weights, from its pieces."""
-    entries = [(piece.key, piece.dtype, piece.shape, piece.bytes) for piece in pieces]
-    return write_weights(folder, entries, lambda index: content(pieces[index]))
+def write_base(
+    folder: Path, pieces: Mapping[str, Piece], layers: Iterable[BundleLayer], content: Content
+) -> dict[str, FileEntry]:
+    """The average's weights, from the pieces of its tensors; matrices that lie in one tensor go into one."""
+    stored = list(stored_layers(layers).items())
+    entries = []
+    for name, parts in stored:
+        first, shape = pieces[parts[0].tensor], stored_shape(parts)
+        entries.append((name, first.dtype, shape, sum(pieces[part.tensor].bytes for part in parts)))
+    return write_weights(
+        folder, entries, lambda index: (chunk for part in stored[index][1] for chunk in content(pieces[part.tensor]))
+    )
 
 
 def write_weights(

@@ -26,6 +26,7 @@ import torch
 from ..errors import MissingExtraError, PolymergeError, SourceError
 from ..recipe.merge import Recipe, Source
 from ..sources.checkpoint import Checkpoint
+from ..sources.fused import by_matrices
 from ..sources.opening import open_checkpoint
 from ..version import __version__
 from .compress import Settings
@@ -182,7 +183,7 @@ def _absolute(source: Source) -> Source:
 def _work(order: WorkOrder, task: TensorTask, index: int) -> tuple[Note, Contents]:
     """On a worker: one tensor."""
     torch.set_num_threads(order.threads)
-    checkpoints, settings = _opened(order), settings_of(order.recipe, order.dtype, order.recipe.device)
+    checkpoints, settings = _opened(order, task), settings_of(order.recipe, order.dtype, order.recipe.device)
     name = f"{index:06d}-{secrets.token_hex(4)}"  # of this attempt alone: a machine that was given up may still write
     if (order.staging / order.token).exists():
         return _compressed(task, checkpoints, settings, order.staging, name), {}
@@ -199,11 +200,22 @@ def _compressed(
     return compress_task(task, checkpoints, settings, PieceWriter(root, folder))
 
 
-def _opened(order: WorkOrder) -> dict[str, Checkpoint]:
+def _opened(order: WorkOrder, task: TensorTask) -> dict[str, Checkpoint]:
     """The sources as this machine sees them, opened once in a process."""
     if order.version != __version__:
         raise PolymergeError(f"a worker has polymerge {__version__}, this machine {order.version}; install one version")
-    return _open_all(tuple(order.recipe.experts.items()), tuple(order.sources.items()))
+    plain = _open_all(tuple(order.recipe.experts.items()), tuple(order.sources.items()))
+    if all(source in plain[expert].tensors for expert, source in task.sources.items()):
+        return plain
+    return _by_matrices(
+        tuple(order.recipe.experts.items()), tuple(order.sources.items()), order.recipe.trust_remote_code
+    )
+
+
+@lru_cache(maxsize=2)
+def _by_matrices(experts: Any, sources: Any, trust_remote_code: bool) -> dict[str, Checkpoint]:
+    opened = _open_all(experts, sources)
+    return {name: by_matrices(c, trust_remote_code=trust_remote_code)[0] for name, c in opened.items()}
 
 
 @lru_cache(maxsize=2)

@@ -173,7 +173,7 @@ def _assemble(plan: MergePlan, staging: Staging, notes: list[Note], folder: Path
     tokenizer = plan.personas.bundle.folder
     files = copy_model_files(plan.first.folder, folder, config, code=code, tokenizer=tokenizer)
     base = {piece.key: piece for piece in pieces if piece.owner is None}
-    files |= write_base(folder, list(base.values()), staging.content)
+    files |= write_base(folder, base, layers, staging.content)
     for expert in plan.checkpoints:
         own = [piece for piece in pieces if piece.owner == expert]
         for layer in missing_siblings((piece.key for piece in own), layers):
