@@ -7,7 +7,7 @@ Knows the format (docs/format.md). Does not know how a bundle is made (`polymerg
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from ..host import DTYPES
 from ..method.code import Code
 from ..method.dense import dense
 from ..sources.checkpoint import Checkpoint, open_folder, read_json
+from ..sources.fused import SlicedCheckpoint
 from ..sources.persona import Persona, read_persona
 from .lock import come_back
 from .manifest import MANIFEST, SCALES_FILE, STATS, BundleLayer, Manifest, read_manifest
@@ -123,9 +124,9 @@ class Bundle:
 
     @cached_property
     def base(self) -> Checkpoint:
-        """The average as a checkpoint; its index is checked against its folder."""
+        """The average as a checkpoint, matrix by matrix as in the manifest; its index is checked against its folder."""
         try:
-            return open_folder(self.path, label=str(self.path))
+            return base_of(self.path, self.manifest.layers)
         except SourceError as error:
             raise BundleError(str(error)) from None
 
@@ -332,6 +333,12 @@ class ExpertReader:
         with _opened(self._file) as handle:
             value: Tensor = handle.get_tensor(stored).clone()
             return value
+
+
+def base_of(folder: Path, layers: Iterable[BundleLayer]) -> Checkpoint:
+    """The average's weights in a bundle's folder, matrix by matrix as in the layers."""
+    base, slices = open_folder(folder, label=str(folder)), {x.tensor: x.slice for x in layers if x.slice}
+    return SlicedCheckpoint(base, slices) if slices else base
 
 
 def _opened(file: Path) -> Any:

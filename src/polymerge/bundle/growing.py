@@ -8,7 +8,7 @@ tensors it gets, and what a stopped run had written of it, is told (`polymerge.m
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -86,16 +86,16 @@ class GrowingFile:
         self.pieces.append(piece)
         return True
 
-    def finish(self, name: Callable[[str], str] = str) -> FileEntry:
+    def finish(self, entries: Sequence[Entry] | None = None) -> FileEntry:
         """Writes the header, and reads the whole file again.
 
         Args:
-            name: a piece's key -> its name in the file.
+            entries: what the header says of the data, in its order; by default the pieces as they were appended.
 
         Raises:
             PolymergeError: a tensor is no longer what was written.
         """
-        entries = [piece.entry._replace(key=name(piece.key)) for piece in self.pieces]
+        entries = [piece.entry for piece in self.pieces] if entries is None else entries
         if not self.pieces:
             return write_safetensors(self.path, [], [])
         head = header_of(entries, self._room)

@@ -20,13 +20,14 @@ from ..method.codes import PUBLISHED, code_of
 from ..naming import check_expert_names, check_paths
 from ..recipe.merge import CodeName
 from ..sources.persona import Group
+from ..sources.slices import Slice
 from .files import FileEntry
 from .versioned import read_versioned
 
 FORMAT = "polymerge-bundle"
 # Version 1 holds residuals as published; version 2 differs only in that they have a code; version 3 in that experts
-# have personas, or tensors dtypes, of their own.
-FormatVersion = Literal[1, 2, 3]
+# have personas, or tensors dtypes, of their own; version 4 in that tensors are stored with others in one.
+FormatVersion = Literal[1, 2, 3, 4]
 MANIFEST = "polymerge.json"
 STATS = "merge_stats.jsonl"
 # PEFT's name for an adapter's weights. What an expert's file is called in a bundle says its code.
@@ -78,6 +79,7 @@ class BundleLayer(_Strict):
         rank: of the residuals; 0 for a tensor that has none.
         mean_scale: s̄, the mean Frobenius norm of the experts' tensors, for linear weights.
         dtype: of its own; None where it is the bundle's.
+        slice: where it lies, of a matrix that the base stores in one tensor with others.
     """
 
     tensor: str
@@ -89,6 +91,7 @@ class BundleLayer(_Strict):
     rank: Annotated[int, Field(ge=0)]
     mean_scale: float | None = None
     dtype: str | None = None
+    slice: Slice | None = None
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -100,7 +103,15 @@ class BundleLayer(_Strict):
     def _linear_is_a_matrix(self) -> BundleLayer:
         if self.role == "linear" and (len(self.shape) != 2 or self.mean_scale is None):
             raise ValueError(f"{self.tensor!r} is no matrix with a scale, as a linear weight is")
+        if self.slice and not _lies_in(self, self.slice):
+            raise ValueError(f"{self.tensor!r} is no matrix of {self.slice.tensor!r}")
         return self
+
+
+def _lies_in(layer: BundleLayer, place: Slice) -> bool:
+    whole = place.shape
+    fits = len(whole) in (2, 3) and 0 <= place.index < place.count and not (whole[0] % place.count)
+    return fits and place.matrix_shape == layer.shape and place.name == layer.tensor and layer.role == "linear"
 
 
 class Manifest(_Strict):
@@ -136,8 +147,9 @@ class Manifest(_Strict):
             del data["method"]["code"]  # which readers of version 1 alone do not know
         for name, record in data["experts"].items():  # nor what was added since
             data["experts"][name] = {key: value for key, value in record.items() if value not in (None, [])}
-        for layer in (layer for layer in data["layers"] if layer["dtype"] is None):
-            del layer["dtype"]
+        for layer, key in ((layer, key) for layer in data["layers"] for key in ("dtype", "slice")):
+            if layer[key] is None:
+                del layer[key]
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
     def with_expert(
@@ -195,13 +207,38 @@ class Manifest(_Strict):
         if self.format_version != version_of(self.code, self.experts.values(), self.layers):
             raise ValueError(
                 f"format version {self.format_version} does not fit code {self.method.code!r}, "
-                "the experts' personas and the tensors' dtypes"
+                "the experts' personas, the tensors' dtypes and their slices"
             )
         return self
 
+    @model_validator(mode="after")
+    def _slices_are_whole(self) -> Manifest:
+        for name, parts in stored_layers(self.layers).items():
+            places = [part.slice for part in parts if part.slice]
+            numbers = [place.index for place in places]
+            if places and (numbers != list(range(places[0].count)) or len({(p.shape, p.count) for p in places}) > 1):
+                raise ValueError(f"the matrices of {name!r} are not all there")
+        return self
 
-def version_of(code: Code, experts: Iterable[ExpertRecord], layers: Iterable[BundleLayer]) -> FormatVersion:
+
+def stored_layers(layers: Iterable[BundleLayer]) -> dict[str, list[BundleLayer]]:
+    """The tensors of the base as they are stored -> what each holds: itself, or matrices in their order."""
+    stored: dict[str, list[BundleLayer]] = {}
+    for layer in layers:
+        stored.setdefault(layer.slice.tensor if layer.slice else layer.tensor, []).append(layer)
+    return stored
+
+
+def stored_shape(layers: Sequence[BundleLayer]) -> tuple[int, ...]:
+    """Of a stored tensor, from what it holds."""
+    first = layers[0]
+    return first.slice.shape if first.slice else first.shape
+
+
+def version_of(code: Code, experts: Iterable[ExpertRecord], layers: Sequence[BundleLayer]) -> FormatVersion:
     """The lowest format version that has all this."""
+    if any(layer.slice for layer in layers):
+        return 4
     if any(record.persona for record in experts) or any(layer.dtype for layer in layers):
         return 3
     return code.format_version

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..method.code import Code
@@ -20,6 +20,8 @@ PEFT_PREFIX = "base_model.model."
 TIED_ROWS = ".token_adapter.trainable_tokens_delta"
 # What every residual has beside its weights' names where one of an adapter's has a bias.
 BIASED_PAIR = ("lora_A.weight", "lora_B.weight", "lora_B.bias")
+# What PEFT would take for an adapter and read in part says a type of its own.
+WHOLE_BLOCKS, SLICED_BLOCKS = "POLYMERGE_WHOLE_BLOCKS", "POLYMERGE_SLICED_BLOCKS"
 _FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 
 
@@ -86,11 +88,8 @@ def adapter_config(
     # transformers 5 holds a mixture's matrices in one parameter, for which PEFT takes the general rank alone.
     rank = next(iter(fused.values()), None) or (Counter(ranks.values()).most_common(1)[0][0] if ranks else 1)
     pattern = {re.escape(module): r for module, r in ranks.items() if r != rank}
-    whole_blocks = whole & {module for module, layer in by_module.items() if is_fused(layer)}
     return {
-        # PEFT has no place for whole matrices of a fused block and would leave them out without a word; a type that
-        # it does not know makes it refuse.
-        "peft_type": "POLYMERGE_WHOLE_BLOCKS" if whole_blocks else "LORA",
+        "peft_type": _peft_type(whole, ranks, by_module),
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
         "inference_mode": True,
@@ -111,9 +110,19 @@ def adapter_config(
     }
 
 
+def _peft_type(stored: Container[str], factored: Container[str], layers: Mapping[str, BundleLayer]) -> str:
+    """LORA, or a type that PEFT does not know and refuses, where it would leave out matrices of a block without a word:
+    whole ones, and those that a checkpoint stores in one tensor."""
+    if any(layer.slice and (module in stored or module in factored) for module, layer in layers.items()):
+        return SLICED_BLOCKS
+    whole = any(is_fused(layer) and module in stored for module, layer in layers.items())
+    return WHOLE_BLOCKS if whole else "LORA"
+
+
 def is_fused(layer: BundleLayer) -> bool:
     """Whether the tensor is one matrix of a parameter that transformers holds fused (mixture-of-experts blocks)."""
-    return layer.module == layer.tensor.removesuffix(".weight") and ".experts." in layer.module
+    apart = layer.module == layer.tensor.removesuffix(".weight") and ".experts." in layer.module
+    return apart or layer.slice is not None
 
 
 def missing_zeros(shapes: Mapping[str, Sequence[int]], layers: Iterable[BundleLayer]) -> list[Entry]:
@@ -123,7 +132,7 @@ def missing_zeros(shapes: Mapping[str, Sequence[int]], layers: Iterable[BundleLa
     way round a bias needs a factor pair.
     """
     needed = []
-    for layer in (layer for layer in layers if layer.role == "linear"):
+    for layer in (layer for layer in layers if layer.role == "linear" and not layer.slice):
         rows, columns = layer.matrix_shape
         a, b, bias = (f"{layer.module}.{part}" for part in BIASED_PAIR)
         if a in shapes and bias not in shapes:

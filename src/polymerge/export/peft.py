@@ -12,7 +12,7 @@ import torch
 from ..bundle.bundle import Bundle
 from ..bundle.files import check_free_space, disk_errors, entry_of, raw_bytes, write_json, write_safetensors
 from ..bundle.manifest import ADAPTER_FILE
-from ..bundle.peft import adapter_config, missing_zeros, stored_name
+from ..bundle.peft import SLICED_BLOCKS, adapter_config, missing_zeros, stored_name
 from ..bundle.personas import write_files
 from ..bundle.place import settled
 from ..bundle.reading import steady
@@ -53,6 +53,12 @@ def export_peft(bundle: Bundle | str | Path, expert: str, output: str | Path, *,
         )
     with placed(output, overwrite=overwrite) as staged, steady(bundle):
         config = _write_adapter(bundle, expert, staged)
+        if config["peft_type"] == SLICED_BLOCKS:
+            fused = next(layer.slice.tensor for layer in bundle.layers.values() if layer.slice)
+            raise ModelError(
+                f"expert {expert!r}: PEFT has no place for the residuals of the matrices in {fused!r}; "
+                "export with --to dense"
+            )
         if config["peft_type"] != "LORA":
             raise ModelError(
                 f"expert {expert!r}: PEFT has no place for the whole matrices of its mixture-of-experts blocks; "

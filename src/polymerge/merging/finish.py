@@ -7,23 +7,43 @@ For a merge's experts and for one that is added alike. Knows files and names; ho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 
-from ..bundle.files import FileEntry, Rows, chunks_of, entry_of, write_json
-from ..bundle.growing import GrowingFile
-from ..bundle.manifest import SCALES_FILE, BundleLayer
+from ..bundle.files import Entry, FileEntry, Rows, chunks_of, entry_of, write_json
+from ..bundle.growing import GrowingFile, Piece
+from ..bundle.manifest import SCALES_FILE, BundleLayer, stored_layers, stored_shape
 from ..bundle.peft import PEFT_PREFIX, adapter_config, coded_config, missing_siblings, missing_zeros, stored_name
 from ..bundle.write import write_index, write_scales
+from ..errors import PolymergeError
 from ..method.code import Code
 from ..sources.checkpoint import Checkpoint
 from .journal import Staging
 from .reading import slabs
 
 
-def finish_base(staging: Staging, files: Sequence[str]) -> dict[str, FileEntry]:
-    """The average's shards and their index."""
-    written = {file: staging.files[file].finish() for file in files}
-    return written | write_index(staging.bundle, {f: [p.entry for p in staging.files[f].pieces] for f in files})
+def finish_base(staging: Staging, files: Sequence[str], layers: Sequence[BundleLayer]) -> dict[str, FileEntry]:
+    """The average's shards and their index; matrices that lie in one tensor become it."""
+    stored = stored_layers(layers)
+    entries = {file: _joined(staging.files[file].pieces, stored) for file in files}
+    written = {file: staging.files[file].finish(entries[file]) for file in files}
+    return written | write_index(staging.bundle, entries)
+
+
+def _joined(pieces: Sequence[Piece], stored: Mapping[str, Sequence[BundleLayer]]) -> list[Entry]:
+    """What a shard's header says of its pieces.
+
+    Raises:
+        PolymergeError: the matrices of a tensor do not lie side by side.
+    """
+    places = {layer.tensor: name for name, layers in stored.items() for layer in layers}
+    entries = []
+    for name, group in groupby(pieces, lambda piece: places[piece.key]):
+        parts = list(group)
+        if [piece.key for piece in parts] != [layer.tensor for layer in stored[name]]:
+            raise PolymergeError(f"the matrices of {name!r} do not lie side by side; merge again, without --resume")
+        entries.append(Entry(name, parts[0].dtype, stored_shape(stored[name]), sum(piece.bytes for piece in parts)))
+    return entries
 
 
 def finish_expert(
@@ -52,10 +72,10 @@ def finish_expert(
             file.append(zeros, [bytes(zeros.bytes)])
         shapes = [(piece.key, piece.shape) for piece in file.pieces]
         config = adapter_config(shapes, layers, tied_embedding=tied_embedding)
-        entry = file.finish(lambda key: stored_name(key, tied_embedding))
+        entry = file.finish(_named(file.pieces, lambda key: stored_name(key, tied_embedding)))
     else:
         config = coded_config(code)
-        entry = file.finish(lambda key: PEFT_PREFIX + key)
+        entry = file.finish(_named(file.pieces, lambda key: PEFT_PREFIX + key))
     folder = staging.bundle / home
     written = {
         f"{home}/adapter_config.json": write_json(folder / "adapter_config.json", config),
@@ -64,6 +84,10 @@ def finish_expert(
     if scales:
         written[f"{home}/{SCALES_FILE}"] = write_scales(folder / SCALES_FILE, scales)
     return written
+
+
+def _named(pieces: Sequence[Piece], name: Callable[[str], str]) -> list[Entry]:
+    return [piece.entry._replace(key=name(piece.key)) for piece in pieces]
 
 
 def _append_copy(file: GrowingFile, layer: BundleLayer, base: Checkpoint) -> None:

@@ -28,7 +28,6 @@ from ..method.rsvd import rsvd
 from ..naming import check_expert_name
 from ..recipe.merge import Source
 from ..sources.checkpoint import Checkpoint
-from ..sources.layers import map_layers
 from ..sources.opening import open_checkpoint
 from ..sources.persona import Group, Persona, differing, persona_of
 from .change import alone_with, changing, move_in
@@ -51,7 +50,7 @@ from .personas import store_persona
 from .precision import with_dtypes
 from .reading import check_copy, checked_digest, reader_of, slabs
 from .records import expert_record, ratios_of, scales_of
-from .treatment import Expert, TensorTask, check_settings, frame_of_bundle, tasks_for
+from .treatment import TensorTask, check_settings, expert_of, frame_of_bundle, tasks_for
 
 SAMPLED_LAYERS = 12
 
@@ -105,8 +104,9 @@ def add_expert(
         if name.casefold() in {expert.casefold() for expert in bundle.experts}:
             raise BundleError(f"{path}: already holds an expert {name!r}; remove it first or choose another name")
         checkpoint = open_checkpoint(source.model_copy(update={"base": base}) if base else source)
-        expert = Expert(name, checkpoint, map_layers(checkpoint, trust_remote_code=trust_remote_code))
         frame = frame_of_bundle(bundle)
+        expert = expert_of(name, checkpoint, trust_remote_code=trust_remote_code, frame=frame)
+        checkpoint = expert.checkpoint
         check_settings(frame, expert, trust_remote_code=trust_remote_code)
         settings = settings_of(bundle.manifest.method, DTYPES[bundle.manifest.dtype], device)
         tasks = with_dtypes(tasks_for(frame, [expert], bundle.manifest.method), {name: checkpoint}, settings.dtype)

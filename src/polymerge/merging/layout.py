@@ -6,6 +6,7 @@ order.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -40,11 +41,20 @@ class Layout:
 
 def layout_of(plan: MergePlan) -> Layout:
     """Of a merge: the average's shards and every expert's file."""
-    shards = shards_of([(task.name, task.stored_bytes(plan.dtype)) for task in plan.tasks])
-    base = {tensor: file for file, tensors in shards.items() for tensor in tensors}
+    sizes: Counter[str] = Counter()
+    for task in plan.tasks:
+        sizes[_stored_in(task)] += task.stored_bytes(plan.dtype)
+    shards = shards_of(sizes.items())
+    places = {tensor: file for file, tensors in shards.items() for tensor in tensors}
+    base = {task.name: places[_stored_in(task)] for task in plan.tasks}
     rooms = {file: header_room(tensors) for file, tensors in shards.items()}
     adding = layout_of_experts(list(plan.checkpoints), plan.tasks, plan.code)
     return Layout(base, adding.experts, {**rooms, **adding.rooms})
+
+
+def _stored_in(task: TensorTask) -> str:
+    """The base's tensor that holds the task's: itself, or one of many matrices."""
+    return task.record.slice.tensor if task.record.slice else task.name
 
 
 def layout_of_experts(experts: Sequence[str], tasks: Sequence[TensorTask], code: Code) -> Layout:

@@ -22,6 +22,7 @@ import torch
 from ..errors import MissingExtraError, PolymergeError, SourceError
 from ..recipe.merge import Recipe, Source
 from ..sources.checkpoint import Checkpoint
+from ..sources.fused import by_matrices
 from ..sources.opening import open_checkpoint
 from ..version import __version__
 from .executor import Executor, Made, Work, in_turn, make, settings_of
@@ -169,14 +170,25 @@ def _absolute(source: Source) -> Source:
 def _work(order: WorkOrder, task: TensorTask) -> Made:
     """On a worker: one tensor."""
     torch.set_num_threads(order.threads)
-    return make(task, _opened(order), settings_of(order.recipe, order.dtype, order.recipe.device))
+    return make(task, _opened(order, task), settings_of(order.recipe, order.dtype, order.recipe.device))
 
 
-def _opened(order: WorkOrder) -> dict[str, Checkpoint]:
+def _opened(order: WorkOrder, task: TensorTask) -> dict[str, Checkpoint]:
     """The sources as this machine sees them, opened once in a process."""
     if order.version != __version__:
         raise PolymergeError(f"a worker has polymerge {__version__}, this machine {order.version}; install one version")
-    return _open_all(tuple(order.recipe.experts.items()), tuple(order.sources.items()))
+    plain = _open_all(tuple(order.recipe.experts.items()), tuple(order.sources.items()))
+    if all(source in plain[expert].tensors for expert, source in task.sources.items()):
+        return plain
+    return _by_matrices(
+        tuple(order.recipe.experts.items()), tuple(order.sources.items()), order.recipe.trust_remote_code
+    )
+
+
+@lru_cache(maxsize=2)
+def _by_matrices(experts: Any, sources: Any, trust_remote_code: bool) -> dict[str, Checkpoint]:
+    opened = _open_all(experts, sources)
+    return {name: by_matrices(c, trust_remote_code=trust_remote_code)[0] for name, c in opened.items()}
 
 
 @lru_cache(maxsize=2)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..bundle.bundle import Bundle
+from ..bundle.bundle import Bundle, base_of
 from ..bundle.files import FileEntry, check_free_space, disk_errors
 from ..bundle.lock import writing
 from ..bundle.manifest import BundleLayer, Manifest, Method, version_of
@@ -21,7 +21,7 @@ from ..bundle.write import bundle_config, copy_model_files, tool_versions, write
 from ..errors import ErrorBudgetExceeded
 from ..host import dtype_name, peak_memory, pick_device
 from ..recipe.merge import Recipe
-from ..sources.checkpoint import architecture_of, open_folder
+from ..sources.checkpoint import architecture_of
 from ..version import __version__
 from .executor import Executor, in_threads
 from .finish import finish_base, finish_expert
@@ -162,8 +162,8 @@ def _finish(plan: MergePlan, staging: Staging, layout: Layout) -> None:
     config = bundle_config(plan.first.config, dtype=dtype, tied=plan.tied, code=code)
     tokenizer = plan.personas.bundle.folder
     files = copy_model_files(plan.first.folder, folder, config, code=code, tokenizer=tokenizer)
-    files |= finish_base(staging, list(dict.fromkeys(layout.base.values())))
-    base = open_folder(folder, label=str(folder))
+    files |= finish_base(staging, list(dict.fromkeys(layout.base.values())), layers)
+    base = base_of(folder, layers)
     for expert in plan.checkpoints:
         scales = scales_of(expert, plan.tasks, notes)
         tied = plan.tied_embedding

@@ -15,11 +15,10 @@ from ..bundle.bundle import Bundle
 from ..bundle.verify import SourceCheck, Verification, verify_files
 from ..errors import PolymergeError, SourceError
 from ..sources.checkpoint import Origin
-from ..sources.layers import map_layers
 from ..sources.opening import opened_again
 from ..sources.persona import differing, persona_of
 from .reading import same_numbers
-from .treatment import Expert, check_settings, frame_of_bundle, tasks_for
+from .treatment import Expert, Frame, check_settings, expert_of, frame_of_bundle, tasks_for
 
 # A rebuilt tensor may differ from what the merge measured by the rounding of the float32 products alone.
 TOLERANCE = 1e-4
@@ -64,7 +63,8 @@ def check_source(bundle: Bundle, expert: str, moved: str | None, result: Verific
         SourceError: the checkpoint cannot be opened.
     """
     source = moved or bundle.manifest.experts[expert].source
-    candidate, frame = _opened(bundle, expert, moved), frame_of_bundle(bundle)
+    frame = frame_of_bundle(bundle)
+    candidate = _opened(bundle, expert, moved, frame)
     try:
         check_settings(frame, candidate)
         unlike = differing(bundle.persona(expert), persona_of(candidate.checkpoint))
@@ -95,14 +95,13 @@ def check_source(bundle: Bundle, expert: str, moved: str | None, result: Verific
     result.sources.append(SourceCheck(expert, source, len(tasks), exact, errors[worst], where))
 
 
-def _opened(bundle: Bundle, expert: str, moved: str | None) -> Expert:
+def _opened(bundle: Bundle, expert: str, moved: str | None, frame: Frame) -> Expert:
     """The expert as it was merged, or as it lies where it was moved."""
     record = bundle.manifest.experts[expert]
     revision = None if moved else record.revision
     try:
         origin = Origin(moved or record.source, revision, record.base, record.base_revision)
-        checkpoint = opened_again(origin)
-        return Expert(expert, checkpoint, map_layers(checkpoint))
+        return expert_of(expert, opened_again(origin), frame=frame)
     except PolymergeError as reason:
         raise SourceError(f"expert {expert!r}: {reason}; say where it is now with --source {expert}=PATH") from None
 

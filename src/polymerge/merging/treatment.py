@@ -24,6 +24,7 @@ from ..model.positions import objection
 from ..recipe.merge import Recipe
 from ..sources.checkpoint import Checkpoint, read_json
 from ..sources.configuration import first_difference, positions_of, resolved, settings_of
+from ..sources.fused import by_matrices
 from ..sources.layers import LayerMap, LayerRecord, meta_model
 
 Treatment = Literal["low_rank", "full", "average", "keep", "copy"]
@@ -89,6 +90,21 @@ class Expert:
     name: str
     checkpoint: Checkpoint
     layer_map: LayerMap
+
+
+def expert_of(
+    name: str, checkpoint: Checkpoint, *, trust_remote_code: bool = False, frame: Frame | None = None
+) -> Expert:
+    """A checkpoint as a merge sees it: every matrix of a mixture of experts is a tensor.
+
+    Args:
+        frame: what the bundle has that it shall be in; what that holds as one tensor stays one.
+
+    Raises:
+        SourceError: as `map_layers`.
+    """
+    whole = frame.slots.keys() if frame else ()
+    return Expert(name, *by_matrices(checkpoint, trust_remote_code=trust_remote_code, whole=whole))
 
 
 @dataclass(frozen=True)
@@ -233,7 +249,7 @@ def with_differences(tasks: Sequence[TensorTask]) -> tuple[TensorTask, ...]:
 
 
 def _record(layer: BundleLayer) -> LayerRecord:
-    return LayerRecord(layer.tensor, layer.module, layer.parameter, layer.role, layer.transposed)
+    return LayerRecord(layer.tensor, layer.module, layer.parameter, layer.role, layer.transposed, slice=layer.slice)
 
 
 def _check_names(frame: Frame, expert: Expert, names: Mapping[str, str]) -> None:

@@ -145,9 +145,15 @@ class Piece:
         factors: Sequence[tuple[Tensor, Tensor] | None],
         ratios: list[float],
         tensors: Sequence[Tensor | None],
+        *,
+        transposed: bool = False,
     ) -> Piece:
-        """From what is stored: A [r, in] and B [out, r], or whole tensors, of which the part is some rows."""
-        turned = [(f[1].T, f[0].T) if f and part.transposed else f for f in factors]
+        """From what is stored: A [r, in] and B [out, r], or whole tensors, of which the part is some rows.
+
+        Args:
+            transposed: the matrix is stored [in, out].
+        """
+        turned = [(f[1].T, f[0].T) if f and part.transposed != transposed else f for f in factors]
         source = part.source
         whole = [_rows(v, part.transposed)[source.to(v.device)] if v is not None else None for v in tensors]
         return cls(

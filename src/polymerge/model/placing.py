@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..bundle.bundle import Bundle
-from ..bundle.manifest import BundleLayer
+from ..bundle.manifest import BundleLayer, stored_layers
 from ..errors import ModelError
-from ..sources.forms import Part, forms_of, in_order
+from ..sources.forms import Part, forms_of, in_order, parts_of_slices
 from .assignment import Assignment
 from .groups import WholeModel
 from .linear import ExpertLinear, MixedLinear
@@ -56,7 +56,7 @@ class Placer:
         self.parts: dict[int, OwnModule | OwnNorm] = {}
         self.whole: list[OwnTensor] = []  # that only the whole model can hold
         self.idle: list[OwnTensor] = []  # that a batch of tokens does not use
-        self.forms = forms_of(hf)
+        self.forms = self._forms()
         self.orders = self._orders()
         self.apart = False
         self.adapters = [self._read(expert) for expert in bundle.experts]
@@ -104,6 +104,16 @@ class Placer:
 
     def _ratios(self, layer: BundleLayer) -> list[float]:
         return [scales.get(layer.tensor, 1.0) for scales in self.scales]
+
+    def _forms(self) -> dict[str, list[Part]]:
+        """Stored name -> its parts; a matrix that the base stores in one tensor with others has a name too."""
+        forms = forms_of(self.hf)
+        for stored, layers in stored_layers(self.bundle.layers.values()).items():
+            place = layers[0].slice
+            for cuts in (parts_of_slices(part, place) for part in forms[stored]) if place else ():
+                for layer, cut in zip(layers, cuts, strict=True):
+                    forms.setdefault(layer.tensor, []).extend([cut] if len(cut.source) else [])
+        return forms
 
     def _orders(self) -> dict[str, Tensor]:
         """Parameter -> the stored row of every row of it, where a checkpoint stores them in another order."""
@@ -253,7 +263,7 @@ class Placer:
                 module, _, leaf = part.parameter.rpartition(".")
                 parameter = self.modules[module].get_parameter(leaf)
                 whole = [v.to(parameter.dtype) if v is not None else None for v in tensors]
-                piece = Piece.of(part, factors, self._ratios(layer), whole)
+                piece = Piece.of(part, factors, self._ratios(layer), whole, transposed=layer.transposed)
                 self._check_piece(parameter, part, layer)
                 pieces.setdefault(module, []).append((leaf, piece))
         for module, of_module in pieces.items():
