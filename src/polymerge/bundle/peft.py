@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from .files import Piece, zeros_piece
 from .manifest import BundleLayer
 
 PEFT_PREFIX = "base_model.model."
-# Where PEFT keeps an expert's own rows of an embedding that the output head is tied to.
+# Where PEFT keeps an expert's own rows of an embedding: all of one that the output head is tied to, or a few.
 TIED_ROWS = ".token_adapter.trainable_tokens_delta"
 _FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 
@@ -29,16 +29,23 @@ def adapter_name(stored: str) -> str:
 
 
 def peft_adapter(
-    expert: str, pieces: Sequence[Piece], layers: Sequence[BundleLayer], *, tied_embedding: str | None
+    expert: str,
+    pieces: Sequence[Piece],
+    layers: Sequence[BundleLayer],
+    *,
+    tied_embedding: str | None,
+    rows: Sequence[int] = (),
 ) -> tuple[dict[str, Any], list[Piece]]:
     """adapter_config.json, and the pieces of the adapter file under PEFT's names, with what PEFT needs beside them.
 
     Args:
         pieces: keys are names of the model, without PEFT's prefix.
+        rows: the expert's own of the bundle's tables.
     """
     pieces = sorted(_with_bias_everywhere(expert, pieces, layers), key=lambda piece: natural_key(piece.key))
-    config = adapter_config([(p.key, p.shape) for p in pieces], layers, tied_embedding=tied_embedding)
-    return config, [replace(piece, key=_stored_name(piece.key, tied_embedding)) for piece in pieces]
+    config = adapter_config([(p.key, p.shape) for p in pieces], layers, tied_embedding=tied_embedding, rows=rows)
+    by_rows = set(config["trainable_token_indices"] or ())
+    return config, [replace(piece, key=_stored_name(piece.key, by_rows)) for piece in pieces]
 
 
 def coded_config(code: Code) -> dict[str, Any]:
@@ -63,15 +70,22 @@ def missing_siblings(keys: Iterable[str], layers: Iterable[BundleLayer]) -> list
 
 
 def adapter_config(
-    tensors: Iterable[tuple[str, Sequence[int]]], layers: Iterable[BundleLayer], *, tied_embedding: str | None
+    tensors: Iterable[tuple[str, Sequence[int]]],
+    layers: Iterable[BundleLayer],
+    *,
+    tied_embedding: str | None,
+    rows: Sequence[int] = (),
 ) -> dict[str, Any]:
     """adapter_config.json for an adapter with these tensors (names of the model, shapes).
 
     Every module's own rank stands in `rank_pattern` and `alpha_pattern` with alpha = rank, so that the scale is
     1 under any reader's rule. Keys are escaped full names: PEFT matches them with `re.match(r"(.*\\.)?(key)$", name)`.
     An embedding that the head is tied to goes to `trainable_token_indices` (all of them), because PEFT's
-    `modules_to_save` would leave the head with the base's weight, or want it stored twice.
+    `modules_to_save` would leave the head with the base's weight, or want it stored twice. So does one of which the
+    expert has but `rows` of its own.
     """
+    layers = list(layers)
+    tables = {layer.module: layer.shape[0] for layer in layers if layer.role == "embedding"}
     ranks: dict[str, int] = {}
     own: set[str] = set()
     tokens: dict[str, list[int]] = {}
@@ -82,8 +96,10 @@ def adapter_config(
             ranks[factor[1]] = shape[0] if factor[2] == "A" else shape[1]
         elif name.endswith(".lora_B.bias"):
             lora_bias = True
-        elif tied_embedding and name == f"{tied_embedding}.weight":
+        elif tied_embedding and name == f"{tied_embedding}.weight" and shape[0] == tables.get(tied_embedding, shape[0]):
             tokens[tied_embedding] = list(range(shape[0]))
+        elif is_few(name, shape, tables):
+            tokens[name.removesuffix(".weight")] = list(rows)
         else:
             own.add(name.rpartition(".")[0])
     by_module = {layer.module: layer for layer in layers if layer.role == "linear"}
@@ -116,6 +132,16 @@ def adapter_config(
     }
 
 
+def is_few(name: str, shape: Sequence[int], tables: Mapping[str, int]) -> bool:
+    """Whether a tensor is some rows of a table.
+
+    Args:
+        tables: module of an embedding -> its rows.
+    """
+    module = name.removesuffix(".weight")
+    return module in tables and shape[0] < tables[module]
+
+
 def is_fused(layer: BundleLayer) -> bool:
     """Whether the tensor is one matrix of a parameter that transformers holds fused (mixture-of-experts blocks)."""
     return layer.module == layer.tensor.removesuffix(".weight") and ".experts." in layer.module
@@ -139,7 +165,6 @@ def _with_bias_everywhere(expert: str, pieces: Sequence[Piece], layers: Sequence
     return filled
 
 
-def _stored_name(name: str, tied_embedding: str | None) -> str:
-    if tied_embedding and name == f"{tied_embedding}.weight":
-        name = tied_embedding + TIED_ROWS
-    return PEFT_PREFIX + name
+def _stored_name(name: str, by_rows: Container[str]) -> str:
+    module = name.removesuffix(".weight")
+    return PEFT_PREFIX + (module + TIED_ROWS if module in by_rows and module != name else name)

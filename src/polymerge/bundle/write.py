@@ -19,6 +19,7 @@ import numpy as np
 from ..method.code import Code
 from ..sources.checkpoint import SAFETENSORS_INDEX, natural_key
 from ..sources.persona import GENERATION, MORE_TEMPLATES, OLD_TEMPLATE, TEMPLATE, TOKENIZER_FILES
+from ..sources.vocabulary import with_vocabulary
 from .files import Content, Entry, FileEntry, Piece, write_bytes, write_json, write_pieces, write_safetensors
 from .manifest import MANIFEST, SCALES_FILE, STATS, BundleLayer
 from .peft import PEFT_PREFIX, coded_config, peft_adapter
@@ -81,6 +82,7 @@ def write_expert(
     *,
     code: Code,
     tied_embedding: str | None,
+    rows: Sequence[int] = (),
 ) -> dict[str, FileEntry]:
     """One expert as a PEFT adapter, with its ratios beside it. Returns paths relative to `folder`.
 
@@ -88,11 +90,12 @@ def write_expert(
 
     Args:
         pieces: keys are names of the model, without PEFT's prefix.
+        rows: its own of the bundle's tables.
     """
     home = f"experts/{expert}"
     file = f"{home}/{code.file_name}"
     if code.peft_readable:
-        config, pieces = peft_adapter(expert, pieces, layers, tied_embedding=tied_embedding)
+        config, pieces = peft_adapter(expert, pieces, layers, tied_embedding=tied_embedding, rows=rows)
     else:
         config = coded_config(code)
         pieces = [replace(p, key=PEFT_PREFIX + p.key) for p in sorted(pieces, key=lambda p: natural_key(p.key))]
@@ -131,15 +134,21 @@ def copy_model_files(
     return written
 
 
-def bundle_config(config: Mapping[str, Any], *, dtype: str, tied: bool, code: bool) -> dict[str, Any]:
-    """The average's config.json: the first expert's, with the bundle's dtype and tying."""
+def bundle_config(
+    config: Mapping[str, Any], *, dtype: str, tied: bool, code: bool, vocabulary: int | None = None
+) -> dict[str, Any]:
+    """The average's config.json: the first expert's, with the bundle's dtype and tying.
+
+    Args:
+        vocabulary: rows of the tables, where they are not those of the configuration.
+    """
     changed = {key: value for key, value in config.items() if key not in OF_THE_SOURCE}
     if not code:
         changed.pop("auto_map", None)
     changed["dtype"] = dtype
     if "tie_word_embeddings" in changed or not tied:
         changed["tie_word_embeddings"] = tied
-    return changed
+    return changed if vocabulary is None else with_vocabulary(changed, vocabulary)
 
 
 def write_stats(folder: Path, lines: Iterable[Mapping[str, Any]]) -> None:

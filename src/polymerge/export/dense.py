@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ..bundle.bundle import Bundle
+from ..bundle.bundle import Bundle, ExpertReader
 from ..bundle.files import DTYPE_NAMES, Entry, raw_bytes
 from ..bundle.personas import write_model_files
 from ..bundle.place import settled
@@ -21,7 +22,7 @@ def export_dense(
     bundle: Bundle | str | Path, expert: str, output: str | Path, *, dtype: str | None = None, overwrite: bool = False
 ) -> Path:
     """Writes an expert as an ordinary checkpoint that transformers (and llama.cpp's converter) opens, with its own
-    tokenizer, chat template, generation settings and configuration.
+    vocabulary, tokenizer, chat template, generation settings and configuration.
 
     Args:
         dtype: "float32", "bfloat16" or "float16"; by default every tensor's own.
@@ -32,12 +33,14 @@ def export_dense(
     bundle, output = Bundle.open(bundle), settled(output)
     bundle.expert_folder(expert)
     reader, target = bundle.expert_reader(expert), dtype_of(dtype) if dtype else None
-    entries = [_entry(bundle, tensor, target or reader.dtype(tensor)) for tensor in bundle.layers]
+    entries = [_entry(bundle, reader, tensor, target or reader.dtype(tensor)) for tensor in bundle.layers]
     needed = sum(entry[3] for entry in entries)
     with placed(output, overwrite=overwrite, needed=needed) as staged, steady(bundle):
         persona = bundle.persona(expert)
         tied = bool(bundle.persona().config.get("tie_word_embeddings"))
-        config = bundle_config(persona.config, dtype=dtype or bundle.manifest.dtype, tied=tied, code=True)
+        rows = bundle.vocabulary(expert) or (bundle.table_rows if bundle.manifest.format_version > 3 else None)
+        chosen = dtype or bundle.manifest.dtype
+        config = bundle_config(persona.config, dtype=chosen, tied=tied, code=True, vocabulary=rows)
         if bundle.manifest.experts[expert].persona:
             write_model_files(bundle.path, staged, persona, config)
         else:
@@ -54,8 +57,8 @@ def export_dense(
     return output
 
 
-def _entry(bundle: Bundle, tensor: str, dtype: torch.dtype | None) -> Entry:
-    info = bundle.base.tensors[tensor]
+def _entry(bundle: Bundle, reader: ExpertReader, tensor: str, dtype: torch.dtype | None) -> Entry:
+    info = replace(bundle.base.tensors[tensor], shape=reader.shape(tensor))
     if info.dtype is None or dtype is None:  # integers and the like keep their own type
         width = bundle.base_tensor(tensor).element_size()
         return tensor, info.stored_as, info.shape, info.numel * width

@@ -59,6 +59,12 @@ def export_peft(bundle: Bundle | str | Path, expert: str, output: str | Path, *,
             f"expert {expert!r}: its positions are not the average's, over which PEFT would run it; "
             "export it with --to dense"
         )
+    rows = bundle.vocabulary(expert)
+    if rows is not None:
+        raise ModelError(
+            f"expert {expert!r}: its vocabulary has {rows} tokens, and the average, over which PEFT would run it, "
+            f"{bundle.table_rows}, so that it could answer with others' tokens; export it with --to dense"
+        )
     with placed(output, overwrite=overwrite) as staged, steady(bundle):
         config = _write_adapter(bundle, expert, staged)
         if config["peft_type"] != "LORA":

@@ -33,14 +33,16 @@ from ..sources.layers import map_layers
 from ..sources.opening import open_checkpoint
 from ..sources.persona import Group, Persona, differing, persona_of
 from .change import alone_with, changing, move_in
-from .compress import Emit, Settings, TensorReport, compress_against, emit_own, frobenius_norm
+from .compress import Settings, TensorReport, compress_against, emit_own, frobenius_norm
 from .executor import settings_of
 from .journal import Note, Staging
 from .personas import store_persona
 from .precision import with_dtypes
 from .reading import check_copy, checked_digest, reader_of
-from .records import expert_record, ratios_of, scales_of
+from .records import expert_record, own_rows_of, ratios_of, scales_of
+from .tables import Emit, emit_table
 from .treatment import Expert, TensorTask, check_settings, frame_of_bundle, tasks_for
+from .vocabulary import added_tables, numbers_of
 
 SAMPLED_LAYERS = 12
 
@@ -95,12 +97,14 @@ def add_expert(
             raise BundleError(f"{path}: already holds an expert {name!r}; remove it first or choose another name")
         checkpoint = open_checkpoint(source.model_copy(update={"base": base}) if base else source)
         expert = Expert(name, checkpoint, map_layers(checkpoint, trust_remote_code=trust_remote_code))
-        frame = frame_of_bundle(bundle)
-        check_settings(frame, expert, trust_remote_code=trust_remote_code)
+        frame, trust = frame_of_bundle(bundle), trust_remote_code
+        check_settings(frame, expert, trust_remote_code=trust)
         settings = settings_of(bundle.manifest.method, DTYPES[bundle.manifest.dtype], device)
-        tasks = with_dtypes(tasks_for(frame, [expert], bundle.manifest.method), {name: checkpoint}, settings.dtype)
         persona = persona_of(checkpoint)
         groups = differing(bundle.persona(), persona)
+        tables = added_tables(bundle, name, persona, groups, expert.table_rows, trust_remote_code=trust)
+        tasks = tasks_for(frame, [expert], bundle.manifest.method, tables)
+        tasks = with_dtypes(tasks, {name: checkpoint}, settings.dtype)
         check_free_space(path, 2 * sum(task.expert_bytes(settings.dtype, settings.code) for task in tasks))
         store = functools.partial(_store, bundle=bundle, name=name, persona=persona, groups=groups)
         notes = []
@@ -113,7 +117,10 @@ def add_expert(
             lines = [line.to_json() for note in notes for line in note.stats]
             write_stats(path, [*bundle.stats(), *lines])
             record = expert_record(name, checkpoint, tasks, notes, groups)
-            manifest = bundle.manifest.with_expert(name, record, files=files, ratios=ratios_of(notes))
+            own = record.vocabulary or record.rows
+            tables_there = {task.name for task in tasks if task.tables and own}
+            ratios = ratios_of(notes)
+            manifest = bundle.manifest.with_expert(name, record, files=files, ratios=ratios, tables=tables_there)
             _write_manifest(bundle, manifest)
         return _assess(Bundle.open(path), name, checkpoint, tasks, settings, notes)
 
@@ -151,6 +158,8 @@ def _add_tensor(
         report.digests[name] = checked_digest(raw, settings.dtype, name, source)
         if task.record.role == "linear":
             _add_linear(bundle, name, task, raw, base, settings, writer.emit, report)
+        elif task.tables is not None:
+            emit_table(task, name, base, reader_of({name: checkpoint}), writer.emit)
         elif task.treatment == "keep" and not torch.equal(raw.to(settings.dtype).float(), base.float()):
             base = base.view(task.shape or (1,))
             emit_own(task, name, base, settings, reader_of({name: checkpoint}), writer.emit)
@@ -192,7 +201,10 @@ def _write(
     clear(folder)
     tied, code = bundle.manifest.tied_embedding, bundle.code
     scales = scales_of(name, tasks, notes)
-    files = write_expert(folder, name, pieces, scales, layers, staging.content, code=code, tied_embedding=tied)
+    rows = numbers_of(own_rows_of(name, tasks, notes))
+    files = write_expert(
+        folder, name, pieces, scales, layers, staging.content, code=code, tied_embedding=tied, rows=rows
+    )
     files |= store(folder)
     move_in(folder, bundle, name)
     return files
