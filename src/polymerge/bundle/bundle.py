@@ -7,7 +7,7 @@ Knows the format (docs/format.md). Does not know how a bundle is made (`polymerg
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -160,6 +160,10 @@ class Bundle:
         """
         with _opened(self.expert_file(expert)) as handle:
             tensors = {adapter_name(key): handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        for layer in self._tables:
+            key = f"{layer.module}.{layer.parameter}"
+            if key in tensors:
+                tensors[key] = self.whole_table(expert, layer, tensors[key])
         if self.code.peft_readable:
             return tensors
         dtype = DTYPES[self.manifest.dtype]
@@ -174,8 +178,38 @@ class Bundle:
                 tensors |= {f"{layer.module}.lora_A.weight": a.to(dtype), f"{layer.module}.lora_B.weight": b.to(dtype)}
         return tensors
 
+    def whole_table(self, expert: str, layer: BundleLayer, stored: Tensor) -> Tensor:
+        """An expert's table in the bundle's size: where only its own rows are stored, the others are the average's.
+
+        Raises:
+            BundleError: they are not as many as the manifest says.
+        """
+        if layer.role != "embedding" or stored.shape[:1] == layer.shape[:1]:
+            return stored
+        rows = self.manifest.experts[expert].own_rows
+        if len(rows) != len(stored) or stored.shape[1:] != layer.shape[1:] or rows[-1] >= layer.shape[0]:
+            raise BundleError(
+                f"{self.expert_file(expert)}: {layer.module} has {list(stored.shape)}, and the manifest says "
+                f"{len(rows)} rows of {list(layer.shape)}; copy the bundle again"
+            )
+        whole = self.base_tensor(layer.tensor)
+        whole[rows] = stored.to(whole.dtype)
+        return whole
+
+    @cached_property
+    def table_rows(self) -> int | None:
+        """Rows of the tables with a row a token; None where there is none."""
+        text = self.persona().config.get("text_config")
+        rows = {**(text if isinstance(text, Mapping) else {}), **self.persona().config}.get("vocab_size")
+        return rows if isinstance(rows, int) else None
+
+    def vocabulary(self, expert: str | None = None) -> int | None:
+        """Rows of an expert's tables, or the average's, where they are fewer than the bundle's."""
+        return self.manifest.vocabulary if expert is None else self.manifest.experts[expert].vocabulary
+
     def adapter_shapes(self, expert: str) -> dict[str, tuple[int, ...]]:
-        """Shapes of what `adapter` gives, from the file's header alone."""
+        """Shapes of what `adapter` gives, from the file's header alone; of a table of which a few rows are stored,
+        theirs."""
         with _opened(self.expert_file(expert)) as handle:
             shapes = {adapter_name(key): tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
         if self.code.peft_readable:
@@ -244,6 +278,10 @@ class Bundle:
             return {key: float(handle.get_tensor(key)) for key in handle.keys()}  # noqa: SIM118
 
     @property
+    def _tables(self) -> list[BundleLayer]:
+        return [layer for layer in self.manifest.layers if layer.table]
+
+    @property
     def _linear(self) -> list[BundleLayer]:
         return [layer for layer in self.manifest.layers if layer.role == "linear"]
 
@@ -294,12 +332,24 @@ class ExpertReader:
             self._stored = {adapter_name(key): key for key in handle.keys()}  # noqa: SIM118
 
     def read(self, tensor: str) -> Tensor:
-        """float32, in the checkpoint's layout. Raises BundleError for an unknown tensor."""
+        """float32, in the checkpoint's layout; a table with the rows that are the expert's. Raises BundleError for an
+        unknown tensor."""
         layer = self._bundle.layers.get(tensor)
         if layer is None:
             raise BundleError(f"{self._bundle.path}: no tensor {tensor!r} in this bundle")
+        return self._whole(layer)[: self.shape(tensor)[0]] if layer.table else self._whole(layer)
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """Of the expert's tensor."""
+        layer = self._bundle.layers[tensor]
+        rows = self._bundle.vocabulary(self._expert) if layer.table else None
+        return layer.shape if rows is None else (rows, *layer.shape[1:])
+
+    def _whole(self, layer: BundleLayer) -> Tensor:
+        tensor = layer.tensor
         whole = self._get(f"{layer.module}.{layer.parameter}")
         if whole is not None:
+            whole = self._bundle.whole_table(self._expert, layer, whole) if layer.table else whole
             return whole.float() if whole.is_floating_point() else whole
         base = self._bundle.base_tensor(tensor)
         if not base.is_floating_point():

@@ -16,7 +16,7 @@ from .files import Entry
 from .manifest import BundleLayer
 
 PEFT_PREFIX = "base_model.model."
-# Where PEFT keeps an expert's own rows of an embedding that the output head is tied to.
+# Where PEFT keeps an expert's own rows of an embedding: all of one that the output head is tied to, or a few.
 TIED_ROWS = ".token_adapter.trainable_tokens_delta"
 # What every residual has beside its weights' names where one of an adapter's has a bias.
 BIASED_PAIR = ("lora_A.weight", "lora_B.weight", "lora_B.bias")
@@ -31,11 +31,14 @@ def adapter_name(stored: str) -> str:
     return f"{name.removesuffix(TIED_ROWS)}.weight" if name.endswith(TIED_ROWS) else name
 
 
-def stored_name(name: str, tied_embedding: str | None) -> str:
-    """The other way round: the key of a tensor in an adapter file that PEFT reads."""
-    if tied_embedding and name == f"{tied_embedding}.weight":
-        name = tied_embedding + TIED_ROWS
-    return PEFT_PREFIX + name
+def stored_name(name: str, by_rows: Container[str]) -> str:
+    """The other way round: the key of a tensor in an adapter file that PEFT reads.
+
+    Args:
+        by_rows: modules of which the adapter has rows (`trainable_token_indices`).
+    """
+    module = name.removesuffix(".weight")
+    return PEFT_PREFIX + (module + TIED_ROWS if module in by_rows and module != name else name)
 
 
 def coded_config(code: Code) -> dict[str, Any]:
@@ -60,15 +63,22 @@ def missing_siblings(keys: Iterable[str], layers: Iterable[BundleLayer]) -> list
 
 
 def adapter_config(
-    tensors: Iterable[tuple[str, Sequence[int]]], layers: Iterable[BundleLayer], *, tied_embedding: str | None
+    tensors: Iterable[tuple[str, Sequence[int]]],
+    layers: Iterable[BundleLayer],
+    *,
+    tied_embedding: str | None,
+    rows: Sequence[int] = (),
 ) -> dict[str, Any]:
     """adapter_config.json for an adapter with these tensors (names of the model, shapes).
 
     Every module's own rank stands in `rank_pattern` and `alpha_pattern` with alpha = rank, so that the scale is
     1 under any reader's rule. Keys are escaped full names: PEFT matches them with `re.match(r"(.*\\.)?(key)$", name)`.
     An embedding that the head is tied to goes to `trainable_token_indices` (all of them), because PEFT's
-    `modules_to_save` would leave the head with the base's weight, or want it stored twice.
+    `modules_to_save` would leave the head with the base's weight, or want it stored twice. So does one of which the
+    expert has but `rows` of its own.
     """
+    layers = list(layers)
+    tables = {layer.module: layer.shape[0] for layer in layers if layer.role == "embedding"}
     ranks: dict[str, int] = {}
     whole: set[str] = set()
     tokens: dict[str, list[int]] = {}
@@ -79,8 +89,10 @@ def adapter_config(
             ranks[factor[1]] = shape[0] if factor[2] == "A" else shape[1]
         elif name.endswith(".lora_B.bias"):
             lora_bias = True
-        elif tied_embedding and name == f"{tied_embedding}.weight":
+        elif tied_embedding and name == f"{tied_embedding}.weight" and shape[0] == tables.get(tied_embedding, shape[0]):
             tokens[tied_embedding] = list(range(shape[0]))
+        elif is_few(name, shape, tables):
+            tokens[name.removesuffix(".weight")] = list(rows)
         else:
             whole.add(name.rpartition(".")[0])
     by_module = {layer.module: layer for layer in layers if layer.role == "linear"}
@@ -117,6 +129,16 @@ def _peft_type(stored: Container[str], factored: Container[str], layers: Mapping
         return SLICED_BLOCKS
     whole = any(is_fused(layer) and module in stored for module, layer in layers.items())
     return WHOLE_BLOCKS if whole else "LORA"
+
+
+def is_few(name: str, shape: Sequence[int], tables: Mapping[str, int]) -> bool:
+    """Whether a tensor is some rows of a table.
+
+    Args:
+        tables: module of an embedding -> its rows.
+    """
+    module = name.removesuffix(".weight")
+    return module in tables and shape[0] < tables[module]
 
 
 def is_fused(layer: BundleLayer) -> bool:

@@ -123,18 +123,18 @@ def adapter_problems(bundle: Bundle, expert: str) -> Iterator[str]:
         elif not (math.isfinite(ratio) and ratio >= 0):
             yield f"expert {expert!r}: scale {ratio} of {tensor_name!r} is not a ratio"
     config = read_json(bundle.expert_folder(expert) / "adapter_config.json")
-    expected = _expected_config(bundle, adapter)
+    expected = _expected_config(bundle, expert)
     for key in CHECKED_SETTINGS:
         if config.get(key) != expected.get(key):
             yield f"expert {expert!r}: adapter_config.json's {key!r} does not fit the adapter's tensors"
 
 
-def _expected_config(bundle: Bundle, adapter: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def _expected_config(bundle: Bundle, expert: str) -> dict[str, Any]:
     manifest = bundle.manifest
     if not bundle.code.peft_readable:
         return coded_config(bundle.code)
-    shapes = [(key, tuple(tensor.shape)) for key, tensor in adapter.items()]
-    return adapter_config(shapes, bundle.layers.values(), tied_embedding=manifest.tied_embedding)
+    shapes, rows = bundle.adapter_shapes(expert).items(), manifest.experts[expert].own_rows
+    return adapter_config(shapes, bundle.layers.values(), tied_embedding=manifest.tied_embedding, rows=rows)
 
 
 def _allowed_keys(layer: BundleLayer, adapter: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...] | None]:

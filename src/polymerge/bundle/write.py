@@ -16,6 +16,7 @@ import numpy as np
 
 from ..sources.checkpoint import SAFETENSORS_INDEX
 from ..sources.persona import GENERATION, MORE_TEMPLATES, OLD_TEMPLATE, TEMPLATE, TOKENIZER_FILES
+from ..sources.vocabulary import with_vocabulary
 from .files import Entry, FileEntry, write_bytes, write_json, write_safetensors
 from .manifest import MANIFEST, STATS
 
@@ -102,15 +103,21 @@ def copy_model_files(
     return written
 
 
-def bundle_config(config: Mapping[str, Any], *, dtype: str, tied: bool, code: bool) -> dict[str, Any]:
-    """The average's config.json: the first expert's, with the bundle's dtype and tying."""
+def bundle_config(
+    config: Mapping[str, Any], *, dtype: str, tied: bool, code: bool, vocabulary: int | None = None
+) -> dict[str, Any]:
+    """The average's config.json: the first expert's, with the bundle's dtype and tying.
+
+    Args:
+        vocabulary: rows of the tables, where they are not those of the configuration.
+    """
     changed = {key: value for key, value in config.items() if key not in OF_THE_SOURCE}
     if not code:
         changed.pop("auto_map", None)
     changed["dtype"] = dtype
     if "tie_word_embeddings" in changed or not tied:
         changed["tie_word_embeddings"] = tied
-    return changed
+    return changed if vocabulary is None else with_vocabulary(changed, vocabulary)
 
 
 def write_stats(folder: Path, lines: Iterable[Mapping[str, Any]]) -> None:

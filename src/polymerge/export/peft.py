@@ -51,6 +51,12 @@ def export_peft(bundle: Bundle | str | Path, expert: str, output: str | Path, *,
             f"expert {expert!r}: its positions are not the average's, over which PEFT would run it; "
             "export it with --to dense"
         )
+    rows = bundle.vocabulary(expert)
+    if rows is not None:
+        raise ModelError(
+            f"expert {expert!r}: its vocabulary has {rows} tokens, and the average, over which PEFT would run it, "
+            f"{bundle.table_rows}, so that it could answer with others' tokens; export it with --to dense"
+        )
     with placed(output, overwrite=overwrite) as staged, steady(bundle):
         config = _write_adapter(bundle, expert, staged)
         if config["peft_type"] == SLICED_BLOCKS:
@@ -91,9 +97,11 @@ def _write_adapter(bundle: Bundle, expert: str, staged: Path) -> dict[str, Any]:
     entries.sort(key=lambda entry: natural_key(entry.key))
     check_free_space(staged, sum(entry.bytes for entry in entries))
     contents = (bytes(raw_bytes(tensors[e.key])) if e.key in tensors else bytes(e.bytes) for e in entries)
-    named = [entry._replace(key=stored_name(entry.key, tied)) for entry in entries]
+    config = adapter_config([(entry.key, entry.shape) for entry in entries], layers, tied_embedding=tied)
+    by_rows = set(config["trainable_token_indices"] or ())
+    named = [entry._replace(key=stored_name(entry.key, by_rows)) for entry in entries]
     write_safetensors(staged / ADAPTER_FILE, named, contents)
-    return adapter_config([(entry.key, entry.shape) for entry in entries], layers, tied_embedding=tied)
+    return config
 
 
 def _cost_of_dropping_ratios(bundle: Bundle, expert: str) -> tuple[float, str | None]:

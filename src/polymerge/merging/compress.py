@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,10 +27,8 @@ from ..method.code import Code
 from ..method.dense import residual_of, unsaid
 from ..method.rsvd import rsvd, sketch_seed
 from .reading import Read, check_copy, check_stored, check_values, checked_digest, slabs
+from .tables import Emit, merge_table
 from .treatment import TensorTask
-
-# emit(owner, key, tensor): owner None is the base, otherwise an expert's name; key as in the owner's file
-Emit = Callable[[str | None, str, Tensor | Rows], None]
 
 
 @dataclass(frozen=True)
@@ -84,6 +82,9 @@ def compress_tensor(task: TensorTask, settings: Settings, read: Read, emit: Emit
     settings = settings.of(task)
     if task.treatment == "copy":
         return _copy(task, read, emit, report)
+    if task.tables is not None:
+        report.digests = merge_table(task, settings.dtype, read, emit)
+        return report
     if task.record.role != "linear":
         return _keep_or_average(task, settings, read, emit, report)
     return _compress_linear(task, settings, read, emit, report)

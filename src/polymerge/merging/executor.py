@@ -22,9 +22,10 @@ from ..host import pick_device
 from ..method.codes import code_of
 from ..recipe.merge import Recipe
 from ..sources.checkpoint import Checkpoint
-from .compress import Emit, Settings, TensorReport, compress_tensor
+from .compress import Settings, TensorReport, compress_tensor
 from .plan import MergePlan
 from .reading import reader_of
+from .tables import Emit
 from .treatment import TensorTask
 
 Work = Callable[[Emit], TensorReport]

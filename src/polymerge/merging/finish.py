@@ -55,6 +55,7 @@ def finish_expert(
     *,
     code: Code,
     tied_embedding: str | None,
+    rows: Sequence[int] = (),
 ) -> dict[str, FileEntry]:
     """One expert as a PEFT adapter, with its ratios beside it. Returns paths relative to the bundle.
 
@@ -62,6 +63,7 @@ def finish_expert(
 
     Args:
         base: the average; what of it PEFT wants to have in the adapter is copied.
+        rows: the expert's own of the bundle's tables.
     """
     home = f"experts/{expert}"
     file = staging.file_of(expert)
@@ -71,8 +73,9 @@ def finish_expert(
         for zeros in missing_zeros({piece.key: piece.shape for piece in file.pieces}, layers):
             file.append(zeros, [bytes(zeros.bytes)])
         shapes = [(piece.key, piece.shape) for piece in file.pieces]
-        config = adapter_config(shapes, layers, tied_embedding=tied_embedding)
-        entry = file.finish(_named(file.pieces, lambda key: stored_name(key, tied_embedding)))
+        config = adapter_config(shapes, layers, tied_embedding=tied_embedding, rows=rows)
+        by_rows = set(config["trainable_token_indices"] or ())
+        entry = file.finish(_named(file.pieces, lambda key: stored_name(key, by_rows)))
     else:
         config = coded_config(code)
         entry = file.finish(_named(file.pieces, lambda key: PEFT_PREFIX + key))

@@ -32,7 +32,6 @@ from ..sources.opening import open_checkpoint
 from ..sources.persona import Group, Persona, differing, persona_of
 from .change import alone_with, changing, move_in
 from .compress import (
-    Emit,
     Settings,
     TensorReport,
     adapter_key,
@@ -49,8 +48,10 @@ from .layout import layout_of_experts
 from .personas import store_persona
 from .precision import with_dtypes
 from .reading import check_copy, checked_digest, reader_of, slabs
-from .records import expert_record, ratios_of, scales_of
+from .records import expert_record, own_rows_of, ratios_of, scales_of
+from .tables import Emit, emit_table
 from .treatment import TensorTask, check_settings, expert_of, frame_of_bundle, tasks_for
+from .vocabulary import added_tables, numbers_of
 
 SAMPLED_LAYERS = 12
 
@@ -104,14 +105,16 @@ def add_expert(
         if name.casefold() in {expert.casefold() for expert in bundle.experts}:
             raise BundleError(f"{path}: already holds an expert {name!r}; remove it first or choose another name")
         checkpoint = open_checkpoint(source.model_copy(update={"base": base}) if base else source)
-        frame = frame_of_bundle(bundle)
-        expert = expert_of(name, checkpoint, trust_remote_code=trust_remote_code, frame=frame)
+        frame, trust = frame_of_bundle(bundle), trust_remote_code
+        expert = expert_of(name, checkpoint, trust_remote_code=trust, frame=frame)
         checkpoint = expert.checkpoint
-        check_settings(frame, expert, trust_remote_code=trust_remote_code)
+        check_settings(frame, expert, trust_remote_code=trust)
         settings = settings_of(bundle.manifest.method, DTYPES[bundle.manifest.dtype], device)
-        tasks = with_dtypes(tasks_for(frame, [expert], bundle.manifest.method), {name: checkpoint}, settings.dtype)
         persona = persona_of(checkpoint)
         groups = differing(bundle.persona(), persona)
+        tables = added_tables(bundle, name, persona, groups, expert.table_rows, trust_remote_code=trust)
+        tasks = tasks_for(frame, [expert], bundle.manifest.method, tables)
+        tasks = with_dtypes(tasks, {name: checkpoint}, settings.dtype)
         check_free_space(path, sum(task.expert_bytes(settings.dtype, settings.code) for task in tasks))
         layout = layout_of_experts([name], tasks, settings.code)
         with changing(bundle, name) as work:
@@ -121,13 +124,18 @@ def add_expert(
                 if progress:
                     progress(index + 1, len(tasks), task.name)
             notes = staging.notes
-            files = _finish(staging, bundle, name, scales_of(name, tasks, notes))
+            files = _finish(
+                staging, bundle, name, scales_of(name, tasks, notes), numbers_of(own_rows_of(name, tasks, notes))
+            )
             files |= _store(staging.bundle, bundle, name, persona, groups)
             move_in(staging.bundle, bundle, name)
             lines = [line.to_json() for note in notes for line in note.stats]
             write_stats(path, [*bundle.stats(), *lines])
             record = expert_record(name, checkpoint, tasks, notes, groups)
-            manifest = bundle.manifest.with_expert(name, record, files=files, ratios=ratios_of(notes))
+            own = record.vocabulary or record.rows
+            tables_there = {task.name for task in tasks if task.tables and own}
+            ratios = ratios_of(notes)
+            manifest = bundle.manifest.with_expert(name, record, files=files, ratios=ratios, tables=tables_there)
             _write_manifest(bundle, manifest)
         return _assess(Bundle.open(path), name, checkpoint, tasks, settings, notes)
 
@@ -166,6 +174,9 @@ def _add_tensor(
             _add_linear(bundle, name, task, raw, bundle.base_tensor(task.name), settings, emit, report)
         else:
             report.digests[name] = digest_of_rows(task, name, settings, read)
+            if task.tables is not None:
+                emit_table(task, name, bundle.base_tensor(task.name), read, emit)
+                return report
             if task.treatment == "keep" and not _is_bases(bundle, task, stored_rows(task, name, settings, read)):
                 if task.as_difference:
                     emit_difference(task, name, bundle.base_tensor(task.name), read, emit)
@@ -198,9 +209,11 @@ def _add_linear(
     compress_against(task, name, weight, base, (frobenius_norm(weight), mean_scale), settings, emit, report)
 
 
-def _finish(staging: Staging, bundle: Bundle, name: str, scales: Mapping[str, float]) -> dict[str, FileEntry]:
+def _finish(
+    staging: Staging, bundle: Bundle, name: str, scales: Mapping[str, float], rows: Sequence[int]
+) -> dict[str, FileEntry]:
     layers, tied = list(bundle.layers.values()), bundle.manifest.tied_embedding
-    return finish_expert(staging, name, bundle.base, layers, scales, code=bundle.code, tied_embedding=tied)
+    return finish_expert(staging, name, bundle.base, layers, scales, code=bundle.code, tied_embedding=tied, rows=rows)
 
 
 def _store(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ from .layout import Layout, layout_of
 from .personas import store_persona
 from .plan import MergePlan, plan_merge
 from .proof import prove
-from .records import bundle_layer, expert_record, ratios_of, scales_of
+from .records import bundle_layer, expert_record, own_rows_of, ratios_of, scales_of, with_tables
 from .treatment import TensorTask
+from .vocabulary import numbers_of
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,10 @@ def fingerprint(plan: MergePlan) -> dict[str, Any]:
     differ."""
     answering = {"config", "thinker", "staged", "memory_limit"}
     recipe = plan.recipe.model_dump(mode="json", exclude={"workers", "device", "max_error", *answering})
+    tables = {"tables": asdict(plan.tables)} if plan.tables else {}
     return {
         "polymerge": __version__,
+        **tables,
         "recipe": recipe,
         "sources": {name: checkpoint.fingerprint() for name, checkpoint in plan.checkpoints.items()},
         "configs": {name: checkpoint.config for name, checkpoint in plan.checkpoints.items()},
@@ -159,15 +162,16 @@ def _finish(plan: MergePlan, staging: Staging, layout: Layout) -> None:
     folder, notes = staging.bundle, staging.notes
     layers = tuple(bundle_layer(task, note) for task, note in zip(plan.tasks, notes, strict=True))
     dtype, code = dtype_name(plan.dtype), plan.recipe.trust_remote_code
-    config = bundle_config(plan.first.config, dtype=dtype, tied=plan.tied, code=code)
+    size = plan.tables.size if plan.tables else None
+    config = bundle_config(plan.first.config, dtype=dtype, tied=plan.tied, code=code, vocabulary=size)
     tokenizer = plan.personas.bundle.folder
     files = copy_model_files(plan.first.folder, folder, config, code=code, tokenizer=tokenizer)
     files |= finish_base(staging, list(dict.fromkeys(layout.base.values())), layers)
     base = base_of(folder, layers)
     for expert in plan.checkpoints:
-        scales = scales_of(expert, plan.tasks, notes)
-        tied = plan.tied_embedding
-        files |= finish_expert(staging, expert, base, layers, scales, code=plan.code, tied_embedding=tied)
+        scales, rows = scales_of(expert, plan.tasks, notes), numbers_of(own_rows_of(expert, plan.tasks, notes))
+        options: dict[str, Any] = {"code": plan.code, "tied_embedding": plan.tied_embedding, "rows": rows}
+        files |= finish_expert(staging, expert, base, layers, scales, **options)
         persona, groups = plan.personas.experts[expert], plan.personas.groups[expert]
         files |= store_persona(folder, expert, persona, groups, dtype=dtype, tied=plan.tied, code=code)
     write_stats(folder, (line.to_json() for note in notes for line in note.stats))
@@ -180,14 +184,17 @@ def _manifest(
     recipe = plan.recipe
     ratios, groups = ratios_of(notes), plan.personas.groups
     experts = {n: expert_record(n, c, plan.tasks, notes, groups[n]) for n, c in plan.checkpoints.items()}
+    vocabulary = plan.tables.narrow(next(iter(experts))) if plan.tables else None
+    layers = with_tables(layers, plan.tasks, experts.values(), vocabulary)
     return Manifest(
-        format_version=version_of(plan.code, experts.values(), layers),
+        format_version=version_of(plan.code, experts.values(), layers, vocabulary),
         polymerge_version=__version__,
         method=Method(**recipe.model_dump(include=set(Method.model_fields))),
         dtype=dtype_name(plan.dtype),
         architecture=architecture_of(plan.first.config),
         layers_from=plan.layer_map.layers_from,
         tied_embedding=plan.tied_embedding,
+        vocabulary=vocabulary,
         experts=experts,
         scale_ratio_range=(min(ratios, default=1.0), max(ratios, default=1.0)),
         layers=layers,

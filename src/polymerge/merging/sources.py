@@ -73,16 +73,25 @@ def check_source(bundle: Bundle, expert: str, moved: str | None, result: Verific
         result.problems.append(f"{source}: {reason}; is it the checkpoint that was merged?")
         return
     result.problems += [f"expert {expert!r}: its {group} is not the one of {source}" for group in unlike]
+    vocabulary = bundle.vocabulary(expert) or bundle.table_rows or candidate.table_rows
+    if vocabulary != candidate.table_rows:
+        result.problems.append(
+            f"expert {expert!r}: its vocabulary has {vocabulary} tokens, that of {source} {candidate.table_rows}"
+        )
+        return
+    own_rows = bundle.manifest.experts[expert].own_rows
     recorded = {line["tensor"]: line["relative_error"] for line in bundle.stats() if line["expert"] == expert}
     reader, errors = bundle.expert_reader(expert), {}
     for task in tasks:
         original, rebuilt = candidate.checkpoint.read(task.sources[expert]), reader.read(task.name)
+        averaged = task.treatment == "average" and task.record.role != "linear"
+        if averaged and own_rows and bundle.layers[task.name].table:  # these were not averaged
+            original, rebuilt, averaged = original[own_rows], rebuilt[own_rows], False
         errors[task.name] = error = _relative_error(original, rebuilt)
         measured = recorded.get(task.name, 0.0)
         if task.treatment == "copy":
             right = same_numbers(original, rebuilt)
         else:
-            averaged = task.treatment == "average" and task.record.role != "linear"
             right = averaged or error <= measured + TOLERANCE + ROUNDING[bundle.manifest.dtype]
         if not right:
             result.problems.append(

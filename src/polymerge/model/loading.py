@@ -22,6 +22,7 @@ from .mixed import MixedModel
 from .placing import CodedPlacer, Placed, Placer
 from .positions import place_positions
 from .trial import Trial
+from .vocabulary import Vocabularies, place_vocabularies, tokens_of
 
 logger = logging.getLogger(__name__)
 Kernel = Literal["plain", "triton"]
@@ -82,8 +83,12 @@ def _loaded(
     state = Assignment(bundle.experts, place)
     rows = place_positions(hf, state, _with_positions(bundle, trust_remote_code))
     placed = placer(bundle, hf, state, chosen, trial).place()
+    vocabularies = Vocabularies(
+        bundle.experts, [bundle.vocabulary(expert) for expert in (*bundle.experts, None)], tokens_of(hf)
+    )
+    place_vocabularies(hf, state, vocabularies)
     placed = Placed([*placed.modules, *rows], placed.strategy)
-    return MixedModel(hf, state, bundle, placed, trust_remote_code=trust_remote_code).to(place)
+    return MixedModel(hf, state, bundle, placed, vocabularies, trust_remote_code=trust_remote_code).to(place)
 
 
 def _with_positions(bundle: Bundle, trust_remote_code: bool) -> list[nn.Module | None]:

@@ -96,7 +96,8 @@ class HFEngine(LoadedModel):
 
     def _pair(self, request: ScoreRequest) -> tuple[list[int], list[int]]:
         continuation, voice = request.continuation, self.voices.of(request.expert)
-        ids = voice.encode(continuation, special=False) if isinstance(continuation, str) else self.checked(continuation)
+        ids = voice.encode(continuation, special=False) if isinstance(continuation, str) else continuation
+        ids = self.checked(ids, request.expert)
         return scored_pair(self.ids(request.context, request.expert), ids, voice.tokenizer, voice.max_length)
 
     def _in_batches(

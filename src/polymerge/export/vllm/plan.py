@@ -121,7 +121,7 @@ def plan_vllm(bundle: Bundle | str | Path, *, max_rank: int | None = None) -> Vl
 
     Raises:
         ModelError: a rank that vLLM does not know, residuals of fused mixture-of-experts blocks, or an expert with
-            a tokenizer, end tokens or positions of its own.
+            a tokenizer, end tokens, positions or a vocabulary of its own.
     """
     bundle = Bundle.open(bundle)
     for expert in bundle.experts:
@@ -155,6 +155,7 @@ def _check_persona(bundle: Bundle, expert: str) -> None:
         "tokenizer": "tokenizer" in groups and not _speak_alike(base, persona),
         "end tokens": end_tokens(persona.generation) != end_tokens(base.generation),
         "positions": "positions" in groups,
+        "vocabulary": bool(bundle.vocabulary(expert) or bundle.manifest.experts[expert].rows),
     }
     for what in (what for what, differs in unlike.items() if differs):
         raise ModelError(
