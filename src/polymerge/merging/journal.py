@@ -41,12 +41,14 @@ class Note:
     """What is known of a finished tensor.
 
     Attributes:
+        number: which of the plan's tensors it is.
         pieces: what was written of it, of the base and of every expert.
         digests: expert -> SHA-256 of the source tensor's bytes.
         scales: expert -> rho_i (float32), for tensors that are stored against the base.
         stats: a line of merge_stats.jsonl an expert, for linear weights.
     """
 
+    number: int
     pieces: tuple[Piece, ...]
     digests: dict[str, str]
     scales: dict[str, float]
@@ -99,7 +101,7 @@ class Staging:
             pieces.append(file.append(entry_of(key, tensor), chunks_of(tensor)))
 
         report = work(emit)
-        note = Note(tuple(pieces), report.digests, report.scales, tuple(report.stats))
+        note = Note(len(self.notes), tuple(pieces), report.digests, report.scales, tuple(report.stats))
         with self._journal.open("ab") as journal:
             journal.write(note.to_json().encode() + b"\n")
         self.notes.append(note)
@@ -117,7 +119,7 @@ class Staging:
         for line in self._journal.read_bytes().splitlines(keepends=True):
             try:
                 note = Note.from_json(line.removesuffix(b"\n"))
-                if not line.endswith(b"\n") or not self._take(note):
+                if not line.endswith(b"\n") or note.number != len(notes) or not self._take(note):
                     break
             except ValueError:
                 break
