@@ -33,12 +33,12 @@ def tokenizer_with(*tokens: str) -> Any:
     return tokenizer
 
 
-def resize(path: Path, rows: int, tokenizer: Any) -> Original:
+def resize(path: Path, rows: int, tokenizer: Any, seed: int) -> Original:
     """Gives a checkpoint in place so many rows, all new ones random, and a tokenizer."""
     model = hf.AutoModelForCausalLM.from_pretrained(path)
     before = model.config.vocab_size
     model.resize_token_embeddings(rows, mean_resizing=False)
-    generator = torch.Generator().manual_seed(rows)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for table in _tables(model):
             table[before:] = 0.3 * torch.randn(table[before:].shape, generator=generator)
@@ -56,4 +56,5 @@ def _tables(model: Any) -> list[torch.Tensor]:
 def kin(folder: Path, head: str, sizes: Sequence[int], tokens: Sequence[Sequence[str]], **make: Any) -> list[Original]:
     """Fine-tunes of one base, each with so many rows and these tokens behind the words."""
     paths = make_experts("llama", folder, count=len(sizes), config=HEADS[head](), **make).values()
-    return [resize(p, n, tokenizer_with(*t)) for p, n, t in zip(paths, sizes, tokens, strict=True)]
+    triples = enumerate(zip(paths, sizes, tokens, strict=True))
+    return [resize(path, rows, tokenizer_with(*added), seed) for seed, (path, rows, added) in triples]
