@@ -19,7 +19,7 @@ from polymerge.method.codes import code_of
 from polymerge.method.dense import dense
 from polymerge.model.assignment import Assignment
 from polymerge.model.linear import ExpertLinear, MixedLinear
-from polymerge.model.moe import MixedBlockExperts, SlabResidual
+from polymerge.model.moe import Layout, MixedBlockExperts, SlabResidual
 from polymerge.model.residual import Term, add_mixed, add_one, mixed_ratio
 from polymerge.model.triton.grouped import add_plain
 from polymerge.model.triton.linear import CodedLinear
@@ -101,7 +101,8 @@ class BlockCase:
         halves = [SlabResidual(slice(start, start + OUT), [None] * 3, RATIOS) for start in (0, OUT)]
         down = [SlabResidual(slice(0, IN), [None] * 3, RATIOS)]
         slabs = {(name, b): list(r) for b in (0, 1) for name, r in (("gate_up_proj", halves), ("down_proj", down))}
-        return MixedBlockExperts(state, self.inner, slabs)
+        layout = Layout("gate_up_proj", "down_proj", transposed=False, biases={})
+        return MixedBlockExperts(state, self.inner, slabs, layout)
 
     def expected(self, x: Tensor, index: Tensor, ratio: float) -> Tensor:
         """In float32. x [T, in], index [T, 1] the block expert of every token."""

@@ -6,8 +6,9 @@ fine-tuned model, as everywhere else.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -62,6 +63,12 @@ class SlabResidual:
         ]
         self.scales = self.scales.to(places[0]) if places else self.scales
 
+    def turned(self) -> SlabResidual:
+        """Of the transposed matrix, where this is the whole slab's."""
+        factors = [(factor[1].T, factor[0].T) if factor else None for factor in self.factors]
+        own = [value.T if value is not None else None for value in self.own]
+        return SlabResidual(slice(None), factors, self.ratios, own)
+
     def dense(self, base: Tensor, weights: Weights) -> Tensor:
         """The whole matrix [out, in] of a row with these weights of the experts, the average's last."""
         total = weights[-1] * base.float()
@@ -78,18 +85,50 @@ class SlabResidual:
 Slabs = dict[tuple[str, int], list[SlabResidual]]
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a fused block is computed: tokens times one matrix, what is between, times the other.
+
+    Attributes:
+        first, last: the parameters [E, out, in], or [E, in, out] where `transposed`.
+        biases: what is added to the products of those parameters that have one.
+    """
+
+    first: str
+    last: str
+    transposed: bool
+    biases: Mapping[str, str]
+
+    @property
+    def parameters(self) -> set[str]:
+        """All that it uses."""
+        return {self.first, self.last, *self.biases.values()}
+
+
 class MixedBlockExperts(nn.Module):
-    """Takes the place of a fused block: gate_up_proj [E, 2I, H], down_proj [E, H, I], an activation between them.
+    """Takes the place of a fused block.
 
     Args:
-        slabs: (parameter, block expert) -> its matrices' residuals.
+        slabs: (parameter, block expert) -> its matrices' residuals, [out, in].
+        biases: parameter -> every expert's own bias [E, out], or None for the base's.
     """
 
     inner: Any
 
-    def __init__(self, state: Assignment, inner: nn.Module, slabs: Slabs) -> None:
+    def __init__(
+        self,
+        state: Assignment,
+        inner: nn.Module,
+        slabs: Slabs,
+        layout: Layout,
+        biases: Mapping[str, Sequence[Tensor | None]] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
-        self.state, self.inner, self._slabs = state, inner, slabs
+        self.state, self.inner, self.layout, self._slabs = state, inner, layout, slabs
+        for parameter, own in biases.items():
+            base = getattr(inner, layout.biases[parameter]).detach()
+            table = torch.stack([base if value is None else value.to(base) for value in (*own, None)])
+            self.register_buffer(f"{parameter}_table", table, persistent=False)  # [N + 1, E, out]
 
     def _apply(self, fn: Any, recurse: bool = True) -> MixedBlockExperts:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -105,23 +144,48 @@ class MixedBlockExperts(nn.Module):
         repeats = self.state.repeats(hidden_states.shape[0])
         weights = self.state.weights.repeat_interleave(repeats, dim=0)  # [T, N + 1]
         total = torch.zeros_like(hidden_states)
+        count = getattr(self.inner, self.layout.last).shape[0]
         for block in torch.unique(top_k_index).tolist():
             token, place = torch.where(top_k_index == block)
-            if block >= self.inner.gate_up_proj.shape[0]:
+            if block >= count:
                 continue  # transformers marks tokens of other devices this way
             rows = weights[token]
-            gate, up = self._product("gate_up_proj", block, hidden_states[token], rows).chunk(2, dim=-1)
-            y = self._product("down_proj", block, self.inner.act_fn(gate) * up, rows)
+            between = self._between(self._product(self.layout.first, block, hidden_states[token], rows))
+            y = self._product(self.layout.last, block, between, rows)
             total.index_add_(0, token, (y * top_k_weights[token, place, None]).to(total.dtype))
         return total
 
+    def _between(self, y: Tensor) -> Tensor:
+        result: Tensor = self.inner.act_fn(y) if self.layout.first == "up_proj" else _gated(self.inner, y)
+        return result
+
     def _product(self, parameter: str, block: int, x: Tensor, rows: Tensor) -> Tensor:
         """One matrix of the block for tokens x [t, in] with the experts' weights in each, rows [t, N + 1]."""
-        y = F.linear(x, getattr(self.inner, parameter)[block])
+        weight = getattr(self.inner, parameter)[block]
+        y = F.linear(x, weight.T if self.layout.transposed else weight)
         experts = range(self.state.first, self.state.last)
         for residual in self._slabs.get((parameter, block), []):
             add_mixed(y[:, residual.rows], mixed_ratio(rows, residual.scales), residual.terms(x, rows, experts))
+        if parameter in self.layout.biases:
+            y += self._bias(parameter, block, rows).to(y.dtype)
         return y
+
+    def _bias(self, parameter: str, block: int, rows: Tensor) -> Tensor:
+        table: Tensor | None = getattr(self, f"{parameter}_table", None)
+        if table is None:
+            bias: Tensor = getattr(self.inner, self.layout.biases[parameter])[block]
+            return bias
+        return rows @ table[:, block].float()
+
+
+def _gated(inner: Any, y: Tensor) -> Tensor:
+    """As transformers puts the two halves together, or as the module says."""
+    if hasattr(inner, "_apply_gate"):
+        result: Tensor = inner._apply_gate(y)
+        return result
+    gate, up = y.chunk(2, dim=-1)
+    result = inner.act_fn(gate) * up
+    return result
 
 
 @dataclass
@@ -193,25 +257,31 @@ class FusedWeight(OwnTensor):
             residual.move(fn)
 
 
-def fits_block(inner: nn.Module) -> bool:
-    """Whether a fused block is one that MixedBlockExperts computes: of its layout, and tried, of its arithmetic."""
-    gate_up, down = getattr(inner, "gate_up_proj", None), getattr(inner, "down_proj", None)
-    fits = (
-        isinstance(gate_up, Tensor)
-        and isinstance(down, Tensor)
-        and gate_up.dim() == down.dim() == 3
-        and gate_up.shape[1] == 2 * down.shape[2]
-        and gate_up.shape[2] == down.shape[1]
-        and hasattr(inner, "act_fn")
-        and {name for name, _ in inner.named_parameters(recurse=False)} == {"gate_up_proj", "down_proj"}
-    )
-    return fits and _computes_alike(inner)
+def layout_of(inner: nn.Module) -> Layout | None:
+    """How MixedBlockExperts computes a fused block; None where it cannot. Of its shapes, and tried, of its arithmetic."""
+    parameters = dict(inner.named_parameters(recurse=False))
+    first = "up_proj" if "up_proj" in parameters else "gate_up_proj"
+    biases = {name: f"{name}_bias" for name in (first, "down_proj") if f"{name}_bias" in parameters}
+    for transposed in (False, True):
+        layout = Layout(first, "down_proj", transposed, biases)
+        if layout.parameters == parameters.keys() and _fits(parameters, layout) and _computes_alike(inner, layout):
+            return layout
+    return None
 
 
-def _computes_alike(inner: Any) -> bool:
-    blocks, _, width = inner.gate_up_proj.shape
+def _fits(parameters: Mapping[str, Tensor], layout: Layout) -> bool:
+    up, down = parameters[layout.first], parameters[layout.last]
+    if up.dim() != 3 or down.dim() != 3:
+        return False
+    up, down = (p.transpose(1, 2) if layout.transposed else p for p in (up, down))
+    return up.shape[2] == down.shape[1] and up.shape[1] == (1 if layout.first == "up_proj" else 2) * down.shape[2]
+
+
+def _computes_alike(inner: Any, layout: Layout) -> bool:
+    last = getattr(inner, layout.last)
+    blocks, width = last.shape[0], last.shape[2 if layout.transposed else 1]
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, width, generator=generator).to(inner.gate_up_proj)
+    x = torch.randn(4, width, generator=generator).to(last)
     index = torch.arange(4, device=x.device)[:, None] % blocks
     share = torch.linspace(0.5, 1.0, 4, device=x.device)[:, None].to(x)
     state = Assignment(["expert"], x.device)
@@ -220,7 +290,7 @@ def _computes_alike(inner: Any) -> bool:
     try:
         with torch.no_grad():
             expected = inner(x, index, share)
-            got = MixedBlockExperts(state, inner, {})(x, index, share)
+            got = MixedBlockExperts(state, inner, {}, layout)(x, index, share)
         return bool((got - expected).norm() <= tolerance * expected.norm())
     except Exception:  # it wants something else
         return False

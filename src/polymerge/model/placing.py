@@ -22,7 +22,7 @@ from ..sources.forms import Part, forms_of, in_order, parts_of_slices
 from .assignment import Assignment
 from .groups import WholeModel
 from .linear import ExpertLinear, MixedLinear
-from .moe import FusedWeight, MixedBlockExperts, Piece, SlabResidual, Slabs, fits_block, locate
+from .moe import FusedWeight, Layout, MixedBlockExperts, Piece, SlabResidual, Slabs, layout_of, locate
 from .own import OwnModule, OwnNorm, OwnTensor, OwnWeight
 from .trial import Trial, kind_of
 
@@ -277,26 +277,37 @@ class Placer:
             raise ModelError(
                 f"{module}.{tied[0]} is stored in pieces, and another module's parameter too; not supported"
             )
-        if (slabs := self._slabs(module, names, pieces)) is not None:
-            self.tree.replace(module, MixedBlockExperts(self.state, inner, slabs))
+        if (block := self._block(module, pieces)) is not None:
+            self.tree.replace(module, block)
             if not self.trial.kind(module).rows:
                 self._split_above(module, names)
             return
         of = {name: [piece for leaf, piece in pieces if leaf == name] for name in names}
         self._hold(module, [FusedWeight(inner, name, of[name]) for name in names])
 
-    def _slabs(self, module: str, names: Sequence[str], pieces: Sequence[tuple[str, Piece]]) -> Slabs | None:
+    def _block(self, module: str, pieces: Sequence[tuple[str, Piece]]) -> MixedBlockExperts | None:
         """The pieces as matrices of block experts; None where the module is no block that is computed from them."""
         inner, kind = self.modules[module], self.trial.kind(module)
-        if not (kind.called and self.trial.read_by_itself(module, names) and fits_block(inner)):
+        layout = layout_of(inner) if kind.called else None
+        if layout is None or not self.trial.read_by_itself(module, sorted(layout.parameters)):
             return None
+        slabs = self._slabs(inner, pieces, layout)
+        if slabs is None:
+            return None
+        taken = {name: self._take(f"{module}.{bias}") for name, bias in layout.biases.items()}
+        biases = {name: values for name, values in taken.items() if any(value is not None for value in values)}
+        return MixedBlockExperts(self.state, inner, slabs, layout, biases)
+
+    @staticmethod
+    def _slabs(inner: nn.Module, pieces: Sequence[tuple[str, Piece]], layout: Layout) -> Slabs | None:
         slabs: Slabs = {}
         for leaf, piece in pieces:
-            place = locate(piece.target, inner.get_parameter(leaf).shape[1])
-            if place is None:
+            height = inner.get_parameter(leaf).shape[1]
+            place = locate(piece.target, height)
+            if place is None or (layout.transposed and place[1] != slice(0, height)):
                 return None
-            block, rows = place
-            slabs.setdefault((leaf, block), []).append(SlabResidual(rows, piece.factors, piece.ratios, piece.matrices))
+            residual = SlabResidual(place[1], piece.factors, piece.ratios, piece.matrices)
+            slabs.setdefault((leaf, place[0]), []).append(residual.turned() if layout.transposed else residual)
         return slabs
 
     def _check_piece(self, parameter: Tensor, part: Part, layer: BundleLayer) -> None:
