@@ -360,7 +360,11 @@ class ExpertReader:
             return base if difference is None else base + difference.float()
         if layer.role != "linear":
             return base
-        return dense(base, self._scales.get(tensor, 1.0), self.factors(tensor), transposed=layer.transposed)
+        return dense(base, self.ratio(tensor), self.factors(tensor), transposed=layer.transposed)
+
+    def ratio(self, tensor: str) -> float:
+        """rho_i of a linear weight; 1 where none is stored."""
+        return self._scales.get(tensor, 1.0)
 
     def dtype(self, tensor: str) -> torch.dtype | None:
         """What a tensor of the expert is in; None for one that is no number."""

@@ -172,7 +172,7 @@ def frame_of(expert: Expert, widest: Expert | None = None) -> Frame:
 
 def frame_of_bundle(bundle: Bundle) -> Frame:
     """What an expert must have to be added to a bundle, and what each of its experts has."""
-    slots = {layer.tensor: Slot(_record(layer), layer.shape) for layer in bundle.manifest.layers}
+    slots = {layer.tensor: Slot(record_of_bundle(layer), layer.shape) for layer in bundle.manifest.layers}
     head = next((layer.tensor for layer in bundle.manifest.layers if layer.role == "lm_head"), None)
     return Frame(None, bundle.path, read_json(bundle.path / "config.json"), slots, head)
 
@@ -300,7 +300,8 @@ def _is_table(slot: Slot, expert: Expert, source: str) -> bool:
     )
 
 
-def _record(layer: BundleLayer) -> LayerRecord:
+def record_of_bundle(layer: BundleLayer) -> LayerRecord:
+    """What a manifest says of a tensor, as a checkpoint's."""
     return LayerRecord(layer.tensor, layer.module, layer.parameter, layer.role, layer.transposed, slice=layer.slice)
 
 

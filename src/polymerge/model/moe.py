@@ -66,7 +66,7 @@ class SlabResidual:
     def turned(self) -> SlabResidual:
         """Of the transposed matrix, where this is the whole slab's."""
         factors = [(factor[1].T, factor[0].T) if factor else None for factor in self.factors]
-        own = [value.T if value is not None else None for value in self.own]
+        own = [value.T if value is not None else None for value in self.matrices]
         return SlabResidual(slice(None), factors, self.ratios, own)
 
     def dense(self, base: Tensor, weights: Weights) -> Tensor:
@@ -184,8 +184,7 @@ def _gated(inner: Any, y: Tensor) -> Tensor:
         result: Tensor = inner._apply_gate(y)
         return result
     gate, up = y.chunk(2, dim=-1)
-    result = inner.act_fn(gate) * up
-    return result
+    return inner.act_fn(gate) * up
 
 
 @dataclass
@@ -258,7 +257,7 @@ class FusedWeight(OwnTensor):
 
 
 def layout_of(inner: nn.Module) -> Layout | None:
-    """How MixedBlockExperts computes a fused block; None where it cannot. Of its shapes, and tried, of its arithmetic."""
+    """How MixedBlockExperts computes a fused block; None where it cannot. By its shapes, and by trying it."""
     parameters = dict(inner.named_parameters(recurse=False))
     first = "up_proj" if "up_proj" in parameters else "gate_up_proj"
     biases = {name: f"{name}_bias" for name in (first, "down_proj") if f"{name}_bias" in parameters}
