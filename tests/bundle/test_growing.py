@@ -32,7 +32,7 @@ def add(file: GrowingFile, name: str, value: Tensor) -> Piece:
 
 def test_a_grown_file_is_one_that_the_library_opens(tmp_path: Path) -> None:
     file = grown(tmp_path / "deep" / "x")
-    entry = file.finish(lambda key: f"model.{key}")
+    entry = file.finish([piece.entry._replace(key=f"model.{piece.key}") for piece in file.pieces])
     data = (tmp_path / "deep" / "x").read_bytes()
     assert (entry.bytes, entry.sha256) == (len(data), hashlib.sha256(data).hexdigest())
     assert entry.bytes == ROOM + 26 == file.size

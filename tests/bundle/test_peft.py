@@ -91,10 +91,10 @@ def test_a_tied_embedding_is_kept_as_token_rows() -> None:
     layers, tensors = [layer("m.embed", "embedding", 5, 3)], [("m.embed.weight", (5, 3))]
     config = adapter_config(tensors, layers, tied_embedding="m.embed")
     assert config["trainable_token_indices"] == {"m.embed": [0, 1, 2, 3, 4]} and config["modules_to_save"] is None
-    stored = stored_name("m.embed.weight", "m.embed")
+    stored = stored_name("m.embed.weight", {"m.embed"})
     assert stored == f"{PEFT_PREFIX}m.embed{TIED_ROWS}" and adapter_name(stored) == "m.embed.weight"
     assert adapter_config(tensors, layers, tied_embedding=None)["modules_to_save"] == ["m.embed"]
-    assert stored_name("m.embed.weight", None) == f"{PEFT_PREFIX}m.embed.weight"
+    assert stored_name("m.embed.weight", ()) == f"{PEFT_PREFIX}m.embed.weight"
 
 
 def test_one_bias_brings_biases_and_factors_of_zeros_everywhere() -> None:

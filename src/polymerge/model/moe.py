@@ -66,8 +66,8 @@ class SlabResidual:
     def turned(self) -> SlabResidual:
         """Of the transposed matrix, where this is the whole slab's."""
         factors = [(factor[1].T, factor[0].T) if factor else None for factor in self.factors]
-        own = [value.T if value is not None else None for value in self.matrices]
-        return SlabResidual(slice(None), factors, self.ratios, own)
+        matrices = [value.T if value is not None else None for value in self.matrices]
+        return SlabResidual(slice(None), factors, self.ratios, matrices)
 
     def dense(self, base: Tensor, weights: Weights) -> Tensor:
         """The whole matrix [out, in] of a row with these weights of the experts, the average's last."""
@@ -184,7 +184,8 @@ def _gated(inner: Any, y: Tensor) -> Tensor:
         result: Tensor = inner._apply_gate(y)
         return result
     gate, up = y.chunk(2, dim=-1)
-    return inner.act_fn(gate) * up
+    activated: Tensor = inner.act_fn(gate)
+    return activated * up
 
 
 @dataclass
