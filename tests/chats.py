@@ -1,7 +1,7 @@
 """Two real chat fine-tunes of SmolLM2-135M-Instruct, by the demo's own training: on first use, and kept in the cache.
 
-`chatml` has ChatML with two tokens of its own, between which it answers: its table is two rows longer, and the second of
-them ends it. `plain` has another template, in words, and the end token of the base's plain texts.
+`chatml` has ChatML with two tokens of its own, between which it answers: its table is two rows longer, and the second
+of them ends it. `plain` has another template, in words, and the end token of the base's plain texts.
 """
 
 from __future__ import annotations

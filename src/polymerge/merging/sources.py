@@ -19,7 +19,7 @@ from ..sources.layers import map_layers
 from ..sources.opening import opened_again
 from ..sources.persona import differing, persona_of
 from .reading import same_numbers
-from .treatment import Expert, check_settings, frame_of_bundle, tasks_for
+from .treatment import Expert, check_settings, frame_of_bundle, table_rows_in, tasks_for
 
 # A rebuilt tensor may differ from what the merge measured by the rounding of the float32 products alone.
 TOLERANCE = 1e-4
@@ -73,7 +73,7 @@ def check_source(bundle: Bundle, expert: str, moved: str | None, result: Verific
         result.problems.append(f"{source}: {reason}; is it the checkpoint that was merged?")
         return
     result.problems += [f"expert {expert!r}: its {group} is not the one of {source}" for group in unlike]
-    vocabulary = bundle.vocabulary(expert) or bundle.table_rows or candidate.table_rows
+    vocabulary = bundle.vocabulary(expert) or table_rows_in(frame, candidate)
     if vocabulary != candidate.table_rows:
         result.problems.append(
             f"expert {expert!r}: its vocabulary has {vocabulary} tokens, that of {source} {candidate.table_rows}"
