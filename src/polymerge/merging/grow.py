@@ -50,7 +50,7 @@ from .precision import with_dtypes
 from .reading import check_copy, checked_digest, reader_of, slabs
 from .records import expert_record, own_rows_of, ratios_of, scales_of
 from .tables import Emit, emit_table
-from .treatment import TensorTask, check_settings, expert_of, frame_of_bundle, tasks_for
+from .treatment import TensorTask, check_settings, expert_of, frame_of_bundle, table_rows_in, tasks_for
 from .vocabulary import added_tables, numbers_of
 
 SAMPLED_LAYERS = 12
@@ -112,7 +112,8 @@ def add_expert(
         settings = settings_of(bundle.manifest.method, DTYPES[bundle.manifest.dtype], device)
         persona = persona_of(checkpoint)
         groups = differing(bundle.persona(), persona)
-        tables = added_tables(bundle, name, persona, groups, expert.table_rows, trust_remote_code=trust)
+        rows = expert.table_rows, table_rows_in(frame, expert)
+        tables = added_tables(bundle, name, persona, groups, rows, trust_remote_code=trust)
         tasks = tasks_for(frame, [expert], bundle.manifest.method, tables)
         tasks = with_dtypes(tasks, {name: checkpoint}, settings.dtype)
         check_free_space(path, sum(task.expert_bytes(settings.dtype, settings.code) for task in tasks))

@@ -24,6 +24,7 @@ AVERAGE = "average"  # no expert's name
 
 # [start, stop) one after the other
 Ranges = tuple[tuple[int, int], ...]
+_NONE: Ranges = ()
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def added_tables(
     name: str,
     persona: Persona,
     groups: Sequence[Group],
-    rows: int,
+    rows: tuple[int, int],
     *,
     trust_remote_code: bool = False,
 ) -> Tables | None:
@@ -87,21 +88,20 @@ def added_tables(
 
     Args:
         groups: in which its persona is not the bundle's.
-        rows: of its tables; at most the bundle's.
+        rows: of its tables, and of the bundle's, which are no fewer.
 
     Raises:
         SourceError: its vocabulary contradicts one that is there.
     """
-    size = bundle.table_rows or rows
-    own: Ranges = ()
+    (count, size), own = rows, _NONE
     if any("tokenizer" in unlike for unlike in (groups, *(e.persona for e in bundle.manifest.experts.values()))):
         there = {expert or AVERAGE: bundle.persona(expert) for expert in (None, *bundle.experts)}
         sizes = {expert or AVERAGE: bundle.vocabulary(expert) or size for expert in (None, *bundle.experts)}
         voices = {**there, name: persona if persona.files else bundle.persona()}
-        vocabularies = _vocabularies(voices, {**sizes, name: rows}, trust_remote_code)
+        vocabularies = _vocabularies(voices, {**sizes, name: count}, trust_remote_code)
         _shared(vocabularies)
         own = _own(vocabularies.pop(name), _shared(vocabularies))
-    return None if rows == size and not own else Tables(size, {name: rows}, {name: own} if own else {})
+    return None if count == size and not own else Tables(size, {name: count}, {name: own} if own else {})
 
 
 def numbers_of(ranges: Ranges) -> list[int]:
