@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..bundle.alignment import Alignment, write_alignment
 from ..bundle.bundle import Bundle
 from ..bundle.files import FileEntry, check_free_space, raw_bytes
 from ..bundle.manifest import Manifest
@@ -32,6 +33,7 @@ from ..sources.checkpoint import Checkpoint
 from ..sources.layers import map_layers
 from ..sources.opening import open_checkpoint
 from ..sources.persona import Group, Persona, differing, persona_of
+from .align import aligned_to_bundle
 from .change import alone_with, changing, move_in
 from .compress import Emit, Settings, TensorReport, compress_against, emit_own, frobenius_norm
 from .executor import settings_of
@@ -99,10 +101,11 @@ def add_expert(
         check_settings(frame, expert, trust_remote_code=trust_remote_code)
         settings = settings_of(bundle.manifest.method, DTYPES[bundle.manifest.dtype], device)
         tasks = with_dtypes(tasks_for(frame, [expert], bundle.manifest.method), {name: checkpoint}, settings.dtype)
+        checkpoint, alignment = aligned_to_bundle(bundle, checkpoint, tasks, settings.device)
         persona = persona_of(checkpoint)
         groups = differing(bundle.persona(), persona)
         check_free_space(path, 2 * sum(task.expert_bytes(settings.dtype, settings.code) for task in tasks))
-        store = functools.partial(_store, bundle=bundle, name=name, persona=persona, groups=groups)
+        store = functools.partial(_store, bundle=bundle, name=name, persona=persona, groups=groups, alignment=alignment)
         notes = []
         with changing(bundle, name) as staging:
             for index, task in enumerate(tasks):
@@ -199,12 +202,18 @@ def _write(
 
 
 def _store(
-    folder: Path, bundle: Bundle, name: str, persona: Persona, groups: tuple[Group, ...]
+    folder: Path,
+    bundle: Bundle,
+    name: str,
+    persona: Persona,
+    groups: tuple[Group, ...],
+    alignment: Alignment | None,
 ) -> dict[str, FileEntry]:
     """What the expert has of its own beside its weights; Python files only where the bundle has some."""
+    files = write_alignment(folder, name, alignment) if alignment else {}
     tied = bool(bundle.persona().config.get("tie_word_embeddings", bundle.manifest.tied_embedding is not None))
     code = any(file.endswith(".py") for file in bundle.manifest.files)
-    return store_persona(folder, name, persona, groups, dtype=bundle.manifest.dtype, tied=tied, code=code)
+    return files | store_persona(folder, name, persona, groups, dtype=bundle.manifest.dtype, tied=tied, code=code)
 
 
 def _write_manifest(bundle: Bundle, manifest: Manifest) -> None:

@@ -7,15 +7,17 @@ read here but headers, and nothing is known of how tensors are compressed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
 import torch
 
+from ..bundle.alignment import Alignment
 from ..host import dtype_name
 from ..method.code import Code
 from ..method.codes import code_of
 from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, Source, load_recipe
+from ..sources.axes import axes_of
 from ..sources.checkpoint import Checkpoint, architecture_of
 from ..sources.layers import LayerMap, map_layers
 from ..sources.opening import open_checkpoint
@@ -27,7 +29,11 @@ from .treatment import Expert, TensorTask, check_settings, frame_of, task_of, ta
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A checked merge. Sizes in bytes; `keep` tensors count as if no two experts shared one."""
+    """A checked merge. Sizes in bytes; `keep` tensors count as if no two experts shared one.
+
+    Attributes:
+        alignments: expert -> how it was aligned, once it was (`polymerge.merging.align`).
+    """
 
     recipe: Recipe
     checkpoints: Mapping[str, Checkpoint]
@@ -37,6 +43,7 @@ class MergePlan:
     tied: bool
     notes: tuple[str, ...]
     personas: Personas
+    alignments: Mapping[str, Alignment] = field(default_factory=dict)
 
     @property
     def first(self) -> Checkpoint:
@@ -133,6 +140,8 @@ def plan_merge(recipe: RecipeLike, *, weights: bool = True, **settings: Unpack[R
         notes.append(f"sizes of {', '.join(outlined)} are from {shown} alone; no weight was looked at")
     for expert in experts[1:]:
         check_settings(frame_of(first), expert, trust_remote_code=recipe.trust_remote_code)
+    if recipe.align is not None:
+        axes_of(first.checkpoint, first.layer_map)
     personas = personas_of(checkpoints)
     notes += personas.notes
     untied = next((expert for expert in experts if not expert.layer_map.tied), None)

@@ -25,6 +25,7 @@ import torch
 
 from ..errors import MissingExtraError, PolymergeError, SourceError
 from ..recipe.merge import Recipe, Source
+from ..sources.aligned import AlignedCheckpoint, Moves
 from ..sources.checkpoint import Checkpoint
 from ..sources.opening import open_checkpoint
 from ..version import __version__
@@ -51,6 +52,7 @@ class WorkOrder:
         staging: the folder of half-done work, where a worker can see it.
         token: a file in it that tells this folder from one of the same name on another machine.
         sources: expert -> fingerprint of its weights here.
+        moves: expert -> how its tensors are permuted, where experts are aligned.
     """
 
     recipe: Recipe
@@ -60,6 +62,7 @@ class WorkOrder:
     token: str
     version: str
     sources: Mapping[str, tuple[str, ...]]
+    moves: Mapping[str, Moves]
 
 
 @contextmanager
@@ -166,6 +169,7 @@ def _work_order(plan: MergePlan, staging: Staging, token: str) -> WorkOrder:
         token=token,
         version=__version__,
         sources={name: tuple(checkpoint.fingerprint()) for name, checkpoint in plan.checkpoints.items()},
+        moves={name: c.moves for name, c in plan.checkpoints.items() if isinstance(c, AlignedCheckpoint)},
     )
 
 
@@ -203,7 +207,8 @@ def _opened(order: WorkOrder) -> dict[str, Checkpoint]:
     """The sources as this machine sees them, opened once in a process."""
     if order.version != __version__:
         raise PolymergeError(f"a worker has polymerge {__version__}, this machine {order.version}; install one version")
-    return _open_all(tuple(order.recipe.experts.items()), tuple(order.sources.items()))
+    opened = _open_all(tuple(order.recipe.experts.items()), tuple(order.sources.items()))
+    return {n: AlignedCheckpoint(c, order.moves[n]) if n in order.moves else c for n, c in opened.items()}
 
 
 @lru_cache(maxsize=2)

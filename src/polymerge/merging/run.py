@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..bundle.alignment import write_alignment
 from ..bundle.bundle import Bundle
 from ..bundle.files import FileEntry, check_free_space, disk_errors
 from ..bundle.lock import writing
@@ -33,6 +34,7 @@ from ..host import dtype_name, peak_memory, pick_device
 from ..recipe.merge import Recipe
 from ..sources.checkpoint import architecture_of
 from ..version import __version__
+from .align import aligned, digest_of_orders
 from .executor import Executor, in_threads
 from .journal import Note, Staging, half_done
 from .personas import store_persona
@@ -99,7 +101,7 @@ def run_plan(
     half = half_done(work_folder(output)) if resume else 0
     check_free_space(output.parent, 2 * plan.write_bytes - half)
     proof = prove(plan.first, _merge_small, exact=plan.recipe.compress_rate == 0.0)
-    plan = replace(plan, notes=(*plan.notes, proof.note))
+    plan = aligned(replace(plan, notes=(*plan.notes, proof.note)))
     return _run(plan, output, overwrite=overwrite, resume=resume, executor=executor, progress=progress)
 
 
@@ -135,7 +137,9 @@ def fingerprint(plan: MergePlan) -> dict[str, Any]:
     differ."""
     answering = {"config", "thinker", "staged", "memory_limit"}
     recipe = plan.recipe.model_dump(mode="json", exclude={"workers", "device", "max_error", *answering})
+    orders = {"alignment": digest_of_orders(plan.alignments)} if plan.alignments else {}
     return {
+        **orders,
         "polymerge": __version__,
         "recipe": recipe,
         "sources": {name: checkpoint.fingerprint() for name, checkpoint in plan.checkpoints.items()},
@@ -181,6 +185,8 @@ def _assemble(plan: MergePlan, staging: Staging, notes: list[Note], folder: Path
         scales = scales_of(expert, plan.tasks, notes)
         tied = plan.tied_embedding
         files |= write_expert(folder, expert, own, scales, layers, staging.content, code=plan.code, tied_embedding=tied)
+        if expert in plan.alignments:
+            files |= write_alignment(folder, expert, plan.alignments[expert])
         persona, groups = plan.personas.experts[expert], plan.personas.groups[expert]
         files |= store_persona(folder, expert, persona, groups, dtype=dtype_name(plan.dtype), tied=plan.tied, code=code)
     write_stats(folder, (line.to_json() for note in notes for line in note.stats))
