@@ -17,6 +17,7 @@ from ..errors import BundleError, SourceError
 from ..host import DTYPES
 from ..sources.checkpoint import read_json
 from ..sources.layers import map_layers
+from .alignment import alignment_problems
 from .bundle import Bundle
 from .manifest import BundleLayer
 from .peft import adapter_config, coded_config
@@ -82,6 +83,7 @@ def verify_files(bundle: Bundle, progress: Callable[[str], None] | None = None) 
     result.problems += base_problems(bundle)
     if not result.problems:
         result.problems += architecture_problems(bundle)
+    result.problems += alignment_problems(bundle.path, bundle.manifest)
     for expert in bundle.experts:
         say(f"structure of {expert}")
         result.problems += adapter_problems(bundle, expert)

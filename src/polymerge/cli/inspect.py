@@ -58,6 +58,9 @@ def inspect(
     out.print(experts)
     for e in (e for e in inspection.experts if e.persona):
         out.print(f"{e.name} has its own {', '.join(e.persona)}", markup=False)
+    for e in (e for e in inspection.experts if e.aligned):
+        before, after = e.aligned or (0.0, 0.0)
+        out.print(f"{e.name} was {before:.2g} from what it was aligned to, and is {after:.2g} from it", markup=False)
     worst = Table("tensors that lost most", "expert", "rank", "error", "energy kept")
     for line in inspection.worst:
         worst.add_row(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .words import Code, CompressRate, DType, Embeddings, LmHead, Norms, RecipeOrExperts, Scale, read_recipe
+from .words import Align, Code, CompressRate, DType, Embeddings, LmHead, Norms, RecipeOrExperts, Scale, read_recipe
 
 if TYPE_CHECKING:
     from ..merging.footprint import Footprint
@@ -21,6 +21,7 @@ def plan(
     embeddings: Embeddings = None,
     lm_head: LmHead = None,
     norms: Norms = None,
+    align: Align = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what a merge will write, read and need in memory, without reading a weight."""
@@ -30,7 +31,7 @@ def plan(
 
     planned = plan_merge(
         read_recipe(recipe), weights=False, compress_rate=compress_rate, code=code, scale=scale, dtype=dtype,
-        embeddings=embeddings, lm_head=lm_head, norms=norms,
+        embeddings=embeddings, lm_head=lm_head, norms=norms, align=align,
     )  # fmt: skip
     needs = footprint(planned)
     summary = planned.summary() | {"answering": needs.to_json()}

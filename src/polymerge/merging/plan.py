@@ -7,15 +7,17 @@ read here but headers, and nothing is known of how tensors are compressed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
 import torch
 
+from ..bundle.alignment import Alignment
 from ..host import dtype_name
 from ..method.code import Code
 from ..method.codes import code_of
 from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, Source, load_recipe
+from ..sources.axes import axes_of
 from ..sources.checkpoint import Checkpoint, architecture_of
 from ..sources.layers import LayerMap
 from ..sources.opening import open_checkpoint
@@ -32,6 +34,7 @@ class MergePlan:
 
     Attributes:
         tables: the rows of experts whose vocabularies differ; None where all have one.
+        alignments: expert -> how it was aligned, once it was (`polymerge.merging.align`).
     """
 
     recipe: Recipe
@@ -43,6 +46,7 @@ class MergePlan:
     notes: tuple[str, ...]
     personas: Personas
     tables: Tables | None = None
+    alignments: Mapping[str, Alignment] = field(default_factory=dict)
 
     @property
     def first(self) -> Checkpoint:
@@ -140,6 +144,8 @@ def plan_merge(recipe: RecipeLike, *, weights: bool = True, **settings: Unpack[R
         notes.append(f"sizes of {', '.join(outlined)} are from {shown} alone; no weight was looked at")
     for expert in experts[1:]:
         check_settings(frame_of(first), expert, trust_remote_code=recipe.trust_remote_code)
+    if recipe.align is not None:
+        axes_of(first.checkpoint, first.layer_map)
     personas = personas_of(checkpoints)
     notes += personas.notes
     untied = next((expert for expert in experts if not expert.layer_map.tied), None)

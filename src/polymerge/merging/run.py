@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..bundle.alignment import write_alignment
 from ..bundle.bundle import Bundle, base_of
 from ..bundle.files import FileEntry, check_free_space, disk_errors
 from ..bundle.lock import writing
@@ -23,6 +24,7 @@ from ..host import dtype_name, peak_memory, pick_device
 from ..recipe.merge import Recipe
 from ..sources.checkpoint import architecture_of
 from ..version import __version__
+from .align import aligned, digest_of_orders
 from .executor import Executor, in_threads
 from .finish import finish_base, finish_expert
 from .journal import Note, Staging, begin, end_published, half_done
@@ -91,7 +93,7 @@ def run_plan(
     half = half_done(work_folder(output)) if resume else 0
     check_free_space(output.parent, plan.write_bytes - half)
     proof = prove(plan.first, _merge_small, exact=plan.recipe.compress_rate == 0.0)
-    plan = replace(plan, notes=(*plan.notes, proof.note))
+    plan = aligned(replace(plan, notes=(*plan.notes, proof.note)))
     return _run(plan, output, overwrite=overwrite, resume=resume, executor=executor, progress=progress)
 
 
@@ -130,7 +132,9 @@ def fingerprint(plan: MergePlan) -> dict[str, Any]:
     answering = {"config", "thinker", "staged", "memory_limit"}
     recipe = plan.recipe.model_dump(mode="json", exclude={"workers", "device", "max_error", *answering})
     tables = {"tables": asdict(plan.tables)} if plan.tables else {}
+    orders = {"alignment": digest_of_orders(plan.alignments)} if plan.alignments else {}
     return {
+        **orders,
         "polymerge": __version__,
         **tables,
         "recipe": recipe,
@@ -172,6 +176,8 @@ def _finish(plan: MergePlan, staging: Staging, layout: Layout) -> None:
         scales, rows = scales_of(expert, plan.tasks, notes), numbers_of(own_rows_of(expert, plan.tasks, notes))
         options: dict[str, Any] = {"code": plan.code, "tied_embedding": plan.tied_embedding, "rows": rows}
         files |= finish_expert(staging, expert, base, layers, scales, **options)
+        if expert in plan.alignments:
+            files |= write_alignment(folder, expert, plan.alignments[expert])
         persona, groups = plan.personas.experts[expert], plan.personas.groups[expert]
         files |= store_persona(folder, expert, persona, groups, dtype=dtype, tied=plan.tied, code=code)
     write_stats(folder, (line.to_json() for note in notes for line in note.stats))

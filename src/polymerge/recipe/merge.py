@@ -75,6 +75,8 @@ class Recipe(BaseModel):
             folded into the residuals, so that a plain PEFT loader is exact).
         embeddings, lm_head, norms: `keep` each expert's own tensor or `average` them into one. `norms`
             covers every tensor that is neither an embedding, the lm_head nor a linear weight (biases too).
+        align: `permutation` for experts that do not share a base: every expert's neurons and heads are brought into the
+            order in which they fit the first expert's best, which changes no expert's function.
         dtype: what the bundle is stored in; by default the sources' own.
         device: where the arithmetic runs; `auto` is the GPU where there is one.
         workers: tensors in work at once. The result does not depend on it.
@@ -96,6 +98,7 @@ class Recipe(BaseModel):
     embeddings: KeepOrAverage = "keep"
     lm_head: KeepOrAverage = "keep"
     norms: KeepOrAverage = "keep"
+    align: Literal["permutation"] | None = None
     dtype: DTypeName | None = None
     device: DeviceName = "auto"
     workers: Annotated[int, Field(ge=1, le=64)] = 1
@@ -131,6 +134,7 @@ class RecipeSettings(TypedDict, total=False):
     embeddings: str | None
     lm_head: str | None
     norms: str | None
+    align: str | None
     dtype: str | None
     device: str | None
     workers: int | None

@@ -17,6 +17,7 @@ import torch
 
 from ..bundle.bundle import Bundle
 from ..errors import TargetError
+from ..merging.align import aligned
 from ..merging.executor import Executor, in_threads
 from ..merging.plan import MergePlan, plan_merge, replanned
 from ..method.codes import CODES, code_of
@@ -108,7 +109,7 @@ def find(
     check_examples(recipe, examples)
     for name in (n for n in recipe.experts if target.kind == "accuracy" and not any(e.answer for e in examples[n])):
         raise TargetError(f"target {target.text!r}: none of the prompts of expert {name!r} has an answer")
-    fitting = Fitting.of(plan_merge(recipe))
+    fitting = Fitting.of(aligned(plan_merge(recipe)))
     references = run_originals(recipe, examples, say)
     for name in (n for n, r in references.items() if target.kind == "accuracy" and not r.accuracy):
         raise TargetError(f"target {target.text!r}: the original of {name!r} is right on none of its prompts")
