@@ -21,6 +21,7 @@ from .assignment import Assignment
 from .mixed import MixedModel
 from .placing import CodedPlacer, Placed, Placer
 from .positions import place_positions
+from .sampled import check_layers
 from .trial import Trial
 from .vocabulary import Vocabularies, place_vocabularies, tokens_of
 
@@ -49,7 +50,8 @@ def load_model(
 
     Raises:
         BundleError: incomplete or unsafe, or changed by another process meanwhile. ModelError: an adapter holds
-            something that has no place in the model, or an unknown kernel.
+            something that has no place in the model, a layer computes something else than the bundle holds, or an
+            unknown kernel.
     """
     bundle = Bundle.open(bundle)
     with steady(bundle):
@@ -82,13 +84,16 @@ def _loaded(
         raise ModelError(f"{bundle.path}: {type(hf).__name__} cannot be run as a bundle: {trial.objection}")
     state = Assignment(bundle.experts, place)
     rows = place_positions(hf, state, _with_positions(bundle, trust_remote_code))
-    placed = placer(bundle, hf, state, chosen, trial).place()
+    placing = placer(bundle, hf, state, chosen, trial)
+    placed = placing.place()
     vocabularies = Vocabularies(
         bundle.experts, [bundle.vocabulary(expert) for expert in (*bundle.experts, None)], tokens_of(hf)
     )
     place_vocabularies(hf, state, vocabularies)
     placed = Placed([*placed.modules, *rows], placed.strategy)
-    return MixedModel(hf, state, bundle, placed, vocabularies, trust_remote_code=trust_remote_code).to(place)
+    model = MixedModel(hf, state, bundle, placed, vocabularies, trust_remote_code=trust_remote_code).to(place)
+    check_layers(model, bundle, placing.orders)
+    return model
 
 
 def _with_positions(bundle: Bundle, trust_remote_code: bool) -> list[nn.Module | None]:
