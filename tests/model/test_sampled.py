@@ -34,7 +34,7 @@ RIGHT: Callable[..., None] = MixedLinear.add_residuals
 
 
 @pytest.mark.parametrize("wrong", [no_residuals, no_ratios, of_the_next])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt-neox"])
 def test_a_model_with_wrong_layers_is_not_loaded(
     architecture: str, wrong: Callable[..., None], merged: Merged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
