@@ -27,6 +27,7 @@ from ..errors import PolymergeError, SourceError
 from ..model.loading import load_model
 from ..model.mixed import MixedModel
 from ..sources.checkpoint import Checkpoint
+from ..sources.classes import opener_of
 from ..sources.layers import meta_model
 from .small import small_configs
 
@@ -141,10 +142,10 @@ def random_experts(settings: Mapping[str, Any], folder: Path) -> dict[str, Path]
     try:
         config = transformers.AutoConfig.for_model(**settings)
         with torch.device("meta"):
-            wide = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
+            wide = sum(p.numel() for p in opener_of(config).from_config(config).parameters())
         if wide > MOST:
             raise NotSmall(f"{wide / 1e6:.0f} million parameters")
-        model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+        model = opener_of(config).from_config(config).float().eval()
         state = {k: v for k, v in model.state_dict().items() if v.is_floating_point() and bool(v.isfinite().all())}
         paths = {}
         for name in ("one", "two"):

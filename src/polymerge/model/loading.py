@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from ..bundle.bundle import Bundle
 from ..bundle.reading import steady
 from ..errors import ModelError
 from ..host import DTYPES, pick_device, pick_dtype
+from ..sources.classes import opener_of
 from ..sources.layers import meta_model
 from .assignment import Assignment
 from .mixed import MixedModel
@@ -65,16 +66,16 @@ def _loaded(
     trust_remote_code: bool,
     kernel: Kernel,
 ) -> MixedModel:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     bundle.base  # noqa: B018 (its index is checked before transformers joins paths with it)
     place = pick_device(device)
     chosen = pick_dtype(dtype, place, DTYPES[bundle.manifest.dtype])
     placer = CodedPlacer if _uses_kernel(kernel, bundle, place, chosen) else Placer
     try:
-        hf = AutoModelForCausalLM.from_pretrained(
-            bundle.path, dtype=chosen, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        opener = opener_of(AutoConfig.from_pretrained(bundle.path, **options))
+        hf = opener.from_pretrained(bundle.path, dtype=chosen, **options)
     except Exception as error:  # an unknown architecture, or a configuration that the weights do not fit
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{bundle.path}: transformers cannot load it ({reason})") from None
