@@ -149,7 +149,9 @@ def _label(name: str) -> str:
 
 
 def _own(vocabulary: Vocabulary, shared: Mapping[int, str]) -> Ranges:
+    """Rows whose token is not the bundle's, or that stand for one in one of the two alone."""
     tokens = vocabulary.tokens
     if tokens is None:
         return ()
-    return ranges_of([row for row in sorted(shared) if row < vocabulary.size and tokens.get(row) != shared[row]])
+    rows = sorted(row for row in {*shared, *tokens} if row < vocabulary.size)
+    return ranges_of([row for row in rows if tokens.get(row) != shared.get(row)])
