@@ -116,7 +116,7 @@ def test_an_expert_comes_goes_and_is_held_against_its_source(gpt_oss: dict[str, 
     bundle = merged({name: gpt_oss[name] for name in ("e0", "e1")}, tmp_path / "bundle")
     base = (tmp_path / "bundle" / "model.safetensors").read_bytes()
     added = add_expert(bundle, "e2", gpt_oss["e2"])
-    assert added.relative_error < 0.1
+    assert 0 < added.fresh_relative_error <= added.relative_error < 0.5
     assert verify(added.bundle, sources=True).problems == []
     summary = inspect_bundle(added.bundle)
     assert summary.storage == {"low_rank": 2 * (4 + 2 * 4)}  # of two layers: attention, and two matrices a block expert
