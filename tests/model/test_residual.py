@@ -196,12 +196,12 @@ def test_a_block_of_a_mixture_keeps_rho(dtype: torch.dtype, experts: list[Any]) 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 def test_a_whole_matrix_of_an_expert_s_own_leaves_nothing_of_the_base(dtype: torch.dtype) -> None:
-    base, own, x = normal(6, OUT).to(dtype), normal(OUT, IN).to(dtype), normal(6, IN).to(dtype)
-    residual = SlabResidual(slice(0, OUT), [None] * 3, [1.0] * 3, [None, own, None])
+    base, whole, x = normal(6, OUT).to(dtype), normal(OUT, IN).to(dtype), normal(6, IN).to(dtype)
+    residual = SlabResidual(slice(0, OUT), [None] * 3, [1.0] * 3, [None, whole, None])
     rows = assigned(["e1", "e0", None, "e1", "e2", "e1"], 6).weights
     y = base.clone()
     add_mixed(y, mixed_ratio(rows, residual.scales), residual.terms(x, rows, range(3)))
-    expected = torch.where((rows[:, 1] == 1)[:, None], F.linear(x, own), base)
+    expected = torch.where((rows[:, 1] == 1)[:, None], F.linear(x, whole), base)
     torch.testing.assert_close(y, expected, atol=1e-5 if dtype == torch.float32 else 0, rtol=0)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ..bundle.bundle import Bundle, ExpertReader
 from ..bundle.files import DTYPE_NAMES, Entry, raw_bytes
-from ..bundle.manifest import BundleLayer, stored_layers, stored_shape
+from ..bundle.manifest import BundleLayer, stored_layers
 from ..bundle.personas import write_model_files
 from ..bundle.place import settled
 from ..bundle.reading import steady
@@ -23,7 +23,7 @@ def export_dense(
     bundle: Bundle | str | Path, expert: str, output: str | Path, *, dtype: str | None = None, overwrite: bool = False
 ) -> Path:
     """Writes an expert as an ordinary checkpoint that transformers (and llama.cpp's converter) opens, with its own
-    tokenizer, chat template, generation settings and configuration.
+    vocabulary, tokenizer, chat template, generation settings and configuration.
 
     Args:
         dtype: "float32", "bfloat16" or "float16"; by default every tensor's own.
@@ -35,19 +35,25 @@ def export_dense(
     bundle.expert_folder(expert)
     reader, target = bundle.expert_reader(expert), dtype_of(dtype) if dtype else None
     stored = stored_layers(bundle.manifest.layers)
-    entries = [_entry(bundle, name, layers, target or _dtype(reader, layers)) for name, layers in stored.items()]
-    needed = sum(entry[3] for entry in entries)
+    entries = [
+        _entry(reader, bundle, name, layers, target or _dtype(reader, layers)) for name, layers in stored.items()
+    ]
+    needed = sum(entry.bytes for entry in entries)
     with placed(output, overwrite=overwrite, needed=needed) as staged, steady(bundle):
         persona = bundle.persona(expert)
         tied = bool(bundle.persona().config.get("tie_word_embeddings"))
-        config = bundle_config(persona.config, dtype=dtype or bundle.manifest.dtype, tied=tied, code=True)
+        rows = bundle.vocabulary(expert) or (
+            bundle.table_rows if any(x.table for x in bundle.manifest.layers) else None
+        )
+        chosen = dtype or bundle.manifest.dtype
+        config = bundle_config(persona.config, dtype=chosen, tied=tied, code=True, vocabulary=rows)
         if bundle.manifest.experts[expert].persona:
             write_model_files(bundle.path, staged, persona, config)
         else:
             copy_model_files(bundle.path, staged, config, code=True)
 
         def content(index: int) -> Iterator[bytes]:
-            layers = stored[entries[index][0]]
+            layers = stored[entries[index].key]
             for layer in layers:
                 tensor = reader.read(layer.tensor)
                 if tensor.is_floating_point():
@@ -63,9 +69,11 @@ def _dtype(reader: ExpertReader, layers: Sequence[BundleLayer]) -> torch.dtype |
     return reader.dtype(layers[0].tensor)
 
 
-def _entry(bundle: Bundle, name: str, layers: Sequence[BundleLayer], dtype: torch.dtype | None) -> Entry:
-    info, shape = bundle.base.tensors[layers[0].tensor], stored_shape(layers)
+def _entry(
+    reader: ExpertReader, bundle: Bundle, name: str, layers: Sequence[BundleLayer], dtype: torch.dtype | None
+) -> Entry:
+    first = layers[0]
+    info, shape = bundle.base.tensors[first.tensor], first.slice.shape if first.slice else reader.shape(name)
     if info.dtype is None or dtype is None:  # integers and the like keep their own type
-        width = bundle.base_tensor(layers[0].tensor).element_size()
-        return name, info.stored_as, shape, info.numel * width
-    return name, DTYPE_NAMES[dtype], shape, math.prod(shape) * dtype.itemsize
+        return Entry(name, info.stored_as, shape, info.numel * bundle.base_tensor(first.tensor).element_size())
+    return Entry(name, DTYPE_NAMES[dtype], shape, math.prod(shape) * dtype.itemsize)

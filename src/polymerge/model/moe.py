@@ -29,7 +29,7 @@ class SlabResidual:
         rows: which rows of the block expert's slab the matrix is.
         factors: for every expert (A [r, in], B [out, r]) or None.
         ratios: rho of every expert.
-        own: for every expert its own whole matrix, or None.
+        matrices: for every expert its own whole matrix, or None.
         scales: [N + 1] float32, what the base counts for in every expert and in the average: rho, or 0 beside a whole
             matrix.
     """
@@ -37,41 +37,43 @@ class SlabResidual:
     rows: slice
     factors: list[tuple[Tensor, Tensor] | None]
     ratios: list[float]
-    own: list[Tensor | None] = field(default_factory=list)
+    matrices: list[Tensor | None] = field(default_factory=list)
     scales: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        whole = [value is not None for value in self.own] or [False] * len(self.ratios)
+        whole = [value is not None for value in self.matrices] or [False] * len(self.ratios)
         self.scales = torch.tensor([*(0.0 if w else r for w, r in zip(whole, self.ratios, strict=True)), 1.0])
 
     def terms(self, x: Tensor, rows: Tensor, experts: Iterable[int]) -> Iterator[Term]:
         """What these experts have beyond the base, for tokens x [t, in] with their weights in each, rows [t, N + 1]."""
         for n in experts:
-            factor, own = self.factors[n], self.own[n] if self.own else None
+            factor, matrix = self.factors[n], self.matrices[n] if self.matrices else None
             share = rows[:, n : n + 1]
-            if own is not None:
-                yield Term(x, None, own, share)
+            if matrix is not None:
+                yield Term(x, None, matrix, share)
             elif factor:
                 yield Term(x, *factor, share)
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """To another device or dtype."""
         self.factors = [(fn(factor[0]), fn(factor[1])) if factor else None for factor in self.factors]
-        self.own = [fn(whole) if whole is not None else None for whole in self.own]
-        places = [factor[0].device for factor in self.factors if factor] + [w.device for w in self.own if w is not None]
+        self.matrices = [fn(whole) if whole is not None else None for whole in self.matrices]
+        places = [factor[0].device for factor in self.factors if factor] + [
+            w.device for w in self.matrices if w is not None
+        ]
         self.scales = self.scales.to(places[0]) if places else self.scales
 
     def turned(self) -> SlabResidual:
         """Of the transposed matrix, where this is the whole slab's."""
         factors = [(factor[1].T, factor[0].T) if factor else None for factor in self.factors]
-        own = [value.T if value is not None else None for value in self.own]
-        return SlabResidual(slice(None), factors, self.ratios, own)
+        matrices = [value.T if value is not None else None for value in self.matrices]
+        return SlabResidual(slice(None), factors, self.ratios, matrices)
 
     def dense(self, base: Tensor, weights: Weights) -> Tensor:
         """The whole matrix [out, in] of a row with these weights of the experts, the average's last."""
         total = weights[-1] * base.float()
         for n, weight in enumerate(weights[:-1]):
-            whole, factor = self.own[n] if self.own else None, self.factors[n]
+            whole, factor = self.matrices[n] if self.matrices else None, self.factors[n]
             if not weight:
                 continue
             total += weight * (self.ratios[n] * base.float() if whole is None else whole.float())
@@ -190,13 +192,13 @@ class Piece:
 
     Attributes:
         target: the rows of the parameter, counted over all dimensions but the last.
-        factors, ratios, own: as SlabResidual's, for these rows.
+        factors, ratios, matrices: as SlabResidual's, for these rows.
     """
 
     target: Tensor
     factors: list[tuple[Tensor, Tensor] | None]
     ratios: list[float]
-    own: list[Tensor | None]
+    matrices: list[Tensor | None]
 
     @classmethod
     def of(
@@ -204,7 +206,7 @@ class Piece:
         part: Part,
         factors: Sequence[tuple[Tensor, Tensor] | None],
         ratios: list[float],
-        own: Sequence[Tensor | None],
+        tensors: Sequence[Tensor | None],
         *,
         transposed: bool = False,
     ) -> Piece:
@@ -215,7 +217,7 @@ class Piece:
         """
         turned = [(f[1].T, f[0].T) if f and part.transposed != transposed else f for f in factors]
         source = part.source
-        whole = [_rows(v, part.transposed)[source.to(v.device)] if v is not None else None for v in own]
+        whole = [_rows(v, part.transposed)[source.to(v.device)] if v is not None else None for v in tensors]
         return cls(
             part.target,
             [(f[0], f[1][source.to(f[1].device)]) if f else None for f in turned],
@@ -238,7 +240,7 @@ class FusedWeight(OwnTensor):
     def __init__(self, module: nn.Module, name: str, pieces: Sequence[Piece]) -> None:
         super().__init__(module, name, [])
         self.pieces = pieces
-        self.residuals = [SlabResidual(slice(None), piece.factors, piece.ratios, piece.own) for piece in pieces]
+        self.residuals = [SlabResidual(slice(None), piece.factors, piece.ratios, piece.matrices) for piece in pieces]
 
     def of(self, weights: Weights) -> Tensor:
         whole: Tensor = self.home[self.name].detach().clone()
@@ -254,7 +256,7 @@ class FusedWeight(OwnTensor):
 
 
 def layout_of(inner: nn.Module) -> Layout | None:
-    """How MixedBlockExperts computes a block; None where it cannot. Of its shapes, and tried, of its arithmetic."""
+    """How MixedBlockExperts computes a block; None where it cannot. By its shapes, and by trying it."""
     parameters = dict(inner.named_parameters(recurse=False))
     first = "up_proj" if "up_proj" in parameters else "gate_up_proj"
     biases = {name: f"{name}_bias" for name in (first, "down_proj") if f"{name}_bias" in parameters}

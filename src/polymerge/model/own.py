@@ -143,13 +143,13 @@ class OwnNorm(nn.Module):
 
     inner: Any
 
-    def __init__(self, state: Assignment, inner: nn.Module, own: Mapping[str, Sequence[Tensor | None]]) -> None:
+    def __init__(self, state: Assignment, inner: nn.Module, tensors: Mapping[str, Sequence[Tensor | None]]) -> None:
         super().__init__()
         self.state = state
         self.__dict__["inner"], self._forward = inner, inner.forward
         self._plain = not _weight_may_follow_rows(inner)
         for name, base in inner.named_parameters():
-            values = [*own.get(name, [None] * len(state.names)), None]
+            values = [*tensors.get(name, [None] * len(state.names)), None]
             table = torch.stack([base.data if v is None else v.to(base.data) for v in values])  # [N + 1, H]
             self.register_buffer(f"{name}_table", table, persistent=False)
         take_forward(inner, self.forward)

@@ -300,8 +300,8 @@ def _known_names(
 def _kept_in_float32(model: PreTrainedModel) -> Callable[[str], bool]:
     """Whether transformers loads a parameter in float32 into a model in 16 bits, by its own patterns."""
     patterns = sorted(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    found = re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns)) if patterns else None
-    return lambda name: found is not None and found.search(name) is not None
+    kept = re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns)) if patterns else None
+    return lambda name: kept is not None and kept.search(name) is not None
 
 
 def _roles(model: PreTrainedModel) -> dict[str, tuple[Role, bool]]:
