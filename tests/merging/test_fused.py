@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from polymerge import Bundle, add_expert, export_dense, export_peft, export_vllm, merge, remove_expert, verify
-from polymerge.bundle import manifest as manifest_module
 from polymerge.bundle.inspect import inspect_bundle
 from polymerge.bundle.manifest import Manifest
 from polymerge.errors import BundleError, ModelError
@@ -116,7 +115,7 @@ def test_an_expert_comes_goes_and_is_held_against_its_source(gpt_oss: dict[str, 
     bundle = merged({name: gpt_oss[name] for name in ("e0", "e1")}, tmp_path / "bundle")
     base = (tmp_path / "bundle" / "model.safetensors").read_bytes()
     added = add_expert(bundle, "e2", gpt_oss["e2"])
-    assert added.relative_error < 0.1
+    assert 0 < added.fresh_relative_error <= added.relative_error < 0.5
     assert verify(added.bundle, sources=True).problems == []
     summary = inspect_bundle(added.bundle)
     assert summary.storage == {"low_rank": 2 * (4 + 2 * 4)}  # of two layers: attention, and two matrices a block expert
@@ -159,11 +158,10 @@ def small(gpt_oss: dict[str, Path], tmp_path: Path) -> Bundle:
     return merged({name: gpt_oss[name] for name in ("e0", "e1")}, tmp_path / "small")
 
 
-def test_older_readers_refuse_by_the_number(small: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_version_is_one_that_older_readers_do_not_know(small: Bundle) -> None:
     assert small.manifest.format_version == 4
-    monkeypatch.setattr(manifest_module, "FORMAT_VERSIONS", (1, 2, 3))
-    with pytest.raises(BundleError, match="format version 4"):
-        Bundle.open(small.path)
+    with pytest.raises(ValueError, match="format version 3 does not fit"):
+        Manifest.model_validate(json.loads(small.manifest.to_json()) | {"format_version": 3})
 
 
 @pytest.mark.parametrize("lie", ["missing", "count", "shape", "name"])

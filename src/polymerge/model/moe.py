@@ -256,7 +256,7 @@ class FusedWeight(OwnTensor):
 
 
 def layout_of(inner: nn.Module) -> Layout | None:
-    """How MixedBlockExperts computes a fused block; None where it cannot. By its shapes, and by trying it."""
+    """How MixedBlockExperts computes a block; None where it cannot. By its shapes, and by trying it."""
     parameters = dict(inner.named_parameters(recurse=False))
     first = "up_proj" if "up_proj" in parameters else "gate_up_proj"
     biases = {name: f"{name}_bias" for name in (first, "down_proj") if f"{name}_bias" in parameters}
