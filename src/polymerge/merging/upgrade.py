@@ -20,7 +20,7 @@ from ..bundle.bundle import Bundle
 from ..bundle.files import SCRATCH, FileEntry, write_bytes, write_json
 from ..bundle.manifest import MANIFEST, Manifest, version_of
 from ..bundle.peft import adapter_config, coded_config
-from ..bundle.place import begin_work, check_own, discard_work, mark_of, publish, settled, work_folder
+from ..bundle.place import begin_work, check_own, discard_work, mark_of, publish, restore, settled, work_folder
 from ..bundle.verify import CHECKED_SETTINGS
 from ..bundle.write import write_manifest
 from ..errors import BundleError, OutputExistsError
@@ -76,9 +76,13 @@ def upgrade(bundle: Bundle | str | Path) -> Upgraded:
 
 def _check(bundle: Bundle) -> None:
     work = work_folder(bundle.path)
+    restore(bundle.path)
     check_own(work)
-    if (mark_of(work) or {"polymerge": KIND})["polymerge"] != KIND:
+    mark = mark_of(work)
+    if mark is not None and mark["polymerge"] != KIND:
         raise OutputExistsError(f"{work}: half-done work is in the way; end it with --resume, or delete it")
+    if mark is not None:  # an upgrade that was killed is not gone on with
+        discard_work(work)
     for name, what in bundle.damaged_files():
         raise BundleError(f"{bundle.path / name}: {what}; copy it again, then upgrade")
 
