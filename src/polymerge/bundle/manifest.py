@@ -19,12 +19,13 @@ from ..method.code import Code
 from ..method.codes import PUBLISHED, code_of
 from ..naming import check_expert_names, check_paths
 from ..recipe.merge import CodeName
+from ..recipe.rates import Rates
 from ..sources.persona import Group
 from .files import FileEntry
 
 FORMAT = "polymerge-bundle"
 # Version 1 holds residuals as published; version 2 differs only in that they have a code; version 3 in that experts
-# have personas, or tensors dtypes, of their own.
+# have personas, tensors dtypes, or layers compress rates of their own.
 FORMAT_VERSIONS = (1, 2, 3)
 MANIFEST = "polymerge.json"
 STATS = "merge_stats.jsonl"
@@ -40,7 +41,7 @@ class _Strict(BaseModel):
 class Method(_Strict):
     """How the bundle was merged."""
 
-    compress_rate: float
+    compress_rate: Rates
     code: CodeName = PUBLISHED
     scale: Literal["per_expert", "shared"]
     embeddings: Literal["keep", "average"]
@@ -152,7 +153,7 @@ class Manifest(_Strict):
         experts = {**self.experts, name: record}
         return self.model_copy(
             update={
-                "format_version": version_of(self.code, experts.values(), self.layers),
+                "format_version": version_of(self.method, self.code, experts.values(), self.layers),
                 "experts": experts,
                 "files": dict(sorted({**self.files, **files}.items())),
                 "scale_ratio_range": (
@@ -168,7 +169,7 @@ class Manifest(_Strict):
         experts = {n: record for n, record in self.experts.items() if n != name}
         return self.model_copy(
             update={
-                "format_version": version_of(self.code, experts.values(), self.layers),
+                "format_version": version_of(self.method, self.code, experts.values(), self.layers),
                 "experts": experts,
                 "files": {n: entry for n, entry in self.files.items() if not n.startswith(f"experts/{name}/")},
             }
@@ -191,17 +192,23 @@ class Manifest(_Strict):
         for dtype in {self.dtype, *(layer.dtype for layer in self.layers if layer.dtype)}:
             if dtype not in DTYPES:
                 raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-        if self.format_version != version_of(self.code, self.experts.values(), self.layers):
+        if self.format_version != version_of(self.method, self.code, self.experts.values(), self.layers):
             raise ValueError(
                 f"format version {self.format_version} does not fit code {self.method.code!r}, "
-                "the experts' personas and the tensors' dtypes"
+                "the experts' personas, the tensors' dtypes and the layers' rates"
             )
         return self
 
 
-def version_of(code: Code, experts: Iterable[ExpertRecord], layers: Iterable[BundleLayer]) -> Literal[1, 2, 3]:
+def version_of(
+    method: Method, code: Code, experts: Iterable[ExpertRecord], layers: Iterable[BundleLayer]
+) -> Literal[1, 2, 3]:
     """The lowest format version that has all this."""
-    if any(record.persona for record in experts) or any(layer.dtype for layer in layers):
+    if (
+        not isinstance(method.compress_rate, float)
+        or any(record.persona for record in experts)
+        or any(layer.dtype for layer in layers)
+    ):
         return 3
     return code.format_version
 

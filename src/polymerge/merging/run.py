@@ -198,11 +198,12 @@ def _manifest(
 ) -> Manifest:
     recipe = plan.recipe
     ratios, groups = ratios_of(notes), plan.personas.groups
+    method = Method(**recipe.model_dump(include=set(Method.model_fields)))
     experts = {n: expert_record(n, c, plan.tasks, notes, groups[n]) for n, c in plan.checkpoints.items()}
     return Manifest(
-        format_version=version_of(plan.code, experts.values(), layers),
+        format_version=version_of(method, plan.code, experts.values(), layers),
         polymerge_version=__version__,
-        method=Method(**recipe.model_dump(include=set(Method.model_fields))),
+        method=method,
         dtype=dtype_name(plan.dtype),
         architecture=architecture_of(plan.first.config),
         layers_from=plan.layer_map.layers_from,
