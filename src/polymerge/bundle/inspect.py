@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from ..recipe.rates import AnyRates
 from .alignment import read_alignment
 from .bundle import Bundle
 from .peft import PEFT_PREFIX
@@ -54,7 +54,7 @@ class Inspection:
     path: str
     architecture: str
     dtype: str
-    compress_rate: float
+    compress_rate: AnyRates
     code: str
     scale: str
     layers_from: str
@@ -143,12 +143,6 @@ def module_kind(module: str) -> str:
     """`q_proj` of `model.layers.3.self_attn.q_proj`; block experts are one kind (`experts.w1`)."""
     parts = [part for part in module.split(".") if not part.isdigit()]
     return ".".join(parts[-2:]) if len(parts) > 1 and parts[-2] == "experts" else parts[-1]
-
-
-def layer_number(module: str) -> int:
-    """The first number in a module's name, -1 where there is none."""
-    match = re.search(r"\.(\d+)\.", module)
-    return int(match[1]) if match else -1
 
 
 def _expert(bundle: Bundle, name: str, stats: list[dict[str, Any]]) -> ExpertSummary:

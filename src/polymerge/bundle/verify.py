@@ -162,7 +162,7 @@ def adapter_problems(bundle: Bundle, expert: str) -> Iterator[str]:
         elif not (math.isfinite(ratio) and ratio >= 0):
             yield f"expert {expert!r}: scale {ratio} of {tensor_name!r} is not a ratio"
     config = read_json(bundle.expert_folder(expert) / "adapter_config.json")
-    expected = _expected_config(bundle, expert)
+    expected = expected_config(bundle, expert)
     for key in CHECKED_SETTINGS:
         if config.get(key) != expected.get(key):
             yield f"expert {expert!r}: adapter_config.json's {key!r} does not fit the adapter's tensors"
@@ -187,7 +187,8 @@ def _finite(bundle: Bundle, layer: BundleLayer) -> bool:
     )
 
 
-def _expected_config(bundle: Bundle, expert: str) -> dict[str, Any]:
+def expected_config(bundle: Bundle, expert: str) -> dict[str, Any]:
+    """adapter_config.json as it follows from an expert's tensors."""
     manifest = bundle.manifest
     if not bundle.code.peft_readable:
         return coded_config(bundle.code)

@@ -112,6 +112,7 @@ def _data(bundle: Bundle, output: Path, searched: list[Found]) -> dict[str, Any]
 
 def _print(bundle: Bundle, output: Path, searched: list[Found], words: str) -> None:
     from ..bundle.inspect import alignments
+    from ..recipe.rates import in_words
     from .console import out, size
 
     sizes = bundle.sizes()
@@ -124,6 +125,6 @@ def _print(bundle: Bundle, output: Path, searched: list[Found], words: str) -> N
             f"{name}: {before:.2g} from {bundle.experts[0]} before it was aligned, {after:.2g} after", markup=False
         )
     for chosen in searched:
-        at = f"--compress-rate {chosen.recipe.compress_rate:g} --code {chosen.recipe.code}"
+        at = f"--compress-rate {in_words(chosen.recipe.compress_rate)} --code {chosen.recipe.code}"
         out.print(f"repeat: polymerge merge {words} {at}", markup=False, soft_wrap=True)
     out.print(f"next: polymerge inspect {output}", markup=False)

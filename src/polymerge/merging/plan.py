@@ -6,17 +6,19 @@ read here but headers, and nothing is known of how tensors are compressed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
 import torch
 
 from ..bundle.alignment import Alignment
+from ..errors import RecipeError
 from ..host import dtype_name
 from ..method.code import Code
 from ..method.codes import code_of
 from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, Source, load_recipe
+from ..recipe.rates import AnyRates, misfit
 from ..sources.axes import axes_of
 from ..sources.checkpoint import Checkpoint, architecture_of
 from ..sources.layers import LayerMap
@@ -159,13 +161,21 @@ def plan_merge(recipe: RecipeLike, *, weights: bool = True, **settings: Unpack[R
     notes += _vocabulary_notes(first.name, tables)
     widest = max(experts, key=lambda expert: expert.table_rows)
     tasks = tasks_for(frame_of(reference, widest), experts, recipe, tables)
+    _check_rates(recipe, tasks)
     dtype = bundle_dtype(recipe, checkpoints, tasks)
     tasks = with_dtypes(tasks, checkpoints, dtype)
     tied = untied is None
     return MergePlan(recipe, checkpoints, reference.layer_map, tasks, dtype, tied, tuple(notes), personas, tables)
 
 
-def replanned(plan: MergePlan, *, compress_rate: float, code: CodeName) -> MergePlan:
+def _check_rates(recipe: Recipe, tasks: Sequence[TensorTask]) -> None:
+    linear = (task.record for task in tasks if task.record.role == "linear")
+    reason = misfit(recipe.compress_rate, ((record.module, record.tensor) for record in linear))
+    if reason:
+        raise RecipeError(f"recipe: compress_rate: {reason}")
+
+
+def replanned(plan: MergePlan, *, compress_rate: AnyRates, code: CodeName) -> MergePlan:
     """The same experts at another rate and with another code, without opening them again."""
     recipe = plan.recipe.model_copy(update={"compress_rate": compress_rate, "code": code})
     tasks = [replace(task_of(t.record, t.shape, t.sources, recipe), dtype=t.dtype, tables=t.tables) for t in plan.tasks]

@@ -199,13 +199,14 @@ def _manifest(
 ) -> Manifest:
     recipe = plan.recipe
     ratios, groups = ratios_of(notes), plan.personas.groups
+    method = Method(**recipe.model_dump(include=set(Method.model_fields)))
     experts = {n: expert_record(n, c, plan.tasks, notes, groups[n]) for n, c in plan.checkpoints.items()}
     vocabulary = plan.tables.narrow(next(iter(experts))) if plan.tables else None
     layers = with_tables(layers, plan.tasks, experts.values(), vocabulary)
     return Manifest(
-        format_version=version_of(plan.code, experts.values(), layers, vocabulary),
+        format_version=version_of(method, plan.code, experts.values(), layers, vocabulary),
         polymerge_version=__version__,
-        method=Method(**recipe.model_dump(include=set(Method.model_fields))),
+        method=method,
         dtype=dtype_name(plan.dtype),
         architecture=architecture_of(plan.first.config),
         layers_from=plan.layer_map.layers_from,

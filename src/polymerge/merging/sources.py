@@ -56,7 +56,7 @@ def verify(
         compared = _checked_expert(bundle, candidate, moved.get(expert), result)
         if compared:
             checked[expert] = compared
-    if len(checked) == len(bundle.experts) and made_of_these(bundle):
+    if result.ok and made_of_these(bundle):
         if progress:
             progress("the average against the sources")
         makers = {expert: checkpoint for expert, (checkpoint, _) in checked.items()}

@@ -19,9 +19,8 @@ from typing import Any
 from ..bundle.bundle import Bundle
 from ..bundle.files import SCRATCH, FileEntry, write_bytes, write_json
 from ..bundle.manifest import MANIFEST, Manifest, version_of
-from ..bundle.peft import adapter_config, coded_config
 from ..bundle.place import begin_work, check_own, discard_work, mark_of, publish, restore, settled, work_folder
-from ..bundle.verify import CHECKED_SETTINGS
+from ..bundle.verify import CHECKED_SETTINGS, expected_config
 from ..bundle.write import write_manifest
 from ..errors import BundleError, OutputExistsError
 from ..sources.checkpoint import read_json
@@ -90,17 +89,13 @@ def _check(bundle: Bundle) -> None:
 def _settings(bundle: Bundle, expert: str) -> dict[str, Any] | None:
     """adapter_config.json as it follows from the expert's tensors; None where it says the same already."""
     stored = read_json(bundle.expert_folder(expert) / "adapter_config.json")
-    if bundle.code.peft_readable:
-        shapes, tied = bundle.adapter_shapes(expert), bundle.manifest.tied_embedding
-        said = adapter_config(shapes.items(), bundle.layers.values(), tied_embedding=tied)
-    else:
-        said = coded_config(bundle.code)
+    said = expected_config(bundle, expert)
     return said if any(stored.get(key) != said.get(key) for key in CHECKED_SETTINGS) else None
 
 
 def _manifest(bundle: Bundle) -> Manifest:
     manifest = bundle.manifest
-    version = version_of(bundle.code, manifest.experts.values(), manifest.layers)
+    version = version_of(manifest.method, bundle.code, manifest.experts.values(), manifest.layers, manifest.vocabulary)
     return manifest.model_copy(update={"format_version": version, "polymerge_version": __version__})
 
 
