@@ -150,7 +150,8 @@ ROUTER: dict[str, Any] = {
 PROBE = {"ids": [1], "expert": [], "average": []}
 SERVED = {"adapter": "adapters/e0", "kl": 0, "kl_unfolded": 0, "kl_average": 0, "same_token": 1, "probe": PROBE}
 VLLM: dict[str, Any] = {
-    "format_version": 1, "polymerge_version": "0", "bundle": "0", "dtype": "float32", "max_lora_rank": 8, "target_modules": ["q_proj"],
+    "format_version": 1, "polymerge_version": "0", "bundle": "0", "dtype": "float32", "max_lora_rank": 8,
+    "target_modules": ["q_proj"],
     "head_adapters": False, "base_bytes": 1, "slot_bytes": 1, "calibration_tokens": 1, "experts": {"e0": SERVED},
     "lost": [],
 }  # fmt: skip

@@ -38,6 +38,14 @@ def test_a_mixtures_matrices_and_nothing_else(architecture: str) -> None:
     assert {name.rpartition(".")[2]: what for name, what in fused.items()} == RULE[architecture]
 
 
+@pytest.mark.parametrize(("architecture", "said"), [("xlnet", "rel_attn"), ("granitemoe", ""), ("kimi_linear", "")])
+def test_what_is_kept_whole_and_large_is_said(architecture: str, said: str, tmp_path: Path) -> None:
+    whole = open_checkpoint(make_experts(architecture, tmp_path, count=1)["e0"])
+    notes = [note for note in by_matrices(whole)[1].notes if "kept whole" in note]
+    assert len(notes) == bool(said)
+    assert all(said in note and "no mixture's matrices" in note for note in notes)
+
+
 @pytest.mark.parametrize("architecture", ["granitemoe", "dbrx"])
 def test_slices_are_the_matrices_and_their_rows(architecture: str, tmp_path: Path) -> None:
     whole = open_checkpoint(make_experts(architecture, tmp_path, count=1)["e0"])

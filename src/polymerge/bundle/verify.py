@@ -16,9 +16,9 @@ from torch import Tensor
 from ..errors import BundleError, SourceError
 from ..host import DTYPES
 from ..sources.checkpoint import read_json
-from ..sources.layers import map_layers
+from ..sources.fused import by_matrices
 from .alignment import alignment_problems
-from .bundle import Bundle
+from .bundle import Bundle, base_of
 from .manifest import BundleLayer
 from .peft import adapter_config, coded_config
 from .personas import persona_problems
@@ -114,14 +114,17 @@ def architecture_problems(bundle: Bundle) -> Iterator[str]:
     """Where the manifest's tensors are not those that transformers' model of the bundle's config.json has."""
     manifest = bundle.manifest
     try:
-        layer_map = map_layers(bundle.base)
+        _, layer_map = by_matrices(base_of(bundle.path, ()), whole=bundle.layers)
     except SourceError as error:
         yield f"base: {error}"
         return
     if layer_map.layers_from != manifest.layers_from:  # code of its own, or another transformers
         return
     for layer in manifest.layers:
-        record = layer_map.records[layer.tensor]
+        record = layer_map.records.get(layer.tensor)
+        if record is None:
+            yield f"base: tensor {layer.tensor!r} is no matrix of a mixture of experts"
+            continue
         said = (layer.module, layer.parameter, layer.role, layer.transposed)
         if record.known and said != (record.module, record.parameter, record.role, record.transposed):
             yield (
