@@ -7,7 +7,7 @@ Knows the format (docs/format.md). Does not know how a bundle is made (`polymerg
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from ..host import DTYPES
 from ..method.code import Code
 from ..method.dense import dense
 from ..sources.checkpoint import Checkpoint, open_folder, read_json
+from ..sources.fused import SlicedCheckpoint
 from ..sources.persona import Persona, read_persona
 from .lock import come_back
 from .manifest import MANIFEST, SCALES_FILE, STATS, BundleLayer, Manifest, read_manifest
@@ -123,9 +124,9 @@ class Bundle:
 
     @cached_property
     def base(self) -> Checkpoint:
-        """The average as a checkpoint; its index is checked against its folder."""
+        """The average as a checkpoint, matrix by matrix as in the manifest; its index is checked against its folder."""
         try:
-            return open_folder(self.path, label=str(self.path))
+            return base_of(self.path, self.manifest.layers)
         except SourceError as error:
             raise BundleError(str(error)) from None
 
@@ -158,24 +159,24 @@ class Bundle:
             coded: modules whose factors come as they are stored.
         """
         with _opened(self.expert_file(expert)) as handle:
-            found = {adapter_name(key): handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+            tensors = {adapter_name(key): handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
         for layer in self._tables:
             key = f"{layer.module}.{layer.parameter}"
-            if key in found:
-                found[key] = self.whole_table(expert, layer, found[key])
+            if key in tensors:
+                tensors[key] = self.whole_table(expert, layer, tensors[key])
         if self.code.peft_readable:
-            return found
+            return tensors
         dtype = DTYPES[self.manifest.dtype]
         for layer in self._linear:
             if layer.module in coded:
                 continue
-            factors = self.factors(expert, layer, found.get)
+            factors = self.factors(expert, layer, tensors.get)
             for suffix in self.code.suffixes:
-                found.pop(f"{layer.module}.{suffix}", None)
+                tensors.pop(f"{layer.module}.{suffix}", None)
             if factors:
                 b, a = factors
-                found |= {f"{layer.module}.lora_A.weight": a.to(dtype), f"{layer.module}.lora_B.weight": b.to(dtype)}
-        return found
+                tensors |= {f"{layer.module}.lora_A.weight": a.to(dtype), f"{layer.module}.lora_B.weight": b.to(dtype)}
+        return tensors
 
     def whole_table(self, expert: str, layer: BundleLayer, stored: Tensor) -> Tensor:
         """An expert's table in the bundle's size: where only its own rows are stored, the others are the average's.
@@ -210,16 +211,16 @@ class Bundle:
         """Shapes of what `adapter` gives, from the file's header alone; of a table of which a few rows are stored,
         theirs."""
         with _opened(self.expert_file(expert)) as handle:
-            found = {adapter_name(key): tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+            shapes = {adapter_name(key): tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
         if self.code.peft_readable:
-            return found
+            return shapes
         for layer in self._linear:
-            stored = [found.pop(f"{layer.module}.{suffix}", None) for suffix in self.code.suffixes]
+            stored = [shapes.pop(f"{layer.module}.{suffix}", None) for suffix in self.code.suffixes]
             if stored[0]:
                 out_features, in_features = layer.matrix_shape
-                found[f"{layer.module}.lora_A.weight"] = (stored[0][0], in_features)
-                found[f"{layer.module}.lora_B.weight"] = (out_features, stored[0][0])
-        return found
+                shapes[f"{layer.module}.lora_A.weight"] = (stored[0][0], in_features)
+                shapes[f"{layer.module}.lora_B.weight"] = (out_features, stored[0][0])
+        return shapes
 
     def factors(
         self, expert: str, layer: BundleLayer, get: Callable[[str], Tensor | None]
@@ -315,8 +316,8 @@ class Bundle:
         """(file, what is wrong) for every file whose content is not the manifest's. Reads the whole bundle."""
         for name, entry in self.manifest.files.items():
             with (self.path / name).open("rb") as handle:
-                found = hashlib.file_digest(handle, "sha256").hexdigest()
-            if found != entry.sha256:
+                digest = hashlib.file_digest(handle, "sha256").hexdigest()
+            if digest != entry.sha256:
                 yield name, "its SHA-256 is not the manifest's; the file was changed or damaged"
 
 
@@ -346,10 +347,10 @@ class ExpertReader:
 
     def _whole(self, layer: BundleLayer) -> Tensor:
         tensor = layer.tensor
-        own = self._get(f"{layer.module}.{layer.parameter}")
-        if own is not None:
-            own = self._bundle.whole_table(self._expert, layer, own) if layer.table else own
-            return own.float() if own.is_floating_point() else own
+        whole = self._get(f"{layer.module}.{layer.parameter}")
+        if whole is not None:
+            whole = self._bundle.whole_table(self._expert, layer, whole) if layer.table else whole
+            return whole.float() if whole.is_floating_point() else whole
         base = self._bundle.base_tensor(tensor)
         if not base.is_floating_point():
             return base
@@ -359,7 +360,11 @@ class ExpertReader:
             return base if difference is None else base + difference.float()
         if layer.role != "linear":
             return base
-        return dense(base, self._scales.get(tensor, 1.0), self.factors(tensor), transposed=layer.transposed)
+        return dense(base, self.ratio(tensor), self.factors(tensor), transposed=layer.transposed)
+
+    def ratio(self, tensor: str) -> float:
+        """rho_i of a linear weight; 1 where none is stored."""
+        return self._scales.get(tensor, 1.0)
 
     def dtype(self, tensor: str) -> torch.dtype | None:
         """What a tensor of the expert is in; None for one that is no number."""
@@ -382,6 +387,12 @@ class ExpertReader:
         with _opened(self._file) as handle:
             value: Tensor = handle.get_tensor(stored).clone()
             return value
+
+
+def base_of(folder: Path, layers: Iterable[BundleLayer]) -> Checkpoint:
+    """The average's weights in a bundle's folder, matrix by matrix as in the layers."""
+    base, slices = open_folder(folder, label=str(folder)), {x.tensor: x.slice for x in layers if x.slice}
+    return SlicedCheckpoint(base, slices) if slices else base
 
 
 def _opened(file: Path) -> Any:

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..errors import BundleError
 from ..host import DTYPES
@@ -21,12 +21,14 @@ from ..method.codes import PUBLISHED, code_of
 from ..naming import check_expert_names, check_paths
 from ..recipe.merge import CodeName
 from ..sources.persona import Group
+from ..sources.slices import Slice
 from .files import FileEntry
+from .versioned import read_versioned
 
 FORMAT = "polymerge-bundle"
 # Version 1 holds residuals as published; version 2 differs only in that they have a code; version 3 in that experts
-# have personas, or tensors dtypes, of their own; version 4 in that experts have other rows or tokens in their tables.
-FORMAT_VERSIONS = (1, 2, 3, 4)
+# have personas, or tensors dtypes, of their own; version 4 in that tensors are stored with others in one, or that
+# experts have other rows or tokens in their tables.
 FormatVersion = Literal[1, 2, 3, 4]
 MANIFEST = "polymerge.json"
 STATS = "merge_stats.jsonl"
@@ -97,6 +99,7 @@ class BundleLayer(_Strict):
         rank: of the residuals; 0 for a tensor that has none.
         mean_scale: s̄, the mean Frobenius norm of the experts' tensors, for linear weights.
         dtype: of its own; None where it is the bundle's.
+        slice: where it lies, of a matrix that the base stores in one tensor with others.
         table: has a row a token, and experts have other rows or tokens.
     """
 
@@ -109,6 +112,7 @@ class BundleLayer(_Strict):
     rank: Annotated[int, Field(ge=0)]
     mean_scale: float | None = None
     dtype: str | None = None
+    slice: Slice | None = None
     table: bool = False
 
     @property
@@ -121,7 +125,15 @@ class BundleLayer(_Strict):
     def _linear_is_a_matrix(self) -> BundleLayer:
         if self.role == "linear" and (len(self.shape) != 2 or self.mean_scale is None):
             raise ValueError(f"{self.tensor!r} is no matrix with a scale, as a linear weight is")
+        if self.slice and not _lies_in(self, self.slice):
+            raise ValueError(f"{self.tensor!r} is no matrix of {self.slice.tensor!r}")
         return self
+
+
+def _lies_in(layer: BundleLayer, place: Slice) -> bool:
+    whole = place.shape
+    fits = len(whole) in (2, 3) and 0 <= place.index < place.count and not (whole[0] % place.count)
+    return fits and place.matrix_shape == layer.shape and place.name == layer.tensor and layer.role == "linear"
 
 
 class Manifest(_Strict):
@@ -161,7 +173,7 @@ class Manifest(_Strict):
             data["experts"][name] = {key: value for key, value in record.items() if value not in (None, [])}
         if self.vocabulary is None:
             del data["vocabulary"]
-        unsaid = {"dtype": None, "table": False}
+        unsaid = {"dtype": None, "slice": None, "table": False}
         data["layers"] = [{k: v for k, v in layer.items() if unsaid.get(k, ...) != v} for layer in data["layers"]]
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
@@ -227,17 +239,44 @@ class Manifest(_Strict):
         if self.format_version != version_of(self.code, self.experts.values(), self.layers, self.vocabulary):
             raise ValueError(
                 f"format version {self.format_version} does not fit code {self.method.code!r}, "
-                "the experts' personas and vocabularies, and the tensors' dtypes"
+                "the experts' personas and vocabularies, the tensors' dtypes and their slices"
             )
         return self
 
+    @model_validator(mode="after")
+    def _slices_are_whole(self) -> Manifest:
+        for name, parts in stored_layers(self.layers).items():
+            places = [part.slice for part in parts if part.slice]
+            numbers = [place.index for place in places]
+            if places and (numbers != list(range(places[0].count)) or len({(p.shape, p.count) for p in places}) > 1):
+                raise ValueError(f"the matrices of {name!r} are not all there")
+        return self
+
+
+def stored_layers(layers: Iterable[BundleLayer]) -> dict[str, list[BundleLayer]]:
+    """The tensors of the base as they are stored -> what each holds: itself, or matrices in their order."""
+    stored: dict[str, list[BundleLayer]] = {}
+    for layer in layers:
+        stored.setdefault(layer.slice.tensor if layer.slice else layer.tensor, []).append(layer)
+    return stored
+
+
+def stored_shape(layers: Sequence[BundleLayer]) -> tuple[int, ...]:
+    """Of a stored tensor, from what it holds."""
+    first = layers[0]
+    return first.slice.shape if first.slice else first.shape
+
 
 def version_of(
-    code: Code, experts: Iterable[ExpertRecord], layers: Iterable[BundleLayer], vocabulary: int | None = None
+    code: Code, experts: Iterable[ExpertRecord], layers: Sequence[BundleLayer], vocabulary: int | None = None
 ) -> FormatVersion:
     """The lowest format version that has all this."""
     experts = list(experts)
-    if vocabulary or any(record.vocabulary or record.rows for record in experts):
+    if (
+        vocabulary
+        or any(layer.slice for layer in layers)
+        or any(record.vocabulary or record.rows for record in experts)
+    ):
         return 4
     if any(record.persona for record in experts) or any(layer.dtype for layer in layers):
         return 3
@@ -249,22 +288,6 @@ def read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     if not path.is_dir():
         raise BundleError(f"{path}: no such folder; make one with `polymerge merge recipe.yaml -o {path}`")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BundleError(
-            f"{path}: has no {MANIFEST}, so it is not a bundle; a plain checkpoint is merged first"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{file}: cannot be read: {error}") from None
-    version = data.get("format_version") if isinstance(data, dict) else None
-    if version not in FORMAT_VERSIONS:
-        known = f"{', '.join(map(str, FORMAT_VERSIONS[:-1]))} and {FORMAT_VERSIONS[-1]}"
-        raise BundleError(f"{file}: format version {version!r}; this polymerge reads versions {known}")
-    try:
-        return Manifest.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
-        raise BundleError(f"{file}: {where}: {reason}; the manifest was changed by hand or damaged") from None
+    missing = f"{path}: has no {MANIFEST}, so it is not a bundle; a plain checkpoint is merged first"
+    fix = "the manifest was changed by hand or damaged"
+    return read_versioned(Manifest, file, error=BundleError, missing=missing, fix=fix)

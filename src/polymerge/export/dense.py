@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from ..bundle.bundle import Bundle, ExpertReader
 from ..bundle.files import DTYPE_NAMES, Entry, raw_bytes
+from ..bundle.manifest import BundleLayer, stored_layers
 from ..bundle.personas import write_model_files
 from ..bundle.place import settled
 from ..bundle.reading import steady
@@ -33,8 +34,11 @@ def export_dense(
     bundle, output = Bundle.open(bundle), settled(output)
     bundle.expert_folder(expert)
     reader, target = bundle.expert_reader(expert), dtype_of(dtype) if dtype else None
-    entries = [_entry(bundle, reader, tensor, target or reader.dtype(tensor)) for tensor in bundle.layers]
-    needed = sum(entry[3] for entry in entries)
+    stored = stored_layers(bundle.manifest.layers)
+    entries = [
+        _entry(reader, bundle, name, layers, target or _dtype(reader, layers)) for name, layers in stored.items()
+    ]
+    needed = sum(entry.bytes for entry in entries)
     with placed(output, overwrite=overwrite, needed=needed) as staged, steady(bundle):
         persona = bundle.persona(expert)
         tied = bool(bundle.persona().config.get("tie_word_embeddings"))
@@ -46,19 +50,27 @@ def export_dense(
             copy_model_files(bundle.path, staged, config, code=True)
 
         def content(index: int) -> Iterator[bytes]:
-            name = entries[index][0]
-            tensor = reader.read(name)
-            if tensor.is_floating_point():
-                tensor = tensor.to(target or reader.dtype(name))
-            yield bytes(raw_bytes(tensor))
+            layers = stored[entries[index].key]
+            for layer in layers:
+                tensor = reader.read(layer.tensor)
+                if tensor.is_floating_point():
+                    tensor = tensor.to(target or _dtype(reader, layers))
+                yield bytes(raw_bytes(tensor))
 
         write_weights(staged, entries, content)
     return output
 
 
-def _entry(bundle: Bundle, reader: ExpertReader, tensor: str, dtype: torch.dtype | None) -> Entry:
-    info = replace(bundle.base.tensors[tensor], shape=reader.shape(tensor))
+def _dtype(reader: ExpertReader, layers: Sequence[BundleLayer]) -> torch.dtype | None:
+    """Of a stored tensor: all matrices in it have one."""
+    return reader.dtype(layers[0].tensor)
+
+
+def _entry(
+    reader: ExpertReader, bundle: Bundle, name: str, layers: Sequence[BundleLayer], dtype: torch.dtype | None
+) -> Entry:
+    first = layers[0]
+    info, shape = bundle.base.tensors[first.tensor], first.slice.shape if first.slice else reader.shape(name)
     if info.dtype is None or dtype is None:  # integers and the like keep their own type
-        width = bundle.base_tensor(tensor).element_size()
-        return tensor, info.stored_as, info.shape, info.numel * width
-    return tensor, DTYPE_NAMES[dtype], info.shape, info.numel * dtype.itemsize
+        return Entry(name, info.stored_as, shape, info.numel * bundle.base_tensor(first.tensor).element_size())
+    return Entry(name, DTYPE_NAMES[dtype], shape, math.prod(shape) * dtype.itemsize)

@@ -17,12 +17,12 @@ from ..method.code import Code
 from ..method.codes import code_of
 from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, Source, load_recipe
 from ..sources.checkpoint import Checkpoint, architecture_of
-from ..sources.layers import LayerMap, map_layers
+from ..sources.layers import LayerMap
 from ..sources.opening import open_checkpoint
 from ..sources.outline import OutlineCheckpoint, outline
 from .personas import Personas, personas_of
 from .precision import bundle_dtype, with_dtypes
-from .treatment import Expert, TensorTask, check_settings, frame_of, task_of, tasks_for, with_differences
+from .treatment import TensorTask, check_settings, expert_of, frame_of, task_of, tasks_for, with_differences
 from .vocabulary import Tables, merged_tables
 
 
@@ -129,11 +129,12 @@ def plan_merge(recipe: RecipeLike, *, weights: bool = True, **settings: Unpack[R
         RecipeError: the recipe cannot be used. SourceError: naming the first tensors or settings that differ.
     """
     recipe = load_recipe(recipe, **settings)
-    checkpoints = {name: _opened(recipe, source, weights) for name, source in recipe.experts.items()}
-    experts = [Expert(n, c, map_layers(c, trust_remote_code=recipe.trust_remote_code)) for n, c in checkpoints.items()]
+    opened = {name: _opened(recipe, source, weights) for name, source in recipe.experts.items()}
+    experts = [expert_of(n, c, trust_remote_code=recipe.trust_remote_code) for n, c in opened.items()]
+    checkpoints = {expert.name: expert.checkpoint for expert in experts}
     first = experts[0]
     notes = list(first.layer_map.notes)
-    outlined = [name for name, checkpoint in checkpoints.items() if isinstance(checkpoint, OutlineCheckpoint)]
+    outlined = [name for name, checkpoint in opened.items() if isinstance(checkpoint, OutlineCheckpoint)]
     if outlined:
         shown = recipe.config or "the hub's config.json"
         notes.append(f"sizes of {', '.join(outlined)} are from {shown} alone; no weight was looked at")
@@ -169,5 +170,5 @@ def _vocabulary_notes(first: str, tables: Tables | None) -> list[str]:
 
 
 def _opened(recipe: Recipe, source: Source, weights: bool) -> Checkpoint:
-    found = None if weights else outline(source.source, recipe.config, revision=source.revision)
-    return found or open_checkpoint(source)
+    outlined = None if weights else outline(source.source, recipe.config, revision=source.revision)
+    return outlined or open_checkpoint(source)

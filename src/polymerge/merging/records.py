@@ -32,6 +32,7 @@ def bundle_layer(task: TensorTask, note: Note) -> BundleLayer:
         rank=task.rank,
         mean_scale=note.stats[0].mean_scale if note.stats else None,
         dtype=dtype_name(task.dtype) if task.dtype else None,
+        slice=record.slice,
     )
 
 

@@ -24,6 +24,7 @@ from ..model.positions import objection
 from ..recipe.merge import Recipe
 from ..sources.checkpoint import Checkpoint, read_json
 from ..sources.configuration import first_difference, positions_of, resolved, settings_of
+from ..sources.fused import by_matrices
 from ..sources.layers import LayerMap, LayerRecord, meta_model
 from .vocabulary import Tables
 
@@ -108,6 +109,21 @@ class Expert:
         return self.checkpoint.tensors[table].shape[0] if table else 0
 
 
+def expert_of(
+    name: str, checkpoint: Checkpoint, *, trust_remote_code: bool = False, frame: Frame | None = None
+) -> Expert:
+    """A checkpoint as a merge sees it: every matrix of a mixture of experts is a tensor.
+
+    Args:
+        frame: what the bundle has that it shall be in; what that holds as one tensor stays one.
+
+    Raises:
+        SourceError: as `map_layers`.
+    """
+    whole = frame.slots.keys() if frame else ()
+    return Expert(name, *by_matrices(checkpoint, trust_remote_code=trust_remote_code, whole=whole))
+
+
 @dataclass(frozen=True)
 class Slot:
     """A tensor that every expert of a bundle has."""
@@ -156,7 +172,7 @@ def frame_of(expert: Expert, widest: Expert | None = None) -> Frame:
 
 def frame_of_bundle(bundle: Bundle) -> Frame:
     """What an expert must have to be added to a bundle, and what each of its experts has."""
-    slots = {layer.tensor: Slot(_record(layer), layer.shape) for layer in bundle.manifest.layers}
+    slots = {layer.tensor: Slot(record_of_bundle(layer), layer.shape) for layer in bundle.manifest.layers}
     head = next((layer.tensor for layer in bundle.manifest.layers if layer.role == "lm_head"), None)
     return Frame(None, bundle.path, read_json(bundle.path / "config.json"), slots, head)
 
@@ -292,8 +308,9 @@ def _is_table(slot: Slot, expert: Expert, source: str) -> bool:
     )
 
 
-def _record(layer: BundleLayer) -> LayerRecord:
-    return LayerRecord(layer.tensor, layer.module, layer.parameter, layer.role, layer.transposed)
+def record_of_bundle(layer: BundleLayer) -> LayerRecord:
+    """What a manifest says of a tensor, as a checkpoint's."""
+    return LayerRecord(layer.tensor, layer.module, layer.parameter, layer.role, layer.transposed, slice=layer.slice)
 
 
 def _check_names(frame: Frame, expert: Expert, names: Mapping[str, str]) -> None:

@@ -93,16 +93,16 @@ def _loaded(
 
 def _with_positions(bundle: Bundle, trust_remote_code: bool) -> list[nn.Module | None]:
     """For every expert a model without weights that has its positions; None where they are the bundle's."""
-    found: dict[str, nn.Module | None] = {}
+    model_of: dict[str, nn.Module | None] = {}
     models = []
     for expert in bundle.experts:
         persona = bundle.persona(expert)
         said = json.dumps(persona.positions, sort_keys=True)
-        if said not in found and "positions" in bundle.manifest.experts[expert].persona:
-            found[said] = meta_model(persona.config_folder, trust_remote_code=trust_remote_code)
-            if found[said] is None:
+        if said not in model_of and "positions" in bundle.manifest.experts[expert].persona:
+            model_of[said] = meta_model(persona.config_folder, trust_remote_code=trust_remote_code)
+            if model_of[said] is None:
                 raise ModelError(f"{persona.config_folder}: transformers cannot read the positions of {expert!r}")
-        models.append(found.get(said))
+        models.append(model_of.get(said))
     return models
 
 

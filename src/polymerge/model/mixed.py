@@ -49,7 +49,7 @@ class MixedModel(nn.Module):
         super().__init__()
         self.vocabularies = vocabularies
         self.hf, self._state, self.bundle = hf, state, bundle
-        self.own = nn.ModuleList(placed.modules)  # what stands in the place of a forward is no part of the tree
+        self.stand_ins = nn.ModuleList(placed.modules)  # what stands in the place of a forward is no part of the tree
         self.strategy = placed.strategy
         self.personas = Personas(bundle, trust_remote_code=trust_remote_code)
 

@@ -83,7 +83,9 @@ class Fitting:
             total += 4 + _entry(task)  # its scale
             if task.treatment == "low_rank" and task.name not in self.shared:
                 total += task.expert_bytes(plan.dtype, plan.code) + len(plan.code.suffixes) * _entry(task)
-            if biases and plan.code.peft_readable:  # PEFT wants a bias beside all factors, and factors beside it
+            if (
+                biases and plan.code.peft_readable and not task.record.slice
+            ):  # PEFT wants a bias beside all factors, and factors beside it
                 total += 4 * sum(task.matrix_shape) + 2 * _entry(task)
         return total
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..bundle.bundle import Bundle
+from ..bundle.stored import dense_state
 from ..engine.local.engine import HFEngine
 from ..errors import ModelError
 
@@ -73,15 +74,10 @@ def _dense(engine: HFEngine, bundle: Bundle, ids: list[int], expert: str) -> Ten
     from transformers import AutoConfig
 
     dtype = engine.hf.dtype
-    reader = bundle.expert_reader(expert)
-    tensors = {name: _as(reader.read(name), dtype) for name in bundle.layers}
+    tensors = dense_state(bundle, expert, dtype)
     config = AutoConfig.from_pretrained(bundle.persona(expert).config_folder, local_files_only=True)
     config.get_text_config().vocab_size = engine.model.vocabularies.of(expert)
     model: Any = type(engine.hf).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
     del tensors
     logits: Tensor = model.eval().to(engine.device)(input_ids=torch.tensor([ids], device=engine.device)).logits[0]
     return logits.cpu()
-
-
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -60,7 +60,7 @@ class LoadedModel:
         label = str(model.bundle.path if self._mixed else self.hf.config.name_or_path or "the model")
         defaults = checkpoint_defaults(self.hf.generation_config, tokenizer, label)
         average = Voice(tokenizer, defaults, _context(self.hf, tokenizer))
-        self.voices = Voices(average, model.personas.own if self._mixed else None)
+        self.voices = Voices(average, model.personas.with_groups if self._mixed else None)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle | str | Path, *, batch_tokens: int = BATCH_TOKENS, **load: Any) -> Self:
