@@ -272,3 +272,15 @@ def test_ranges_are_their_numbers() -> None:
     for rows in ([], [3], [0, 1, 2], [1, 3, 4, 9]):
         assert numbers_of(ranges_of(rows)) == rows
     assert ranges_of([1, 3, 4, 9]) == ((1, 2), (3, 5), (9, 10))
+
+
+def test_verify_sees_a_table_of_the_base_that_is_not_the_mean_of_its_makers(
+    originals: dict[str, dict[str, Original]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = originals["untied"]
+    monkeypatch.setattr("polymerge.merging.vocabulary._own", lambda *_: ())  # a merge that mixes other tokens
+    wrong = merged(of, tmp_path / "wrong", average=True)
+    monkeypatch.undo()
+    assert [record.rows for record in wrong.manifest.experts.values()] == [()] * 3
+    problems = verify(wrong, sources=True).problems
+    assert any(f"base: tensor {EMBEDDING!r} is " in problem for problem in problems)

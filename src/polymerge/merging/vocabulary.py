@@ -50,6 +50,10 @@ class Tables:
         """Numbers of the rows that are an expert's own. int64 [n]"""
         return torch.tensor(numbers_of(self.own.get(expert, ())), dtype=torch.int64)
 
+    def holds(self, role: str, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of the bundle has a row a token."""
+        return role in ("embedding", "lm_head", "bias") and shape[:1] == (self.size,)
+
     @property
     def most_own(self) -> int:
         """Rows of the expert that has most of its own."""
@@ -73,6 +77,18 @@ def merged_tables(personas: Personas, sizes: Mapping[str, int], *, trust_remote_
         shared = _shared(vocabularies)
         own = {name: rows for name, vocabulary in vocabularies.items() if (rows := _own(vocabulary, shared))}
     return None if one_size and not own else Tables(size, sizes, own)
+
+
+def tables_of_bundle(bundle: Bundle) -> Tables | None:
+    """Those of a bundle that holds just the experts that it was merged of; None as for `merged_tables`."""
+    records, size = bundle.manifest.experts, bundle.table_rows
+    if size is None or not any("tokenizer" in e.persona or e.vocabulary for e in records.values()):
+        return None
+    sizes = {name: bundle.vocabulary(name) or size for name in records}
+    vocabularies = _vocabularies({name: bundle.persona(name) for name in records}, sizes, False)
+    shared = _shared(vocabularies)
+    own = {name: rows for name, vocabulary in vocabularies.items() if (rows := _own(vocabulary, shared))}
+    return Tables(size, sizes, own)
 
 
 def added_tables(
