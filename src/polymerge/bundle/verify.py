@@ -1,4 +1,4 @@
-"""Is a bundle whole? Every file's hash, and the structure of the base and of every adapter.
+"""Is a bundle whole? Every file's hash, and the structure of base, adapters and manifest.
 
 Knows the format alone; whether the experts are still what their checkpoints say is `polymerge.merging.sources`.
 """
@@ -11,16 +11,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..errors import BundleError
+from ..errors import BundleError, SourceError
 from ..host import DTYPES
 from ..sources.checkpoint import read_json
+from ..sources.layers import map_layers
 from .bundle import Bundle
 from .manifest import BundleLayer
 from .peft import adapter_config, coded_config
 from .personas import persona_problems
 from .unlisted import unlisted_files
 
+# Numbers of the base that are looked at at a time.
+SLAB_NUMEL = 16_777_216
 # Settings of an adapter that follow from its tensors.
 CHECKED_SETTINGS = (
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save",
@@ -76,6 +80,8 @@ def verify_files(bundle: Bundle, progress: Callable[[str], None] | None = None) 
     if result.problems:  # the structure of damaged files says nothing new
         return result
     result.problems += base_problems(bundle)
+    if not result.problems:
+        result.problems += architecture_problems(bundle)
     for expert in bundle.experts:
         say(f"structure of {expert}")
         result.problems += adapter_problems(bundle, expert)
@@ -95,9 +101,36 @@ def base_problems(bundle: Bundle) -> Iterator[str]:
             yield f"base: tensor {layer.tensor!r} is {shape}, the manifest says {list(layer.shape)}"
         elif layer.dtype and stored[layer.tensor].dtype != DTYPES[layer.dtype]:
             yield f"base: tensor {layer.tensor!r} is {stored[layer.tensor].stored_as}, the manifest says {layer.dtype}"
+        elif not _finite(bundle, layer):
+            yield f"base: tensor {layer.tensor!r} holds NaN or infinite values"
     for tensor in stored:
         if tensor not in bundle.layers:
             yield f"base: tensor {tensor!r} is not in the manifest"
+
+
+def architecture_problems(bundle: Bundle) -> Iterator[str]:
+    """Where the manifest's tensors are not those that transformers' model of the bundle's config.json has."""
+    manifest = bundle.manifest
+    try:
+        layer_map = map_layers(bundle.base)
+    except SourceError as error:
+        yield f"base: {error}"
+        return
+    if layer_map.layers_from != manifest.layers_from:  # code of its own, or another transformers
+        return
+    for layer in manifest.layers:
+        record = layer_map.records[layer.tensor]
+        said = (layer.module, layer.parameter, layer.role, layer.transposed)
+        if record.known and said != (record.module, record.parameter, record.role, record.transposed):
+            yield (
+                f"base: tensor {layer.tensor!r} is a {record.role} of {record.module!r}"
+                f"{' [in, out]' * record.transposed}, the manifest says a {layer.role} of {layer.module!r}"
+                f"{' [in, out]' * layer.transposed}"
+            )
+    if layer_map.tied and not manifest.tied_embedding:
+        yield "base: its head is its embedding by config.json, but not by the manifest"
+    elif manifest.tied_embedding and not layer_map.tied:
+        yield "base: its head is its embedding by the manifest, but not by config.json"
 
 
 def adapter_problems(bundle: Bundle, expert: str) -> Iterator[str]:
@@ -115,26 +148,49 @@ def adapter_problems(bundle: Bundle, expert: str) -> Iterator[str]:
             yield f"expert {expert!r}: {key!r} belongs to no tensor of the base"
         elif allowed[key] is not None and tuple(tensor.shape) != allowed[key]:
             yield f"expert {expert!r}: {key!r} is {list(tensor.shape)}, expected {list(allowed[key] or ())}"
-        elif not bool(torch.isfinite(tensor.float()).all()):
+        elif not all_finite(tensor):
             yield f"expert {expert!r}: {key!r} holds NaN or infinite values"
+    for layer in (layer for layer in bundle.layers.values() if layer.role == "linear"):
+        factor = adapter.get(f"{layer.module}.lora_B.weight")
+        if factor is not None and factor.any() and factor.shape[-1] != layer.rank:
+            yield f"expert {expert!r}: rank {factor.shape[-1]} of {layer.tensor!r}, the manifest says {layer.rank}"
     for tensor_name, ratio in bundle.scales(expert).items():
         if tensor_name not in bundle.layers:
             yield f"expert {expert!r}: a scale for {tensor_name!r}, which is not in the base"
         elif not (math.isfinite(ratio) and ratio >= 0):
             yield f"expert {expert!r}: scale {ratio} of {tensor_name!r} is not a ratio"
     config = read_json(bundle.expert_folder(expert) / "adapter_config.json")
-    expected = _expected_config(bundle, adapter)
+    expected = _expected_config(bundle, expert)
     for key in CHECKED_SETTINGS:
         if config.get(key) != expected.get(key):
             yield f"expert {expert!r}: adapter_config.json's {key!r} does not fit the adapter's tensors"
 
 
-def _expected_config(bundle: Bundle, adapter: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite; whole numbers are finite."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor)
+    return math.isfinite(float(low)) and math.isfinite(float(high))
+
+
+def _finite(bundle: Bundle, layer: BundleLayer) -> bool:
+    rows = layer.shape[0] if layer.shape else 1
+    step = max(1, SLAB_NUMEL * rows // max(1, math.prod(layer.shape)))
+    if step >= rows:
+        return all_finite(bundle.base_tensor(layer.tensor))
+    return all(
+        all_finite(bundle.base.read_rows(layer.tensor, start, min(start + step, rows)))
+        for start in range(0, rows, step)
+    )
+
+
+def _expected_config(bundle: Bundle, expert: str) -> dict[str, Any]:
     manifest = bundle.manifest
     if not bundle.code.peft_readable:
         return coded_config(bundle.code)
-    shapes = [(key, tuple(tensor.shape)) for key, tensor in adapter.items()]
-    return adapter_config(shapes, bundle.layers.values(), tied_embedding=manifest.tied_embedding)
+    shapes, rows = bundle.adapter_shapes(expert).items(), manifest.experts[expert].own_rows
+    return adapter_config(shapes, bundle.layers.values(), tied_embedding=manifest.tied_embedding, rows=rows)
 
 
 def _allowed_keys(layer: BundleLayer, adapter: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...] | None]:

@@ -9,22 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from torch import Tensor
-
 from ..bundle.bundle import Bundle
 from ..bundle.verify import SourceCheck, Verification, verify_files
 from ..errors import PolymergeError, SourceError
-from ..sources.checkpoint import Origin
-from ..sources.layers import map_layers
+from ..host import DTYPES
+from ..sources.checkpoint import Checkpoint, Origin
 from ..sources.opening import opened_again
 from ..sources.persona import differing, persona_of
-from .reading import same_numbers
-from .treatment import Expert, check_settings, frame_of_bundle, tasks_for
+from .precision import with_dtypes
+from .treatment import Expert, Frame, TensorTask, check_settings, expert_of, frame_of_bundle, tasks_for
+from .truth import average_problems, held_against, made_of_these, method_problems, record_problem
 
-# A rebuilt tensor may differ from what the merge measured by the rounding of the float32 products alone.
-TOLERANCE = 1e-4
-# Half a unit in the last place, relative.
-ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+# An expert's checkpoint, in the bundle's order, and the tensors that were compared.
+Compared = tuple[Checkpoint, tuple[TensorTask, ...]]
 
 
 def verify(
@@ -45,70 +42,79 @@ def verify(
     """
     bundle = Bundle.open(bundle)
     result = verify_files(bundle, progress)
+    if result.ok:
+        result.problems += method_problems(bundle)
     moved = source or {}
-    if (sources or moved) and result.ok:
-        for expert in bundle.experts:
-            if progress:
-                progress(f"{expert} against its source")
-            check_source(bundle, expert, moved.get(expert), result)
+    if not (sources or moved) or not result.ok:
+        return result
+    checked = {}
+    for expert in bundle.experts:
+        if progress:
+            progress(f"{expert} against its source")
+        candidate = _opened(bundle, expert, moved.get(expert), frame_of_bundle(bundle))
+        compared = _checked_expert(bundle, candidate, moved.get(expert), result)
+        if compared:
+            checked[expert] = compared
+    if len(checked) == len(bundle.experts) and made_of_these(bundle):
+        if progress:
+            progress("the average against the sources")
+        makers = {expert: checkpoint for expert, (checkpoint, _) in checked.items()}
+        result.problems += average_problems(bundle, {e: tasks for e, (_, tasks) in checked.items()}, makers)
     return result
 
 
-def check_source(bundle: Bundle, expert: str, moved: str | None, result: Verification) -> None:
-    """Adds to the result how far an expert is from its checkpoint, and what is wrong with it.
+def _checked_expert(bundle: Bundle, candidate: Expert, moved: str | None, result: Verification) -> Compared | None:
+    """Adds to the result how far an expert is from its checkpoint, and what is wrong with it. Returns what was
+    compared; None where the checkpoint does not fit.
 
     Args:
         moved: where the checkpoint is now; None where the manifest says.
-
-    Raises:
-        SourceError: the checkpoint cannot be opened.
     """
-    source = moved or bundle.manifest.experts[expert].source
-    candidate, frame = _opened(bundle, expert, moved), frame_of_bundle(bundle)
+    expert, checkpoint = candidate.name, candidate.checkpoint
+    source, frame = moved or bundle.manifest.experts[expert].source, frame_of_bundle(bundle)
     try:
         check_settings(frame, candidate)
-        unlike = differing(bundle.persona(expert), persona_of(candidate.checkpoint))
+        unlike = differing(bundle.persona(expert), persona_of(checkpoint))
         tasks = tasks_for(frame, [candidate], bundle.manifest.method)
     except SourceError as reason:
         result.problems.append(f"{source}: {reason}; is it the checkpoint that was merged?")
-        return
+        return None
+    tasks = with_dtypes(tasks, {expert: checkpoint}, DTYPES[bundle.manifest.dtype])
     result.problems += [f"expert {expert!r}: its {group} is not the one of {source}" for group in unlike]
+    vocabulary = bundle.vocabulary(expert) or bundle.table_rows or candidate.table_rows
+    if vocabulary != candidate.table_rows:
+        result.problems.append(
+            f"expert {expert!r}: its vocabulary has {vocabulary} tokens, that of {source} {candidate.table_rows}"
+        )
+        return None
     recorded = {line["tensor"]: line["relative_error"] for line in bundle.stats() if line["expert"] == expert}
     reader, errors = bundle.expert_reader(expert), {}
     for task in tasks:
-        original, rebuilt = candidate.checkpoint.read(task.sources[expert]), reader.read(task.name)
-        errors[task.name] = error = _relative_error(original, rebuilt)
+        record = candidate.layer_map.records[task.sources[expert]]
+        wrong = record_problem(bundle.layers[task.name], record)
+        if wrong and candidate.layer_map.layers_from == bundle.manifest.layers_from:
+            result.problems.append(f"expert {expert!r}: {wrong}")
         measured = recorded.get(task.name, 0.0)
-        if task.treatment == "copy":
-            right = same_numbers(original, rebuilt)
-        else:
-            averaged = task.treatment == "average" and task.record.role != "linear"
-            right = averaged or error <= measured + TOLERANCE + ROUNDING[bundle.manifest.dtype]
-        if not right:
+        finding = held_against(task, expert, checkpoint, reader, bundle, measured)
+        errors[task.name] = finding.error
+        if finding.problem:
             result.problems.append(
-                f"expert {expert!r}: tensor {task.name!r} is {error:.3g} from {source}, the merge measured "
+                f"expert {expert!r}: tensor {task.name!r} {finding.problem} {source}, the merge measured "
                 f"{measured:.3g}; is it the checkpoint that was merged?"
             )
     worst = max(errors, key=errors.__getitem__)
     exact = sum(error == 0.0 for error in errors.values())
     where = worst if errors[worst] else ""
     result.sources.append(SourceCheck(expert, source, len(tasks), exact, errors[worst], where))
+    return checkpoint, tasks
 
 
-def _opened(bundle: Bundle, expert: str, moved: str | None) -> Expert:
+def _opened(bundle: Bundle, expert: str, moved: str | None, frame: Frame) -> Expert:
     """The expert as it was merged, or as it lies where it was moved."""
     record = bundle.manifest.experts[expert]
     revision = None if moved else record.revision
     try:
         origin = Origin(moved or record.source, revision, record.base, record.base_revision)
-        checkpoint = opened_again(origin)
-        return Expert(expert, checkpoint, map_layers(checkpoint))
+        return expert_of(expert, opened_again(origin), frame=frame)
     except PolymergeError as reason:
         raise SourceError(f"expert {expert!r}: {reason}; say where it is now with --source {expert}=PATH") from None
-
-
-def _relative_error(original: Tensor, rebuilt: Tensor) -> float:
-    """||W - W'|| / ||W||, in float64; of zeros ||W'||."""
-    norm = float(original.double().norm())
-    difference = float((original.double() - rebuilt.double()).norm())
-    return difference / norm if norm else difference

@@ -1,0 +1,151 @@
+"""Is what a bundle says of one tensor true? Held against the checkpoint it came from, and against the average's makers.
+
+What a merge measured is not believed alone: a merge that went wrong may have measured wrongly too. The ratio ρ follows
+from the checkpoint, the rank from the method, and a residual must bring its expert nearer. Knows tensors and tasks;
+which tensor is which is `polymerge.merging.treatment`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..bundle.bundle import Bundle, ExpertReader
+from ..bundle.manifest import BundleLayer
+from ..host import dtype_name
+from ..sources.checkpoint import Checkpoint
+from ..sources.layers import LayerRecord
+from .compress import frobenius_norm
+from .reading import same_numbers
+from .treatment import TensorTask, record_of_bundle, treatment_of
+
+# A rebuilt tensor may differ from what the merge measured by the rounding of the float32 products alone.
+TOLERANCE = 1e-4
+# Whole tensors are not computed; those of an adapter are, when they are read.
+EXACT = 1e-6
+# Half a unit in the last place, relative.
+ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+# A ratio is stored in float32; the norms behind it are sums of squares.
+SAME_RATIO = 1e-5
+SAME_MEAN = 1e-12
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How far one tensor of an expert is from its checkpoint, and what is wrong with it, if anything."""
+
+    error: float
+    problem: str | None = None
+
+
+def method_problems(bundle: Bundle) -> Iterator[str]:
+    """Where the manifest's ranks are not those that its method gives."""
+    for layer in bundle.manifest.layers:
+        _, rank = treatment_of(record_of_bundle(layer), layer.shape, bundle.manifest.method)
+        if rank != layer.rank:
+            yield f"base: tensor {layer.tensor!r} has residuals of rank {layer.rank}, the method gives {rank}"
+
+
+def record_problem(layer: BundleLayer, record: LayerRecord) -> str | None:
+    """What the manifest says of a matrix that is not so in the expert's architecture."""
+    if not record.known or "linear" not in (layer.role, record.role) or layer.transposed == record.transposed:
+        return None
+    layout = "[in, out]" if record.transposed else "[out, in]"
+    return f"tensor {layer.tensor!r} is stored {layout}, not as the manifest says"
+
+
+def held_against(
+    task: TensorTask, expert: str, checkpoint: Checkpoint, reader: ExpertReader, bundle: Bundle, measured: float
+) -> Finding:
+    """One tensor of an expert, as the bundle gives it back, against its checkpoint's.
+
+    Args:
+        measured: what the merge lost of it (relative error).
+    """
+    original, rebuilt = checkpoint.read(task.sources[expert]), reader.read(task.name)
+    error = relative_error(original, rebuilt)
+    rounding = ROUNDING[dtype_name(task.dtype) if task.dtype else bundle.manifest.dtype]
+    if task.treatment == "copy":
+        return Finding(error, None if same_numbers(original, rebuilt) else f"is {error:.3g} from")
+    if task.record.role != "linear":
+        own_rows = bundle.manifest.experts[expert].own_rows if bundle.layers[task.name].table else []
+        if task.treatment == "average" and own_rows:  # these were not averaged
+            error = relative_error(original[own_rows], rebuilt[own_rows])
+            return Finding(error, None if error <= EXACT + rounding else f"is {error:.3g} from")
+        allowed = EXACT + rounding if task.treatment == "keep" else float("inf")
+        return Finding(error, None if error <= allowed else f"is {error:.3g} from")
+    problem = None
+    if not error <= measured + (EXACT if task.treatment == "full" else TOLERANCE) + rounding:
+        problem = f"is {error:.3g} from"
+    if problem is None and task.treatment != "full":
+        problem = _residual_problem(original, rebuilt, error, reader, bundle, task)
+    return Finding(error, problem)
+
+
+def average_problems(
+    bundle: Bundle, tasks: Mapping[str, tuple[TensorTask, ...]], checkpoints: Mapping[str, Checkpoint]
+) -> Iterator[str]:
+    """Where the base is not the experts' average. Asked only of a bundle whose base was made of just these experts."""
+    for row in zip(*tasks.values(), strict=True):
+        task = row[0]
+        if task.treatment == "copy" or bundle.layers[task.name].table:  # its rows have makers of their own
+            continue
+        base = bundle.base_tensor(task.name).double()
+        if any(checkpoints[e].tensors[t.sources[e]].shape != base.shape for e, t in zip(tasks, row, strict=True)):
+            continue
+        total, scales = torch.zeros_like(base), []
+        for expert, its in zip(tasks, row, strict=True):
+            tensor = checkpoints[expert].read(its.sources[expert]).double()
+            norm = float(tensor.norm()) if task.record.role == "linear" else 1.0
+            scales.append(norm)
+            total += tensor / norm if norm else tensor
+        mean = total.mul_(sum(scales) / len(scales) / len(scales))
+        rounding = ROUNDING[bundle.layers[task.name].dtype or bundle.manifest.dtype]
+        error = relative_error(mean, base)
+        if not error <= TOLERANCE + rounding:
+            yield f"base: tensor {task.name!r} is {error:.3g} from the experts' average"
+
+
+def made_of_these(bundle: Bundle) -> bool:
+    """Whether the base is the average of the experts that the bundle holds now: none was added or removed since."""
+    lines: dict[str, list[dict[str, object]]] = {}
+    for line in bundle.stats():
+        group = lines.setdefault(line["tensor"], [])
+        if group and next(reversed(lines)) != line["tensor"]:  # written later than the next tensor's
+            return False
+        group.append(line)
+    return bool(lines) and all(_is_mean(group, bundle.experts) for group in lines.values())
+
+
+def relative_error(original: Tensor, rebuilt: Tensor) -> float:
+    """||W - W'|| / ||W||, in float64; of zeros ||W'||."""
+    norm = float(original.double().norm())
+    difference = float((original.double() - rebuilt.double()).norm())
+    return difference / norm if norm else difference
+
+
+def _is_mean(lines: list[dict[str, object]], experts: list[str]) -> bool:
+    scales = [float(str(line["scale"])) for line in lines]
+    mean = float(str(lines[0]["mean_scale"]))
+    same = abs(sum(scales) / len(scales) - mean) <= SAME_MEAN * mean
+    return [line["expert"] for line in lines] == experts and same
+
+
+def _residual_problem(
+    original: Tensor, rebuilt: Tensor, error: float, reader: ExpertReader, bundle: Bundle, task: TensorTask
+) -> str | None:
+    """What is wrong with a weight that is as far from its checkpoint as the merge measured."""
+    layer, ratio = bundle.layers[task.name], reader.ratio(task.name)
+    norm = frobenius_norm(original.float())
+    expected = 1.0
+    if bundle.manifest.method.scale == "per_expert" and layer.mean_scale:
+        expected = norm / layer.mean_scale
+    if abs(ratio - expected) > SAME_RATIO * max(1.0, expected):
+        return f"has the scale {ratio:.6g} in the bundle, but {expected:.6g} follows from"
+    alone = relative_error(original, ratio * bundle.base_tensor(task.name).float())
+    if error > alone * (1 + 1e-3) + TOLERANCE:
+        return f"is {error:.3g} with its residual, {alone:.3g} without, from"
+    return None
