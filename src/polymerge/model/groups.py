@@ -51,6 +51,7 @@ class WholeModel(OwnModule):
         rows = [expanded(numbers, state.beams) for _, numbers in state.groups]
         outputs = []
         caches: dict[str, list[Any]] = {name: [] for name in CACHES}
+        back = set[str]()
         before, after = self._held(), []
         for group, numbers in enumerate(rows):
             picked = [_part(value, str(place), numbers, batch) for place, value in enumerate(args)]
@@ -60,13 +61,17 @@ class WholeModel(OwnModule):
                 output = self._forward(*picked, **named)
             after.append(self._held())
             for name in caches:
-                caches[name].append(_taken(output, name))
+                taken = _taken(output, name)
+                back |= {name} if taken is not None else set()
+                caches[name].append(named.get(name) if taken is None else taken)
             outputs.append(output)
         self._hold(join_cache(None, after, rows))
         result = joined(outputs, rows)
         for name, parts in caches.items():
-            if parts[0] is not None:
-                _put(result, name, join_cache(kwargs.get(name), parts, rows, CACHES[name]))
+            if parts[0] is not None:  # one that is not given back (RecurrentGemma) was written to where it is
+                cache = join_cache(kwargs.get(name), parts, rows, CACHES[name])
+                if name in back:
+                    _put(result, name, cache)
         return result
 
     def _held(self) -> list[Any]:
