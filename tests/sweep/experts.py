@@ -30,7 +30,9 @@ MULTIMODAL = {
 def make_model(architecture: str) -> Any:
     """A tiny random model, in float32."""
     kind = MULTIMODAL.get(architecture, architecture)
-    table = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if architecture in MULTIMODAL else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    table = (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if architecture in MULTIMODAL else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    )
     torch.manual_seed(0)
     return getattr(transformers, table[kind])(tiny_config(kind)).float().eval()
 

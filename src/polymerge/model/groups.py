@@ -6,15 +6,19 @@ reads and writes a cache of them all. Where no parameter needs that, a batch goe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import ModelError
 from .assignment import Assignment
 from .own import OwnModule
 from .rows import cache_part, expanded, join_cache, joined, part_of
 
+# What is read beside a text, as transformers names it. Rows have any number of each.
+OF_IMAGES = re.compile(r"pixel|image|video|audio|input_features|feature_attention|second_per_grid")
 # Arguments that a model's memory of a text comes in, and the dimension that the rows are in it; None: it is seen.
 CACHES = {"past_key_values": None, "cache_params": None, "state": 0, "mems": 1, "past_buckets_states": None}
 
@@ -100,6 +104,11 @@ def _part(value: Any, key: str, rows: Tensor, batch: int) -> Any:
         return value[:, rows] if value.shape[1] == batch else value
     if value.dim() > 1 and value.shape[0] == batch:
         return part_of(value, key, rows, batch, frozenset())
+    if OF_IMAGES.match(key):
+        raise ModelError(
+            f"{key}: {list(value.shape)} for {batch} rows; which row each belongs to is not known, so a batch with "
+            "images has one expert"
+        )
     return value
 
 
