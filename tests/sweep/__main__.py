@@ -28,11 +28,11 @@ VARIANTS = os.environ.get("VARIANTS", "0 0.95 int4 bfloat16").split()
 OUTCOMES = Path(os.environ["OUTCOMES"]) if "OUTCOMES" in os.environ else None
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 WORDS = {"0": "at rate 0", "0.95": "at 0.95", "int4": "at 0.95 in `int4`", "bfloat16": "in bfloat16"}
+IMAGES = " and every model that reads images and goes on with a text (`AutoModelForImageTextToText`)"
 HEAD = """# Architectures
 
-Every causal language model of transformers {version} (`AutoModelForCausalLM`), and every model that reads images and
-goes on with a text (`AutoModelForImageTextToText`, marked *images*), as `make sweep` finds it: a tiny random model of
-each, three experts in which every tensor differs, merged {variants}.
+Every causal language model of transformers {version} (`AutoModelForCausalLM`){images}, as `make sweep` finds it: a tiny
+random model of each, three experts in which every tensor differs, merged {variants}.
 *Works* means that a batch of all experts and the average, padded, and the tokens that are generated after it with the
 cache, give every row the logits of that expert's own transformers model (at rate 0, within {close:g} of the largest
 logit in float32) or of its dense export, alone and together, and that transformers opens the bundle without missing or
@@ -60,7 +60,8 @@ def page(outcomes: Sequence[Outcome]) -> str:
     works = sum(outcome.status == "works" for outcome in tried)
     counts = f"{works} of the {len(tried)} that can be built small work."
     variants = ", ".join(WORDS[variant] for variant in VARIANTS)
-    head = HEAD.format(version=transformers.__version__, close=CLOSE, counts=counts, variants=variants)
+    images = IMAGES if any(outcome.architecture in MULTIMODAL for outcome in tried) else ""
+    head = HEAD.format(version=transformers.__version__, close=CLOSE, counts=counts, variants=variants, images=images)
     return head + "".join(map(_line, outcomes))
 
 

@@ -8,13 +8,14 @@ docs/architectures.md is what `make sweep` writes of the same.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .__main__ import outcomes_of, page
+from .__main__ import PAGE, outcomes_of, page
 from .check import Outcome, check
 from .experts import MULTIMODAL
 
@@ -95,6 +96,13 @@ def test_a_sweep_goes_on_where_it_stood(tmp_path: Path) -> None:
     outcome = Outcome("good", share=1.05, strategy="layers")
     log.write_text(json.dumps(asdict(outcome) | {"seconds": 1.0}) + "\n")
     assert outcomes_of(log) == {"good": outcome}
+
+
+def test_the_page_that_is_kept_says_what_became_of_every_architecture() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| ([\w.-]+) \| (works|[\w ]+ \()", text, re.MULTILINE))
+    assert set(rows) >= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(NOT_BUILT)
+    assert sum(what == "works" for what in rows.values()) >= 170
 
 
 def test_the_page_has_a_line_for_each() -> None:
