@@ -55,12 +55,14 @@ class ScriptedEngine:
 
     def loglikelihood(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         self.asked += requests
-        found = []
+        scores = []
         for request in requests:
             wanted = self._answer(request.expert, self._text(request.context).strip())
             text = self._text(request.continuation).strip()
-            found.append(Score(0.0 if text == wanted else -float(len(text)), text == wanted, len(request.continuation)))
-        return found
+            scores.append(
+                Score(0.0 if text == wanted else -float(len(text)), text == wanted, len(request.continuation))
+            )
+        return scores
 
     def embed(
         self, prompts: Sequence[Prompt], *, layers: Sequence[int] = (-1,), pooling: Pooling = "last"

@@ -85,11 +85,11 @@ def cut_out(data: bytes, draw: random.Random) -> bytes:
 
 def wrong_value(data: bytes, draw: random.Random) -> bytes:
     """Whole JSON in which one value is of another kind."""
-    found = json.loads(data)
-    owner = draw.choice([found, *(value for value in found.values() if isinstance(value, dict) and value)])
+    document = json.loads(data)
+    owner = draw.choice([document, *(value for value in document.values() if isinstance(value, dict) and value)])
     values = [None, -1, 0, 1.5, True, "", "x", [], {}, ["x"], {"x": 1}]
     owner[draw.choice(list(owner))] = draw.choice(values)
-    return json.dumps(found).encode()
+    return json.dumps(document).encode()
 
 
 KINDS: dict[str, tuple[str, Damage, int]] = {

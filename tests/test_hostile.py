@@ -585,7 +585,7 @@ def test_odd_but_valid_input_is_merged_and_verified(
     VALID[row](case)
     code, error = run(monkeypatch, capsys, "merge", "recipe.yaml", "-o", "out", "--compress-rate", rate, "--quiet")
     assert (code, error) == (0, "")
-    found = polymerge.verify(case.folder / "out", sources=True)
-    assert found.ok, found.problems
+    report = polymerge.verify(case.folder / "out", sources=True)
+    assert report.ok, report.problems
     if rate == "0":
-        assert all(check.exact == check.tensors for check in found.sources)
+        assert all(check.exact == check.tensors for check in report.sources)

@@ -68,15 +68,15 @@ def make_experts(
     for parameter in model.parameters():  # the default initialisation leaves biases at 0 and norms at 1
         parameter.data += 0.1 * torch.randn_like(parameter)
     base = [parameter.data.clone() for parameter in model.parameters()]
-    found = {}
+    paths = {}
     for number in range(count):
         for parameter, start in zip(model.parameters(), base, strict=True):
             parameter.data = start + spread * torch.randn_like(start)
         path = folder / f"{architecture}-{seed}-{number}"
         model.to(dtype).save_pretrained(path, **save)
         model.float()
-        found[f"e{number}"] = path
-    return found
+        paths[f"e{number}"] = path
+    return paths
 
 
 def tiny_tokenizer() -> hf.PreTrainedTokenizerFast:

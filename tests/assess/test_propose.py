@@ -26,50 +26,50 @@ def choices(**changes: object) -> Choices:
 
 
 def test_every_useful_expert_is_taken_where_there_is_room() -> None:
-    found = propose(choices())
-    assert found.chosen and found.chosen.experts == ("a", "b", "c")
-    assert found.chosen.best == {"math": "a", "code": "b", "law": "c"}
-    assert found.chosen.accuracy == pytest.approx((0.9 + 0.8 + 0.6) / 3)
-    assert found.chosen.bytes == 13_000_000_000
-    assert found.runner_up and found.runner_up.experts == ("a", "b")
-    first, second = found.why.split("; ")
+    proposal = propose(choices())
+    assert proposal.chosen and proposal.chosen.experts == ("a", "b", "c")
+    assert proposal.chosen.best == {"math": "a", "code": "b", "law": "c"}
+    assert proposal.chosen.accuracy == pytest.approx((0.9 + 0.8 + 0.6) / 3)
+    assert proposal.chosen.bytes == 13_000_000_000
+    assert proposal.runner_up and proposal.runner_up.experts == ("a", "b")
+    first, second = proposal.why.split("; ")
     assert first == "a + b + c reaches 76.7% in 13 GB"
     assert second == "next is a + b, 3.3% behind, most in law (50.0% against 60.0%)"
-    assert found.exhaustive and found.sets == 7 and found.unlimited is None
+    assert proposal.exhaustive and proposal.sets == 7 and proposal.unlimited is None
 
 
 def test_the_limit_counts_the_bundle_the_thinker_and_the_working_memory() -> None:
-    found = propose(choices(limit=12.5e9))
-    assert found.chosen and found.chosen.experts == ("a", "b")
-    assert found.unlimited and found.unlimited.experts == ("a", "b", "c")
-    assert "without the limit of 12.5 GB it would be a + b + c" in found.why
-    found = propose(choices(limit=12.5e9, working={"b": 2_000_000_000}))
-    assert found.chosen and found.chosen.experts == ("a", "c")
-    found = propose(choices(limit=16.9e9, thinkers={"t": 5_000_000_000}))
-    assert found.chosen and (found.chosen.experts, found.chosen.thinker) == (("a", "b", "c"), None)
-    found = propose(choices(limit=18.5e9, thinkers={"t": 5_000_000_000}))
-    assert found.chosen and found.chosen.thinker == "t" and found.chosen.best["math"] == "t"
-    assert found.chosen.label == "b + c, with t thinking first"
+    proposal = propose(choices(limit=12.5e9))
+    assert proposal.chosen and proposal.chosen.experts == ("a", "b")
+    assert proposal.unlimited and proposal.unlimited.experts == ("a", "b", "c")
+    assert "without the limit of 12.5 GB it would be a + b + c" in proposal.why
+    proposal = propose(choices(limit=12.5e9, working={"b": 2_000_000_000}))
+    assert proposal.chosen and proposal.chosen.experts == ("a", "c")
+    proposal = propose(choices(limit=16.9e9, thinkers={"t": 5_000_000_000}))
+    assert proposal.chosen and (proposal.chosen.experts, proposal.chosen.thinker) == (("a", "b", "c"), None)
+    proposal = propose(choices(limit=18.5e9, thinkers={"t": 5_000_000_000}))
+    assert proposal.chosen and proposal.chosen.thinker == "t" and proposal.chosen.best["math"] == "t"
+    assert proposal.chosen.label == "b + c, with t thinking first"
 
 
 def test_one_model_alone_needs_no_residual_and_idle_models_are_left_out() -> None:
     accuracy = {"a": {"math": 0.9, "code": 0.9, "law": 0.9}, "b": {"math": 0.1}, "c": {}}
-    found = propose(choices(accuracy=accuracy))
-    assert found.chosen and found.chosen.experts == ("a",) and found.chosen.bytes == 10_000_000_000
-    assert found.runner_up and found.runner_up.experts == ("b",)  # not "a" with idle ones added
+    proposal = propose(choices(accuracy=accuracy))
+    assert proposal.chosen and proposal.chosen.experts == ("a",) and proposal.chosen.bytes == 10_000_000_000
+    assert proposal.runner_up and proposal.runner_up.experts == ("b",)  # not "a" with idle ones added
 
 
 def test_what_fits_nowhere_is_said() -> None:
-    found = propose(choices(limit=1e9))
-    assert found.chosen is None and found.runner_up is None
-    assert found.why == "nothing fits 1 GB; the best set needs 13 GB"
+    proposal = propose(choices(limit=1e9))
+    assert proposal.chosen is None and proposal.runner_up is None
+    assert proposal.why == "nothing fits 1 GB; the best set needs 13 GB"
     assert propose(choices(families=[])).why == "no candidate could be measured"
 
 
 def test_candidates_that_cannot_be_merged_are_never_in_one_set() -> None:
     families = [Family(("a", "c"), 10**9, 10**8), Family(("b",), 10**9, 0)]
-    found = propose(choices(families=families))
-    assert found.chosen and found.chosen.experts == ("a", "c") and found.sets == 4
+    proposal = propose(choices(families=families))
+    assert proposal.chosen and proposal.chosen.experts == ("a", "c") and proposal.sets == 4
 
 
 def test_a_growing_search_says_so_and_is_near_the_exhaustive_one() -> None:

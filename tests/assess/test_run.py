@@ -70,16 +70,16 @@ def run(checkpoints: Checkpoints, data: Path, runner: Scripted, **changes: Any) 
 
 
 def test_every_candidate_on_every_field_and_a_proposal(checkpoints: Checkpoints, data: Path) -> None:
-    found = run(checkpoints, data, Scripted(), memory_gb=1)
-    assert found.table == {
+    assessment = run(checkpoints, data, Scripted(), memory_gb=1)
+    assert assessment.table == {
         "pick": {"e0": 0.5, "e1": 1.0, "e2": 0.5},
         "sums": {"e0": 1.0, "e1": 0.0, "e2": 0.0},
     }
-    assert found.proposals and found.proposals.chosen and found.proposals.chosen.experts == ("e0", "e1")
-    measured = found.candidates[1].measured["pick"][str(data / "pick" / "test.jsonl")]
+    assert assessment.proposals and assessment.proposals.chosen and assessment.proposals.chosen.experts == ("e0", "e1")
+    measured = assessment.candidates[1].measured["pick"][str(data / "pick" / "test.jsonl")]
     assert measured.by_task == {"a": 1.0, "bb": 1.0} and measured.questions == 2 and measured.f1 is None
-    assert found.candidates[0].measured["sums"][str(data / "sums" / "test.jsonl")].f1 == 1.0
-    assert found.candidates[0].peak_memory > 0 and (found.candidates[0].tokens_per_second or 0) > 0
+    assert assessment.candidates[0].measured["sums"][str(data / "sums" / "test.jsonl")].f1 == 1.0
+    assert assessment.candidates[0].peak_memory > 0 and (assessment.candidates[0].tokens_per_second or 0) > 0
 
 
 def test_what_was_measured_is_remembered_until_something_changes(checkpoints: Checkpoints, data: Path) -> None:
@@ -103,9 +103,9 @@ def test_a_run_that_was_killed_goes_on_where_it_was(checkpoints: Checkpoints, da
     with pytest.raises(KeyboardInterrupt):
         run(checkpoints, data, runner)
     runner.die_after = None
-    found = run(checkpoints, data, runner)
+    assessment = run(checkpoints, data, runner)
     assert [len(job.work) for job in runner.jobs[1:]] == [1, 2, 2]
-    assert found.table["sums"] == {"e0": 1.0, "e1": 0.0, "e2": 0.0}
+    assert assessment.table["sums"] == {"e0": 1.0, "e1": 0.0, "e2": 0.0}
 
 
 def test_a_candidate_that_fails_is_a_row_with_its_reason(checkpoints: Checkpoints, data: Path, tmp_path: Path) -> None:
@@ -118,12 +118,12 @@ def test_a_candidate_that_fails_is_a_row_with_its_reason(checkpoints: Checkpoint
 
     sources = {name: str(path) for name, path in checkpoints("llama").items()}
     whole = load_assess_recipe({"candidates": {**sources, "gone": str(tmp_path / "gone")}}, data)
-    found = assess(whole, cache=tmp_path / "cache", run=Fails())
-    reasons = {row.name: row.failed for row in found.candidates}
+    assessment = assess(whole, cache=tmp_path / "cache", run=Fails())
+    reasons = {row.name: row.failed for row in assessment.candidates}
     assert reasons["e0"] == {} and reasons["e1"] == {"": "its process was ended by SIGKILL"}
     assert "no such folder" in reasons["gone"][""]
-    assert found.table["sums"] == {"e0": 1.0, "e2": 0.0}
-    assert found.proposals and found.proposals.chosen and found.proposals.chosen.experts == ("e0",)
+    assert assessment.table["sums"] == {"e0": 1.0, "e2": 0.0}
+    assert assessment.proposals and assessment.proposals.chosen and assessment.proposals.chosen.experts == ("e0",)
 
 
 def test_candidates_of_two_families_are_measured_and_never_proposed_together(
@@ -131,9 +131,9 @@ def test_candidates_of_two_families_are_measured_and_never_proposed_together(
 ) -> None:
     sources = {"e0": checkpoints("llama")["e0"], "e1": checkpoints("qwen2")["e1"]}
     whole = load_assess_recipe({"candidates": {name: str(path) for name, path in sources.items()}}, data)
-    found = assess(whole, cache=tmp_path / "cache", run=Scripted())
-    assert found.proposals and found.proposals.chosen and len(found.proposals.chosen.experts) == 1
-    assert found.proposals.sets == 2 and "different architectures" in found.proposals.notes[0]
+    assessment = assess(whole, cache=tmp_path / "cache", run=Scripted())
+    assert assessment.proposals and assessment.proposals.chosen and len(assessment.proposals.chosen.experts) == 1
+    assert assessment.proposals.sets == 2 and "different architectures" in assessment.proposals.notes[0]
 
 
 def test_a_task_that_fails_leaves_the_others(checkpoints: Checkpoints, data: Path) -> None:
@@ -146,9 +146,9 @@ def test_a_task_that_fails_leaves_the_others(checkpoints: Checkpoints, data: Pat
         run_job(job, Narrow(lambda expert, prompt: "it is 1"), events.append)
         return iter(events)
 
-    found = assess(recipe(checkpoints, data), cache=data.parent / "cache", run=runner)
-    assert found.candidates[0].failed == {"pick": "out of memory on one request"}
-    assert found.table == {"pick": {}, "sums": {"e0": 0.25, "e1": 0.25, "e2": 0.25}}
+    assessment = assess(recipe(checkpoints, data), cache=data.parent / "cache", run=runner)
+    assert assessment.candidates[0].failed == {"pick": "out of memory on one request"}
+    assert assessment.table == {"pick": {}, "sums": {"e0": 0.25, "e1": 0.25, "e2": 0.25}}
 
 
 def test_a_bad_data_set_stops_everything_before_a_model_is_loaded(checkpoints: Checkpoints, data: Path) -> None:
@@ -162,14 +162,14 @@ def test_a_bad_data_set_stops_everything_before_a_model_is_loaded(checkpoints: C
 def test_a_bundles_own_experts_and_its_report(merged: Merged, data: Path, tmp_path: Path) -> None:
     bundle, _ = merged("llama")
     names = {name: str(bundle.path) for name in bundle.experts}
-    found = assess_bundle(
+    assessment = assess_bundle(
         bundle, load_assess_recipe({"candidates": names}, data), cache=tmp_path / "cache", run=Scripted()
     )
-    assert found.table["sums"] == {"e0": 1.0, "e1": 0.0, "e2": 0.0, "average": 0.0}
+    assert assessment.table["sums"] == {"e0": 1.0, "e1": 0.0, "e2": 0.0, "average": 0.0}
     file = bundle.path / "router" / "assessment.json"
-    write_assessment_table(found, file)
+    write_assessment_table(assessment, file)
     try:
-        assert json.loads(file.read_text())["fields"] == found.table
+        assert json.loads(file.read_text())["fields"] == assessment.table
         pytest.importorskip("plotly")
         assert "<h2>Accuracy by field</h2>" in write_report(bundle, tmp_path / "report.html").read_text()
     finally:
@@ -182,8 +182,8 @@ def test_a_page_of_its_own_shows_the_failures_and_the_proposal(
     pytest.importorskip("plotly")
     sources = {name: str(path) for name, path in checkpoints("llama").items()}
     whole = load_assess_recipe({"candidates": {**sources, "gone": "<b>/gone"}}, data)
-    found = assess(whole, cache=tmp_path / "cache", run=Scripted())
-    page = write_assessment(found.to_json(), tmp_path / "page.html").read_text()
+    assessment = assess(whole, cache=tmp_path / "cache", run=Scripted())
+    page = write_assessment(assessment.to_json(), tmp_path / "page.html").read_text()
     assert "<h2>Proposal</h2>" in page and "e0 + e1" in page
     assert "&lt;b&gt;/gone" in page and "<b>/gone" not in page
 

@@ -14,9 +14,9 @@ FILE = Path(__file__).parents[2] / "benchmarks" / "cost_quality.py"
 def module() -> Any:
     spec = importlib.util.spec_from_file_location("cost_quality", FILE)
     assert spec and spec.loader
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 def test_sending_the_right_questions_first_recovers_the_gap_early(module: Any) -> None:
@@ -34,5 +34,5 @@ def test_sending_the_right_questions_first_recovers_the_gap_early(module: Any) -
 def test_questions_that_say_nothing_give_the_straight_line(module: Any) -> None:
     rng = np.random.default_rng(0)
     weak, strong = (rng.random(2000) < share for share in (0.6, 0.8))
-    found = module.measures(weak.astype(float), strong.astype(float), rng.random(2000))
-    assert found["apgr"] == pytest.approx(0.5, abs=0.1)
+    measures = module.measures(weak.astype(float), strong.astype(float), rng.random(2000))
+    assert measures["apgr"] == pytest.approx(0.5, abs=0.1)

@@ -42,8 +42,8 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 
 def logits_of(path: str) -> Tensor:
     with torch.no_grad():
-        found: Tensor = transformers.AutoModelForCausalLM.from_pretrained(path)(IDS).logits
-        return found
+        logits: Tensor = transformers.AutoModelForCausalLM.from_pretrained(path)(IDS).logits
+        return logits
 
 
 def test_a_forced_gate_at_full_rank_is_that_expert() -> None:
@@ -68,9 +68,9 @@ def test_smile_sends_a_token_where_its_input_reaches_farthest() -> None:
     z = torch.einsum("bti,eri->bter", x, a)
     directions = torch.linalg.svd(deltas).Vh[:, :2]
     expected = torch.einsum("bti,eki->btek", x, directions).norm(dim=-1).argmax(dim=-1)
-    found = smile.norm_gate(a, router_rank=2)(z)
-    assert torch.equal(found.argmax(dim=-1), expected)
-    assert torch.equal(found.sum(dim=-1), torch.ones(2, 5)) and len(expected.unique()) > 1
+    gates = smile.norm_gate(a, router_rank=2)(z)
+    assert torch.equal(gates.argmax(dim=-1), expected)
+    assert torch.equal(gates.sum(dim=-1), torch.ones(2, 5)) and len(expected.unique()) > 1
 
 
 def test_smile_with_experts_that_are_one_is_that_expert(task: Task, tmp_path: Path) -> None:
@@ -78,12 +78,12 @@ def test_smile_with_experts_that_are_one_is_that_expert(task: Task, tmp_path: Pa
     same = Task(dict.fromkeys(task.experts, task.experts["e1"]), task.base, full, task.texts)
     same.save(tmp_path / "task.json")
     smile.merge(str(tmp_path / "task.json"), str(tmp_path))
-    found = smile.serve(same, tmp_path).logits(IDS, 2, "e1")
-    assert rounded_off(found, logits_of(task.experts["e1"])) < 0.02 < rounded_off(found, logits_of(task.base))
+    logits = smile.serve(same, tmp_path).logits(IDS, 2, "e1")
+    assert rounded_off(logits, logits_of(task.experts["e1"])) < 0.02 < rounded_off(logits, logits_of(task.base))
 
 
-def rounded_off(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def rounded_off(logits: Tensor, expected: Tensor) -> float:
+    return float((logits - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("width", [8, 13])
@@ -107,9 +107,9 @@ def test_bitdelta_serves_base_plus_signs_and_the_experts_own_norms(task: Task, t
     assert isinstance(served, InTurn)
     name = "model.layers.1.mlp.up_proj.weight"
     weight, base = task.checkpoints["e2"].read(name), task.pretrained.read(name)
-    found = dict(served.models["e2"].named_parameters())
-    torch.testing.assert_close(found[name], base + (weight - base).sign() * (weight - base).abs().mean())
-    assert torch.equal(found["model.norm.weight"], task.checkpoints["e2"].read("model.norm.weight"))
+    weights = dict(served.models["e2"].named_parameters())
+    torch.testing.assert_close(weights[name], base + (weight - base).sign() * (weight - base).abs().mean())
+    assert torch.equal(weights["model.norm.weight"], task.checkpoints["e2"].read("model.norm.weight"))
     assert experts_folder(task, tmp_path) == sum(f.stat().st_size for f in (tmp_path / "experts").iterdir())
 
 
@@ -163,9 +163,9 @@ def test_arrow_with_adapters_that_are_one_is_that_adapter(task: Task, tmp_path: 
     fresh = transformers.AutoModelForCausalLM.from_pretrained(task.base)
     with torch.no_grad():
         expected = PeftModel.from_pretrained(fresh, tmp_path / "experts" / "e0")(IDS).logits
-        found = adapters.serve_arrow(task, tmp_path).logits(IDS, 2, "e0")
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert rounded_off(found, logits_of(task.base)) > 0.02
+        logits = adapters.serve_arrow(task, tmp_path).logits(IDS, 2, "e0")
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert rounded_off(logits, logits_of(task.base)) > 0.02
 
 
 def test_the_one_rank_of_extracted_adapters_pays_at_least_polymerges_bytes(task: Task) -> None:
@@ -199,8 +199,8 @@ def test_rows_that_run_in_turn_come_back_in_their_order() -> None:
 
     served = InTurn({"a": Says(50, 1), "b": Says(60, 2)}, tiny_tokenizer())
     ids = torch.tensor([[3], [4], [5]])
-    found = served.generate(ids, torch.ones_like(ids), ["b", "a", "b"])
-    assert found.tolist() == [[3, 60, 60], [4, 50, 0], [5, 60, 60]]
+    tokens = served.generate(ids, torch.ones_like(ids), ["b", "a", "b"])
+    assert tokens.tolist() == [[3, 60, 60], [4, 50, 0], [5, 60, 60]]
 
 
 def test_kl_is_measured_with_the_request_marked_and_is_nothing_for_the_original(task: Task) -> None:
@@ -214,15 +214,15 @@ def test_kl_is_measured_with_the_request_marked_and_is_nothing_for_the_original(
 
         def logits(self, ids: Tensor, prompt: int, expert: str) -> Tensor:
             seen.append(self.tokenizer.decode(ids[0, :prompt]))
-            found: Tensor = self.model(ids).logits
-            return found
+            logits: Tensor = self.model(ids).logits
+            return logits
 
         def generate(self, *_: Any, **__: Any) -> Tensor:
             raise AssertionError("not asked for")
 
-    found = agreements(Original(), held)["e0"]
+    agreement = agreements(Original(), held)["e0"]
     assert seen == ["w5 w6", "w9 w8 w11"]
-    assert abs(found.kl) < 1e-6 and found.top1 == 1.0 and found.tokens == 5
+    assert abs(agreement.kl) < 1e-6 and agreement.top1 == 1.0 and agreement.tokens == 5
 
 
 def test_a_call_apart_tells_its_memory_and_its_failure(tmp_path: Path) -> None:
@@ -243,8 +243,8 @@ def test_a_task_is_the_same_after_a_file(task: Task, tmp_path: Path) -> None:
 def test_named_adapters_answer_the_same_alone_and_together(task: Task, tmp_path: Path, norms: bool) -> None:
     from peft import LoraConfig, get_peft_model
 
-    own = ["norm", "input_layernorm"] if norms else []
-    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=own, init_lora_weights=False)
+    modules = ["norm", "input_layernorm"] if norms else []
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=modules, init_lora_weights=False)
     for number, name in enumerate(task.experts):
         adapter = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(task.base), config)
         for key, parameter in adapter.named_parameters():

@@ -152,8 +152,8 @@ def test_a_damaged_code_is_a_problem_and_not_loaded(
         tensors[name][0] = float("nan")
     save_file(tensors, file)
     manifest = json.loads((path / "polymerge.json").read_text())
-    found = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-    manifest["files"][f"experts/e0/{Code.file_name}"] = found
+    entry = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    manifest["files"][f"experts/e0/{Code.file_name}"] = entry
     (path / "polymerge.json").write_text(json.dumps(manifest))
     assert [problem for problem in verify(path).problems if said in problem and "up_proj" in problem]
     if damage != "nan":

@@ -14,17 +14,20 @@ from safetensors.torch import load_file, save_file
 
 from polymerge.bundle.files import (
     DTYPE_NAMES,
-    Piece,
+    Entry,
+    Rows,
     check_free_space,
+    chunks_of,
     disk_errors,
+    entry_of,
+    header_of,
+    header_room,
     raw_bytes,
     scratch_name,
     scratches_of,
     write_bytes,
     write_json,
-    write_pieces,
     write_safetensors,
-    zeros_piece,
 )
 from polymerge.errors import DiskSpaceError, PolymergeError
 
@@ -36,7 +39,7 @@ def test_a_streamed_file_is_the_one_that_safetensors_writes(tmp_path: Path, dtyp
         name: torch.randint(0, 2, shape, generator=generator).to(dtype)
         for name, shape in {"a.weight": (3, 5), "b": (), "c": (7,), "none": (0, 4)}.items()
     }
-    entries = [(name, DTYPE_NAMES[dtype], tuple(t.shape), t.nbytes) for name, t in tensors.items()]
+    entries = [entry_of(name, tensor) for name, tensor in tensors.items()]
     entry = write_safetensors(tmp_path / "ours", entries, (bytes(raw_bytes(t)) for t in tensors.values()))
     ours = load_file(tmp_path / "ours")
     save_file(tensors, tmp_path / "theirs", {"format": "pt"})
@@ -48,17 +51,34 @@ def test_a_streamed_file_is_the_one_that_safetensors_writes(tmp_path: Path, dtyp
 def test_a_file_whose_content_is_short_is_not_put_in_its_place(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("old")
     with pytest.raises(PolymergeError, match="expected 8 bytes of tensors, got 4"):
-        write_safetensors(tmp_path / "x", [("a", "F32", (2,), 8)], [bytes(4)])
+        write_safetensors(tmp_path / "x", [Entry("a", "F32", (2,), 8)], [bytes(4)])
     assert (tmp_path / "x").read_text() == "old"
 
 
-def test_pieces_lie_in_the_order_given_and_zeros_lie_nowhere(tmp_path: Path) -> None:
-    pieces = [Piece(None, "b", "F32", (2,), 8, "file"), zeros_piece("e", "a", "BF16", (2, 3))]
-    content = {"file": torch.tensor([1.0, 2.0]).numpy().tobytes(), "": bytes(12)}
-    write_pieces(tmp_path / "x", pieces, lambda piece: [content[piece.file]])
+@pytest.mark.parametrize("room", [0, 8, 400, 4000])
+def test_spaces_fill_a_headers_room_and_the_library_reads_it(tmp_path: Path, room: int) -> None:
+    values = {"b": torch.tensor([1.0, 2.0]), "a": torch.zeros(2, 3, dtype=torch.bfloat16)}
+    head = header_of([entry_of(key, value) for key, value in values.items()], room)
+    assert len(head) % 8 == 0 and len(head) >= room and (room < 400 or len(head) == room)
+    (tmp_path / "x").write_bytes(head + b"".join(bytes(raw_bytes(value)) for value in values.values()))
     loaded = load_file(tmp_path / "x")
-    assert loaded["b"].tolist() == [1.0, 2.0]
-    assert torch.equal(loaded["a"], torch.zeros(2, 3, dtype=torch.bfloat16))
+    assert all(torch.equal(loaded[key], value) for key, value in values.items())
+
+
+@pytest.mark.parametrize("key", ["a", "model.layers.127.mlp.experts.255.down_proj.weight", 'ρ."weight"', "\u2028" * 40])
+@pytest.mark.parametrize("count", [1, 3, 700])
+def test_the_room_of_keys_holds_the_longest_header_that_they_can_have(key: str, count: int) -> None:
+    keys = [f"{key}{number}" for number in range(count)]
+    shapes = [(10**6, 10**5), (10**4, 10**4, 10), (), (1,)]
+    entries = [Entry(k, "F8_E4M3", shapes[n % 4], 10**11 // count) for n, k in enumerate(keys)]
+    assert len(header_of(entries)) <= header_room(keys)
+
+
+def test_rows_that_come_apart_are_the_tensors_bytes() -> None:
+    whole = torch.arange(20, dtype=torch.bfloat16).view(5, 4)
+    rows = Rows(whole.dtype, (5, 4), (whole[:2], whole[2:]))
+    assert entry_of("x", rows) == entry_of("x", whole) == Entry("x", "BF16", (5, 4), 40)
+    assert b"".join(chunks_of(rows)) == b"".join(chunks_of(whole)) == bytes(raw_bytes(whole))
 
 
 def test_json_keeps_its_keys_in_order_and_its_hash_is_the_files(tmp_path: Path) -> None:

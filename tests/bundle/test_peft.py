@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from polymerge import load_model
-from polymerge.bundle.files import Piece
 from polymerge.bundle.manifest import BundleLayer
 from polymerge.bundle.peft import (
     PEFT_PREFIX,
@@ -21,7 +21,8 @@ from polymerge.bundle.peft import (
     adapter_name,
     is_fused,
     missing_siblings,
-    peft_adapter,
+    missing_zeros,
+    stored_name,
 )
 from tests.conftest import Merged
 
@@ -37,6 +38,7 @@ def layer(module: str, role: str, *shape: int, parameter: str = "weight", transp
         transposed=transposed,
         shape=shape,
         rank=0,
+        mean_scale=1.0 if role == "linear" else None,
     )
 
 
@@ -86,31 +88,31 @@ def test_an_adapter_without_factors_targets_nothing() -> None:
 
 
 def test_a_tied_embedding_is_kept_as_token_rows() -> None:
-    layers = [layer("m.embed", "embedding", 5, 3)]
-    pieces = [Piece("e", "m.embed.weight", "F32", (5, 3), 60, "file")]
-    config, stored = peft_adapter("e", pieces, layers, tied_embedding="m.embed")
+    layers, tensors = [layer("m.embed", "embedding", 5, 3)], [("m.embed.weight", (5, 3))]
+    config = adapter_config(tensors, layers, tied_embedding="m.embed")
     assert config["trainable_token_indices"] == {"m.embed": [0, 1, 2, 3, 4]} and config["modules_to_save"] is None
-    assert [piece.key for piece in stored] == [f"{PEFT_PREFIX}m.embed{TIED_ROWS}"]
-    assert adapter_name(stored[0].key) == "m.embed.weight"
-    untied, stored = peft_adapter("e", pieces, layers, tied_embedding=None)
-    assert untied["modules_to_save"] == ["m.embed"] and stored[0].key == f"{PEFT_PREFIX}m.embed.weight"
+    stored = stored_name("m.embed.weight", {"m.embed"})
+    assert stored == f"{PEFT_PREFIX}m.embed{TIED_ROWS}" and adapter_name(stored) == "m.embed.weight"
+    assert adapter_config(tensors, layers, tied_embedding=None)["modules_to_save"] == ["m.embed"]
+    assert stored_name("m.embed.weight", ()) == f"{PEFT_PREFIX}m.embed.weight"
 
 
 def test_one_bias_brings_biases_and_factors_of_zeros_everywhere() -> None:
-    pieces = [Piece("e", key, "F32", shape, 4, "file") for key, shape in factors("m.0.up", 4)]
-    pieces.append(Piece("e", "m.1.up.lora_B.bias", "F32", (8,), 32, "file"))
-    config, stored = peft_adapter("e", pieces, LAYERS, tied_embedding=None)
-    added = {piece.key.removeprefix(PEFT_PREFIX): piece.shape for piece in stored if not piece.file}
+    shapes = dict(factors("m.0.up", 4))
+    assert missing_zeros(shapes, LAYERS) == []
+    assert not adapter_config(shapes.items(), LAYERS, tied_embedding=None)["lora_bias"]
+    shapes["m.1.up.lora_B.bias"] = (8,)
+    added = {zeros.key: zeros.shape for zeros in missing_zeros(shapes, LAYERS)}
     assert added == {"m.0.up.lora_B.bias": (8,), "m.1.up.lora_A.weight": (1, 6), "m.1.up.lora_B.weight": (8, 1)}
+    config = adapter_config({**shapes, **added}.items(), LAYERS, tied_embedding=None)
     assert config["lora_bias"] and config["target_modules"] == ["m.0.up", "m.1.up"]
-    without, stored = peft_adapter("e", pieces[:2], LAYERS, tied_embedding=None)
-    assert not without["lora_bias"] and len(stored) == 2
 
 
-def test_keys_lie_in_natural_order() -> None:
-    pieces = [Piece("e", key, "F32", shape, 4, "f") for n in (10, 1, 0) for key, shape in factors(f"m.{n}.up", 4)]
-    _, stored = peft_adapter("e", pieces, LAYERS, tied_embedding=None)
-    assert [piece.key.split(".")[3] for piece in stored] == ["0", "0", "1", "1", "10", "10"]
+def test_the_order_of_tensors_does_not_matter_to_the_configuration() -> None:
+    tensors = [pair for n, rank in ((10, 2), (1, 4), (0, 3)) for pair in factors(f"m.{n}.up", rank)]
+    config = adapter_config(tensors, LAYERS, tied_embedding=None)
+    assert config["r"] == 3 and list(config["rank_pattern"]) == [r"m\.1\.up", r"m\.10\.up"]
+    assert json.dumps(config) == json.dumps(adapter_config(tensors[::-1], LAYERS, tied_embedding=None))
 
 
 def test_an_own_weight_brings_the_modules_other_parameters() -> None:

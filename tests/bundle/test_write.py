@@ -11,10 +11,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from polymerge.bundle import write
-from polymerge.bundle.files import DTYPE_NAMES, raw_bytes
+from polymerge.bundle.files import entry_of, raw_bytes
 from polymerge.bundle.write import (
     bundle_config,
-    clear,
     copy_model_files,
     write_manifest,
     write_scales,
@@ -30,7 +29,7 @@ def weights(count: int = 5) -> dict[str, torch.Tensor]:
 
 
 def written(folder: Path, tensors: dict[str, torch.Tensor]) -> list[str]:
-    entries = [(name, DTYPE_NAMES[t.dtype], tuple(t.shape), t.nbytes) for name, t in tensors.items()]
+    entries = [entry_of(name, tensor) for name, tensor in tensors.items()]
     values = list(tensors.values())
     return list(write_weights(folder, entries, lambda index: [bytes(raw_bytes(values[index]))]))
 
@@ -125,10 +124,3 @@ def test_a_manifest_replaces_another_whole(tmp_path: Path) -> None:
         write_manifest(tmp_path, text)
         assert [path.name for path in tmp_path.iterdir()] == ["polymerge.json"]
         assert (tmp_path / "polymerge.json").read_text() == text
-
-
-def test_clearing_leaves_an_empty_folder(tmp_path: Path) -> None:
-    for _ in range(2):
-        clear(tmp_path / "a" / "b")
-        assert list((tmp_path / "a" / "b").iterdir()) == []
-        (tmp_path / "a" / "b" / "left").mkdir()

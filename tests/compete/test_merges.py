@@ -33,9 +33,9 @@ ROWS = [
 @pytest.fixture(scope="module")
 def bundle(merged: Merged, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny bundle with a tokenizer beside it."""
-    found, _ = merged("llama")
+    merged_bundle, _ = merged("llama")
     folder = tmp_path_factory.mktemp("kit") / "bundle"
-    shutil.copytree(found.path, folder)
+    shutil.copytree(merged_bundle.path, folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
@@ -53,11 +53,11 @@ def method(bundle: Path) -> Iterator[PolymergeMerges]:
 
 def batches() -> list[dict[str, list[Any]]]:
     """Batches of one row, as the kit's loader makes them: columns without a value are left out."""
-    found = []
+    rows = []
     for number, (text, kind, choices) in enumerate(ROWS):
         row = {"id": [number], "input": [text], "eval_type": [kind]}
-        found.append(row | ({"answer_choices": [choices]} if choices else {}))
-    return found
+        rows.append(row | ({"answer_choices": [choices]} if choices else {}))
+    return rows
 
 
 def as_the_kit_does(method: Any, folder: Path) -> list[tuple[int, str]]:
@@ -121,10 +121,10 @@ def test_scores_are_the_sum_of_the_choices_log_probabilities_after_the_input(
             best, scores = method.predict_multiple_choice(batch)
             expected = []
             for choice in eval(batch["answer_choices"][0]):
-                read, own = tokenizer(batch["input"][0])["input_ids"], tokenizer(choice)["input_ids"]
+                read, answer = tokenizer(batch["input"][0])["input_ids"], tokenizer(choice)["input_ids"]
                 with torch.no_grad():
-                    logits = model(torch.tensor([read + own])).logits[0].log_softmax(-1)
-                expected.append(sum(float(logits[len(read) + n - 1, token]) for n, token in enumerate(own)))
+                    logits = model(torch.tensor([read + answer])).logits[0].log_softmax(-1)
+                expected.append(sum(float(logits[len(read) + n - 1, token]) for n, token in enumerate(answer)))
             assert scores[0].tolist() == pytest.approx(expected, abs=1e-4)
             assert int(best[0]) == expected.index(max(expected))
 
@@ -141,14 +141,16 @@ def test_exact_scores_are_the_kits_to_the_letter(method: PolymergeMerges, bundle
         inputs = tokenizer(batch["input"], return_tensors="pt", padding=True)
         right = tiny_tokenizer()
         right.padding_side = "right"
-        own = right(choices, return_tensors="pt", padding=True)
+        answers = right(choices, return_tensors="pt", padding=True)
         with torch.no_grad():
             cache = model(**{k: inputs[k] for k in ("input_ids", "attention_mask")}, use_cache=True).past_key_values
             cache.batch_repeat_interleave(len(choices))
-            mask = torch.cat([inputs["attention_mask"].repeat_interleave(len(choices), 0), own["attention_mask"]], 1)
-            logits = model(own["input_ids"], attention_mask=mask, past_key_values=cache).logits.float()
-        found = logits[:, :-1].log_softmax(-1).gather(2, own["input_ids"][:, 1:, None])[..., 0]
-        expected = (found * own["attention_mask"][:, 1:]).sum(1)
+            mask = torch.cat(
+                [inputs["attention_mask"].repeat_interleave(len(choices), 0), answers["attention_mask"]], 1
+            )
+            logits = model(answers["input_ids"], attention_mask=mask, past_key_values=cache).logits.float()
+        logprobs = logits[:, :-1].log_softmax(-1).gather(2, answers["input_ids"][:, 1:, None])[..., 0]
+        expected = (logprobs * answers["attention_mask"][:, 1:]).sum(1)
         assert torch.allclose(method.predict_multiple_choice(batch)[1][0], expected, atol=1e-4)
 
 

@@ -118,10 +118,10 @@ def test_scores_are_accuracy_over_choices_and_rouge_over_texts() -> None:
         CompetitionRow(2, "1", "q", ("a", "b"), "a"),
         CompetitionRow(3, "2", "q", (), "a cat sat"),
     ]
-    found = score(rows, ["1", "1", "a cat ran"])
-    assert found["accuracy"] == 0.5
-    assert found["rouge1"] == pytest.approx(2 / 3) and found["rouge2"] == pytest.approx(1 / 2)
-    assert found["rougeL"] == pytest.approx(2 / 3)
+    means = score(rows, ["1", "1", "a cat ran"])
+    assert means["accuracy"] == 0.5
+    assert means["rouge1"] == pytest.approx(2 / 3) and means["rouge2"] == pytest.approx(1 / 2)
+    assert means["rougeL"] == pytest.approx(2 / 3)
     assert score([CompetitionRow(1, "0", "q", ("a",))], ["0"]) == {} == score([], [])
 
 
@@ -134,8 +134,8 @@ def test_a_target_is_an_index_or_a_text(choices: tuple[str, ...], target: str, i
 
 
 def test_rouge_lsum_looks_at_lines() -> None:
-    found = rouge([("one two\nthree four", "three four\none two")])
-    assert found["rougeLsum"] == 1.0 > found["rougeL"]
+    means = rouge([("one two\nthree four", "three four\none two")])
+    assert means["rougeLsum"] == 1.0 > means["rougeL"]
 
 
 def test_a_bad_row_says_which() -> None:

@@ -180,10 +180,10 @@ def in_harness(row: AnsweredRow, text: str, tmp_path: Any) -> bool:
 
 
 def in_stages(row: AnsweredRow, text: str, tmp_path: Any) -> bool:
-    found = score(AnsweredQuestion(Question(row.prompt, row.choices or ()), row.answer, row.final), text)
+    mark = score(AnsweredQuestion(Question(row.prompt, row.choices or ()), row.answer, row.final), text)
     if row.choices or row.final or is_right(text, row.answer):
-        return found == 1.0
-    assert found == token_f1(text, row.answer)  # free text is near or far, and never wrong
+        return mark == 1.0
+    assert mark == token_f1(text, row.answer)  # free text is near or far, and never wrong
     return False
 
 

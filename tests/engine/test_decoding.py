@@ -123,8 +123,8 @@ def test_greedy_answers_are_transformers_with_the_penalty_alone(
     assert prompt != PROMPT or ids != oracle(hostile, prompt, 40, penalty=1.0)
     ended = ids[-1] in COUNTS.ends
     expected = Generation(words(ids[:-1] if ended else ids), len(prompt), len(ids), "stop" if ended else "length")
-    found = everywhere(offline, served, GenerateRequest(prompt, max_new_tokens=40))
-    assert found == dict.fromkeys(found, expected)
+    answers = everywhere(offline, served, GenerateRequest(prompt, max_new_tokens=40))
+    assert answers == dict.fromkeys(answers, expected)
 
 
 @pytest.mark.parametrize(
@@ -143,9 +143,9 @@ def test_greedy_answers_are_transformers_with_the_penalty_alone(
 def test_an_answer_is_the_same_in_every_place(
     offline: HFEngine, served: BatchingEngine, request_: GenerateRequest
 ) -> None:
-    found = everywhere(offline, served, request_)
-    assert len(set(found.values())) == 1
-    answer = found["served alone"]
+    answers = everywhere(offline, served, request_)
+    assert len(set(answers.values())) == 1
+    answer = answers["served alone"]
     assert answer.finish == "stop" or answer.tokens == min(request_.max_new_tokens, 128 - len(request_.prompt))
 
 
@@ -183,10 +183,10 @@ def test_a_special_token_as_a_stop_text_is_seen_everywhere_and_shown_nowhere(
         word = f"w{ids[place]}"
         for stop in ((word,), (f"{words(ids[place - 1 : place])[1:]} {word}",)):
             request = GenerateRequest(PROMPT, max_new_tokens=40, stop=stop)
-            found = everywhere(offline, served, request)
-            assert len(set(found.values())) == 1
-            assert found["served alone"].tokens == place + 1 and found["served alone"].finish == "stop"
-        assert found["served alone"].text == words(ids[:place])[: -len(stop[0]) + len(word) + 1]
+            answers = everywhere(offline, served, request)
+            assert len(set(answers.values())) == 1
+            assert answers["served alone"].tokens == place + 1 and answers["served alone"].finish == "stop"
+        assert answers["served alone"].text == words(ids[:place])[: -len(stop[0]) + len(word) + 1]
         unseen = offline.generate([GenerateRequest(PROMPT, max_new_tokens=40)])[0]
         assert word not in unseen.text.split() and unseen.tokens == len(ids)
     finally:
@@ -203,9 +203,9 @@ def test_stop_texts_of_several_tokens_and_bytes(checkpoints: Callable[[str], dic
         assert "\ufffd" in whole and len(whole) > 20
         for place in range(3, len(whole) - 3, 5):
             stop = whole[place : place + 3]
-            found = everywhere(offline, served, replace(drawn, stop=(stop, "never")))
-            assert len(set(found.values())) == 1
-            answer = found["offline alone"]
+            answers = everywhere(offline, served, replace(drawn, stop=(stop, "never")))
+            assert len(set(answers.values())) == 1
+            answer = answers["offline alone"]
             assert answer.text == whole[: whole.index(stop)] and answer.finish == "stop"
     finally:
         served.close(0)

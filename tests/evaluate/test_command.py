@@ -22,8 +22,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def bundle(merged: Merged, tmp_path: Path) -> Path:
-    found, _ = merged("llama")
-    shutil.copytree(found.path, tmp_path / "bundle")
+    merged_bundle, _ = merged("llama")
+    shutil.copytree(merged_bundle.path, tmp_path / "bundle")
     tiny_tokenizer().save_pretrained(tmp_path / "bundle")
     return tmp_path / "bundle"
 
@@ -34,9 +34,9 @@ def data(tmp_path: Path) -> Path:
         "e0": [{"prompt": f"w{n} w4", "answer": "w7", "choices": ["w7", "w9 w8"]} for n in range(5, 9)],
         "other": [{"prompt": f"w{n}", "answer": f"w{n}", "kind": "e1"} for n in range(5, 8)],
     }
-    for name, own in rows.items():
+    for name, samples in rows.items():
         (tmp_path / "data" / name).mkdir(parents=True)
-        (tmp_path / "data" / name / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+        (tmp_path / "data" / name / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
     return tmp_path / "data"
 
 
@@ -56,11 +56,11 @@ def test_several_modes_side_by_side_as_json_and_as_a_file(
         capsys, monkeypatch, "eval", bundle, "--data", data, *modes, "-o", tmp_path / "out.json", "--json"
     )
     assert code == 0
-    found = json.loads(out)
-    assert list(found["accuracy"]) == ["e0", "other"]
-    assert found["accuracy"]["e0"]["oracle"] == found["accuracy"]["e0"]["expert:e0"]
-    assert found["modes"]["oracle"]["polymerge"]["answered_by"] == {"e0": {"e0": 4}, "other": {"e1": 3}}
-    assert found["modes"]["oracle"]["n-samples"]["e0"]["effective"] == 4
+    printed = json.loads(out)
+    assert list(printed["accuracy"]) == ["e0", "other"]
+    assert printed["accuracy"]["e0"]["oracle"] == printed["accuracy"]["e0"]["expert:e0"]
+    assert printed["modes"]["oracle"]["polymerge"]["answered_by"] == {"e0": {"e0": 4}, "other": {"e1": 3}}
+    assert printed["modes"]["oracle"]["n-samples"]["e0"]["effective"] == 4
     whole = json.loads((tmp_path / "out.json").read_text())
     assert whole["modes"]["average"]["configs"]["other"]["output_type"] == "generate_until"
     assert list((tmp_path / "cache" / "answers").glob("*.sqlite"))
@@ -86,11 +86,11 @@ def test_routed_and_mixture_go_by_the_bundles_own_router(
     modes = ["--mode", "routed", "--mode", "mixture"]
     code, out, err = run(capsys, monkeypatch, "eval", bundle, "--data", data, *modes, "--json")
     assert code == 0, err
-    found = {mode: results["polymerge"] for mode, results in json.loads(out)["modes"].items()}
-    assert sum(found["routed"]["answered_by"]["e0"].values()) == 4
-    assert set(found["routed"]["answered_by"]["e0"]) <= {"e0", "e1", "average"}
-    assert found["mixture"]["answered_by"]["other"] == {"mixture": 3}
-    assert len(found["routed"]["router"]) == 64
+    notes = {mode: results["polymerge"] for mode, results in json.loads(out)["modes"].items()}
+    assert sum(notes["routed"]["answered_by"]["e0"].values()) == 4
+    assert set(notes["routed"]["answered_by"]["e0"]) <= {"e0", "e1", "average"}
+    assert notes["mixture"]["answered_by"]["other"] == {"mixture": 3}
+    assert len(notes["routed"]["router"]) == 64
 
 
 @pytest.mark.parametrize(

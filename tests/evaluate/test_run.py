@@ -40,15 +40,15 @@ def files(tmp_path: Path) -> dict[str, Path]:
         "math": [{"prompt": f"add {n} 1", "answer": f"{n} + 1 = {n + 1}", "final": str(n + 1)} for n in range(4)],
         "shell": [{"prompt": f"list {x}", "answer": x, "choices": ["a", "bb", "ccc"]} for x in ("a", "bb", "ccc")],
     }
-    found = {}
-    for name, own in rows.items():
-        found[name] = tmp_path / f"{name}.jsonl"
-        found[name].write_text("".join(json.dumps(row) + "\n" for row in own))
-    return found
+    paths = {}
+    for name, samples in rows.items():
+        paths[name] = tmp_path / f"{name}.jsonl"
+        paths[name].write_text("".join(json.dumps(row) + "\n" for row in samples))
+    return paths
 
 
-def accuracies(found: dict[str, Any]) -> dict[str, float | None]:
-    return {task: accuracy(metrics) for task, metrics in found["results"].items()}
+def accuracies(results: dict[str, Any]) -> dict[str, float | None]:
+    return {task: accuracy(metrics) for task, metrics in results["results"].items()}
 
 
 @pytest.mark.parametrize(
@@ -64,14 +64,14 @@ def test_a_mode_decides_what_is_right(
     engine: ScriptedEngine, files: dict[str, Path], mode: str, expected: dict[str, float]
 ) -> None:
     choose = chooser(mode, EXPERTS, router=ScriptedRouter(ROUTER))
-    found = evaluate(engine, jsonl_tasks(files, ending="\n"), choose)
+    results = evaluate(engine, jsonl_tasks(files, ending="\n"), choose)
     if mode == "average":  # the shortest choice is the likeliest of three that nobody knows
         expected = {"math": 0.0, "shell": pytest.approx(1 / 3)}
     if mode == "expert:math":
         expected = {"math": 1.0, "shell": pytest.approx(1 / 3)}
-    assert accuracies(found) == expected
-    assert found["polymerge"]["fingerprint"] == "scripted"
-    assert sum(found["polymerge"]["answered_by"]["shell"].values()) == 3
+    assert accuracies(results) == expected
+    assert results["polymerge"]["fingerprint"] == "scripted"
+    assert sum(results["polymerge"]["answered_by"]["shell"].values()) == 3
 
 
 def test_all_choices_of_a_question_meet_the_expert_that_its_context_chose(engine: ScriptedEngine) -> None:
@@ -118,10 +118,10 @@ def test_a_router_sees_the_users_words_and_the_engine_the_chat_template(
     router = ScriptedRouter(ROUTER)
     settings = HarnessSettings(apply_chat_template=True, system_instruction="Be brief.", limit=2)
     choose = chooser("routed", EXPERTS, router=router)
-    found = evaluate(engine, jsonl_tasks({"math": files["math"]}), choose, settings=settings, tokenizer=Template())
+    results = evaluate(engine, jsonl_tasks({"math": files["math"]}), choose, settings=settings, tokenizer=Template())
     assert router.seen == ["add 0 1", "add 1 1"]
     assert engine.decode(engine.asked[0].prompt) == "[system]Be brief.[user]add 0 1[model]"  # type: ignore[union-attr]
-    assert found["polymerge"]["answered_by"] == {"math": {"math": 2}}
+    assert results["polymerge"]["answered_by"] == {"math": {"math": 2}}
 
 
 def test_a_chat_template_that_is_not_there_is_refused(engine: ScriptedEngine, files: dict[str, Path]) -> None:
@@ -160,8 +160,8 @@ def test_a_yaml_task_of_a_folder_runs_with_no_network(
         "doc_to_target: '{{choices.index(answer)}}'\nmetric_list: [{metric: acc}]\n"
     )
     choose = chooser("expert:shell", EXPERTS)
-    found = evaluate(engine, ["my_su*"], choose, include_path=tmp_path / "tasks")
-    assert accuracies(found) == {"my_sums": 1.0}
+    results = evaluate(engine, ["my_su*"], choose, include_path=tmp_path / "tasks")
+    assert accuracies(results) == {"my_sums": 1.0}
     by_path = evaluate(engine, [str(tmp_path / "tasks" / "sums.yaml")], choose)
     assert accuracies(by_path) == {"my_sums": 1.0}
 

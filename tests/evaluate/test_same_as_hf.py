@@ -25,11 +25,11 @@ from tests.tiny import tiny_tokenizer
 
 
 def written(folder: Path, tasks: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Path]:
-    found = {}
+    paths = {}
     for name, rows in tasks.items():
-        found[name] = folder / f"{name}.jsonl"
-        found[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return found
+        paths[name] = folder / f"{name}.jsonl"
+        paths[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return paths
 
 
 def answers(results: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -53,9 +53,9 @@ def assert_same(tasks: list[dict[str, Any]], dense: Path, engine: HFEngine, expe
         bootstrap_iters=0,
         log_samples=True,
     )
-    for task, found in answers(ours).items():
-        for own, other in zip(found, answers(theirs)[task], strict=True):
-            for one, two in zip(own, other, strict=True):
+    for task, rows in answers(ours).items():
+        for row, other in zip(rows, answers(theirs)[task], strict=True):
+            for one, two in zip(row, other, strict=True):
                 if isinstance(one, str):
                     assert one.split() == two.split()
                 else:
@@ -81,7 +81,8 @@ def test_a_dense_expert_and_the_same_one_in_a_bundle(merged: Merged, tmp_path: P
     choices = [[words(rng, n) for n in (1, 2, 4)] for _ in range(12)]
     tasks = {
         "choose": [
-            {"prompt": words(rng, 3 + n), "answer": own[n % 3], "choices": own} for n, own in enumerate(choices)
+            {"prompt": words(rng, 3 + n), "answer": listed[n % 3], "choices": listed}
+            for n, listed in enumerate(choices)
         ],
         "write": [{"prompt": words(rng, 2 + n), "answer": words(rng, 2)} for n in range(6)],
     }

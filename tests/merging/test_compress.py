@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from polymerge.bundle.files import Rows, chunks_of
 from polymerge.bundle.stats import StatsLine
 from polymerge.errors import SourceError
 from polymerge.merging import reading
@@ -45,9 +46,10 @@ def test_the_norm_is_float64s_to_float32_rounding(shape: tuple[int, int], scale:
 class Emitted(dict[tuple[str | None, str], Tensor]):
     """(owner, key) -> tensor; what is stored once is given once."""
 
-    def emit(self, owner: str | None, key: str, tensor: Tensor) -> None:
+    def emit(self, owner: str | None, key: str, tensor: Tensor | Rows) -> None:
         assert (owner, key) not in self
-        self[owner, key] = tensor.clone()
+        data = bytearray(b"".join(chunks_of(tensor)))  # as it would be written
+        self[owner, key] = torch.frombuffer(data, dtype=tensor.dtype).view(tensor.shape)
 
 
 def compressed(

@@ -25,11 +25,11 @@ ROOT = Path(__file__).parents[2]
 def test_an_outline_has_the_tensors_of_the_checkpoint(architecture: str, checkpoints: Any) -> None:
     folder = checkpoints(architecture)["e0"]
     real = open_checkpoint(str(folder))
-    found = OutlineCheckpoint(folder, "outline")
-    assert {n: t.shape for n, t in found.tensors.items()} == {n: t.shape for n, t in real.tensors.items()}
-    assert {t.dtype for t in found.tensors.values()} == {t.dtype for t in real.tensors.values()}
+    outlined = OutlineCheckpoint(folder, "outline")
+    assert {n: t.shape for n, t in outlined.tensors.items()} == {n: t.shape for n, t in real.tensors.items()}
+    assert {t.dtype for t in outlined.tensors.values()} == {t.dtype for t in real.tensors.values()}
     with pytest.raises(SourceError, match="only its configuration"):
-        found.read(next(iter(found.tensors)))
+        outlined.read(next(iter(outlined.tensors)))
 
 
 def test_the_winners_recipe_is_planned_without_weights_and_without_a_hub() -> None:

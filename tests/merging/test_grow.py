@@ -24,8 +24,8 @@ def grown(tmp_path: Path) -> tuple[Bundle, dict[str, Path]]:
 
 def files(bundle: Bundle) -> dict[str, bytes]:
     skipped = ("polymerge.json", "merge_stats.jsonl")
-    found = [file for file in bundle.path.rglob("*") if file.is_file() and file.name not in skipped]
-    return {str(file.relative_to(bundle.path)): file.read_bytes() for file in found}
+    listed = [file for file in bundle.path.rglob("*") if file.is_file() and file.name not in skipped]
+    return {str(file.relative_to(bundle.path)): file.read_bytes() for file in listed}
 
 
 def test_an_added_expert_changes_nothing_else_and_answers(grown: tuple[Bundle, dict[str, Path]]) -> None:
@@ -50,8 +50,8 @@ def test_a_fresh_merge_gains_what_was_said(grown: tuple[Bundle, dict[str, Path]]
     fresh = merge(recipe, tmp_path / "fresh")
 
     def error(of: Bundle) -> float:
-        own = [line["relative_error"] for line in of.stats() if line["expert"] == "e2"]
-        return sum(own) / len(own)
+        errors = [line["relative_error"] for line in of.stats() if line["expert"] == "e2"]
+        return sum(errors) / len(errors)
 
     assert added.relative_error == pytest.approx(error(added.bundle), rel=0.1)
     assert added.fresh_relative_error == pytest.approx(error(fresh), rel=0.1)

@@ -97,8 +97,8 @@ def test_verify_sees_groups_that_are_not_the_files(originals: dict[str, Original
         "its own generation without generation_config.json": {"plain": ["generation"], "chatml": list(GROUPS)},
     }
     for words, groups in cases.items():
-        for name, own in groups.items():
-            data["experts"][name]["persona"] = own
+        for name, given in groups.items():
+            data["experts"][name]["persona"] = given
         file.write_text(json.dumps(data))
         assert any(words in problem for problem in verify(Bundle.open(bundle.path)).problems), words
 

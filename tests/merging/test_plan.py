@@ -32,12 +32,12 @@ def test_the_sizes_of_a_tiny_llama_by_hand(checkpoints: Any) -> None:
     square, narrow, wide = (48, 48), (24, 48), (80, 48)
     matrices = 2 * [square, narrow, narrow, square, wide, wide, wide]
     linear = sum(rows * columns for rows, columns in matrices)
-    own = 2 * 96 * 48 + 5 * 48  # embedding and head, two norms a layer and the last
+    whole = 2 * 96 * 48 + 5 * 48  # embedding and head, two norms a layer and the last
     ranks = [rows * columns // (2 * (rows + columns)) for rows, columns in matrices]
     assert sorted(t.rank for t in plan.tasks if t.treatment == "low_rank") == sorted(ranks)
-    assert plan.base_bytes == 4 * (linear + own)
+    assert plan.base_bytes == 4 * (linear + whole)
     assert plan.residual_bytes == 4 * sum(r * sum(shape) for r, shape in zip(ranks, matrices, strict=True))
-    assert plan.own_bytes == 4 * own
+    assert plan.own_bytes == 4 * whole
     assert plan.write_bytes == plan.base_bytes + 3 * (plan.residual_bytes + plan.own_bytes)
     assert plan.read_bytes == 2 * 3 * plan.base_bytes
     assert plan.memory_bytes >= 3 * 4 * 80 * 48

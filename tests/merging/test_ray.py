@@ -41,14 +41,14 @@ def cluster(one_thread: None) -> Iterator[Any]:
     """A head that runs no tasks and two workers with one CPU each."""
     from ray.cluster_utils import Cluster
 
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(2):
-        found.add_node(num_cpus=1)
-    found.wait_for_nodes()
+        started.add_node(num_cpus=1)
+    started.wait_for_nodes()
     try:
-        yield found
+        yield started
     finally:
-        found.shutdown()
+        started.shutdown()
 
 
 def machines() -> int:

@@ -18,10 +18,10 @@ from tests.tiny import ARCHITECTURES, make_experts
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
-    found = {}
+    weights = {}
     for file in sorted(path.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
+        weights |= load_file(file)
+    return weights
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -116,8 +116,8 @@ def test_what_all_experts_share_is_stored_once(tmp_path: Path) -> None:
     shared = tensors(experts["e0"])
     names = ["model.layers.0.self_attn.q_proj.weight", "model.norm.weight"]
     for path in experts.values():
-        own = tensors(path)
-        save_file({**own, **{name: shared[name] for name in names}}, path / "model.safetensors", {"format": "pt"})
+        weights = tensors(path)
+        save_file({**weights, **{name: shared[name] for name in names}}, path / "model.safetensors", {"format": "pt"})
     bundle = merge({"experts": {k: str(v) for k, v in experts.items()}}, tmp_path / "b")
     assert not [key for key in bundle.adapter("e1") if key.startswith(tuple(n.removesuffix(".weight") for n in names))]
     for name in names:
@@ -126,8 +126,8 @@ def test_what_all_experts_share_is_stored_once(tmp_path: Path) -> None:
 
 def test_workers_do_not_change_a_byte(checkpoints, tmp_path: Path) -> None:
     experts = {name: str(path) for name, path in checkpoints("mixtral").items()}
-    found = [content(merge({"experts": experts, "workers": n}, tmp_path / f"w{n}").path) for n in (1, 2, 5)]
-    assert found[0] == found[1] == found[2]
+    contents = [content(merge({"experts": experts, "workers": n}, tmp_path / f"w{n}").path) for n in (1, 2, 5)]
+    assert contents[0] == contents[1] == contents[2]
 
 
 def test_shards_and_bin_files_give_the_same_weights(tmp_path: Path) -> None:

@@ -129,9 +129,6 @@ UNFIT: dict[str, tuple[Callable[[Case], object], list[str]]] = {
     "width": (
         lambda c: c.replace(intermediate_size=96), ["'e2'", "differ in shape", "mlp", "[80, 48] and [96, 48]"]
     ),
-    "vocabulary": (
-        lambda c: c.replace(vocab_size=100), ["'e2'", f"{EMBEDDING} [96, 48] and [100, 48]", "another vocabulary"]
-    ),
     "more layers": (
         lambda c: c.replace(num_hidden_layers=2), ["lacks tensors that expert 'e2' has: model.layers.1.", "more"]
     ),

@@ -38,8 +38,8 @@ def plain(folder: Path) -> Any:
 
 
 def dense_models(bundle: Bundle, folder: Path) -> dict[str | None, Any]:
-    found: dict[str | None, Any] = {name: plain(export_dense(bundle, name, folder / name)) for name in bundle.experts}
-    return found | {None: plain(bundle.path)}
+    models: dict[str | None, Any] = {name: plain(export_dense(bundle, name, folder / name)) for name in bundle.experts}
+    return models | {None: plain(bundle.path)}
 
 
 def distance(got: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor) -> float:
@@ -159,7 +159,7 @@ def test_no_dense_copy_of_an_expert_is_held(merged: Merged) -> None:
 def test_norms_take_the_fast_path(merged: Merged) -> None:
     for architecture in ("llama", "gemma3", "qwen3", "gpt2", "gpt-neox"):
         bundle, _ = merged(architecture, compress_rate=0.6)
-        modules = list(load_model(bundle).own)
+        modules = list(load_model(bundle).stand_ins)
         assert any(isinstance(module, OwnNorm) for module in modules)
         slow = [type(module.inner).__name__ for module in modules if isinstance(module, OwnModule)]
         assert not [name for name in slow if "norm" in name.lower()], architecture

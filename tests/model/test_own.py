@@ -37,16 +37,16 @@ def test_own_modules_inside_each_other_give_what_each_expert_gives_alone() -> No
     module, x = Scaled(), torch.randn(4, 5, 3)
     plain = Scaled()
     plain.load_state_dict(module.state_dict())
-    own = {name: [torch.randn(3, 3) for _ in range(2)] for name in ("inner.weight", "read.weight")}
+    weights = {name: [torch.randn(3, 3) for _ in range(2)] for name in ("inner.weight", "read.weight")}
     state = state_of(ROWS)
     inside, around = OwnModule(state, module.inner), OwnModule(state, module)
-    inside.tensors.append(OwnTensor(module.inner, "weight", list(own["inner.weight"])))
-    around.tensors.append(OwnTensor(module.read, "weight", list(own["read.weight"])))
+    inside.tensors.append(OwnTensor(module.inner, "weight", list(weights["inner.weight"])))
+    around.tensors.append(OwnTensor(module.read, "weight", list(weights["read.weight"])))
     before = {name: value.clone() for name, value in module.state_dict().items()}
     got = module(x)
     for row, expert in enumerate(ROWS):
         number = None if expert is None else "ab".index(expert)
-        changed = {} if number is None else {name: values[number] for name, values in own.items()}
+        changed = {} if number is None else {name: values[number] for name, values in weights.items()}
         torch.testing.assert_close(got[row], functional_call(plain, changed, (x[row : row + 1],))[0])
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert state.rows == 4 and len(state.groups) == 3  # as before
@@ -76,11 +76,14 @@ def test_a_norm_is_tried_before_its_weight_follows_the_rows(norm: nn.Module, fit
 def test_a_norms_rows_are_each_experts() -> None:
     torch.manual_seed(0)
     norm, x = nn.LayerNorm(4), torch.randn(4, 2, 4)
-    own: dict[str, list[Tensor | None]] = {"weight": [torch.randn(4), torch.randn(4)], "bias": [None, torch.randn(4)]}
+    weights: dict[str, list[Tensor | None]] = {
+        "weight": [torch.randn(4), torch.randn(4)],
+        "bias": [None, torch.randn(4)],
+    }
     expected = []
     for row, expert in enumerate(ROWS):
-        values = {n: v["ab".index(expert)] for n, v in own.items()} if expert else {}
+        values = {n: v["ab".index(expert)] for n, v in weights.items()} if expert else {}
         changed = {name: value for name, value in values.items() if value is not None}
         expected.append(functional_call(norm, changed, (x[row],)))
-    OwnNorm(state_of(ROWS), norm, own)
+    OwnNorm(state_of(ROWS), norm, weights)
     torch.testing.assert_close(norm(x), torch.stack(expected))

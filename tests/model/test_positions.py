@@ -68,19 +68,19 @@ def check_rows(model: Any, experts: dict[str, Path], rows: list[str]) -> None:
             cached = {"past_key_values": first.past_key_values, "attention_mask": longer}
             second = model(following, experts=rows, **cached, **step).logits
         for name, path in experts.items():
-            own = torch.tensor([number for number, row in enumerate(rows) if row == name], dtype=torch.long)
-            if not len(own):
+            numbers = torch.tensor([number for number, row in enumerate(rows) if row == name], dtype=torch.long)
+            if not len(numbers):
                 continue
             original = hf.AutoModelForCausalLM.from_pretrained(path).eval()
-            some, later = ({key: value[own] for key, value in part.items()} for part in (given, step))
+            some, later = ({key: value[numbers] for key, value in part.items()} for part in (given, step))
             with torch.no_grad():
-                one = original(ids[own], attention_mask=mask[own], use_cache=True, **some)
+                one = original(ids[numbers], attention_mask=mask[numbers], use_cache=True, **some)
                 two = original(
-                    following[own], attention_mask=longer[own], past_key_values=one.past_key_values, **later
+                    following[numbers], attention_mask=longer[numbers], past_key_values=one.past_key_values, **later
                 ).logits
-            seen = mask[own].bool()
-            torch.testing.assert_close(first.logits[own][seen], one.logits[seen], rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(second[own], two, rtol=1e-4, atol=1e-4)
+            seen = mask[numbers].bool()
+            torch.testing.assert_close(first.logits[numbers][seen], one.logits[seen], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(second[numbers], two, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ROPES)
@@ -133,9 +133,9 @@ def test_generate_with_beams_follows_the_rows(tmp_path: Path) -> None:
     rows = ["e0", "e1", "e1", "e0", "e1"]
     mixed = model.generate(ids, attention_mask=mask, experts=rows, **options)
     for name, path in experts.items():
-        own = [number for number, row in enumerate(rows) if row == name]
+        numbers = [number for number, row in enumerate(rows) if row == name]
         original = hf.AutoModelForCausalLM.from_pretrained(path).eval()
-        assert torch.equal(mixed[own], original.generate(ids[own], attention_mask=mask[own], **options))
+        assert torch.equal(mixed[numbers], original.generate(ids[numbers], attention_mask=mask[numbers], **options))
 
 
 def test_a_mixture_of_other_positions_is_refused(tmp_path: Path) -> None:

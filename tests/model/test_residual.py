@@ -19,7 +19,7 @@ from polymerge.method.codes import code_of
 from polymerge.method.dense import dense
 from polymerge.model.assignment import Assignment
 from polymerge.model.linear import ExpertLinear, MixedLinear
-from polymerge.model.moe import MixedBlockExperts, SlabResidual
+from polymerge.model.moe import Layout, MixedBlockExperts, SlabResidual
 from polymerge.model.residual import Term, add_mixed, add_one, mixed_ratio
 from polymerge.model.triton.grouped import add_plain
 from polymerge.model.triton.linear import CodedLinear
@@ -101,7 +101,8 @@ class BlockCase:
         halves = [SlabResidual(slice(start, start + OUT), [None] * 3, RATIOS) for start in (0, OUT)]
         down = [SlabResidual(slice(0, IN), [None] * 3, RATIOS)]
         slabs = {(name, b): list(r) for b in (0, 1) for name, r in (("gate_up_proj", halves), ("down_proj", down))}
-        return MixedBlockExperts(state, self.inner, slabs)
+        layout = Layout("gate_up_proj", "down_proj", transposed=False, biases={})
+        return MixedBlockExperts(state, self.inner, slabs, layout)
 
     def expected(self, x: Tensor, index: Tensor, ratio: float) -> Tensor:
         """In float32. x [T, in], index [T, 1] the block expert of every token."""
@@ -195,12 +196,12 @@ def test_a_block_of_a_mixture_keeps_rho(dtype: torch.dtype, experts: list[Any]) 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 def test_a_whole_matrix_of_an_expert_s_own_leaves_nothing_of_the_base(dtype: torch.dtype) -> None:
-    base, own, x = normal(6, OUT).to(dtype), normal(OUT, IN).to(dtype), normal(6, IN).to(dtype)
-    residual = SlabResidual(slice(0, OUT), [None] * 3, [1.0] * 3, [None, own, None])
+    base, whole, x = normal(6, OUT).to(dtype), normal(OUT, IN).to(dtype), normal(6, IN).to(dtype)
+    residual = SlabResidual(slice(0, OUT), [None] * 3, [1.0] * 3, [None, whole, None])
     rows = assigned(["e1", "e0", None, "e1", "e2", "e1"], 6).weights
     y = base.clone()
     add_mixed(y, mixed_ratio(rows, residual.scales), residual.terms(x, rows, range(3)))
-    expected = torch.where((rows[:, 1] == 1)[:, None], F.linear(x, own), base)
+    expected = torch.where((rows[:, 1] == 1)[:, None], F.linear(x, whole), base)
     torch.testing.assert_close(y, expected, atol=1e-5 if dtype == torch.float32 else 0, rtol=0)
 
 

@@ -42,13 +42,13 @@ class ScriptedEngine:
         return " ".join(self.words[n] for n in ids if n)
 
     def embed(self, prompts: Sequence[Any], *, layers: Sequence[int] = (-1,), pooling: str = "last") -> FloatArray:
-        found = np.zeros((len(prompts), len(layers), WIDTH), dtype=np.float32)
+        vectors = np.zeros((len(prompts), len(layers), WIDTH), dtype=np.float32)
         for number, prompt in enumerate(prompts):
             ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
             assert 0 < len(ids) <= self.max_length
             self.seen.append(ids)
-            found[number] = sum(word_vector(self.words[n]) for n in ids)
-        return found + 5.0  # a common part, as hidden states have
+            vectors[number] = sum(word_vector(self.words[n]) for n in ids)
+        return vectors + 5.0  # a common part, as hidden states have
 
     def loglikelihood(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         """An expert likes an answer that holds its own name."""
@@ -67,8 +67,8 @@ class ScriptedEngine:
 def word_vector(word: str) -> FloatArray:
     """A fixed random direction for a word; words of one topic share a large part."""
     topic = next((name for name, words in TOPICS.items() if word in words), None)
-    own = _direction(word)
-    return own if topic is None else 2.5 * _direction(f"topic {topic}") + own
+    vector = _direction(word)
+    return vector if topic is None else 2.5 * _direction(f"topic {topic}") + vector
 
 
 def _direction(word: str) -> FloatArray:
@@ -80,12 +80,12 @@ def _direction(word: str) -> FloatArray:
 def make_samples(count: int, *, seed: int = 0, fields: Sequence[str] = ("math", "shell", "json")) -> list[Sample]:
     """`count` texts a field: two words of its topic among noise."""
     rng = np.random.default_rng(seed)
-    found = []
+    samples = []
     for field in fields:
         for _ in range(count):
             words = [*rng.choice(TOPICS[field], 2), *rng.choice(NOISE, 3)]
-            found.append(Sample(" ".join(map(str, rng.permutation(words))), field, f"answer of {field}"))
-    return found
+            samples.append(Sample(" ".join(map(str, rng.permutation(words))), field, f"answer of {field}"))
+    return samples
 
 
 def strangers(count: int, *, seed: int = 1) -> list[Sample]:

@@ -81,8 +81,8 @@ def calibrated(near: float, far: float) -> Outside:
 
 
 def test_signs_halfway_between_known_and_unknown_are_as_likely_either() -> None:
-    found = calibrated(0.2, 0.6)
-    chances = found.known(np.array([[0.2, 0.5], [0.6, 0.5], [0.4, 0.5]]))
+    calibration = calibrated(0.2, 0.6)
+    chances = calibration.known(np.array([[0.2, 0.5], [0.6, 0.5], [0.4, 0.5]]))
     assert chances[0] > 0.95 and chances[1] < 0.05 and 0.2 < chances[2] < 0.8
 
 
@@ -97,8 +97,8 @@ def test_classifiers_are_scikit_learns(fields: int) -> None:
     vectors = (centres[labels] + RNG.normal(size=(len(labels), 8))).astype(np.float32)
     asked = (centres[labels] + RNG.normal(size=(len(labels), 8))).astype(np.float32)
     logistic = LogisticRegression(C=LOGISTIC_C, max_iter=1000).fit(vectors, labels)
-    found = softmax(fit_classifier("logistic", vectors, labels).logits(asked))
-    assert np.allclose(found, logistic.predict_proba(asked), atol=1e-5)
+    chances = softmax(fit_classifier("logistic", vectors, labels).logits(asked))
+    assert np.allclose(chances, logistic.predict_proba(asked), atol=1e-5)
     centroid = NearestCentroid().fit(vectors, labels).predict(asked)
     assert np.array_equal(fit_classifier("centroid", vectors, labels).logits(asked).argmax(1), centroid)
     knn = KNeighborsClassifier(10, weights=lambda d: 1 / (d**2 + 1e-6)).fit(vectors, labels)

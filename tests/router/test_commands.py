@@ -80,8 +80,8 @@ def test_eval_prints_the_confusion_and_leaves_other_fields_out(
     ]
     mixed.write_text("\n".join(map(json.dumps, rows)))
     code, out, err = run("router", "eval", fitted.path, "--file", mixed, "--json")
-    found = json.loads(out)
-    assert (code, found["samples"], found["outside"]) == (0, 1, 1)
+    printed = json.loads(out)
+    assert (code, printed["samples"], printed["outside"]) == (0, 1, 1)
     assert "1 of x" in err
 
 

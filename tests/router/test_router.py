@@ -58,10 +58,10 @@ def test_a_router_answers_the_same_after_it_was_stored(bundle: Bundle, engine: A
 @pytest.mark.parametrize("kind", KINDS)
 def test_known_texts_meet_their_expert_and_strangers_the_fallback(bundle: Bundle, engine: Any, kind: Any) -> None:
     router = fit(bundle, engine, classifier=kind, coverage=0.9).router
-    found = measure_router(router, [*TEST, *strangers(40)])
-    assert found.accuracy is not None and found.accuracy > 0.95
-    assert found.auroc is not None and found.auroc > 0.9
-    assert found.outside_to_fallback is not None and found.outside_to_fallback > 0.6
+    evaluation = measure_router(router, [*TEST, *strangers(40)])
+    assert evaluation.accuracy is not None and evaluation.accuracy > 0.95
+    assert evaluation.auroc is not None and evaluation.auroc > 0.9
+    assert evaluation.outside_to_fallback is not None and evaluation.outside_to_fallback > 0.6
     for sample, route in zip(TEST, router.route([sample.text for sample in TEST]), strict=True):
         assert sum(route.scores.values()) == pytest.approx(1)
         assert route.fallback == (route.confidence < router.record.threshold)
@@ -115,7 +115,7 @@ def test_a_kill_between_two_files_leaves_the_router_before(
         (lambda folder: (folder / "router.json").unlink(), "run `polymerge router fit"),
         (lambda folder: (folder / "router.json").write_text("{"), "cannot be read"),
         (lambda folder: _edit(folder, bundle="0" * 64), "fitted for another bundle"),
-        (lambda folder: _edit(folder, experts={"math": "gone"}), "routes to 'gone'"),
+        (lambda folder: _edit(folder, fields=["math"], experts={"math": "gone"}), "routes to 'gone'"),
         (lambda folder: _edit(folder, temperature="warm"), "temperature"),
         (lambda folder: _edit(folder, surprise=1), "surprise"),
         (lambda folder: _edit(folder, format_version=2), "format version 2"),
@@ -229,8 +229,8 @@ def test_the_same_samples_give_the_same_router(bundle: Bundle, engine: Any) -> N
 
 def test_an_evaluation_is_stored_beside_the_router(bundle: Bundle, engine: Any) -> None:
     router = fit(bundle, engine).router
-    found = measure_router(router, [*TEST, *strangers(5)])
-    stored = json.loads(save_evaluation(bundle, found).read_text())
+    evaluation = measure_router(router, [*TEST, *strangers(5)])
+    stored = json.loads(save_evaluation(bundle, evaluation).read_text())
     assert stored["samples"] == len(TEST) and stored["outside"] == 5
     assert sum(sum(row.values()) for row in stored["confusion"].values()) == len(TEST) + 5
     assert {point["field"] for point in stored["picture"]} == {"math", "shell", "json", "none"}

@@ -81,29 +81,29 @@ def test_no_smaller_bundle_beyond_the_tolerance_reaches_it(
 ) -> None:
     bench = scripted(monkeypatch, falling)
     recipe = load_recipe(folder / "recipe.yaml")
-    found = find(recipe, f"kl={goal}", EXAMPLES, tolerance=0.001)
-    assert found.recipe.code == "int4"
+    result = find(recipe, f"kl={goal}", EXAMPLES, tolerance=0.001)
+    assert result.recipe.code == "int4"
     fitting = Fitting.of(plan_merge(recipe))
     least = bisect_left(range(10_000), True, key=lambda keep: falling(fitting.at(keep, "int4")) <= goal)
     smallest = fitting.at(least, "int4")
-    chosen = plan_merge(found.recipe)
+    chosen = plan_merge(result.recipe)
     assert falling(chosen) <= goal
     assert fitting.bytes(smallest) <= fitting.bytes(chosen) <= 1.001 * fitting.bytes(smallest)
-    assert len(bench.asked) == found.merges == len(set(bench.asked)) <= 14
+    assert len(bench.asked) == result.merges == len(set(bench.asked)) <= 14
 
 
 def test_a_loose_target_takes_the_average_and_one_merge(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = scripted(monkeypatch, falling)
-    found = find(folder / "recipe.yaml", "kl=1", EXAMPLES, codes=["int4", "factors"])
-    assert (found.recipe.compress_rate, found.recipe.code, found.merges) == (1.0, "factors", 1)
+    result = find(folder / "recipe.yaml", "kl=1", EXAMPLES, codes=["int4", "factors"])
+    assert (result.recipe.compress_rate, result.recipe.code, result.merges) == (1.0, "factors", 1)
     assert bench.asked == [(1.0, "factors")]
 
 
 def test_under_the_floor_of_one_code_the_next_one_is_taken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, lambda plan: 0.0 if plan.recipe.code == "int8" and rank_share(plan) > 0.5 else falling(plan))
-    found = find(folder / "recipe.yaml", "kl=0.0005", EXAMPLES)
-    assert found.recipe.code == "int8"
-    assert 0.5 < rank_share(plan_merge(found.recipe)) < 0.6
+    result = find(folder / "recipe.yaml", "kl=0.0005", EXAMPLES)
+    assert result.recipe.code == "int8"
+    assert 0.5 < rank_share(plan_merge(result.recipe)) < 0.6
 
 
 def test_what_only_whole_experts_reach_is_one_line_that_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,8 +118,8 @@ def test_what_only_whole_experts_reach_is_one_line_that_says_so(folder: Path, mo
 def test_accuracy_is_what_the_worst_expert_keeps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, falling, kept=0.9)
     assert find(folder / "recipe.yaml", "accuracy=90%", EXAMPLES).recipe.compress_rate == 1.0
-    found = find(folder / "recipe.yaml", "accuracy=99%", EXAMPLES, tolerance=0.001)
-    assert 0.008 < falling(plan_merge(found.recipe)) < 0.01
+    result = find(folder / "recipe.yaml", "accuracy=99%", EXAMPLES, tolerance=0.001)
+    assert 0.008 < falling(plan_merge(result.recipe)) < 0.01
 
 
 @pytest.mark.parametrize("rate", [0, 0.0001, 0.5, 0.99999, 1])
@@ -128,9 +128,9 @@ def test_the_recipes_rate_is_where_it_starts_and_no_more(
 ) -> None:
     bench = scripted(monkeypatch, falling)
     recipe = load_recipe(folder / "recipe.yaml").model_dump() | {"compress_rate": rate}
-    found = find(recipe, "kl=0.05", EXAMPLES, tolerance=0.001)
-    assert 0.04 < falling(plan_merge(found.recipe)) <= 0.05
-    assert found.point and found.point.compress_rate == found.recipe.compress_rate
+    result = find(recipe, "kl=0.05", EXAMPLES, tolerance=0.001)
+    assert 0.04 < falling(plan_merge(result.recipe)) <= 0.05
+    assert result.point and result.point.compress_rate == result.recipe.compress_rate
     assert all(asked > 0 for asked, _ in bench.asked)
 
 
@@ -145,12 +145,12 @@ def test_one_code_is_not_compared_with_others(folder: Path, monkeypatch: pytest.
 def test_a_size_is_honoured_and_used(folder: Path, tmp_path: Path, limit: str, codes: list[str]) -> None:
     recipe = load_recipe({**load_recipe(folder / "recipe.yaml").model_dump(), "embeddings": "average",
                           "lm_head": "average"})  # fmt: skip
-    found = find(recipe, limit, codes=codes)
-    assert found.merges == 0 and found.limit
-    bundle = merge(found.recipe, tmp_path / "bundle")
-    found.check(bundle)
-    assert 0.8 * found.limit < bundle.sizes().total <= found.limit  # tiny files are headers to a fifth
-    assert found.recipe.code in codes
+    result = find(recipe, limit, codes=codes)
+    assert result.merges == 0 and result.limit
+    bundle = merge(result.recipe, tmp_path / "bundle")
+    result.check(bundle)
+    assert 0.8 * result.limit < bundle.sizes().total <= result.limit  # tiny files are headers to a fifth
+    assert result.recipe.code in codes
 
 
 def test_sizes_from_the_average_to_whole_experts(folder: Path) -> None:
@@ -168,10 +168,10 @@ def test_sizes_from_the_average_to_whole_experts(folder: Path) -> None:
 
 
 def test_a_bundle_over_its_size_is_told(folder: Path, tmp_path: Path) -> None:
-    found = find(folder / "recipe.yaml", "size=2x")
-    bundle = merge({**found.recipe.model_dump(), "compress_rate": 0}, tmp_path / "bundle")
+    result = find(folder / "recipe.yaml", "size=2x")
+    bundle = merge({**result.recipe.model_dump(), "compress_rate": 0}, tmp_path / "bundle")
     with pytest.raises(TargetError, match="more than the target; the bundle stays"):
-        found.check(bundle)
+        result.check(bundle)
 
 
 def test_prompts_are_checked_before_any_work(folder: Path) -> None:
@@ -211,7 +211,7 @@ def test_the_command_writes_what_a_merge_with_the_found_values_writes(
     (tmp_path / "recipe.yaml").write_text(json.dumps({k: v for k, v in recipe.items() if v is not None}))
     average = find(recipe, "kl=100", EXAMPLES)
     assert average.point
-    goal = max(found.kl for found in average.point.experts.values()) / 2
+    goal = max(agreement.kl for agreement in average.point.experts.values()) / 2
     prompts = [f"--prompts={name}={folder / 'prompts.jsonl'}" for name in ("e0", "e1")]
     output = tmp_path / "deep" / "bundle"
     assert not run(
@@ -227,7 +227,7 @@ def test_the_command_writes_what_a_merge_with_the_found_values_writes(
     printed = json.loads(capsys.readouterr().out)
     search = printed["search"]
     assert (search["compress_rate"], search["code"]) == (printed["compress_rate"], printed["code"])
-    assert 0 < max(found["kl"] for found in search["point"]["experts"].values()) <= goal
+    assert 0 < max(agreement["kl"] for agreement in search["point"]["experts"].values()) <= goal
     again = merge(recipe | {"compress_rate": search["compress_rate"], "code": search["code"]}, tmp_path / "again")
     assert content(output) == content(again.path)
     assert Bundle.open(output).manifest.method.compress_rate == search["compress_rate"]

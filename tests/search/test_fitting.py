@@ -37,9 +37,9 @@ def test_what_experts_share_is_counted_once(tmp_path: Path) -> None:
     experts = make_experts("llama", tmp_path, count=3)
     first = load_file(experts["e0"] / "model.safetensors")
     for name in ("e1", "e2"):
-        own = load_file(experts[name] / "model.safetensors")
-        frozen = {key: first[key] for key in own if "q_proj" not in key}
-        save_file(own | frozen, experts[name] / "model.safetensors", metadata={"format": "pt"})
+        weights = load_file(experts[name] / "model.safetensors")
+        frozen = {key: first[key] for key in weights if "q_proj" not in key}
+        save_file(weights | frozen, experts[name] / "model.safetensors", metadata={"format": "pt"})
     fitting = fitting_of(experts, compress_rate=0.5)
     bundle = merge(fitting.plan.recipe, tmp_path / "bundle")
     assert bundle.sizes().total <= fitting.bytes(fitting.plan) < 1.5 * bundle.sizes().total < fitting.plan.write_bytes

@@ -46,7 +46,7 @@ def test_exact_merges_agree_and_lossy_ones_differ(folder: Path, tmp_path: Path) 
     assert list(kl) == [(0, "factors"), (0, "int4"), (0.8, "factors"), (0.8, "int4"), (1, "factors")]
     assert kl[0, "factors"] == pytest.approx(0, abs=1e-6) == kl[0, "int4"]
     assert 0 < kl[0.8, "int4"] < kl[0.8, "factors"] < kl[1, "factors"]
-    assert {found.tokens for p in points for found in p.experts.values()} == {3 + 2}  # answer and end; prompt but first
+    assert {point.tokens for p in points for point in p.experts.values()} == {3 + 2}  # answer and end; prompt but first
     assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
 
 
@@ -73,14 +73,14 @@ def test_an_answer_is_right_when_greedy_decoding_gives_exactly_it(monkeypatch: p
     short, long, other = Example("w3", "w4 w5"), Example("w6", "w7 w8"), Example("w3", "w5 w6 w7")
     reference = Reference("counting", [*right, short, long, other, Example("w3 w4 w5")])  # the last has no answer
     assert reference.accuracy == 2 / 5
-    found = reference.against(lambda ids: Counting(last=8).model(ids).logits)
-    assert (found.accuracy, found.original_accuracy, found.kept) == (1 / 5, 2 / 5, 1 / 2)  # `long` alone ends right
+    fit = reference.against(lambda ids: Counting(last=8).model(ids).logits)
+    assert (fit.accuracy, fit.original_accuracy, fit.kept) == (1 / 5, 2 / 5, 1 / 2)  # `long` alone ends right
 
 
 def test_without_answers_there_is_no_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HFEngine, "from_checkpoint", lambda source, **options: Counting(last=7))
-    found = Reference("counting", [Example("w3 w4 w5")]).against(lambda ids: Counting(last=8).model(ids).logits)
-    assert (found.accuracy, found.original_accuracy, found.kept) == (None, None, None)
+    fit = Reference("counting", [Example("w3 w4 w5")]).against(lambda ids: Counting(last=8).model(ids).logits)
+    assert (fit.accuracy, fit.original_accuracy, fit.kept) == (None, None, None)
 
 
 def test_an_original_that_is_never_right_leaves_nothing_to_keep() -> None:
@@ -99,7 +99,7 @@ def test_the_command_prints_and_writes_what_it_measured(
     assert not stopped.value.code
     printed = json.loads(capsys.readouterr().out)
     assert printed["points"] == json.loads((tmp_path / "sweep.json").read_text())
-    assert [found["code"] for found in printed["points"]] == ["factors", "int8", "int4"]
+    assert [point["code"] for point in printed["points"]] == ["factors", "int8", "int4"]
     assert {"accuracy", "original_accuracy", "kl"} < printed["points"][0]["experts"]["e0"].keys()
     page = (tmp_path / "sweep.html").read_text()
     assert "int4" in page
@@ -108,7 +108,7 @@ def test_the_command_prints_and_writes_what_it_measured(
 
 def test_accuracies_are_shown_under_their_originals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     experts = {"a": Agreement(0.1, 0.9, 10, accuracy=0.475, original_accuracy=0.95), "b": Agreement(0.1, 0.9, 10)}
-    points = [to_json(found, [found]) for found in [Point("int4", 0.9, 10, 10, 1.0, 1.0, experts)]]
+    points = [to_json(point, [point]) for point in [Point("int4", 0.9, 10, 10, 1.0, 1.0, experts)]]
     page = write_sweep(points, tmp_path / "sweep.html", footer="")
     cells = (
         "</td><td>".join(["originals", "", "95.0%", "-", ""]),

@@ -116,17 +116,17 @@ def tiny_engine(merged: Merged, limits: Limits = DEFAULT_LIMITS) -> BatchingEngi
 
 @pytest.fixture(scope="module")
 def engine(merged: Merged) -> Iterator[BatchingEngine]:
-    found = tiny_engine(merged)
-    yield found
-    found.close(0)
+    made = tiny_engine(merged)
+    yield made
+    made.close(0)
 
 
 @pytest.fixture(scope="module")
 def server(engine: BatchingEngine) -> Iterator[Server]:
     """With keys, a router and a pipeline."""
     settings = ServeSettings(keys={"someone": KEY, "other": "o" * 32}, max_tokens=100)
-    with running(create_app(engine, ScriptedRouter(), ScriptedPipeline(), settings), engine) as found:
-        yield found
+    with running(create_app(engine, ScriptedRouter(), ScriptedPipeline(), settings), engine) as started:
+        yield started
 
 
 @pytest.fixture

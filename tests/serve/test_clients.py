@@ -65,10 +65,10 @@ def test_lm_evals_local_completions_scores_as_the_engine_does(server: Server, ha
 
     pairs = [("w5 w6 w7", " w8"), ("w5", " w9 w10 w11"), ("w20 w21", " w22 w23"), ("w5 w6 w7", " w40")]
     requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
-    found = harness.loglikelihood(requests)
+    scores = harness.loglikelihood(requests)
     ids = [[server.engine.encode(text, special=False) for text in pair] for pair in pairs]
     expected = server.engine.loglikelihood([ScoreRequest(c, a, "e1") for c, a in ids])
-    for (logprob, greedy), score in zip(found, expected, strict=True):
+    for (logprob, greedy), score in zip(scores, expected, strict=True):
         assert logprob == pytest.approx(score.log_likelihood, abs=1e-2)
         assert greedy == score.is_greedy
     until = {"until": ["w999"], "max_gen_toks": 6, "do_sample": False, "temperature": 0}
@@ -90,8 +90,8 @@ def test_lm_eval_runs_a_local_task(server: Server, harness: Any, tmp_path: Path)
         "metric_list:\n  - metric: acc\n"
     )
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    found = simple_evaluate(model=harness, tasks=["tiny"], task_manager=manager, bootstrap_iters=0)
-    assert 0 <= found["results"]["tiny"]["acc,none"] <= 1
+    results = simple_evaluate(model=harness, tasks=["tiny"], task_manager=manager, bootstrap_iters=0)
+    assert 0 <= results["results"]["tiny"]["acc,none"] <= 1
 
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
@@ -100,7 +100,7 @@ def test_no_request_of_the_schema_is_a_server_error(server: Server, mode: Genera
     key = {"authorization": f"Bearer {KEY}"}
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json", headers=key)
     asked = set()
-    for operation in (found.ok() for found in schema.get_all_operations()):
+    for operation in (described.ok() for described in schema.get_all_operations()):
         if mode == GenerationMode.NEGATIVE and operation.method == "get":
             continue  # there is nothing to be wrong in them
 

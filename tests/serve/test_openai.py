@@ -14,8 +14,8 @@ HELLO: list[Any] = [{"role": "user", "content": "w10 w20 w21"}]
 
 def offline(server: Server, text: str, expert: Any, tokens: int) -> str:
     ids = server.engine.chat_prompt([{"role": "user", "content": text}])
-    found: str = server.engine.generate([GenerateRequest(ids, expert, tokens)])[0].text
-    return found
+    answer: str = server.engine.generate([GenerateRequest(ids, expert, tokens)])[0].text
+    return answer
 
 
 def test_models_are_the_router_the_experts_the_average_and_the_stages(client: openai.OpenAI) -> None:
@@ -70,11 +70,11 @@ def test_a_stream_without_usage_has_none(client: openai.OpenAI) -> None:
 
 def test_several_answers_with_seeds_repeat_and_differ(client: openai.OpenAI) -> None:
     def ask() -> list[Any]:
-        found = client.chat.completions.create(
+        answer = client.chat.completions.create(
             model="e0", messages=HELLO, n=3, seed=5, temperature=2.0, top_p=0.9, max_tokens=10
         )
-        assert [choice.index for choice in found.choices] == [0, 1, 2]
-        return [choice.message.content for choice in found.choices]
+        assert [choice.index for choice in answer.choices] == [0, 1, 2]
+        return [choice.message.content for choice in answer.choices]
 
     first = ask()
     assert first == ask() and len(set(first)) == 3
@@ -152,10 +152,10 @@ def test_completions_of_texts_and_tokens(server: Server, client: openai.OpenAI) 
 
 def test_echo_with_log_probabilities_scores_the_prompt(client: openai.OpenAI) -> None:
     for stream in (False, True):
-        found = client.completions.create(
+        completion = client.completions.create(
             model="e1", prompt="w5 w6 w7", echo=True, logprobs=2, max_tokens=1, temperature=0, stream=stream
         )
-        choices = [chunk.choices[0] for chunk in found] if stream else found.choices
+        choices = [chunk.choices[0] for chunk in completion] if stream else completion.choices
         text = "".join(choice.text for choice in choices)
         assert text.startswith("w5 w6 w7")
         tokens = [token for choice in choices for token in choice.logprobs.tokens]

@@ -95,11 +95,11 @@ def test_served_answers_are_each_original_s(
                 chunks = client.post("/v1/chat/completions", json=body | {"stream": True}).text
                 text = "".join(_contents(chunks))
             else:
-                found = client.post("/v1/chat/completions", json=body | {"max_tokens": ROOM}).json()
-                text = found["choices"][0]["message"]["content"]
-                assert found["choices"][0]["finish_reason"] == "stop"
+                answer = client.post("/v1/chat/completions", json=body | {"max_tokens": ROOM}).json()
+                text = answer["choices"][0]["message"]["content"]
+                assert answer["choices"][0]["finish_reason"] == "stop"
                 usage = {"prompt": len(originals[name].prompt()), "completion": len(originals[name].ids())}
-                assert {key: found["usage"][f"{key}_tokens"] for key in usage} == usage
+                assert {key: answer["usage"][f"{key}_tokens"] for key in usage} == usage
             assert text == originals[name].answer()
             plain = client.post("/v1/completions", json={"model": name, "prompt": "<|im_end|> w95 w9", "max_tokens": 1})
             ids = originals[name].tokenizer("<|im_end|> w95 w9")["input_ids"]
@@ -121,9 +121,9 @@ def test_the_router_reads_the_text_and_its_choice_the_template(
     router = ByWord()
     with TestClient(create_app(batching, router, None)) as client:
         body = {"model": "auto", "messages": [{"role": "user", "content": TEXT}], "temperature": 0, "max_tokens": ROOM}
-        found = client.post("/v1/chat/completions", json=body).json()
-    assert router.texts == [TEXT] and found["polymerge"]["expert"] == "chatml"
-    assert found["choices"][0]["message"]["content"] == originals["chatml"].answer()
+        answer = client.post("/v1/chat/completions", json=body).json()
+    assert router.texts == [TEXT] and answer["polymerge"]["expert"] == "chatml"
+    assert answer["choices"][0]["message"]["content"] == originals["chatml"].answer()
 
 
 def test_one_batch_encodes_stops_and_decodes_by_each_expert(engine: HFEngine, originals: dict[str, Original]) -> None:

@@ -18,11 +18,11 @@ pytestmark = pytest.mark.browser
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         try:
-            found = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+            launched = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         except Error:
             pytest.skip("there is no Chromium")
-        yield found
-        found.close()
+        yield launched
+        launched.close()
 
 
 @pytest.fixture

@@ -58,9 +58,9 @@ def test_each_answers_as_it_did(tmp_path: Path) -> None:
     with TestClient(create_app(engine, None, None)) as client:
         for name, original in originals.items():
             body = {"model": name, "messages": [{"role": "user", "content": TEXT}], "temperature": 0}
-            found = client.post("/v1/chat/completions", json=body | {"max_tokens": ROOM}).json()
-            assert found["choices"][0]["message"]["content"] == original.answer(TEXT)
-            assert found["usage"]["prompt_tokens"] == len(original.prompt(TEXT))
+            answer = client.post("/v1/chat/completions", json=body | {"max_tokens": ROOM}).json()
+            assert answer["choices"][0]["message"]["content"] == original.answer(TEXT)
+            assert answer["usage"]["prompt_tokens"] == len(original.prompt(TEXT))
     engine.close(0)
     for name, original in originals.items():
         assert generate(bundle.path, TEXT, expert=name, max_new_tokens=ROOM, device="cpu").text == original.answer(TEXT)

@@ -125,8 +125,8 @@ def test_embeddings_are_the_routers_where_it_has_some(server: Server, monkeypatc
     router.embedder = Embedder()  # type: ignore[attr-defined]
     with running(create_app(server.engine, router), server.engine) as other:
         body = {"model": "auto", "input": ["w5", "w6"]}
-        found = httpx2.post(f"{other.url}/v1/embeddings", json=body).json()
-        assert [one["embedding"] for one in found["data"]] == [[1.0, 1.0]] * 2
+        reply = httpx2.post(f"{other.url}/v1/embeddings", json=body).json()
+        assert [one["embedding"] for one in reply["data"]] == [[1.0, 1.0]] * 2
         assert httpx2.post(f"{other.url}/v1/embeddings", json=body | {"input": " "}).status_code == 400
 
 
@@ -144,9 +144,9 @@ def test_the_bundles_own_router_embeds_through_the_running_engine(
     router: Any = bundle_router(bundle, engine)
     text = "w11 w40 w11"
     with running(create_app(engine, router), engine) as server:
-        found = httpx2.post(f"{server.url}/v1/route", json={"input": text}).json()["data"][0]
+        route = httpx2.post(f"{server.url}/v1/route", json={"input": text}).json()["data"][0]
         expected = router.route([text])[0]
-        assert found["field"] == expected.field and found["confidence"] == pytest.approx(expected.confidence, abs=1e-4)
+        assert route["field"] == expected.field and route["confidence"] == pytest.approx(expected.confidence, abs=1e-4)
         body = {"model": "auto", "messages": [{"role": "user", "content": text}], "max_tokens": 2}
         answer = httpx2.post(f"{server.url}/v1/chat/completions", json=body)
         assert answer.json()["polymerge"]["expert"] == (expected.expert or "average")

@@ -49,8 +49,8 @@ def opened(adapter: Path, base: Path) -> Checkpoint:
 @torch.no_grad()
 def logits(model: Any, vocabulary: int = VOCAB) -> torch.Tensor:
     ids = torch.randint(0, vocabulary, (3, 11), generator=torch.Generator().manual_seed(1))
-    found: torch.Tensor = model(input_ids=ids).logits
-    return found
+    logits: torch.Tensor = model(input_ids=ids).logits
+    return logits
 
 
 def assert_answers_as_peft(adapter: Path, base: Path, *, resize: int | None = None) -> Checkpoint:

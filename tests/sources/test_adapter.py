@@ -232,8 +232,12 @@ def test_factors_of_fused_experts_answer_as_in_peft(
     checkpoints: Checkpoints, tmp_path: Path, architecture: str, config: dict[str, Any]
 ) -> None:
     """Stored as many matrices (Mixtral, Qwen) and fused (gpt-oss, Llama 4), as [E, out, in] and [E, in, out]."""
-    own = moe_bases().get(architecture)
-    base = make_experts(architecture, tmp_path, count=1, config=own)["e0"] if own else checkpoints(architecture)["e0"]
+    moe_config = moe_bases().get(architecture)
+    base = (
+        make_experts(architecture, tmp_path, count=1, config=moe_config)["e0"]
+        if moe_config
+        else checkpoints(architecture)["e0"]
+    )
     assert_reads_as_peft(write_adapter(tmp_path / "adapter", base, **config), base)
 
 
@@ -275,9 +279,9 @@ def test_an_adapter_of_a_bfloat16_base_is_within_one_rounding_of_the_exact_sum(t
     name = "model.layers.1.self_attn.q_proj"
     a, b = (factors[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
     exact = load_file(base / "model.safetensors")[f"{name}.weight"].double() + 6 / 4 * b @ a
-    found = open_checkpoint(Source(source=str(adapter), base=str(base))).read(f"{name}.weight")
-    assert found.dtype == torch.bfloat16
-    assert bool(((found.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6).all())
+    weight = open_checkpoint(Source(source=str(adapter), base=str(base))).read(f"{name}.weight")
+    assert weight.dtype == torch.bfloat16
+    assert bool(((weight.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6).all())
 
 
 def test_a_merge_takes_adapters_and_full_checkpoints_side_by_side(checkpoints: Checkpoints, tmp_path: Path) -> None:
@@ -533,16 +537,16 @@ def test_a_damaged_adapter_configuration_is_one_line(adapter: Path, changes: dic
 
 
 def test_the_fingerprint_changes_with_everything_that_changes_the_weights(adapter: Path) -> None:
-    found = [open_checkpoint(adapter).fingerprint()]
+    fingerprints = [open_checkpoint(adapter).fingerprint()]
     edit(adapter / "adapter_config.json", lora_alpha=60)
-    found.append(open_checkpoint(adapter).fingerprint())
+    fingerprints.append(open_checkpoint(adapter).fingerprint())
     file = adapter / "adapter_model.safetensors"
     save_file({name: 2 * value for name, value in load_file(file).items()}, file)
-    found.append(open_checkpoint(adapter).fingerprint())
+    fingerprints.append(open_checkpoint(adapter).fingerprint())
     base = Path(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
     save_file({name: 2 * v for name, v in load_file(base / "model.safetensors").items()}, base / "model.safetensors")
-    found.append(open_checkpoint(adapter).fingerprint())
-    assert all(a != b for a, b in itertools.pairwise(found)), found
+    fingerprints.append(open_checkpoint(adapter).fingerprint())
+    assert all(a != b for a, b in itertools.pairwise(fingerprints)), fingerprints
 
 
 def test_what_is_read_is_the_readers_own_memory(checkpoints: Checkpoints, tmp_path: Path) -> None:

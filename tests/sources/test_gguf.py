@@ -171,8 +171,8 @@ def rope_factors(config: Any) -> np.ndarray:
     scaled = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
     size = config.hidden_size // config.num_attention_heads
     plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2) / size)
-    found: np.ndarray = (plain / scaled).numpy()
-    return found
+    factors: np.ndarray = (plain / scaled).numpy()
+    return factors
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
@@ -258,11 +258,11 @@ def test_a_whole_file_is_found_also_where_the_module_has_another_name(site: Site
 def test_parts_in_the_packages_that_it_requires_are_joined_in_order_once(site: Site) -> None:
     whole = b"G" * 10 + b"G" * 10 + b"U" * 10
     parts(site, f"{hashlib.sha256(whole).hexdigest()}  m.gguf\n")
-    found = package_gguf("big")
-    assert found.read_bytes() == whole and found.suffix == ".gguf"
-    before = found.stat().st_mtime_ns
+    joined = package_gguf("big")
+    assert joined.read_bytes() == whole and joined.suffix == ".gguf"
+    before = joined.stat().st_mtime_ns
     assert package_gguf("big").stat().st_mtime_ns == before
-    assert [file.name for file in found.parent.iterdir()] == [found.name]
+    assert [file.name for file in joined.parent.iterdir()] == [joined.name]
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,8 @@ def edit(file: Path, **changes: Any) -> None:
 
 
 def expected_of(adapter: Path, base: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = by_peft(adapter, base).merge_and_unload().state_dict()
-    return found
+    weights: dict[str, torch.Tensor] = by_peft(adapter, base).merge_and_unload().state_dict()
+    return weights
 
 
 @pytest.fixture
@@ -144,10 +144,10 @@ def test_verify_opens_an_adapter_over_the_base_of_the_recipe_and_at_the_commit_o
     record = bundle.manifest.experts
     assert (record["hub"].base, record["hub"].base_revision) == ("org/base@v1", "old")
     assert (record["local"].base, record["local"].revision) == (str(experts["e2"]), None)
-    found = verify(bundle, sources=True)
-    assert found.ok, found.problems
-    assert [check.expert for check in found.sources] == ["hub", "local", "plain"]
-    assert all(check.worst_error < 1e-6 for check in found.sources)
+    report = verify(bundle, sources=True)
+    assert report.ok, report.problems
+    assert [check.expert for check in report.sources] == ["hub", "local", "plain"]
+    assert all(check.worst_error < 1e-6 for check in report.sources)
 
 
 def test_an_added_adapter_is_known_by_its_base(checkpoints: Checkpoints, tmp_path: Path) -> None:

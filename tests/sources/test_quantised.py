@@ -62,8 +62,8 @@ def fp8(tmp_path: Path) -> Path:
 
 
 def parameters(model: Any) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = model.state_dict()
-    return found
+    weights: dict[str, torch.Tensor] = model.state_dict()
+    return weights
 
 
 def assert_holds(checkpoint: Checkpoint, expected: dict[str, torch.Tensor]) -> None:

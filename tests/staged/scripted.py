@@ -40,21 +40,21 @@ class ScriptedEngine:
         return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>")
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
-        found = []
+        generations = []
         for request in requests:
             prompt = self._seen(request.prompt, request.expert)
             text = self.write(prompt, request.expert)
-            found.append(Generation(text, len(prompt), len(text), "stop"))
-        return found
+            generations.append(Generation(text, len(prompt), len(text), "stop"))
+        return generations
 
     def loglikelihood(self, requests: Sequence[ScoreRequest]) -> list[Score]:
-        found = []
+        scores = []
         for request in requests:
             prompt = self._seen(request.context, request.expert)
             choice = request.continuation
             choice = choice if isinstance(choice, str) else self.decode(choice)
-            found.append(Score(self.like(prompt, choice), False, len(choice)))
-        return found
+            scores.append(Score(self.like(prompt, choice), False, len(choice)))
+        return scores
 
     def embed(self, prompts: Sequence[Any], **_: Any) -> Any:
         return np.zeros((len(prompts), 1, 4), dtype=np.float32)
@@ -93,8 +93,8 @@ class ScriptedRouter:
 
     def route(self, texts: Sequence[str]) -> list[Route]:
         self.calls += 1
-        found = []
+        routes = []
         for text in texts:
             name = next((name for name in self.experts if name in text), None)
-            found.append(Route(name, name or "", self.confidence if name else 0.1, {}, fallback=name is None))
-        return found
+            routes.append(Route(name, name or "", self.confidence if name else 0.1, {}, fallback=name is None))
+        return routes

@@ -22,9 +22,9 @@ from tests.tiny import tiny_tokenizer
 @pytest.fixture(scope="module")
 def folders(merged: Merged, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A tiny bundle with a tokenizer, and a recipe with a tiny thinker and prompts in the tiny tokenizer's words."""
-    found, experts = merged("llama")
+    merged_bundle, experts = merged("llama")
     folder = tmp_path_factory.mktemp("commands")
-    for source, name in ((found.path, "bundle"), (experts["e2"], "thinker")):
+    for source, name in ((merged_bundle.path, "bundle"), (experts["e2"], "thinker")):
         shutil.copytree(source, folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
     for template in ("think.choice", "think.text", "format.choice", "format.text"):
@@ -70,8 +70,8 @@ def test_stages_measures_and_notes_what_auto_then_follows(folders: tuple[str, st
     rows = tmp_path / "e1.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"w{n}", "answer": "w7 w8"}) + "\n" for n in range(5, 10)))
     words = ("--recipe", recipe, "--thought-tokens", "4", "--no-chat")
-    found = json.loads(run("stages", bundle, f"e1={rows}", *words, "--json", "--quiet", "--max-new-tokens", "4"))
-    assert set(found["fields"]["e1"]["scores"]) == {"direct", "v1", "v2"}
+    printed = json.loads(run("stages", bundle, f"e1={rows}", *words, "--json", "--quiet", "--max-new-tokens", "4"))
+    assert set(printed["fields"]["e1"]["scores"]) == {"direct", "v1", "v2"}
     assert "auto takes" in run("stages", bundle, f"e1={rows}", *words, "--quiet", "--no-save")
     answer = json.loads(run("generate", bundle, "w5", "--staged", "--expert", "e1", *words, "--json"))
     assert "in field 'e1'" in answer["reason"]

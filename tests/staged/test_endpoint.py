@@ -87,10 +87,10 @@ class Server:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    found = Server()
-    yield found
-    found.http.shutdown()
-    found.http.server_close()
+    started = Server()
+    yield started
+    started.http.shutdown()
+    started.http.server_close()
 
 
 def think(thinker: EndpointThinker, prompt: str = "2 + 2?") -> Thought:

@@ -207,10 +207,10 @@ def test_auto_takes_a_stage_only_where_its_gain_is_no_chance() -> None:
 
 def test_evidence_comes_back_from_its_file_and_a_damaged_one_is_a_line(tmp_path: Path) -> None:
     assert Evidence.load(tmp_path) is None
-    found = evidence(Pipeline(ScriptedEngine()), math="v2")
-    (tmp_path / "staged.json").write_bytes(found.to_bytes())
-    assert Evidence.load(tmp_path) == found
-    (tmp_path / "staged.json").write_bytes(found.to_bytes()[:-20])
+    measured = evidence(Pipeline(ScriptedEngine()), math="v2")
+    (tmp_path / "staged.json").write_bytes(measured.to_bytes())
+    assert Evidence.load(tmp_path) == measured
+    (tmp_path / "staged.json").write_bytes(measured.to_bytes()[:-20])
     with pytest.raises(Exception, match=r"staged\.json.*polymerge stages") as caught:
         Evidence.load(tmp_path)
     assert len(str(caught.value).splitlines()) == 1

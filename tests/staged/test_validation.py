@@ -26,12 +26,12 @@ def test_a_field_where_thinking_helps_is_thought_about_and_one_where_it_hurts_is
         return "it is 7" if ("a thought" in prompt) == helps else "it is 8"
 
     engine, thinker = ScriptedEngine(write), ScriptedThinker()
-    found = validate(engine, thinker, {"math": questions("math"), "law": questions("law")})
-    assert found.fields["math"].scores == {"direct": 0.0, "v1": 1.0, "v2": 1.0}
-    assert (found.fields["math"].best, found.fields["law"].best) == ("v1", "direct")
+    evidence = validate(engine, thinker, {"math": questions("math"), "law": questions("law")})
+    assert evidence.fields["math"].scores == {"direct": 0.0, "v1": 1.0, "v2": 1.0}
+    assert (evidence.fields["math"].best, evidence.fields["law"].best) == ("v1", "direct")
 
     def accuracy(field: str) -> float:
-        auto = Pipeline(engine, thinker=thinker, expert=field, evidence=found)
+        auto = Pipeline(engine, thinker=thinker, expert=field, evidence=evidence)
         return sum("7" in r.text for r in auto.respond([s.question for s in questions(field)])) / 12
 
     assert accuracy("math") == 1.0 and accuracy("law") == 1.0  # auto does not lose to direct
@@ -39,12 +39,14 @@ def test_a_field_where_thinking_helps_is_thought_about_and_one_where_it_hurts_is
 
 def test_evidence_counts_for_other_settings_of_use_but_not_for_other_prompts(tmp_path: Path) -> None:
     engine, thinker = ScriptedEngine(lambda p, e: "7" if "a thought" in p else "8"), ScriptedThinker()
-    found = validate(engine, thinker, {"math": questions("math")}, settings=StageSettings(use="never"))
+    evidence = validate(engine, thinker, {"math": questions("math")}, settings=StageSettings(use="never"))
 
     def version(**settings: Any) -> Any:
         chosen = StageSettings(**settings)
         return (
-            Pipeline(engine, chosen, thinker=thinker, expert="math", evidence=found).steps([Question("q")])[0].version
+            Pipeline(engine, chosen, thinker=thinker, expert="math", evidence=evidence)
+            .steps([Question("q")])[0]
+            .version
         )
 
     assert version() == version(min_confidence=0.1) == "v1"

@@ -21,6 +21,7 @@ KINDS = {
     "nemotron": "a norm with arithmetic of its own",
     "qwen2_moe": "biases beside matrices that are fused in the model",
     "ernie4_5_moe": "block experts that see the tokens which chose them",
+    "deepseek_v2": "positions as complex numbers",
     "deepseek_v3": "a stored buffer that another module reads",
     "gpt_oss": "a parameter on a module that has a cache; fused matrices with biases",
     "qwen3_5_text": "a convolution whose weight is read as an attribute",

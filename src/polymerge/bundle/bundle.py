@@ -7,7 +7,7 @@ Knows the format (docs/format.md). Does not know how a bundle is made (`polymerg
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from ..host import DTYPES
 from ..method.code import Code
 from ..method.dense import dense
 from ..sources.checkpoint import Checkpoint, open_folder, read_json
+from ..sources.fused import SlicedCheckpoint
 from ..sources.persona import Persona, read_persona
 from .lock import come_back
 from .manifest import MANIFEST, SCALES_FILE, STATS, BundleLayer, Manifest, read_manifest
@@ -123,9 +124,9 @@ class Bundle:
 
     @cached_property
     def base(self) -> Checkpoint:
-        """The average as a checkpoint; its index is checked against its folder."""
+        """The average as a checkpoint, matrix by matrix as in the manifest; its index is checked against its folder."""
         try:
-            return open_folder(self.path, label=str(self.path))
+            return base_of(self.path, self.manifest.layers)
         except SourceError as error:
             raise BundleError(str(error)) from None
 
@@ -158,34 +159,68 @@ class Bundle:
             coded: modules whose factors come as they are stored.
         """
         with _opened(self.expert_file(expert)) as handle:
-            found = {adapter_name(key): handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+            tensors = {adapter_name(key): handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        for layer in self._tables:
+            key = f"{layer.module}.{layer.parameter}"
+            if key in tensors:
+                tensors[key] = self.whole_table(expert, layer, tensors[key])
         if self.code.peft_readable:
-            return found
+            return tensors
         dtype = DTYPES[self.manifest.dtype]
         for layer in self._linear:
             if layer.module in coded:
                 continue
-            factors = self.factors(expert, layer, found.get)
+            factors = self.factors(expert, layer, tensors.get)
             for suffix in self.code.suffixes:
-                found.pop(f"{layer.module}.{suffix}", None)
+                tensors.pop(f"{layer.module}.{suffix}", None)
             if factors:
                 b, a = factors
-                found |= {f"{layer.module}.lora_A.weight": a.to(dtype), f"{layer.module}.lora_B.weight": b.to(dtype)}
-        return found
+                tensors |= {f"{layer.module}.lora_A.weight": a.to(dtype), f"{layer.module}.lora_B.weight": b.to(dtype)}
+        return tensors
+
+    def whole_table(self, expert: str, layer: BundleLayer, stored: Tensor) -> Tensor:
+        """An expert's table in the bundle's size: where only its own rows are stored, the others are the average's.
+
+        Raises:
+            BundleError: they are not as many as the manifest says.
+        """
+        if layer.role != "embedding" or stored.shape[:1] == layer.shape[:1]:
+            return stored
+        rows = self.manifest.experts[expert].own_rows
+        if len(rows) != len(stored) or stored.shape[1:] != layer.shape[1:] or rows[-1] >= layer.shape[0]:
+            raise BundleError(
+                f"{self.expert_file(expert)}: {layer.module} has {list(stored.shape)}, and the manifest says "
+                f"{len(rows)} rows of {list(layer.shape)}; copy the bundle again"
+            )
+        whole = self.base_tensor(layer.tensor)
+        whole[rows] = stored.to(whole.dtype)
+        return whole
+
+    @cached_property
+    def table_rows(self) -> int | None:
+        """Rows of the tables with a row a token; None where there is none."""
+        text = self.persona().config.get("text_config")
+        rows = {**(text if isinstance(text, Mapping) else {}), **self.persona().config}.get("vocab_size")
+        return rows if isinstance(rows, int) else None
+
+    def vocabulary(self, expert: str | None = None) -> int | None:
+        """Rows of an expert's tables, or the average's, where they are fewer than the bundle's."""
+        return self.manifest.vocabulary if expert is None else self.manifest.experts[expert].vocabulary
 
     def adapter_shapes(self, expert: str) -> dict[str, tuple[int, ...]]:
-        """Shapes of what `adapter` gives, from the file's header alone."""
+        """Shapes of what `adapter` gives, from the file's header alone; of a table of which a few rows are stored,
+        theirs."""
         with _opened(self.expert_file(expert)) as handle:
-            found = {adapter_name(key): tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+            shapes = {adapter_name(key): tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
         if self.code.peft_readable:
-            return found
+            return shapes
         for layer in self._linear:
-            stored = [found.pop(f"{layer.module}.{suffix}", None) for suffix in self.code.suffixes]
+            stored = [shapes.pop(f"{layer.module}.{suffix}", None) for suffix in self.code.suffixes]
             if stored[0]:
                 out_features, in_features = layer.matrix_shape
-                found[f"{layer.module}.lora_A.weight"] = (stored[0][0], in_features)
-                found[f"{layer.module}.lora_B.weight"] = (out_features, stored[0][0])
-        return found
+                shapes[f"{layer.module}.lora_A.weight"] = (stored[0][0], in_features)
+                shapes[f"{layer.module}.lora_B.weight"] = (out_features, stored[0][0])
+        return shapes
 
     def factors(
         self, expert: str, layer: BundleLayer, get: Callable[[str], Tensor | None]
@@ -243,6 +278,10 @@ class Bundle:
             return {key: float(handle.get_tensor(key)) for key in handle.keys()}  # noqa: SIM118
 
     @property
+    def _tables(self) -> list[BundleLayer]:
+        return [layer for layer in self.manifest.layers if layer.table]
+
+    @property
     def _linear(self) -> list[BundleLayer]:
         return [layer for layer in self.manifest.layers if layer.role == "linear"]
 
@@ -277,8 +316,8 @@ class Bundle:
         """(file, what is wrong) for every file whose content is not the manifest's. Reads the whole bundle."""
         for name, entry in self.manifest.files.items():
             with (self.path / name).open("rb") as handle:
-                found = hashlib.file_digest(handle, "sha256").hexdigest()
-            if found != entry.sha256:
+                digest = hashlib.file_digest(handle, "sha256").hexdigest()
+            if digest != entry.sha256:
                 yield name, "its SHA-256 is not the manifest's; the file was changed or damaged"
 
 
@@ -293,13 +332,25 @@ class ExpertReader:
             self._stored = {adapter_name(key): key for key in handle.keys()}  # noqa: SIM118
 
     def read(self, tensor: str) -> Tensor:
-        """float32, in the checkpoint's layout. Raises BundleError for an unknown tensor."""
+        """float32, in the checkpoint's layout; a table with the rows that are the expert's. Raises BundleError for an
+        unknown tensor."""
         layer = self._bundle.layers.get(tensor)
         if layer is None:
             raise BundleError(f"{self._bundle.path}: no tensor {tensor!r} in this bundle")
-        own = self._get(f"{layer.module}.{layer.parameter}")
-        if own is not None:
-            return own.float() if own.is_floating_point() else own
+        return self._whole(layer)[: self.shape(tensor)[0]] if layer.table else self._whole(layer)
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """Of the expert's tensor."""
+        layer = self._bundle.layers[tensor]
+        rows = self._bundle.vocabulary(self._expert) if layer.table else None
+        return layer.shape if rows is None else (rows, *layer.shape[1:])
+
+    def _whole(self, layer: BundleLayer) -> Tensor:
+        tensor = layer.tensor
+        whole = self._get(f"{layer.module}.{layer.parameter}")
+        if whole is not None:
+            whole = self._bundle.whole_table(self._expert, layer, whole) if layer.table else whole
+            return whole.float() if whole.is_floating_point() else whole
         base = self._bundle.base_tensor(tensor)
         if not base.is_floating_point():
             return base
@@ -336,6 +387,12 @@ class ExpertReader:
         with _opened(self._file) as handle:
             value: Tensor = handle.get_tensor(stored).clone()
             return value
+
+
+def base_of(folder: Path, layers: Iterable[BundleLayer]) -> Checkpoint:
+    """The average's weights in a bundle's folder, matrix by matrix as in the layers."""
+    base, slices = open_folder(folder, label=str(folder)), {x.tensor: x.slice for x in layers if x.slice}
+    return SlicedCheckpoint(base, slices) if slices else base
 
 
 def _opened(file: Path) -> Any:

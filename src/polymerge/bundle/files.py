@@ -9,16 +9,17 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -28,9 +29,9 @@ from ..errors import DiskSpaceError, PolymergeError
 
 # Names of what is being written: whose it is, and what no other has.
 SCRATCH = re.compile(r"\.[0-9a-f]{12}-[0-9a-f]{12}\.polymerge")
-# A tensor of a safetensors file to be: key, dtype ("F32", ...), shape, bytes.
-Entry = tuple[str, str, Sequence[int], int]
-
+BUFFER = 8 * 2**20
+# What an entry of a header takes beside its key: dtype, shape, two offsets of twelve digits, some to spare.
+ENTRY_ROOM = 100
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -46,23 +47,21 @@ DTYPE_NAMES = {
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One tensor on its way into a safetensors file: who owns it, under which key, and where its bytes lie.
+class Rows:
+    """A tensor that comes a few rows at a time, so that it is never whole in memory."""
 
-    `file` is relative to the staging folder; an empty one stands for zeros.
-    """
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: Iterable[Tensor]
 
-    owner: str | None
+
+class Entry(NamedTuple):
+    """A tensor of a safetensors file to be; dtype as the format names it ("F32", ...)."""
+
     key: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: Sequence[int]
     bytes: int
-    file: str = ""
-    sha256: str = ""
-
-
-# The bytes of a piece, a buffer at a time.
-Content = Callable[[Piece], Iterable[bytes]]
 
 
 class FileEntry(BaseModel):
@@ -79,53 +78,72 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def zeros_piece(owner: str | None, key: str, dtype: str, shape: tuple[int, ...]) -> Piece:
-    """A piece of zeros that lies nowhere."""
-    width = {"F32": 4, "F16": 2, "BF16": 2}[dtype]
-    count = 1
-    for size in shape:
-        count *= size
-    return Piece(owner, key, dtype, shape, count * width)
+def entry_of(key: str, tensor: Tensor | Rows) -> Entry:
+    """What a header says of a tensor."""
+    return Entry(key, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), math.prod(tensor.shape) * tensor.dtype.itemsize)
 
 
-def write_safetensors(target: Path, entries: Sequence[Entry], chunks: Iterable[bytes]) -> FileEntry:
-    """Streams a safetensors file: 8-byte little-endian header length, JSON header, data without holes.
+def chunks_of(tensor: Tensor | Rows) -> Iterator[memoryview]:
+    """The tensor's bytes, a part at a time."""
+    for part in tensor.parts if isinstance(tensor, Rows) else (tensor,):
+        yield raw_bytes(part.detach().cpu())
+
+
+def header_of(entries: Iterable[Entry], room: int = 0) -> bytes:
+    """The beginning of a safetensors file: 8-byte little-endian length, JSON, and spaces, as the format allows.
 
     Args:
         entries: in the order of the data.
+        room: bytes that the header shall take; it takes more where it must.
+    """
+    said: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        said[entry.key] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.bytes],
+        }
+        offset += entry.bytes
+    text = json.dumps(said, separators=(",", ":")).encode()
+    size = max(_aligned(len(text)), room - 8)
+    return struct.pack("<Q", size) + text.ljust(size)
+
+
+def header_room(keys: Iterable[str]) -> int:
+    """Bytes that are enough for the header of a file with these tensors, before their shapes and sizes are known."""
+    return len(header_of(())) + _aligned(sum(len(json.dumps(key)) + ENTRY_ROOM for key in keys))
+
+
+def _aligned(size: int) -> int:
+    """The data starts on a multiple of eight, as the format's own writer does it."""
+    return size + -size % 8
+
+
+def write_safetensors(target: Path, entries: Sequence[Entry], chunks: Iterable[bytes | memoryview]) -> FileEntry:
+    """Streams a safetensors file whose sizes are known. Written whole or not at all.
+
+    Args:
+        entries: in the order of the data, which has no holes.
         chunks: the data of all entries, one after the other.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for key, dtype, shape, size in entries:
-        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data starts on a multiple of eight, as the format's own writer does it
-    digest, written = hashlib.sha256(), 0
+    head, size = header_of(entries), sum(entry.bytes for entry in entries)
+    digest, written = hashlib.sha256(head), 0
     with _in_place_of(target) as handle:
-        for chunk in (struct.pack("<Q", len(text)), text):
-            handle.write(chunk)
-            digest.update(chunk)
+        handle.write(head)
         for chunk in chunks:
             handle.write(chunk)
             digest.update(chunk)
             written += len(chunk)
-        if written != offset:
-            raise PolymergeError(f"{target}: expected {offset} bytes of tensors, got {written}; start the merge again")
-    return FileEntry(bytes=8 + len(text) + offset, sha256=digest.hexdigest())
-
-
-def write_pieces(target: Path, pieces: Sequence[Piece], content: Content) -> FileEntry:
-    """Joins pieces into one safetensors file, in the order given. Written whole or not at all."""
-    chunks = (chunk for piece in pieces for chunk in content(piece))
-    return write_safetensors(target, [(p.key, p.dtype, p.shape, p.bytes) for p in pieces], chunks)
+        if written != size:
+            raise PolymergeError(f"{target}: expected {size} bytes of tensors, got {written}; start the merge again")
+    return FileEntry(bytes=len(head) + size, sha256=digest.hexdigest())
 
 
 def write_json(target: Path, data: Any) -> FileEntry:
     """Writes JSON atomically, keys as given, a list of numbers on one line."""
     text = json.dumps(data, indent=2, ensure_ascii=False)
-    text = re.sub(r"\[\s+(\d[\d,\s]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    text = re.sub(r"\[\s+(\d[\d,\s]*?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
     return write_bytes(target, f"{text}\n".encode())
 
 

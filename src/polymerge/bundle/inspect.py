@@ -146,7 +146,7 @@ def module_kind(module: str) -> str:
 
 
 def _expert(bundle: Bundle, name: str, stats: list[dict[str, Any]]) -> ExpertSummary:
-    residual = own = 0
+    residual = whole = 0
     with safe_open(bundle.expert_file(name), framework="pt") as handle:
         for key in handle.keys():  # noqa: SIM118
             part = handle.get_slice(key)
@@ -156,14 +156,14 @@ def _expert(bundle: Bundle, name: str, stats: list[dict[str, Any]]) -> ExpertSum
                     count *= size
                 residual += count * {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}[part.get_dtype()]
             else:
-                own += 1
+                whole += 1
     ratios = list(bundle.scales(name).values()) or [1.0]
     return ExpertSummary(
         name=name,
         source=bundle.manifest.experts[name].source,
         bytes=bundle.sizes().experts[name],
         residual_bytes=residual,
-        own_tensors=own,
+        own_tensors=whole,
         scale_ratio_range=(min(ratios), max(ratios)),
         energy_kept=energy_kept(stats),
         relative_error=relative_error(stats),

@@ -7,11 +7,12 @@ or read (`polymerge.bundle.bundle`).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..errors import BundleError
 from ..host import DTYPES
@@ -21,12 +22,15 @@ from ..naming import check_expert_names, check_paths
 from ..recipe.merge import CodeName
 from ..recipe.rates import Rates
 from ..sources.persona import Group
+from ..sources.slices import Slice
 from .files import FileEntry
+from .versioned import read_versioned
 
 FORMAT = "polymerge-bundle"
 # Version 1 holds residuals as published; version 2 differs only in that they have a code; version 3 in that experts
-# have personas, tensors dtypes, or layers compress rates of their own.
-FORMAT_VERSIONS = (1, 2, 3)
+# have personas, tensors dtypes, or layers compress rates of their own; version 4 in that tensors are stored with others
+# in one, or that experts have other rows or tokens in their tables.
+FormatVersion = Literal[1, 2, 3, 4]
 MANIFEST = "polymerge.json"
 STATS = "merge_stats.jsonl"
 # PEFT's name for an adapter's weights. What an expert's file is called in a bundle says its code.
@@ -59,6 +63,9 @@ class ExpertRecord(_Strict):
         revision: of a hub id, the commit where it is known.
         base, base_revision: of the model under an adapter.
         persona: groups in which it is not the bundle's: they lie in `experts/<name>/persona/`.
+        vocabulary: rows of its tables, the first so many of the bundle's; None where it has them all.
+        rows: [start, stop) of rows that do not stand for the bundle's token. Where its file has as many rows of an
+            embedding, they are these.
     """
 
     source: str
@@ -68,6 +75,21 @@ class ExpertRecord(_Strict):
     base: str | None = None
     base_revision: str | None = None
     persona: tuple[Group, ...] = ()
+    vocabulary: Annotated[int, Field(gt=0)] | None = None
+    rows: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def own_rows(self) -> list[int]:
+        """Their numbers, in order."""
+        return [row for start, stop in self.rows for row in range(start, stop)]
+
+    @field_validator("rows")
+    @classmethod
+    def _rows_are_in_order(cls, rows: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        ends = [-1, *(end for part in rows for end in part)]
+        if any(stop <= start for start, stop in pairwise(ends)):
+            raise ValueError(f"rows {[list(part) for part in rows]} are no ranges in order")
+        return rows
 
 
 class BundleLayer(_Strict):
@@ -78,6 +100,8 @@ class BundleLayer(_Strict):
         rank: of the residuals; 0 for a tensor that has none.
         mean_scale: s̄, the mean Frobenius norm of the experts' tensors, for linear weights.
         dtype: of its own; None where it is the bundle's.
+        slice: where it lies, of a matrix that the base stores in one tensor with others.
+        table: has a row a token, and experts have other rows or tokens.
     """
 
     tensor: str
@@ -89,6 +113,8 @@ class BundleLayer(_Strict):
     rank: Annotated[int, Field(ge=0)]
     mean_scale: float | None = None
     dtype: str | None = None
+    slice: Slice | None = None
+    table: bool = False
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -100,7 +126,15 @@ class BundleLayer(_Strict):
     def _linear_is_a_matrix(self) -> BundleLayer:
         if self.role == "linear" and (len(self.shape) != 2 or self.mean_scale is None):
             raise ValueError(f"{self.tensor!r} is no matrix with a scale, as a linear weight is")
+        if self.slice and not _lies_in(self, self.slice):
+            raise ValueError(f"{self.tensor!r} is no matrix of {self.slice.tensor!r}")
         return self
+
+
+def _lies_in(layer: BundleLayer, place: Slice) -> bool:
+    whole = place.shape
+    fits = len(whole) in (2, 3) and 0 <= place.index < place.count and not (whole[0] % place.count)
+    return fits and place.matrix_shape == layer.shape and place.name == layer.tensor and layer.role == "linear"
 
 
 class Manifest(_Strict):
@@ -108,16 +142,18 @@ class Manifest(_Strict):
 
     Attributes:
         tied_embedding: the module of the input embedding that is also the output head; None where they are two.
+        vocabulary: as an expert's, of the average.
     """
 
     format: Literal["polymerge-bundle"] = "polymerge-bundle"
-    format_version: Literal[1, 2, 3] = 1
+    format_version: FormatVersion = 1
     polymerge_version: str
     method: Method
     dtype: str
     architecture: str
     layers_from: Literal["architecture", "shapes"]
     tied_embedding: str | None = None
+    vocabulary: Annotated[int, Field(gt=0)] | None = None
     experts: dict[str, ExpertRecord]
     scale_ratio_range: tuple[float, float]
     layers: tuple[BundleLayer, ...]
@@ -136,8 +172,10 @@ class Manifest(_Strict):
             del data["method"]["code"]  # which readers of version 1 alone do not know
         for name, record in data["experts"].items():  # nor what was added since
             data["experts"][name] = {key: value for key, value in record.items() if value not in (None, [])}
-        for layer in (layer for layer in data["layers"] if layer["dtype"] is None):
-            del layer["dtype"]
+        if self.vocabulary is None:
+            del data["vocabulary"]
+        unsaid = {"dtype": None, "slice": None, "table": False}
+        data["layers"] = [{k: v for k, v in layer.items() if unsaid.get(k, ...) != v} for layer in data["layers"]]
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
     def with_expert(
@@ -148,13 +186,17 @@ class Manifest(_Strict):
         files: Mapping[str, FileEntry],
         ratios: Sequence[float],
         notes: Sequence[str] = (),
+        tables: Container[str] = (),
     ) -> Manifest:
-        """With one more expert: its files, its ratios rho, and what a user should hear of."""
+        """With one more expert: its files, its ratios rho, what a user should hear of, and the tensors of which it has
+        other rows."""
         experts = {**self.experts, name: record}
+        layers = tuple(x.model_copy(update={"table": True}) if x.tensor in tables else x for x in self.layers)
         return self.model_copy(
             update={
-                "format_version": version_of(self.method, self.code, experts.values(), self.layers),
+                "format_version": version_of(self.method, self.code, experts.values(), layers, self.vocabulary),
                 "experts": experts,
+                "layers": layers,
                 "files": dict(sorted({**self.files, **files}.items())),
                 "scale_ratio_range": (
                     min([self.scale_ratio_range[0], *ratios]),
@@ -167,10 +209,13 @@ class Manifest(_Strict):
     def without_expert(self, name: str) -> Manifest:
         """Without an expert and its files."""
         experts = {n: record for n, record in self.experts.items() if n != name}
+        own = self.vocabulary or any(record.vocabulary or record.rows for record in experts.values())
+        layers = self.layers if own else tuple(x.model_copy(update={"table": False}) for x in self.layers)
         return self.model_copy(
             update={
-                "format_version": version_of(self.method, self.code, experts.values(), self.layers),
+                "format_version": version_of(self.method, self.code, experts.values(), layers, self.vocabulary),
                 "experts": experts,
+                "layers": layers,
                 "files": {n: entry for n, entry in self.files.items() if not n.startswith(f"experts/{name}/")},
             }
         )
@@ -192,18 +237,53 @@ class Manifest(_Strict):
         for dtype in {self.dtype, *(layer.dtype for layer in self.layers if layer.dtype)}:
             if dtype not in DTYPES:
                 raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-        if self.format_version != version_of(self.method, self.code, self.experts.values(), self.layers):
+        version = version_of(self.method, self.code, self.experts.values(), self.layers, self.vocabulary)
+        if self.format_version != version:
             raise ValueError(
-                f"format version {self.format_version} does not fit code {self.method.code!r}, "
-                "the experts' personas, the tensors' dtypes and the layers' rates"
+                f"format version {self.format_version} does not fit code {self.method.code!r}, the layers' rates, "
+                "the experts' personas and vocabularies, the tensors' dtypes and their slices"
             )
         return self
 
+    @model_validator(mode="after")
+    def _slices_are_whole(self) -> Manifest:
+        for name, parts in stored_layers(self.layers).items():
+            places = [part.slice for part in parts if part.slice]
+            numbers = [place.index for place in places]
+            if places and (numbers != list(range(places[0].count)) or len({(p.shape, p.count) for p in places}) > 1):
+                raise ValueError(f"the matrices of {name!r} are not all there")
+        return self
+
+
+def stored_layers(layers: Iterable[BundleLayer]) -> dict[str, list[BundleLayer]]:
+    """The tensors of the base as they are stored -> what each holds: itself, or matrices in their order."""
+    stored: dict[str, list[BundleLayer]] = {}
+    for layer in layers:
+        stored.setdefault(layer.slice.tensor if layer.slice else layer.tensor, []).append(layer)
+    return stored
+
+
+def stored_shape(layers: Sequence[BundleLayer]) -> tuple[int, ...]:
+    """Of a stored tensor, from what it holds."""
+    first = layers[0]
+    return first.slice.shape if first.slice else first.shape
+
 
 def version_of(
-    method: Method, code: Code, experts: Iterable[ExpertRecord], layers: Iterable[BundleLayer]
-) -> Literal[1, 2, 3]:
+    method: Method,
+    code: Code,
+    experts: Iterable[ExpertRecord],
+    layers: Sequence[BundleLayer],
+    vocabulary: int | None = None,
+) -> FormatVersion:
     """The lowest format version that has all this."""
+    experts = list(experts)
+    if (
+        vocabulary
+        or any(layer.slice for layer in layers)
+        or any(record.vocabulary or record.rows for record in experts)
+    ):
+        return 4
     if (
         not isinstance(method.compress_rate, float)
         or any(record.persona for record in experts)
@@ -218,22 +298,6 @@ def read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     if not path.is_dir():
         raise BundleError(f"{path}: no such folder; make one with `polymerge merge recipe.yaml -o {path}`")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BundleError(
-            f"{path}: has no {MANIFEST}, so it is not a bundle; a plain checkpoint is merged first"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{file}: cannot be read: {error}") from None
-    version = data.get("format_version") if isinstance(data, dict) else None
-    if version not in FORMAT_VERSIONS:
-        known = f"{', '.join(map(str, FORMAT_VERSIONS[:-1]))} and {FORMAT_VERSIONS[-1]}"
-        raise BundleError(f"{file}: format version {version!r}; this polymerge reads versions {known}")
-    try:
-        return Manifest.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
-        raise BundleError(f"{file}: {where}: {reason}; the manifest was changed by hand or damaged") from None
+    missing = f"{path}: has no {MANIFEST}, so it is not a bundle; a plain checkpoint is merged first"
+    fix = "the manifest was changed by hand or damaged"
+    return read_versioned(Manifest, file, error=BundleError, missing=missing, fix=fix)

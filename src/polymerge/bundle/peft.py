@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..method.code import Code
 from ..sources.checkpoint import natural_key
-from .files import Piece, zeros_piece
+from .files import Entry
 from .manifest import BundleLayer
 
 PEFT_PREFIX = "base_model.model."
-# Where PEFT keeps an expert's own rows of an embedding that the output head is tied to.
+# Where PEFT keeps an expert's own rows of an embedding: all of one that the output head is tied to, or a few.
 TIED_ROWS = ".token_adapter.trainable_tokens_delta"
+# What every residual has beside its weights' names where one of an adapter's has a bias.
+BIASED_PAIR = ("lora_A.weight", "lora_B.weight", "lora_B.bias")
+# What PEFT would take for an adapter and read in part says a type of its own.
+WHOLE_BLOCKS, SLICED_BLOCKS = "POLYMERGE_WHOLE_BLOCKS", "POLYMERGE_SLICED_BLOCKS"
 _FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 
 
@@ -28,17 +31,14 @@ def adapter_name(stored: str) -> str:
     return f"{name.removesuffix(TIED_ROWS)}.weight" if name.endswith(TIED_ROWS) else name
 
 
-def peft_adapter(
-    expert: str, pieces: Sequence[Piece], layers: Sequence[BundleLayer], *, tied_embedding: str | None
-) -> tuple[dict[str, Any], list[Piece]]:
-    """adapter_config.json, and the pieces of the adapter file under PEFT's names, with what PEFT needs beside them.
+def stored_name(name: str, by_rows: Container[str]) -> str:
+    """The other way round: the key of a tensor in an adapter file that PEFT reads.
 
     Args:
-        pieces: keys are names of the model, without PEFT's prefix.
+        by_rows: modules of which the adapter has rows (`trainable_token_indices`).
     """
-    pieces = sorted(_with_bias_everywhere(expert, pieces, layers), key=lambda piece: natural_key(piece.key))
-    config = adapter_config([(p.key, p.shape) for p in pieces], layers, tied_embedding=tied_embedding)
-    return config, [replace(piece, key=_stored_name(piece.key, tied_embedding)) for piece in pieces]
+    module = name.removesuffix(".weight")
+    return PEFT_PREFIX + (module + TIED_ROWS if module in by_rows and module != name else name)
 
 
 def coded_config(code: Code) -> dict[str, Any]:
@@ -58,44 +58,50 @@ def missing_siblings(keys: Iterable[str], layers: Iterable[BundleLayer]) -> list
     """
     have = set(keys)
     layers = list(layers)
-    own = {layer.module for layer in layers if f"{layer.module}.{layer.parameter}" in have}
-    return [layer for layer in layers if layer.module in own and f"{layer.module}.{layer.parameter}" not in have]
+    whole = {layer.module for layer in layers if f"{layer.module}.{layer.parameter}" in have}
+    return [layer for layer in layers if layer.module in whole and f"{layer.module}.{layer.parameter}" not in have]
 
 
 def adapter_config(
-    tensors: Iterable[tuple[str, Sequence[int]]], layers: Iterable[BundleLayer], *, tied_embedding: str | None
+    tensors: Iterable[tuple[str, Sequence[int]]],
+    layers: Iterable[BundleLayer],
+    *,
+    tied_embedding: str | None,
+    rows: Sequence[int] = (),
 ) -> dict[str, Any]:
     """adapter_config.json for an adapter with these tensors (names of the model, shapes).
 
     Every module's own rank stands in `rank_pattern` and `alpha_pattern` with alpha = rank, so that the scale is
     1 under any reader's rule. Keys are escaped full names: PEFT matches them with `re.match(r"(.*\\.)?(key)$", name)`.
     An embedding that the head is tied to goes to `trainable_token_indices` (all of them), because PEFT's
-    `modules_to_save` would leave the head with the base's weight, or want it stored twice.
+    `modules_to_save` would leave the head with the base's weight, or want it stored twice. So does one of which the
+    expert has but `rows` of its own.
     """
+    layers = list(layers)
+    tables = {layer.module: layer.shape[0] for layer in layers if layer.role == "embedding"}
     ranks: dict[str, int] = {}
-    own: set[str] = set()
+    whole: set[str] = set()
     tokens: dict[str, list[int]] = {}
     lora_bias = False
-    for name, shape in tensors:
+    for name, shape in sorted(tensors, key=lambda tensor: natural_key(tensor[0])):
         factor = _FACTOR.fullmatch(name)
         if factor:
             ranks[factor[1]] = shape[0] if factor[2] == "A" else shape[1]
         elif name.endswith(".lora_B.bias"):
             lora_bias = True
-        elif tied_embedding and name == f"{tied_embedding}.weight":
+        elif tied_embedding and name == f"{tied_embedding}.weight" and shape[0] == tables.get(tied_embedding, shape[0]):
             tokens[tied_embedding] = list(range(shape[0]))
+        elif is_few(name, shape, tables):
+            tokens[name.removesuffix(".weight")] = list(rows)
         else:
-            own.add(name.rpartition(".")[0])
+            whole.add(name.rpartition(".")[0])
     by_module = {layer.module: layer for layer in layers if layer.role == "linear"}
     fused = {m: r for m, r in ranks.items() if m in by_module and is_fused(by_module[m])}
     # transformers 5 holds a mixture's matrices in one parameter, for which PEFT takes the general rank alone.
     rank = next(iter(fused.values()), None) or (Counter(ranks.values()).most_common(1)[0][0] if ranks else 1)
     pattern = {re.escape(module): r for module, r in ranks.items() if r != rank}
-    whole_blocks = own & {module for module, layer in by_module.items() if is_fused(layer)}
     return {
-        # PEFT has no place for whole matrices of a fused block and would leave them out without a word; a type that
-        # it does not know makes it refuse.
-        "peft_type": "POLYMERGE_WHOLE_BLOCKS" if whole_blocks else "LORA",
+        "peft_type": _peft_type(whole, ranks, by_module),
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
         "inference_mode": True,
@@ -111,35 +117,48 @@ def adapter_config(
         "target_modules": sorted(ranks, key=natural_key) or "dummy-target-modules",
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
-        "modules_to_save": sorted(own, key=natural_key) or None,
+        "modules_to_save": sorted(whole, key=natural_key) or None,
         "trainable_token_indices": tokens or None,
     }
 
 
+def _peft_type(stored: Container[str], factored: Container[str], layers: Mapping[str, BundleLayer]) -> str:
+    """LORA, or a type that PEFT does not know and refuses, where it would leave out matrices of a block without a word:
+    whole ones, and those that a checkpoint stores in one tensor."""
+    if any(layer.slice and (module in stored or module in factored) for module, layer in layers.items()):
+        return SLICED_BLOCKS
+    whole = any(is_fused(layer) and module in stored for module, layer in layers.items())
+    return WHOLE_BLOCKS if whole else "LORA"
+
+
+def is_few(name: str, shape: Sequence[int], tables: Mapping[str, int]) -> bool:
+    """Whether a tensor is some rows of a table.
+
+    Args:
+        tables: module of an embedding -> its rows.
+    """
+    module = name.removesuffix(".weight")
+    return module in tables and shape[0] < tables[module]
+
+
 def is_fused(layer: BundleLayer) -> bool:
     """Whether the tensor is one matrix of a parameter that transformers holds fused (mixture-of-experts blocks)."""
-    return layer.module == layer.tensor.removesuffix(".weight") and ".experts." in layer.module
+    apart = layer.module == layer.tensor.removesuffix(".weight") and ".experts." in layer.module
+    return apart or layer.slice is not None
 
 
-def _with_bias_everywhere(expert: str, pieces: Sequence[Piece], layers: Sequence[BundleLayer]) -> list[Piece]:
-    """PEFT's `lora_bias` is one switch for the whole adapter: with one bias, every factor pair needs one, and the
-    other way round a bias needs a factor pair. What is missing is zeros."""
-    have = {piece.key for piece in pieces}
-    if not any(key.endswith(".lora_B.bias") for key in have):
-        return list(pieces)
-    filled = list(pieces)
-    for layer in (layer for layer in layers if layer.role == "linear"):
-        rows, columns = layer.shape[::-1] if layer.transposed else layer.shape
-        a, b, bias = (f"{layer.module}.{part}" for part in ("lora_A.weight", "lora_B.weight", "lora_B.bias"))
-        if a in have and bias not in have:
-            filled.append(zeros_piece(expert, bias, "F32", (rows,)))
-        if bias in have and a not in have:
-            filled.append(zeros_piece(expert, a, "F32", (1, columns)))
-            filled.append(zeros_piece(expert, b, "F32", (rows, 1)))
-    return filled
+def missing_zeros(shapes: Mapping[str, Sequence[int]], layers: Iterable[BundleLayer]) -> list[Entry]:
+    """Zeros that an adapter with these tensors needs (names of the model).
 
-
-def _stored_name(name: str, tied_embedding: str | None) -> str:
-    if tied_embedding and name == f"{tied_embedding}.weight":
-        name = tied_embedding + TIED_ROWS
-    return PEFT_PREFIX + name
+    PEFT's `lora_bias` is one switch for the whole adapter: with one bias, every factor pair needs one, and the other
+    way round a bias needs a factor pair.
+    """
+    needed = []
+    for layer in (layer for layer in layers if layer.role == "linear" and not layer.slice):
+        rows, columns = layer.matrix_shape
+        a, b, bias = (f"{layer.module}.{part}" for part in BIASED_PAIR)
+        if a in shapes and bias not in shapes:
+            needed.append(Entry(bias, "F32", (rows,), 4 * rows))
+        if bias in shapes and a not in shapes:
+            needed += [Entry(a, "F32", (1, columns), 4 * columns), Entry(b, "F32", (rows, 1), 4 * rows)]
+    return needed if any(key.endswith(".lora_B.bias") for key in shapes) else []

@@ -131,14 +131,18 @@ def publish(assembled: Path, output: Path) -> Path:
 
 
 def restore(output: Path) -> None:
-    """Undoes a `publish` that was killed between its two renames, and ends one that was killed after them."""
-    previous = _previous(work_folder(output))
-    if mark_of(previous.parent) is None or not previous.exists():
+    """Undoes a `publish` that was killed between its two renames, and ends one that was killed after them. A work
+    folder that holds nothing any more goes."""
+    work = work_folder(output)
+    if mark_of(work) is None:
         return
-    if output.exists():
+    previous = _previous(work)
+    if previous.exists() and output.exists():
         _delete(previous)
-    else:
+    elif previous.exists():
         previous.rename(output)
+    if [path.name for path in work.iterdir()] == [MARK]:
+        _delete(work)
 
 
 def is_away(output: Path) -> bool:

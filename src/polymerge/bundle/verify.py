@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..errors import BundleError, SourceError
 from ..host import DTYPES
-from ..sources.checkpoint import read_json
-from ..sources.layers import map_layers
+from ..sources.checkpoint import open_folder, read_json
+from ..sources.fused import by_matrices
 from .alignment import alignment_problems
 from .bundle import Bundle
 from .manifest import BundleLayer
@@ -114,16 +114,16 @@ def architecture_problems(bundle: Bundle) -> Iterator[str]:
     """Where the manifest's tensors are not those that transformers' model of the bundle's config.json has."""
     manifest = bundle.manifest
     try:
-        layer_map = map_layers(bundle.base)
+        _, layer_map = by_matrices(open_folder(bundle.path, label=str(bundle.path)), whole=bundle.layers)
     except SourceError as error:
         yield f"base: {error}"
         return
     if layer_map.layers_from != manifest.layers_from:  # code of its own, or another transformers
         return
     for layer in manifest.layers:
-        record = layer_map.records[layer.tensor]
+        record = layer_map.records.get(layer.tensor)
         said = (layer.module, layer.parameter, layer.role, layer.transposed)
-        if record.known and said != (record.module, record.parameter, record.role, record.transposed):
+        if record and record.known and said != (record.module, record.parameter, record.role, record.transposed):
             yield (
                 f"base: tensor {layer.tensor!r} is a {record.role} of {record.module!r}"
                 f"{' [in, out]' * record.transposed}, the manifest says a {layer.role} of {layer.module!r}"
@@ -162,7 +162,7 @@ def adapter_problems(bundle: Bundle, expert: str) -> Iterator[str]:
         elif not (math.isfinite(ratio) and ratio >= 0):
             yield f"expert {expert!r}: scale {ratio} of {tensor_name!r} is not a ratio"
     config = read_json(bundle.expert_folder(expert) / "adapter_config.json")
-    expected = _expected_config(bundle, adapter)
+    expected = _expected_config(bundle, expert)
     for key in CHECKED_SETTINGS:
         if config.get(key) != expected.get(key):
             yield f"expert {expert!r}: adapter_config.json's {key!r} does not fit the adapter's tensors"
@@ -187,12 +187,12 @@ def _finite(bundle: Bundle, layer: BundleLayer) -> bool:
     )
 
 
-def _expected_config(bundle: Bundle, adapter: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def _expected_config(bundle: Bundle, expert: str) -> dict[str, Any]:
     manifest = bundle.manifest
     if not bundle.code.peft_readable:
         return coded_config(bundle.code)
-    shapes = [(key, tuple(tensor.shape)) for key, tensor in adapter.items()]
-    return adapter_config(shapes, bundle.layers.values(), tied_embedding=manifest.tied_embedding)
+    shapes, rows = bundle.adapter_shapes(expert).items(), manifest.experts[expert].own_rows
+    return adapter_config(shapes, bundle.layers.values(), tied_embedding=manifest.tied_embedding, rows=rows)
 
 
 def _allowed_keys(layer: BundleLayer, adapter: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...] | None]:

@@ -1,27 +1,24 @@
-"""Puts finished pieces together: the base's shards, every expert's PEFT adapter, scales, statistics and the manifest.
+"""A bundle's files beside its experts' tensors: shards and index, configuration, scales, statistics, manifest.
 
-A pure function of the pieces: run twice, it writes the same bytes (the statistics carry seconds, so they are not
-in the manifest's list of files). Knows PEFT's adapter format; does not know how a piece was computed.
+Run twice, it writes the same bytes (the statistics carry seconds, so they are not in the manifest's list of files).
+Knows names and formats of files; does not know how a tensor was computed.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..method.code import Code
-from ..sources.checkpoint import SAFETENSORS_INDEX, natural_key
+from ..sources.checkpoint import SAFETENSORS_INDEX
 from ..sources.persona import GENERATION, MORE_TEMPLATES, OLD_TEMPLATE, TEMPLATE, TOKENIZER_FILES
-from .files import Content, Entry, FileEntry, Piece, write_bytes, write_json, write_pieces, write_safetensors
-from .manifest import MANIFEST, SCALES_FILE, STATS, BundleLayer
-from .peft import PEFT_PREFIX, coded_config, peft_adapter
+from ..sources.vocabulary import with_vocabulary
+from .files import Entry, FileEntry, write_bytes, write_json, write_safetensors
+from .manifest import MANIFEST, STATS
 
 SHARD_BYTES = 5 * 10**9
 # Of a configuration: what only holds for the files that it lay beside.
@@ -35,79 +32,54 @@ OF_THE_SOURCE = (
 )
 
 
-def write_base(folder: Path, pieces: Sequence[Piece], content: Content) -> dict[str, FileEntry]:
-    """The average's weights, from its pieces."""
-    entries = [(piece.key, piece.dtype, piece.shape, piece.bytes) for piece in pieces]
-    return write_weights(folder, entries, lambda index: content(pieces[index]))
+def shards_of(sizes: Iterable[tuple[str, int]]) -> dict[str, list[str]]:
+    """File -> its tensors: one file, or shards of at most 5 GB, which part no tensor."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for tensor, size in sizes:
+        if shards[-1] and filled + size > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def write_index(folder: Path, shards: Mapping[str, Sequence[Entry]]) -> dict[str, FileEntry]:
+    """The index that transformers reads, where there is more than one shard."""
+    if len(shards) == 1:
+        return {}
+    weight_map = {entry.key: file for file, entries in shards.items() for entry in entries}
+    total = sum(entry.bytes for entries in shards.values() for entry in entries)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return {SAFETENSORS_INDEX: write_json(folder / SAFETENSORS_INDEX, index)}
 
 
 def write_weights(
     folder: Path, entries: Sequence[Entry], content: Callable[[int], Iterable[bytes]]
 ) -> dict[str, FileEntry]:
-    """A checkpoint's weights: one file, or shards of at most 5 GB with the index that transformers reads.
+    """A checkpoint's weights, whose sizes are known: one file, or shards with their index.
 
     Args:
         content: the bytes of the entry with that number, asked for once and in order.
     """
-    shards: list[list[int]] = [[]]
-    for index, (_, _, _, size) in enumerate(entries):
-        if shards[-1] and sum(entries[i][3] for i in shards[-1]) + size > SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(index)
-    many = len(shards) > 1
-    names = [
-        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if many else "model.safetensors"
-        for i in range(len(shards))
-    ]
-    written = {}
-    for name, shard in zip(names, shards, strict=True):
-        chunks = (chunk for index in shard for chunk in content(index))
-        written[name] = write_safetensors(folder / name, [entries[i] for i in shard], chunks)
-    if many:
-        weight_map = {entries[i][0]: name for name, shard in zip(names, shards, strict=True) for i in shard}
-        total = {"total_size": sum(entry[3] for entry in entries)}
-        found = {"metadata": total, "weight_map": weight_map}
-        written[SAFETENSORS_INDEX] = write_json(folder / SAFETENSORS_INDEX, found)
-    return written
-
-
-def write_expert(
-    folder: Path,
-    expert: str,
-    pieces: Sequence[Piece],
-    scales: Mapping[str, float],
-    layers: Sequence[BundleLayer],
-    content: Content,
-    *,
-    code: Code,
-    tied_embedding: str | None,
-) -> dict[str, FileEntry]:
-    """One expert as a PEFT adapter, with its ratios beside it. Returns paths relative to `folder`.
-
-    With a code that PEFT does not know, it is a folder that PEFT, and whatever reads its adapters, refuses.
-
-    Args:
-        pieces: keys are names of the model, without PEFT's prefix.
-    """
-    home = f"experts/{expert}"
-    file = f"{home}/{code.file_name}"
-    if code.peft_readable:
-        config, pieces = peft_adapter(expert, pieces, layers, tied_embedding=tied_embedding)
-    else:
-        config = coded_config(code)
-        pieces = [replace(p, key=PEFT_PREFIX + p.key) for p in sorted(pieces, key=lambda p: natural_key(p.key))]
-    written = {
-        f"{home}/adapter_config.json": write_json(folder / home / "adapter_config.json", config),
-        file: write_pieces(folder / file, pieces, content),
+    place = {entry.key: number for number, entry in enumerate(entries)}
+    shards = {
+        file: [entries[place[key]] for key in keys]
+        for file, keys in shards_of((entry.key, entry.bytes) for entry in entries).items()
     }
-    if scales:
-        written[f"{home}/{SCALES_FILE}"] = write_scales(folder / home / SCALES_FILE, scales)
-    return written
+    written = {}
+    for file, shard in shards.items():
+        chunks = (chunk for entry in shard for chunk in content(place[entry.key]))
+        written[file] = write_safetensors(folder / file, shard, chunks)
+    return written | write_index(folder, shards)
 
 
 def write_scales(file: Path, scales: Mapping[str, float]) -> FileEntry:
     """rho_i of every tensor, float32 [1], under the tensor's checkpoint name."""
-    entries = [(tensor, "F32", (1,), 4) for tensor in scales]
+    entries = [Entry(tensor, "F32", (1,), 4) for tensor in scales]
     return write_safetensors(file, entries, (np.float32(ratio).tobytes() for ratio in scales.values()))
 
 
@@ -131,15 +103,21 @@ def copy_model_files(
     return written
 
 
-def bundle_config(config: Mapping[str, Any], *, dtype: str, tied: bool, code: bool) -> dict[str, Any]:
-    """The average's config.json: the first expert's, with the bundle's dtype and tying."""
+def bundle_config(
+    config: Mapping[str, Any], *, dtype: str, tied: bool, code: bool, vocabulary: int | None = None
+) -> dict[str, Any]:
+    """The average's config.json: the first expert's, with the bundle's dtype and tying.
+
+    Args:
+        vocabulary: rows of the tables, where they are not those of the configuration.
+    """
     changed = {key: value for key, value in config.items() if key not in OF_THE_SOURCE}
     if not code:
         changed.pop("auto_map", None)
     changed["dtype"] = dtype
     if "tie_word_embeddings" in changed or not tied:
         changed["tie_word_embeddings"] = tied
-    return changed
+    return changed if vocabulary is None else with_vocabulary(changed, vocabulary)
 
 
 def write_stats(folder: Path, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -154,16 +132,10 @@ def write_manifest(folder: Path, text: str) -> None:
 
 def tool_versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    found = {}
+    versions = {}
     for package in ("torch", "transformers", "safetensors"):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
-
-
-def clear(folder: Path) -> None:
-    """An empty folder in the place of whatever an interrupted assembly left."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    return versions

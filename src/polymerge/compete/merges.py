@@ -92,8 +92,8 @@ class PolymergeMerges:
         """
         import torch
 
-        choices = [_choices(own) for own in batch["answer_choices"]]
-        questions = [Question(str(text), own) for text, own in zip(batch["input"], choices, strict=True)]
+        choices = [_choices(value) for value in batch["answer_choices"]]
+        questions = [Question(str(text), listed) for text, listed in zip(batch["input"], choices, strict=True)]
         if self.exact:
             rows = [self._exact(question) for question in questions]
         else:
@@ -136,19 +136,19 @@ class PolymergeMerges:
         (step,) = pipeline.steps([question])
         read = pipeline.engine.encode(question.text, expert=step.expert)
         ids = [pipeline.engine.encode(choice, expert=step.expert) for choice in question.choices]
-        requests = [ScoreRequest([*read, own[0]], own[1:], step.expert) for own in ids if len(own) > 1]
-        found = iter(pipeline.engine.loglikelihood(requests))
-        return tuple(next(found).log_likelihood if len(own) > 1 else 0.0 for own in ids)
+        requests = [ScoreRequest([*read, choice[0]], choice[1:], step.expert) for choice in ids if len(choice) > 1]
+        scores = iter(pipeline.engine.loglikelihood(requests))
+        return tuple(next(scores).log_likelihood if len(choice) > 1 else 0.0 for choice in ids)
 
 
 def _choices(value: Any) -> tuple[str, ...]:
     try:
-        found = parse_choices(value) if isinstance(value, str) else tuple(str(choice) for choice in value)
+        choices = parse_choices(value) if isinstance(value, str) else tuple(str(choice) for choice in value)
     except ValueError as error:
         raise PolymergeError(f"answer_choices: {error}") from None
-    if not found:
+    if not choices:
         raise PolymergeError("answer_choices: a row of multiple_choice has none")
-    return found
+    return choices
 
 
 def _link(source: str, target: str) -> str:

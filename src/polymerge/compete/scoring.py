@@ -30,9 +30,9 @@ def score(rows: Sequence[CompetitionRow], predictions: Sequence[str]) -> dict[st
     """
     known = [(row, text) for row, text in zip(rows, predictions, strict=True) if row.target is not None]
     closed = [target_index(row) == int(text) for row, text in known if row.choices]
-    found = {"accuracy": sum(closed) / len(closed)} if closed else {}
+    means = {"accuracy": sum(closed) / len(closed)} if closed else {}
     texts = [(row.target or "", text) for row, text in known if not row.choices]
-    return found | (rouge(texts) if texts else {})
+    return means | (rouge(texts) if texts else {})
 
 
 def target_index(row: CompetitionRow) -> int | None:
@@ -52,4 +52,4 @@ def rouge(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
         raise MissingExtraError("ROUGE needs `pip install polymerge[compete]`") from None
     scorer = RougeScorer(list(ROUGE), use_stemmer=False)
     scores = [scorer.score(target, prediction) for target, prediction in pairs]
-    return {name: sum(own[name].fmeasure for own in scores) / len(scores) for name in ROUGE if scores}
+    return {name: sum(result[name].fmeasure for result in scores) / len(scores) for name in ROUGE if scores}

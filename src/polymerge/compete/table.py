@@ -95,16 +95,16 @@ def parse_choices(text: str) -> tuple[str, ...]:
     if len(text) > LONGEST_CHOICES:
         raise ValueError(f"answer_choices has {len(text)} characters, at most {LONGEST_CHOICES} are read")
     try:
-        found = ast.literal_eval(text.strip())
+        choices = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise ValueError("answer_choices is not a Python list") from None
-    if not isinstance(found, list | tuple) or not all(isinstance(choice, str | int | float) for choice in found):
+    if not isinstance(choices, list | tuple) or not all(isinstance(choice, str | int | float) for choice in choices):
         raise ValueError("answer_choices is not a list of texts")
-    if len(found) > MOST_CHOICES:
-        raise ValueError(f"answer_choices has {len(found)} choices, at most {MOST_CHOICES} are read")
-    if not all(str(choice) for choice in found):
+    if len(choices) > MOST_CHOICES:
+        raise ValueError(f"answer_choices has {len(choices)} choices, at most {MOST_CHOICES} are read")
+    if not all(str(choice) for choice in choices):
         raise ValueError("one of answer_choices is empty")
-    return tuple(encodable(str(choice)) for choice in found)
+    return tuple(encodable(str(choice)) for choice in choices)
 
 
 def submission(predictions: Sequence[tuple[str, str]]) -> bytes:

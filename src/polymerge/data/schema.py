@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator, model_validator
 
-from ..errors import DataError
+from ..errors import DataError, first_problem
 from .rows import parse_object, place, read_rows
 from .score import as_number
 
@@ -122,7 +122,4 @@ def as_row(kind: type[AnyRow], data: dict[str, Any], where: str) -> AnyRow:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise DataError(f"{where}: {name + ': ' if name else ''}{message}") from None
+        raise DataError(f"{where}: {first_problem(error)}") from None

@@ -69,7 +69,8 @@ def fine_tune(
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_base(base)
-    _train(model, tokenizer, skill, settings, progress)
+    encoded = [encode(tokenizer, example) for example in skill.train]
+    train(model, encoded, tokenizer.pad_token_id, settings, skill.name, progress)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".training-") as scratch:
         staged = Path(scratch) / "model"
         model.save_pretrained(staged)
@@ -99,11 +100,21 @@ def encode(tokenizer: Any, example: SkillExample) -> Encoded:
     return prompt, [*answer, tokenizer.eos_token_id]
 
 
-def _train(
-    model: Any, tokenizer: Any, skill: Skill, settings: TrainSettings, progress: Callable[[TrainProgress], None] | None
+def train(
+    model: Any,
+    encoded: Sequence[Encoded],
+    pad: int,
+    settings: TrainSettings,
+    name: str,
+    progress: Callable[[TrainProgress], None] | None = None,
 ) -> None:
+    """Trains all weights on the answers' tokens.
+
+    Args:
+        pad: a token for the places behind the shorter ones of a batch.
+        name: of the skill, for the progress.
+    """
     torch.manual_seed(settings.seed)
-    encoded = [encode(tokenizer, example) for example in skill.train]
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=True)
     began = time.monotonic()
     model.train()
@@ -111,13 +122,13 @@ def _train(
         rate = settings.learning_rate * min(step / settings.warmup, (settings.steps - step + 1) / settings.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = _loss(model, *padded(batch, tokenizer.pad_token_id))
+        loss = _loss(model, *padded(batch, pad))
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if progress:
-            progress(TrainProgress(skill.name, step, settings.steps, float(loss.detach()), time.monotonic() - began))
+            progress(TrainProgress(name, step, settings.steps, float(loss.detach()), time.monotonic() - began))
     model.eval()
 
 

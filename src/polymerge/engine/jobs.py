@@ -64,5 +64,5 @@ def _run_together(jobs: Sequence[_Job]) -> None:
                 _run_together([job])
         return
     for job in jobs:
-        own, results = results[: len(job.items)], results[len(job.items) :]
-        job.future.set_result(own)
+        of_job, results = results[: len(job.items)], results[len(job.items) :]
+        job.future.set_result(of_job)

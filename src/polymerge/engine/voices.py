@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..model.assignment import RowExpert
 
 # An expert's persona, and in which groups it is not the average's.
-Own = Callable[[str], tuple[Persona, Sequence[Group]]]
+PersonaOf = Callable[[str], tuple[Persona, Sequence[Group]]]
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class Voices:
 
     Args:
         average: the bundle's.
-        own: an expert's persona; None where all have the average's.
+        persona_of: an expert's persona; None where all have the average's.
     """
 
-    def __init__(self, average: Voice, own: Own | None = None) -> None:
-        self.average, self._own = average, own
+    def __init__(self, average: Voice, persona_of: PersonaOf | None = None) -> None:
+        self.average, self._persona_of = average, persona_of
         self._made: dict[str, Voice] = {}
 
     def of(self, expert: RowExpert) -> Voice:
@@ -77,10 +77,10 @@ class Voices:
             ModelError: its tokenizer cannot be used, or a setting means nothing.
         """
         name = speaker_of(expert)
-        if name is None or self._own is None:
+        if name is None or self._persona_of is None:
             return self.average
         if name not in self._made:
-            persona, groups = self._own(name)
+            persona, groups = self._persona_of(name)
             if not groups:
                 return self.average
             self._made[name] = _voice(self.average, name, persona, groups)
@@ -89,7 +89,7 @@ class Voices:
     def apart(self) -> Self:
         """The same with tokenizers of its own, for another thread."""
         average = replace(self.average, tokenizer=copy.deepcopy(self.average.tokenizer))
-        return type(self)(average, self._own)
+        return type(self)(average, self._persona_of)
 
 
 def _voice(average: Voice, name: str, persona: Persona, groups: Sequence[Group]) -> Voice:

@@ -34,16 +34,16 @@ class Comparison:
     @property
     def accuracies(self) -> dict[str, dict[str, float | None]]:
         """Task -> mode -> accuracy in [0, 1]; None where a task measures something else."""
-        tasks = dict.fromkeys(task for found in self.results.values() for task in found["results"])
+        tasks = dict.fromkeys(task for result in self.results.values() for task in result["results"])
         return {
-            task: {mode: accuracy(found["results"].get(task, {})) for mode, found in self.results.items()}
+            task: {mode: accuracy(result["results"].get(task, {})) for mode, result in self.results.items()}
             for task in tasks
         }
 
     @property
     def means(self) -> dict[str, float | None]:
         """Mode -> mean accuracy over the tasks; groups of tasks are left out, their tasks count."""
-        groups = {name for found in self.results.values() for name in found.get("groups", {})}
+        groups = {name for result in self.results.values() for name in result.get("groups", {})}
         rows = [row for task, row in self.accuracies.items() if task not in groups]
         means: dict[str, float | None] = {}
         for mode in self.results:
@@ -57,8 +57,8 @@ class Comparison:
             "accuracy": self.accuracies,
             "mean": self.means,
             "modes": {
-                mode: {key: found[key] for key in ("results", "n-samples", "polymerge") if key in found}
-                for mode, found in self.results.items()
+                mode: {key: result[key] for key in ("results", "n-samples", "polymerge") if key in result}
+                for mode, result in self.results.items()
             },
         }
 
@@ -103,7 +103,7 @@ def evaluate_modes(
     )
 
 
-def write_results(found: Comparison, file: Path) -> None:
+def write_results(comparison: Comparison, file: Path) -> None:
     """The harness's whole results of every mode as JSON."""
-    data = {**found.summary(), "modes": dict(found.results)}
+    data = {**comparison.summary(), "modes": dict(comparison.results)}
     write_bytes(file, (json.dumps(data, indent=1, ensure_ascii=False, default=str) + "\n").encode())

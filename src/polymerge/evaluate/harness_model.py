@@ -143,10 +143,10 @@ class PolymergeLM(LM):  # type: ignore[misc]  # the harness has no types
             context, continuation = self.encode_pair(request.args[0], request.args[1], expert)
             asked.append(ScoreRequest(context, continuation, expert))
         scores = self.engine.loglikelihood(asked)
-        found = [(score.log_likelihood, score.is_greedy) for score in scores]
-        for request, answer in zip(requests, found, strict=True):
+        answers = [(score.log_likelihood, score.is_greedy) for score in scores]
+        for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
-        return found
+        return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """log p of whole texts in nats: every token once, with as much before it as the context holds. There is no

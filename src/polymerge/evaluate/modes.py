@@ -73,21 +73,21 @@ def mixture(router: Routes, experts: Sequence[str], fields: Mapping[str, str] | 
     table = fields if fields is not None else {name: name for name in experts}
 
     def choose(questions: Sequence[Question]) -> list[RowExpert]:
-        found: list[RowExpert] = []
+        mixtures: list[RowExpert] = []
         for route in _routes(router, questions):
             weights: dict[str, float] = defaultdict(float)
             for name, probability in route.scores.items() if route else ():
                 weights[table.get(name, "average")] += probability
-            found.append(dict(weights) if sum(weights.values()) > 0 else None)
-        return found
+            mixtures.append(dict(weights) if sum(weights.values()) > 0 else None)
+        return mixtures
 
     return choose
 
 
 def _routes(router: Routes, questions: Sequence[Question]) -> list[Route | None]:
     """A question's route; None for one without a text."""
-    found = iter(router.route([question.text for question in questions if question.text]))
-    return [next(found) if question.text else None for question in questions]
+    routes = iter(router.route([question.text for question in questions if question.text]))
+    return [next(routes) if question.text else None for question in questions]
 
 
 def oracle(experts: Sequence[str], best: Mapping[str, str] | None = None, label: str | None = None) -> Choose:

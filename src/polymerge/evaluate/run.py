@@ -93,7 +93,7 @@ def evaluate(
     limit = options["limit"]
     options["limit"] = int(limit) if limit is not None and limit >= 1 else limit
     with _harness_errors():
-        found: dict[str, Any] = simple_evaluate(
+        results: dict[str, Any] = simple_evaluate(
             model=model,
             tasks=loaded,
             task_manager=manager,
@@ -103,14 +103,14 @@ def evaluate(
             fewshot_random_seed=settings.seed,
             **options,
         )
-    found["polymerge"] = {
+    results["polymerge"] = {
         "version": __version__,
         "fingerprint": engine.fingerprint,
         "settings": asdict(settings),
         "answered_by": {task: dict(counts) for task, counts in model.chosen.items()},
         **(about or {}),
     }
-    return found
+    return results
 
 
 def accuracy(metrics: Mapping[str, Any]) -> float | None:

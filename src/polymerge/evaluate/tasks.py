@@ -88,9 +88,12 @@ def _dataset(rows: Sequence[AnsweredRow]) -> Any:
     """The rows in the form that the harness reads. Keys of one's own are kept as text, for labels."""
     from datasets import Dataset
 
-    own = sorted({key for row in rows for key in row.model_extra or {}})
+    labels = sorted({key for row in rows for key in row.model_extra or {}})
     return Dataset.from_list(
-        [row.model_dump(include=set(AnsweredRow.model_fields)) | {key: _label(row, key) for key in own} for row in rows]
+        [
+            row.model_dump(include=set(AnsweredRow.model_fields)) | {key: _label(row, key) for key in labels}
+            for row in rows
+        ]
     )
 
 

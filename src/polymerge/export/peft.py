@@ -10,22 +10,14 @@ from typing import Any
 import torch
 
 from ..bundle.bundle import Bundle
-from ..bundle.files import (
-    DTYPE_NAMES,
-    Piece,
-    check_free_space,
-    disk_errors,
-    raw_bytes,
-    write_json,
-    write_safetensors,
-)
+from ..bundle.files import check_free_space, disk_errors, entry_of, raw_bytes, write_json, write_safetensors
 from ..bundle.manifest import ADAPTER_FILE
-from ..bundle.peft import peft_adapter
+from ..bundle.peft import SLICED_BLOCKS, adapter_config, missing_zeros, stored_name
 from ..bundle.personas import write_files
 from ..bundle.place import settled
 from ..bundle.reading import steady
 from ..errors import ModelError
-from ..sources.checkpoint import read_json
+from ..sources.checkpoint import natural_key, read_json
 from .place import placed
 
 
@@ -59,8 +51,20 @@ def export_peft(bundle: Bundle | str | Path, expert: str, output: str | Path, *,
             f"expert {expert!r}: its positions are not the average's, over which PEFT would run it; "
             "export it with --to dense"
         )
+    rows = bundle.vocabulary(expert)
+    if rows is not None:
+        raise ModelError(
+            f"expert {expert!r}: its vocabulary has {rows} tokens, and the average, over which PEFT would run it, "
+            f"{bundle.table_rows}, so that it could answer with others' tokens; export it with --to dense"
+        )
     with placed(output, overwrite=overwrite) as staged, steady(bundle):
         config = _write_adapter(bundle, expert, staged)
+        if config["peft_type"] == SLICED_BLOCKS:
+            fused = next(layer.slice.tensor for layer in bundle.layers.values() if layer.slice)
+            raise ModelError(
+                f"expert {expert!r}: PEFT has no place for the residuals of the matrices in {fused!r}; "
+                "export with --to dense"
+            )
         if config["peft_type"] != "LORA":
             raise ModelError(
                 f"expert {expert!r}: PEFT has no place for the whole matrices of its mixture-of-experts blocks; "
@@ -87,16 +91,16 @@ def _write_adapter(bundle: Bundle, expert: str, staged: Path) -> dict[str, Any]:
             shutil.copyfile(file, staged / ADAPTER_FILE)
         return read_json(file.with_name("adapter_config.json"))
     tensors = bundle.adapter(expert)
-    pieces = [
-        Piece(expert, key, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes, file=key)
-        for key, tensor in tensors.items()
-    ]
     layers, tied = list(bundle.layers.values()), bundle.manifest.tied_embedding
-    config, pieces = peft_adapter(expert, pieces, layers, tied_embedding=tied)
-    check_free_space(staged, sum(piece.bytes for piece in pieces))
-    entries = [(piece.key, piece.dtype, piece.shape, piece.bytes) for piece in pieces]
-    contents = (bytes(raw_bytes(tensors[p.file])) if p.file else bytes(p.bytes) for p in pieces)
-    write_safetensors(staged / ADAPTER_FILE, entries, contents)
+    entries = [entry_of(key, tensor) for key, tensor in tensors.items()]
+    entries += missing_zeros({entry.key: entry.shape for entry in entries}, layers)
+    entries.sort(key=lambda entry: natural_key(entry.key))
+    check_free_space(staged, sum(entry.bytes for entry in entries))
+    contents = (bytes(raw_bytes(tensors[e.key])) if e.key in tensors else bytes(e.bytes) for e in entries)
+    config = adapter_config([(entry.key, entry.shape) for entry in entries], layers, tied_embedding=tied)
+    by_rows = set(config["trainable_token_indices"] or ())
+    named = [entry._replace(key=stored_name(entry.key, by_rows)) for entry in entries]
+    write_safetensors(staged / ADAPTER_FILE, named, contents)
     return config
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from ..bundle.files import check_free_space, disk_errors
 from ..bundle.lock import writing
 from ..bundle.manifest import MANIFEST
-from ..bundle.place import begin_work, check_own, discard_work, publish, restore, work_folder
+from ..bundle.place import begin_work, check_own, discard_work, mark_of, publish, restore, work_folder
 from ..errors import OutputExistsError
+
+KIND = "export"
 
 
 @contextmanager
@@ -31,13 +33,16 @@ def placed(output: Path, *, overwrite: bool, needed: int = 0) -> Iterator[Path]:
     check_free_space(output.parent, needed)
     with disk_errors(output), writing(output):
         restore(output)
+        work = work_folder(output)
+        if (mark_of(work) or {}).get("polymerge") == KIND:  # an export that was killed is not gone on with
+            discard_work(work)
         check_place(output, overwrite=overwrite)
-        folder = begin_work(work_folder(output), "export") / "model"
+        folder = begin_work(work, KIND) / "model"
         folder.mkdir()
         try:
             yield folder
-        except BaseException:  # an export is not gone on with
-            discard_work(work_folder(output))
+        except BaseException:
+            discard_work(work)
             raise
         publish(folder, output)
 

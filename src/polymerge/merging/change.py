@@ -17,10 +17,9 @@ from ..bundle.bundle import Bundle
 from ..bundle.files import disk_errors, scratches_of
 from ..bundle.lock import writing
 from ..bundle.manifest import MANIFEST, STATS
-from ..bundle.place import discard_work, mark_of, sync_folder, sync_tree
+from ..bundle.place import begin_work, discard_work, mark_of, sync_folder, sync_tree
 from ..errors import BundleError
 from ..naming import EXPERT_NAME
-from .journal import Staging
 
 # Not beside the bundle, which may be a file system of its own; not among the experts, whose names it could be.
 CHANGE = ".polymerge-change"
@@ -43,9 +42,9 @@ def alone_with(path: Path) -> Iterator[Bundle]:
 
 
 @contextmanager
-def changing(bundle: Bundle, name: str) -> Iterator[Staging]:
-    """Within the block the expert comes or goes. Until the manifest lists it, its folder is not the bundle's: however
-    the block ends, it stays if the manifest lists it and goes otherwise.
+def changing(bundle: Bundle, name: str) -> Iterator[Path]:
+    """Within the block, which gets an empty work folder, the expert comes or goes. Until the manifest lists it, its
+    folder is not the bundle's: however the block ends, it stays if the manifest lists it and goes otherwise.
 
     Raises:
         BundleError: a folder of that name is there that is not the bundle's, or one that is a link.
@@ -53,9 +52,9 @@ def changing(bundle: Bundle, name: str) -> Iterator[Staging]:
     folder = _folder(bundle, name)
     if name not in bundle.experts and os.path.lexists(folder):
         raise BundleError(f"{folder}: is there, but is no expert of this bundle's manifest; move it away")
-    staging = Staging(bundle.path / CHANGE, {}, resume=False, kind="change", expert=name)
+    work = begin_work(bundle.path / CHANGE, "change", expert=name)
     try:
-        yield staging
+        yield work
     finally:
         _end(Bundle.open(bundle.path))
 

@@ -5,8 +5,8 @@ average is stored as W̄ = s̄ W_avg with s̄ the mean of the s_i, and every res
 rounding, with the ratio rho_i = s_i / s̄ as stored: R_i = W_i - rho_i W̄. What the base loses in rounding, the residuals
 give back.
 
-Holds one expert's tensor at a time, whatever the number of experts. Knows no files: it is given a function that
-reads and one that takes what is made.
+Holds one expert's linear weight at a time, whatever the number of experts, and some rows of other tensors. Knows no
+files: it is given a function that reads and one that takes what is made.
 """
 
 from __future__ import annotations
@@ -14,23 +14,21 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..bundle.files import raw_bytes
+from ..bundle.files import Rows, raw_bytes
 from ..bundle.stats import StatsLine
 from ..method.code import Code
 from ..method.dense import residual_of, unsaid
 from ..method.rsvd import rsvd, sketch_seed
 from .reading import Read, check_copy, check_stored, check_values, checked_digest, slabs
+from .tables import Emit, merge_table
 from .treatment import TensorTask
-
-# emit(owner, key, tensor): owner None is the base, otherwise an expert's name; key as in the owner's file
-Emit = Callable[[str | None, str, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -84,6 +82,9 @@ def compress_tensor(task: TensorTask, settings: Settings, read: Read, emit: Emit
     settings = settings.of(task)
     if task.treatment == "copy":
         return _copy(task, read, emit, report)
+    if task.tables is not None:
+        report.digests = merge_table(task, settings.dtype, read, emit)
+        return report
     if task.record.role != "linear":
         return _keep_or_average(task, settings, read, emit, report)
     return _compress_linear(task, settings, read, emit, report)
@@ -194,42 +195,54 @@ def _keep_or_average(
     task: TensorTask, settings: Settings, read: Read, emit: Emit, report: TensorReport
 ) -> TensorReport:
     experts = list(task.sources)
-    hashes = {expert: hashlib.sha256() for expert in experts}
-    mean = torch.empty(task.shape or (1,), dtype=settings.dtype)  # a number without dimensions is a row of one
-    for start, stop in slabs(task.shape):
-        total = None
-        for expert in experts:
-            rows = read(expert, task.sources[expert], start, stop)
-            check_values(rows, settings.dtype, expert, task.sources[expert])
-            hashes[expert].update(raw_bytes(rows))
-            total = rows.to(torch.float32, copy=True) if total is None else total.add_(rows.float())
-        assert total is not None
-        mean[start:stop] = total.div_(len(experts)).to(settings.dtype)
-        check_stored(mean[start:stop], task.name, "the experts' average")
-    report.digests = {expert: digest.hexdigest() for expert, digest in hashes.items()}
+    report.digests = {expert: digest_of_rows(task, expert, settings, read) for expert in experts}
     agreed = len(set(report.digests.values())) == 1
-    if agreed:  # the mean of equal numbers may differ from them in the last bit
-        _read_into(mean, experts[0], task, read)
-    emit(None, task.name, mean.view(task.shape))
-    if task.treatment == "keep" and not agreed:
-        for expert in experts:
-            emit_own(task, expert, mean, settings, read, emit)
+    # The mean of equal numbers may differ from them in the last bit.
+    base = stored_rows(task, experts[0], settings, read) if agreed else _mean_rows(task, settings, read)
+    emit(None, task.name, base)
+    for expert in experts if task.treatment == "keep" and not agreed else ():
+        if task.as_difference:
+            mean = torch.cat(list(_mean_rows(task, settings, read).parts))
+            emit_difference(task, expert, mean, read, emit)
+        else:
+            emit(expert, adapter_key(task), stored_rows(task, expert, settings, read))
     return report
 
 
-def emit_own(task: TensorTask, expert: str, base: Tensor, settings: Settings, read: Read, emit: Emit) -> None:
-    """An expert's own tensor. The bias of a compressed layer travels as a difference, where PEFT looks for it.
+def emit_difference(task: TensorTask, expert: str, base: Tensor, read: Read, emit: Emit) -> None:
+    """The bias of a compressed layer travels as a difference from the average as stored, where PEFT looks for it."""
+    bias = read(expert, task.sources[expert], 0, task.shape[0])
+    emit(expert, adapter_key(task, "lora_B.bias"), bias.float() - base.float())
 
-    Args:
-        base: the average as stored; a number without dimensions as a row of one.
-    """
-    if task.as_difference:
-        bias = read(expert, task.sources[expert], 0, task.shape[0])
-        emit(expert, adapter_key(task, "lora_B.bias"), bias.float() - base.float())
-        return
-    whole = torch.empty(base.shape, dtype=settings.dtype)
-    _read_into(whole, expert, task, read)
-    emit(expert, adapter_key(task), whole.view(task.shape))
+
+def digest_of_rows(task: TensorTask, expert: str, settings: Settings, read: Read) -> str:
+    """SHA-256 of an expert's whole tensor, its values checked on the way."""
+    digest = hashlib.sha256()
+    for start, stop in slabs(task.shape):
+        rows = read(expert, task.sources[expert], start, stop)
+        check_values(rows, settings.dtype, expert, task.sources[expert])
+        digest.update(raw_bytes(rows))
+    return digest.hexdigest()
+
+
+def stored_rows(task: TensorTask, expert: str, settings: Settings, read: Read) -> Rows:
+    """An expert's own tensor as it is stored."""
+    parts = (read(expert, task.sources[expert], *rows).to(settings.dtype) for rows in slabs(task.shape))
+    return Rows(settings.dtype, task.shape, parts)
+
+
+def _mean_rows(task: TensorTask, settings: Settings, read: Read) -> Rows:
+    def parts() -> Iterator[Tensor]:
+        for start, stop in slabs(task.shape):
+            total = torch.zeros(())
+            for number, (expert, source) in enumerate(task.sources.items()):
+                rows = read(expert, source, start, stop)
+                total = total.add_(rows.float()) if number else rows.to(torch.float32, copy=True)
+            mean = total.div_(len(task.sources)).to(settings.dtype)
+            check_stored(mean, task.name, "the experts' average")
+            yield mean
+
+    return Rows(settings.dtype, task.shape, parts())
 
 
 def _copy(task: TensorTask, read: Read, emit: Emit, report: TensorReport) -> TensorReport:
@@ -242,11 +255,6 @@ def _copy(task: TensorTask, read: Read, emit: Emit, report: TensorReport) -> Ten
             emit(None, task.name, whole)
         check_copy(whole, first, expert, source)
     return report
-
-
-def _read_into(target: Tensor, expert: str, task: TensorTask, read: Read) -> None:
-    for start, stop in slabs(task.shape):
-        target[start:stop] = read(expert, task.sources[expert], start, stop).to(target.dtype)
 
 
 def _read_matrix(

@@ -1,63 +1,110 @@
 """Who does the tasks of a merge: threads of this process. `polymerge.merging.ray` is the machines of a cluster.
 
-An executor is a function that is given the numbers of the tensors to do and yields each with its note, in any order;
-the bundle's bytes depend on neither the order nor the executor. Knows tasks and workers; the order of a merge is
-`polymerge.merging.run`'s, and the arithmetic `polymerge.merging.compress`'s.
+An executor is a function that is given the numbers of the tensors to do and yields each, in that order, with the work
+that is left: called with `emit`, it gives the tensor's pieces away. What takes arithmetic is done ahead by workers, and
+a bounded number of results waits in memory for its turn; all else is done in its turn, a few rows at a time. Knows
+tasks and workers; the order of a merge is `polymerge.merging.run`'s, the arithmetic `polymerge.merging.compress`'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
 
+from ..bundle.files import Rows
 from ..bundle.manifest import Method
 from ..host import pick_device
 from ..method.codes import code_of
 from ..recipe.merge import Recipe
 from ..sources.checkpoint import Checkpoint
-from .compress import Settings, compress_tensor
-from .journal import Note, PieceWriter, Staging
+from .compress import Settings, TensorReport, compress_tensor
 from .plan import MergePlan
 from .reading import reader_of
+from .tables import Emit
 from .treatment import TensorTask
 
-Executor = Callable[[MergePlan, Staging, Sequence[int]], Iterator[tuple[int, Note]]]
+Work = Callable[[Emit], TensorReport]
+Executor = Callable[[MergePlan, Sequence[int]], Iterator[tuple[int, Work]]]
 
 
-def in_threads(plan: MergePlan, staging: Staging, todo: Sequence[int]) -> Iterator[tuple[int, Note]]:
+@dataclass(frozen=True)
+class Made:
+    """A tensor that was done before its turn: its pieces (owner, key, values) on the CPU, and its report."""
+
+    pieces: tuple[tuple[str | None, str, Tensor], ...]
+    report: TensorReport
+
+    def give(self, emit: Emit) -> TensorReport:
+        """The `Work` that is left."""
+        for piece in self.pieces:
+            emit(*piece)
+        return self.report
+
+
+def in_threads(plan: MergePlan, todo: Sequence[int]) -> Iterator[tuple[int, Work]]:
     """Does a plan's tasks with the recipe's `workers`, in this process."""
-    settings = settings_of(plan.recipe, plan.dtype, plan.recipe.device)
-
-    def work(index: int) -> Note:
-        with staging.tensor(index) as writer:
-            note = compress_task(plan.tasks[index], plan.checkpoints, settings, writer)
-        return staging.finish(index, note)
-
     if plan.recipe.workers == 1:
-        for index in todo:
-            yield index, work(index)
+        yield from ((index, _in_its_turn(plan, index)) for index in todo)
         return
+    settings = settings_of(plan.recipe, plan.dtype, plan.recipe.device)
     # The arithmetic releases the interpreter's lock, and every thread uses the same number of cores for a product, so
     # that its result does not depend on how many threads there are.
     with ThreadPoolExecutor(plan.recipe.workers) as pool:
-        futures = {pool.submit(work, index): index for index in todo}
+
+        def start(index: int) -> Callable[[], Made]:
+            return pool.submit(make, plan.tasks[index], plan.checkpoints, settings).result
+
         try:
-            for future, index in futures.items():
-                yield index, future.result()
+            yield from in_turn(plan, todo, start, ahead=plan.recipe.workers + 1)
         finally:
-            for future in futures:
-                future.cancel()
+            pool.shutdown(cancel_futures=True)
+
+
+def in_turn(
+    plan: MergePlan, todo: Sequence[int], start: Callable[[int], Callable[[], Made]], *, ahead: int
+) -> Iterator[tuple[int, Work]]:
+    """The tasks in order, those of linear weights started beforehand.
+
+    Args:
+        start: begins a task somewhere; what it returns waits for the result.
+        ahead: how many are begun and not yet given away at most, for their results are in memory.
+    """
+    begun: dict[int, Callable[[], Made]] = {}
+    left = (index for index in todo if plan.tasks[index].record.role == "linear")
+    for index in todo:
+        while len(begun) < ahead and (another := next(left, None)) is not None:
+            begun[another] = start(another)
+        yield index, begun.pop(index)().give if index in begun else _in_its_turn(plan, index)
+
+
+def make(task: TensorTask, checkpoints: Mapping[str, Checkpoint], settings: Settings) -> Made:
+    """One tensor, from its checkpoints to its pieces. Independent of every other tensor."""
+    pieces: list[tuple[str | None, str, Tensor]] = []
+
+    def keep(owner: str | None, key: str, tensor: Tensor | Rows) -> None:
+        whole = torch.cat(list(tensor.parts)) if isinstance(tensor, Rows) else tensor
+        pieces.append((owner, key, whole.detach().cpu().clone()))  # whoever emits a tensor may go on with its memory
+
+    report = compress_task(task, checkpoints, settings, keep)
+    return Made(tuple(pieces), report)
 
 
 def compress_task(
-    task: TensorTask, checkpoints: Mapping[str, Checkpoint], settings: Settings, writer: PieceWriter
-) -> Note:
-    """One tensor, from its checkpoints to its finished pieces. Independent of every other tensor."""
+    task: TensorTask, checkpoints: Mapping[str, Checkpoint], settings: Settings, emit: Emit
+) -> TensorReport:
+    """One tensor, from its checkpoints to `emit`."""
     with torch.no_grad():
-        report = compress_tensor(task, settings, reader_of(checkpoints), writer.emit)
-    return writer.note(report.digests, report.scales, report.stats)
+        return compress_tensor(task, settings, reader_of(checkpoints), emit)
+
+
+def _in_its_turn(plan: MergePlan, index: int) -> Work:
+    settings = settings_of(plan.recipe, plan.dtype, plan.recipe.device)
+    return partial(compress_task, plan.tasks[index], plan.checkpoints, settings)
 
 
 def settings_of(method: Recipe | Method, dtype: torch.dtype, device: str) -> Settings:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +19,9 @@ from torch import Tensor
 
 from ..bundle.alignment import Alignment, write_alignment
 from ..bundle.bundle import Bundle
-from ..bundle.files import FileEntry, check_free_space, raw_bytes
+from ..bundle.files import FileEntry, Rows, check_free_space, raw_bytes
 from ..bundle.manifest import Manifest
-from ..bundle.peft import missing_siblings
-from ..bundle.write import clear, write_expert, write_manifest, write_stats
+from ..bundle.write import write_manifest, write_stats
 from ..errors import BundleError, RecipeError
 from ..host import DTYPES
 from ..method.dense import residual_of, unsaid
@@ -30,19 +29,31 @@ from ..method.rsvd import rsvd
 from ..naming import check_expert_name
 from ..recipe.merge import Source
 from ..sources.checkpoint import Checkpoint
-from ..sources.layers import map_layers
 from ..sources.opening import open_checkpoint
 from ..sources.persona import Group, Persona, differing, persona_of
 from .align import aligned_to_bundle
 from .change import alone_with, changing, move_in
-from .compress import Emit, Settings, TensorReport, compress_against, emit_own, frobenius_norm
+from .compress import (
+    Settings,
+    TensorReport,
+    adapter_key,
+    compress_against,
+    digest_of_rows,
+    emit_difference,
+    frobenius_norm,
+    stored_rows,
+)
 from .executor import settings_of
+from .finish import finish_expert
 from .journal import Note, Staging
+from .layout import layout_of_experts
 from .personas import store_persona
 from .precision import with_dtypes
-from .reading import check_copy, checked_digest, reader_of
-from .records import expert_record, ratios_of, scales_of
-from .treatment import Expert, TensorTask, check_settings, frame_of_bundle, tasks_for
+from .reading import check_copy, checked_digest, reader_of, slabs
+from .records import expert_record, own_rows_of, ratios_of, scales_of
+from .tables import Emit, emit_table
+from .treatment import TensorTask, check_settings, expert_of, frame_of_bundle, tasks_for
+from .vocabulary import added_tables, numbers_of
 
 SAMPLED_LAYERS = 12
 
@@ -96,27 +107,38 @@ def add_expert(
         if name.casefold() in {expert.casefold() for expert in bundle.experts}:
             raise BundleError(f"{path}: already holds an expert {name!r}; remove it first or choose another name")
         checkpoint = open_checkpoint(source.model_copy(update={"base": base}) if base else source)
-        expert = Expert(name, checkpoint, map_layers(checkpoint, trust_remote_code=trust_remote_code))
-        frame = frame_of_bundle(bundle)
-        check_settings(frame, expert, trust_remote_code=trust_remote_code)
+        frame, trust = frame_of_bundle(bundle), trust_remote_code
+        expert = expert_of(name, checkpoint, trust_remote_code=trust, frame=frame)
+        checkpoint = expert.checkpoint
+        check_settings(frame, expert, trust_remote_code=trust)
         settings = settings_of(bundle.manifest.method, DTYPES[bundle.manifest.dtype], device)
-        tasks = with_dtypes(tasks_for(frame, [expert], bundle.manifest.method), {name: checkpoint}, settings.dtype)
-        checkpoint, alignment = aligned_to_bundle(bundle, checkpoint, tasks, settings.device)
         persona = persona_of(checkpoint)
         groups = differing(bundle.persona(), persona)
-        check_free_space(path, 2 * sum(task.expert_bytes(settings.dtype, settings.code) for task in tasks))
-        store = functools.partial(_store, bundle=bundle, name=name, persona=persona, groups=groups, alignment=alignment)
-        notes = []
-        with changing(bundle, name) as staging:
+        tables = added_tables(bundle, name, persona, groups, expert.table_rows, trust_remote_code=trust)
+        tasks = tasks_for(frame, [expert], bundle.manifest.method, tables)
+        tasks = with_dtypes(tasks, {name: checkpoint}, settings.dtype)
+        checkpoint, alignment = aligned_to_bundle(bundle, checkpoint, tasks, settings.device)
+        check_free_space(path, sum(task.expert_bytes(settings.dtype, settings.code) for task in tasks))
+        layout = layout_of_experts([name], tasks, settings.code)
+        with changing(bundle, name) as work:
+            staging = Staging(work, layout)
             for index, task in enumerate(tasks):
-                notes.append(_add_tensor(bundle, checkpoint, task, settings, staging, index))
+                staging.finish(functools.partial(_add_tensor, bundle, checkpoint, task, settings))
                 if progress:
                     progress(index + 1, len(tasks), task.name)
-            files = _write(staging, bundle, name, tasks, notes, store)
+            notes = staging.notes
+            files = _finish(
+                staging, bundle, name, scales_of(name, tasks, notes), numbers_of(own_rows_of(name, tasks, notes))
+            )
+            files |= _store(staging.bundle, bundle, name, persona, groups, alignment)
+            move_in(staging.bundle, bundle, name)
             lines = [line.to_json() for note in notes for line in note.stats]
             write_stats(path, [*bundle.stats(), *lines])
             record = expert_record(name, checkpoint, tasks, notes, groups)
-            manifest = bundle.manifest.with_expert(name, record, files=files, ratios=ratios_of(notes))
+            own = record.vocabulary or record.rows
+            tables_there = {task.name for task in tasks if task.tables and own}
+            ratios = ratios_of(notes)
+            manifest = bundle.manifest.with_expert(name, record, files=files, ratios=ratios, tables=tables_there)
             _write_manifest(bundle, manifest)
         return _assess(Bundle.open(path), name, checkpoint, tasks, settings, notes)
 
@@ -140,24 +162,37 @@ def remove_expert(bundle: Bundle | str | Path, name: str) -> Bundle:
 
 
 def _add_tensor(
-    bundle: Bundle, checkpoint: Checkpoint, task: TensorTask, settings: Settings, staging: Staging, index: int
-) -> Note:
+    bundle: Bundle, checkpoint: Checkpoint, task: TensorTask, settings: Settings, emit: Emit
+) -> TensorReport:
     [(name, source)] = task.sources.items()
-    report = TensorReport()
-    base, raw = bundle.base_tensor(task.name), checkpoint.read(source)
-    with staging.tensor(index) as writer, torch.no_grad():
+    report, read, settings = TensorReport(), reader_of({name: checkpoint}), settings.of(task)
+    with torch.no_grad():
         if task.treatment == "copy":
-            check_copy(raw, base, name, source)
+            raw = checkpoint.read(source)
+            check_copy(raw, bundle.base_tensor(task.name), name, source)
             report.digests[name] = hashlib.sha256(raw_bytes(raw)).hexdigest()
-            return staging.finish(index, writer.note(report.digests, {}, ()))
-        settings = settings.of(task)
-        report.digests[name] = checked_digest(raw, settings.dtype, name, source)
-        if task.record.role == "linear":
-            _add_linear(bundle, name, task, raw, base, settings, writer.emit, report)
-        elif task.treatment == "keep" and not torch.equal(raw.to(settings.dtype).float(), base.float()):
-            base = base.view(task.shape or (1,))
-            emit_own(task, name, base, settings, reader_of({name: checkpoint}), writer.emit)
-        return staging.finish(index, writer.note(report.digests, report.scales, report.stats))
+        elif task.record.role == "linear":
+            raw = checkpoint.read(source)
+            report.digests[name] = checked_digest(raw, settings.dtype, name, source)
+            _add_linear(bundle, name, task, raw, bundle.base_tensor(task.name), settings, emit, report)
+        else:
+            report.digests[name] = digest_of_rows(task, name, settings, read)
+            if task.tables is not None:
+                emit_table(task, name, bundle.base_tensor(task.name), read, emit)
+                return report
+            if task.treatment == "keep" and not _is_bases(bundle, task, stored_rows(task, name, settings, read)):
+                if task.as_difference:
+                    emit_difference(task, name, bundle.base_tensor(task.name), read, emit)
+                else:
+                    emit(name, adapter_key(task), stored_rows(task, name, settings, read))
+    return report
+
+
+def _is_bases(bundle: Bundle, task: TensorTask, rows: Rows) -> bool:
+    """Whether the average's tensor holds the same numbers."""
+    read = reader_of({"": bundle.base})
+    slices = (read("", task.name, *place) for place in slabs(task.shape))
+    return all(torch.equal(own.float(), base.float()) for own, base in zip(rows.parts, slices, strict=True))
 
 
 def _add_linear(
@@ -177,28 +212,11 @@ def _add_linear(
     compress_against(task, name, weight, base, (frobenius_norm(weight), mean_scale), settings, emit, report)
 
 
-def _write(
-    staging: Staging,
-    bundle: Bundle,
-    name: str,
-    tasks: Sequence[TensorTask],
-    notes: Sequence[Note],
-    store: Callable[[Path], dict[str, FileEntry]],
+def _finish(
+    staging: Staging, bundle: Bundle, name: str, scales: Mapping[str, float], rows: Sequence[int]
 ) -> dict[str, FileEntry]:
-    pieces = [piece for note in notes for piece in note.pieces]
-    layers = list(bundle.layers.values())
-    with staging.tensor(len(notes)) as writer:
-        for layer in missing_siblings((piece.key for piece in pieces), layers):
-            writer.emit(name, f"{layer.module}.{layer.parameter}", bundle.base_tensor(layer.tensor))
-        pieces += staging.finish(len(notes), writer.note({}, {}, ())).pieces
-    folder = staging.folder / "bundle"
-    clear(folder)
-    tied, code = bundle.manifest.tied_embedding, bundle.code
-    scales = scales_of(name, tasks, notes)
-    files = write_expert(folder, name, pieces, scales, layers, staging.content, code=code, tied_embedding=tied)
-    files |= store(folder)
-    move_in(folder, bundle, name)
-    return files
+    layers, tied = list(bundle.layers.values()), bundle.manifest.tied_embedding
+    return finish_expert(staging, name, bundle.base, layers, scales, code=bundle.code, tied_embedding=tied, rows=rows)
 
 
 def _store(

@@ -1,20 +1,17 @@
-"""Half-done work that survives a kill: finished tensors as pieces beside the output.
+"""Half-done work that survives a kill: finished tensors in the files where they will stay, and a journal of them.
 
-A work folder holds one folder of raw pieces per tensor and, written last, one JSON note that says that the tensor is
-whole, with the SHA-256 of every piece. A resumed merge trusts a note only after checking its pieces. Safetensors files
-are then put together from pieces without holding more than a buffer in memory.
+Tensors are finished in the plan's order. A line of the journal, written after a tensor's bytes, says that it is whole,
+with their SHA-256. A run that goes on trusts the lines as far as the bytes are what they say; what comes after is cut
+off and done again.
 
 Knows bytes and names; does not know how a folder gets to its place (`polymerge.bundle.place`) or what a tensor means.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -23,15 +20,20 @@ from typing import Any
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from ..bundle.files import DTYPE_NAMES, Piece, disk_errors, raw_bytes
-from ..bundle.place import begin_work, check_own
+from ..bundle.files import Rows, chunks_of, disk_errors, entry_of
+from ..bundle.growing import GrowingFile, Piece
+from ..bundle.place import begin_work, check_own, discard_work, mark_of
 from ..bundle.stats import StatsLine
-from ..errors import OutputExistsError, PolymergeError
-from ..naming import check_paths
+from ..errors import OutputExistsError
+from .compress import TensorReport
+from .layout import Layout
+from .tables import Emit
 
 logger = logging.getLogger(__name__)
 
-BUFFER = 8 * 2**20
+BUNDLE = "bundle"
+JOURNAL = "journal.jsonl"
+NOTE = "merge.json"
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class Note:
     """What is known of a finished tensor.
 
     Attributes:
-        pieces: where its bytes lie, of the base and of every expert.
+        number: which of the plan's tensors it is.
+        pieces: what was written of it, of the base and of every expert.
         digests: expert -> SHA-256 of the source tensor's bytes.
         scales: expert -> rho_i (float32), for tensors that are stored against the base.
         stats: a line of merge_stats.jsonl an expert, for linear weights.
     """
 
+    number: int
     pieces: tuple[Piece, ...]
     digests: dict[str, str]
     scales: dict[str, float]
@@ -57,7 +61,6 @@ class Note:
     def from_json(cls, text: bytes) -> Note:
         """Raises ValueError where the text is not a whole note, field for field."""
         note: Note = _note_reader().validate_json(text, strict=True)
-        check_paths({piece.file for piece in note.pieces})
         return note
 
 
@@ -67,128 +70,116 @@ def _note_reader() -> TypeAdapter[Note]:
 
 
 class Staging:
-    """The half-done work of one merge, in a work folder (`polymerge.bundle.place`).
+    """The bundle, or the expert, that grows in a work folder.
 
     Args:
-        folder: the work folder.
+        work: the work folder; what it holds of the same work already is gone on with.
+        layout: which file each tensor goes to.
+
+    Attributes:
+        bundle: the folder that will be the bundle, or parts of it.
+        notes: of the tensors that are whole, in the plan's order.
+    """
+
+    def __init__(self, work: Path, layout: Layout) -> None:
+        self.bundle, self._layout = work / BUNDLE, layout
+        self._journal = work / JOURNAL
+        self.files = {
+            file: GrowingFile(self.bundle / file, layout.owner_of(file), room) for file, room in layout.rooms.items()
+        }
+        with disk_errors(work):
+            self.bundle.mkdir(exist_ok=True)
+            self._leave_only_tensors()
+            self.notes = self._finished()
+
+    def finish(self, work: Callable[[Emit], TensorReport]) -> Note:
+        """Does the plan's next tensor: what it emits is appended to its files, and the journal notes it when whole."""
+        pieces: list[Piece] = []
+
+        def emit(owner: str | None, key: str, tensor: Tensor | Rows) -> None:
+            file = self.files[self._layout.file_of(owner, key)]
+            pieces.append(file.append(entry_of(key, tensor), chunks_of(tensor)))
+
+        report = work(emit)
+        note = Note(len(self.notes), tuple(pieces), report.digests, report.scales, tuple(report.stats))
+        with self._journal.open("ab") as journal:
+            journal.write(note.to_json().encode() + b"\n")
+        self.notes.append(note)
+        return note
+
+    def file_of(self, expert: str) -> GrowingFile:
+        return self.files[self._layout.experts[expert]]
+
+    def _finished(self) -> list[Note]:
+        """The notes up to the first that is damaged, or whose pieces are; the journal is cut off there."""
+        notes: list[Note] = []
+        if not self._journal.exists():
+            return notes
+        whole = 0
+        for line in self._journal.read_bytes().splitlines(keepends=True):
+            try:
+                note = Note.from_json(line.removesuffix(b"\n"))
+                if not line.endswith(b"\n") or note.number != len(notes) or not self._take(note):
+                    break
+            except ValueError:
+                break
+            notes.append(note)
+            whole += len(line)
+        with self._journal.open("r+b") as journal:
+            journal.truncate(whole)
+        return notes
+
+    def _take(self, note: Note) -> bool:
+        before = {file: len(growing.pieces) for file, growing in self.files.items()}
+        try:
+            if all(self.files[self._layout.file_of(p.owner, p.key)].take(p) for p in note.pieces):
+                return True
+        except KeyError:  # of no file of this bundle
+            pass
+        for file, count in before.items():
+            del self.files[file].pieces[count:]
+        return False
+
+    def _leave_only_tensors(self) -> None:
+        """What a stopped run had put beside them is written anew."""
+        growing = {file.path for file in self.files.values()}
+        for path in sorted(self.bundle.rglob("*"), reverse=True):  # the innermost first
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path not in growing:
+                path.unlink()
+
+
+def begin(work: Path, fingerprint: dict[str, Any], *, resume: bool) -> None:
+    """Makes a merge's work folder, or leaves the one that holds the beginning of this very merge.
+
+    Args:
         fingerprint: what must be equal for half-done work to be gone on with.
-        about: what the folder's mark says beside its kind.
 
     Raises:
         OutputExistsError: the folder is not polymerge's, or holds another merge's half-done work.
     """
-
-    def __init__(self, folder: Path, fingerprint: dict[str, Any], *, resume: bool, kind: str, **about: Any) -> None:
-        self.folder = folder
-        check_own(folder)
-        note = folder / "merge.json"
-        text = json.dumps(fingerprint, sort_keys=True, indent=1)
-        if not (resume and _goes_on(note, text)):
-            begin_work(folder, kind, **about)
-            with disk_errors(folder):
-                (folder / "parts").mkdir()
-                _write_text(note, text)
-
-    def finished(self, index: int) -> Note | None:
-        """The note of a finished tensor, or None when it must be done (again)."""
-        note = self._note(index)
-        if not note.exists():
-            return None
-        try:
-            finished = Note.from_json(note.read_bytes())
-        except ValueError:  # damaged: the tensor is done again
-            return None
-        return finished if all(self._is_whole(piece) for piece in finished.pieces) else None
-
-    @contextmanager
-    def tensor(self, index: int) -> Iterator[PieceWriter]:
-        """Collects the pieces of one tensor; the caller calls `finish` when all are there."""
-        folder = self.folder / "parts" / f"{index:06d}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        with disk_errors(self.folder):
-            yield PieceWriter(self.folder, folder)
-
-    def finish(self, index: int, note: Note) -> Note:
-        """Notes that a tensor is whole. The pieces that the note lists lie in this folder."""
-        with disk_errors(self.folder):
-            _write_text(self._note(index), note.to_json())
-        return note
-
-    def take(self, index: int, note: Note, contents: Mapping[str, bytes]) -> Note:
-        """Notes that a tensor is whole whose pieces were written elsewhere: file -> bytes, as the note lists them."""
-        with disk_errors(self.folder):
-            for file, data in contents.items():
-                (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
-                (self.folder / file).write_bytes(data)
-        return self.finish(index, note)
-
-    def content(self, piece: Piece) -> Iterator[bytes]:
-        """The piece's bytes, a buffer at a time.
-
-        Raises:
-            PolymergeError: at the end, where they are not those that were written.
-        """
-        if not piece.file:
-            yield bytes(piece.bytes)
-            return
-        digest = hashlib.sha256()
-        with (self.folder / piece.file).open("rb") as handle:
-            while chunk := handle.read(BUFFER):
-                digest.update(chunk)
-                yield chunk
-        if digest.hexdigest() != piece.sha256:
-            raise PolymergeError(
-                f"{self.folder / piece.file}: is no longer what was written; run again with --resume to do it anew"
-            )
-
-    def _is_whole(self, piece: Piece) -> bool:
-        file = self.folder / piece.file
-        if not file.is_file() or file.stat().st_size != piece.bytes:
-            return False
-        with file.open("rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest() == piece.sha256
-
-    def _note(self, index: int) -> Path:
-        return self.folder / "parts" / f"{index:06d}.json"
+    check_own(work)
+    text = json.dumps(fingerprint, sort_keys=True, indent=1)
+    if resume and _goes_on(work / NOTE, text):
+        return
+    begin_work(work, "merge")
+    with disk_errors(work):
+        scratch = work / f"{NOTE}.writing"
+        scratch.write_text(text)
+        scratch.rename(work / NOTE)
 
 
-class PieceWriter:
-    """Writes one tensor's pieces. `emit` has the signature that `polymerge.merging.compress` asks for.
-
-    Args:
-        root: what the pieces' names are relative to.
-        folder: an empty folder in it, of this writer alone.
-    """
-
-    def __init__(self, root: Path, folder: Path) -> None:
-        self._root, self._folder = root, folder
-        self._pieces: list[Piece] = []
-
-    def emit(self, owner: str | None, key: str, tensor: Tensor) -> None:
-        data = raw_bytes(tensor.detach().cpu())
-        file = self._folder / f"{len(self._pieces)}.bin"
-        file.write_bytes(data)
-        self._pieces.append(
-            Piece(
-                owner,
-                key,
-                DTYPE_NAMES[tensor.dtype],
-                tuple(tensor.shape),
-                data.nbytes,
-                str(file.relative_to(self._root)),
-                hashlib.sha256(data).hexdigest(),
-            )
-        )
-
-    def note(self, digests: Mapping[str, str], scales: Mapping[str, float], stats: Sequence[StatsLine]) -> Note:
-        """What there is to know of the tensor, once all its pieces are written."""
-        return Note(tuple(self._pieces), dict(digests), dict(scales), tuple(stats))
+def end_published(work: Path) -> None:
+    """Discards the work folder of a merge that was killed after its bundle had come to its place."""
+    if mark_of(work) is not None and (work / NOTE).exists() and not (work / BUNDLE).exists():
+        discard_work(work)
 
 
-def half_done(folder: Path) -> int:
+def half_done(work: Path) -> int:
     """Bytes that an interrupted merge has left in a work folder for a resumed one."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
 
 
 def _goes_on(note: Path, text: str) -> bool:
@@ -210,9 +201,3 @@ def _goes_on(note: Path, text: str) -> bool:
         f"{note.parent}: half-done work of another recipe, other sources or another version; "
         "run without --resume to start again"
     )
-
-
-def _write_text(path: Path, text: str) -> None:
-    scratch = path.with_name(path.name + ".writing")
-    scratch.write_text(text)
-    scratch.rename(path)

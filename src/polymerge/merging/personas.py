@@ -53,7 +53,7 @@ def personas_of(checkpoints: Mapping[str, Checkpoint]) -> Personas:
         bundle = bundle.with_tokenizer_of(experts[str(speaker)])
         notes.append(f"{first!r} has no tokenizer; the bundle takes {speaker!r}'s")
     groups = {name: differing(bundle, persona) for name, persona in experts.items()}
-    unlike = sorted({group for own in groups.values() for group in own})
+    unlike = sorted({group for of_expert in groups.values() for group in of_expert})
     if unlike:
         notes.append(f"experts have their own {', '.join(unlike)}; the average has {first!r}'s")
     return Personas(bundle, experts, groups, tuple(notes), tuple(hints))

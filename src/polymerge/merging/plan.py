@@ -19,14 +19,15 @@ from ..method.code import Code
 from ..method.codes import code_of
 from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, Source, load_recipe
 from ..recipe.rates import AnyRates, misfit
-from ..sources.axes import axes_of
+from ..sources.axes import axes_of, shapes_of
 from ..sources.checkpoint import Checkpoint, architecture_of
-from ..sources.layers import LayerMap, map_layers
+from ..sources.layers import LayerMap
 from ..sources.opening import open_checkpoint
 from ..sources.outline import OutlineCheckpoint, outline
 from .personas import Personas, personas_of
 from .precision import bundle_dtype, with_dtypes
-from .treatment import Expert, TensorTask, check_settings, frame_of, task_of, tasks_for, with_differences
+from .treatment import TensorTask, check_settings, expert_of, frame_of, task_of, tasks_for, with_differences
+from .vocabulary import Tables, merged_tables
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class MergePlan:
     """A checked merge. Sizes in bytes; `keep` tensors count as if no two experts shared one.
 
     Attributes:
+        tables: the rows of experts whose vocabularies differ; None where all have one.
         alignments: expert -> how it was aligned, once it was (`polymerge.merging.align`).
     """
 
@@ -45,6 +47,7 @@ class MergePlan:
     tied: bool
     notes: tuple[str, ...]
     personas: Personas
+    tables: Tables | None = None
     alignments: Mapping[str, Alignment] = field(default_factory=dict)
 
     @property
@@ -132,27 +135,33 @@ def plan_merge(recipe: RecipeLike, *, weights: bool = True, **settings: Unpack[R
         RecipeError: the recipe cannot be used. SourceError: naming the first tensors or settings that differ.
     """
     recipe = load_recipe(recipe, **settings)
-    checkpoints = {name: _opened(recipe, source, weights) for name, source in recipe.experts.items()}
-    experts = [Expert(n, c, map_layers(c, trust_remote_code=recipe.trust_remote_code)) for n, c in checkpoints.items()]
+    opened = {name: _opened(recipe, source, weights) for name, source in recipe.experts.items()}
+    experts = [expert_of(n, c, trust_remote_code=recipe.trust_remote_code) for n, c in opened.items()]
+    checkpoints = {expert.name: expert.checkpoint for expert in experts}
     first = experts[0]
     notes = list(first.layer_map.notes)
-    outlined = [name for name, checkpoint in checkpoints.items() if isinstance(checkpoint, OutlineCheckpoint)]
+    outlined = [name for name, checkpoint in opened.items() if isinstance(checkpoint, OutlineCheckpoint)]
     if outlined:
         shown = recipe.config or "the hub's config.json"
         notes.append(f"sizes of {', '.join(outlined)} are from {shown} alone; no weight was looked at")
     for expert in experts[1:]:
         check_settings(frame_of(first), expert, trust_remote_code=recipe.trust_remote_code)
     if recipe.align is not None:
-        axes_of(first.checkpoint, first.layer_map)
+        axes_of(first.layer_map.records, shapes_of(first.checkpoint), first.checkpoint.folder)
     personas = personas_of(checkpoints)
     notes += personas.notes
     untied = next((expert for expert in experts if not expert.layer_map.tied), None)
     reference = untied or first
-    tasks = tasks_for(frame_of(reference), experts, recipe)
+    sizes = {expert.name: expert.table_rows for expert in experts}
+    tables = merged_tables(personas, sizes, trust_remote_code=recipe.trust_remote_code)
+    notes += _vocabulary_notes(first.name, tables)
+    widest = max(experts, key=lambda expert: expert.table_rows)
+    tasks = tasks_for(frame_of(reference, widest), experts, recipe, tables)
     _check_rates(recipe, tasks)
     dtype = bundle_dtype(recipe, checkpoints, tasks)
     tasks = with_dtypes(tasks, checkpoints, dtype)
-    return MergePlan(recipe, checkpoints, reference.layer_map, tasks, dtype, untied is None, tuple(notes), personas)
+    tied = untied is None
+    return MergePlan(recipe, checkpoints, reference.layer_map, tasks, dtype, tied, tuple(notes), personas, tables)
 
 
 def _check_rates(recipe: Recipe, tasks: Sequence[TensorTask]) -> None:
@@ -165,10 +174,17 @@ def _check_rates(recipe: Recipe, tasks: Sequence[TensorTask]) -> None:
 def replanned(plan: MergePlan, *, compress_rate: AnyRates, code: CodeName) -> MergePlan:
     """The same experts at another rate and with another code, without opening them again."""
     recipe = plan.recipe.model_copy(update={"compress_rate": compress_rate, "code": code})
-    tasks = [replace(task_of(t.record, t.shape, t.sources, recipe), dtype=t.dtype) for t in plan.tasks]
+    tasks = [replace(task_of(t.record, t.shape, t.sources, recipe), dtype=t.dtype, tables=t.tables) for t in plan.tasks]
     return replace(plan, recipe=recipe, tasks=with_differences(tasks))
 
 
+def _vocabulary_notes(first: str, tables: Tables | None) -> list[str]:
+    if tables is None or len(set(tables.sizes.values())) == 1:
+        return []
+    shown = ", ".join(f"{name} {size}" for name, size in tables.sizes.items())
+    return [f"experts have their own vocabularies ({shown}); the average has {first!r}'s"]
+
+
 def _opened(recipe: Recipe, source: Source, weights: bool) -> Checkpoint:
-    found = None if weights else outline(source.source, recipe.config, revision=source.revision)
-    return found or open_checkpoint(source)
+    outlined = None if weights else outline(source.source, recipe.config, revision=source.revision)
+    return outlined or open_checkpoint(source)

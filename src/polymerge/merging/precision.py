@@ -59,9 +59,9 @@ def _own(
         return None
     stored = {expert: _dtype(checkpoints[expert], source) for expert, source in task.sources.items()}
     wide = task.record.float32
-    kept = [_storable(own) if wide or own != main[expert] else dtype for expert, own in stored.items()]
-    found = reduce(torch.promote_types, kept)
-    return None if found == dtype else found
+    kept = [_storable(given) if wide or given != main[expert] else dtype for expert, given in stored.items()]
+    widest = reduce(torch.promote_types, kept)
+    return None if widest == dtype else widest
 
 
 def _dtype(checkpoint: Checkpoint, tensor: str) -> torch.dtype:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..bundle.bundle import Bundle
+from ..bundle.stored import dense_state
 from ..errors import PolymergeError, SourceError
 from ..model.loading import load_model
 from ..model.mixed import MixedModel
@@ -162,8 +163,7 @@ def random_experts(settings: Mapping[str, Any], folder: Path) -> dict[str, Path]
 
 def _dense(hf: Any, bundle: Bundle, expert: str | None) -> Any:
     """The model that an expert, or the average, is in the bundle, by transformers' own hand."""
-    reader = bundle.expert_reader(expert) if expert else None
-    state = {tensor: reader.read(tensor) if reader else bundle.base_tensor(tensor) for tensor in bundle.layers}
+    state = dense_state(bundle, expert)
     config = type(hf.config).from_pretrained(bundle.path)
     return type(hf).from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
 

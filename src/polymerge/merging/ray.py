@@ -1,9 +1,7 @@
 """A merge's tasks on the machines of a Ray cluster.
 
-Every task is one tensor, as in `polymerge.merging.executor`. A machine that sees the merge's staging folder (a shared
-file system) writes its pieces there itself; one that does not hands their bytes back, and this process writes them.
-Only this process notes a tensor as whole, so a task that is done twice, because its machine was lost or only seemed to
-be, does no harm.
+Every task is one tensor, as in `polymerge.merging.executor`. A machine hands back what it made, and this process alone
+writes, so a task that is done twice, because its machine was lost or only seemed to be, does no harm.
 
 Needs the extra `ray`, and on every machine the same polymerge and the sources under the same paths.
 """
@@ -11,10 +9,8 @@ Needs the extra `ray`, and on every machine the same polymerge and the sources u
 from __future__ import annotations
 
 import os
-import secrets
 import socket
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,19 +23,16 @@ from ..errors import MissingExtraError, PolymergeError, SourceError
 from ..recipe.merge import Recipe, Source
 from ..sources.aligned import AlignedCheckpoint, Moves
 from ..sources.checkpoint import Checkpoint
+from ..sources.fused import by_matrices
 from ..sources.opening import open_checkpoint
 from ..version import __version__
-from .compress import Settings
-from .executor import Executor, compress_task, settings_of
-from .journal import Note, PieceWriter, Staging
+from .executor import Executor, Made, Work, in_turn, make, settings_of
 from .plan import MergePlan
 from .treatment import TensorTask
 
 # A task whose machine is lost is done again so many times; a merge that kills its machines must end some day.
 RETRIES = 5
 CONNECT_SECONDS = 10.0
-# Bytes of pieces by file; empty where they lie in the staging folder already.
-Contents = dict[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -49,8 +42,6 @@ class WorkOrder:
     Attributes:
         recipe: with absolute paths.
         threads: of torch; the bytes of a product depend on it.
-        staging: the folder of half-done work, where a worker can see it.
-        token: a file in it that tells this folder from one of the same name on another machine.
         sources: expert -> fingerprint of its weights here.
         moves: expert -> how its tensors are permuted, where experts are aligned.
     """
@@ -58,8 +49,6 @@ class WorkOrder:
     recipe: Recipe
     dtype: torch.dtype
     threads: int
-    staging: Path
-    token: str
     version: str
     sources: Mapping[str, tuple[str, ...]]
     moves: Mapping[str, Moves]
@@ -101,26 +90,27 @@ def _check_reachable(address: str) -> None:
         raise PolymergeError(f"Ray cluster {address}: cannot be reached ({reason})") from None
 
 
-def _on_ray(plan: MergePlan, staging: Staging, todo: Sequence[int]) -> Iterator[tuple[int, Note]]:
+def _on_ray(plan: MergePlan, todo: Sequence[int]) -> Iterator[tuple[int, Work]]:
     """An `Executor`."""
     import ray
 
-    token = f"token-{secrets.token_hex(8)}"
-    (staging.folder / token).touch()
-    order = ray.put(_work_order(plan, staging, token))
+    order = ray.put(_work_order(plan))
     cpus, gpus, slots = _shares(plan)
     remote = ray.remote(_work).options(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)
-    left = list(reversed(todo))
-    running: dict[Any, int] = {}
+    running: set[Any] = set()
+
+    def start(index: int) -> Callable[[], Made]:
+        reference = remote.remote(order, plan.tasks[index])
+        running.add(reference)
+
+        def wait() -> Made:
+            running.remove(reference)
+            return _result(reference, plan.tasks[index].name)
+
+        return wait
+
     try:
-        while left or running:
-            while left and len(running) < 2 * slots:  # no more: results wait in memory
-                index = left.pop()
-                running[remote.remote(order, plan.tasks[index], index)] = index
-            (done, *_), _ = ray.wait(list(running), num_returns=1)
-            index = running.pop(done)
-            note, contents = _result(done, plan.tasks[index].name)
-            yield index, staging.take(index, note, contents)
+        yield from in_turn(plan, todo, start, ahead=2 * slots)
     finally:
         for reference in running:
             ray.cancel(reference)
@@ -141,13 +131,13 @@ def _shares(plan: MergePlan) -> tuple[float, float, int]:
     return cpus, float(with_gpu), max(1, int(slots))
 
 
-def _result(reference: Any, tensor: str) -> tuple[Note, Contents]:
+def _result(reference: Any, tensor: str) -> Made:
     import ray
     from ray.exceptions import RayError, RayTaskError
 
     try:
-        found: tuple[Note, Contents] = ray.get(reference)
-        return found
+        made: Made = ray.get(reference)
+        return made
     except RayTaskError as error:
         if isinstance(error.cause, PolymergeError):
             raise error.cause from None
@@ -159,14 +149,12 @@ def _result(reference: Any, tensor: str) -> tuple[Note, Contents]:
         ) from None
 
 
-def _work_order(plan: MergePlan, staging: Staging, token: str) -> WorkOrder:
+def _work_order(plan: MergePlan) -> WorkOrder:
     experts = {name: _absolute(source) for name, source in plan.recipe.experts.items()}
     return WorkOrder(
         recipe=plan.recipe.model_copy(update={"experts": experts}),
         dtype=plan.dtype,
         threads=torch.get_num_threads(),
-        staging=staging.folder.resolve(),
-        token=token,
         version=__version__,
         sources={name: tuple(checkpoint.fingerprint()) for name, checkpoint in plan.checkpoints.items()},
         moves={name: c.moves for name, c in plan.checkpoints.items() if isinstance(c, AlignedCheckpoint)},
@@ -183,32 +171,27 @@ def _absolute(source: Source) -> Source:
     return source.model_copy(update={"source": resolved(source.source), "base": resolved(source.base)})
 
 
-def _work(order: WorkOrder, task: TensorTask, index: int) -> tuple[Note, Contents]:
+def _work(order: WorkOrder, task: TensorTask) -> Made:
     """On a worker: one tensor."""
     torch.set_num_threads(order.threads)
-    checkpoints, settings = _opened(order), settings_of(order.recipe, order.dtype, order.recipe.device)
-    name = f"{index:06d}-{secrets.token_hex(4)}"  # of this attempt alone: a machine that was given up may still write
-    if (order.staging / order.token).exists():
-        return _compressed(task, checkpoints, settings, order.staging, name), {}
-    with tempfile.TemporaryDirectory(prefix="polymerge-") as scratch:
-        note = _compressed(task, checkpoints, settings, Path(scratch), name)
-        return note, {piece.file: (Path(scratch) / piece.file).read_bytes() for piece in note.pieces}
+    return make(task, _opened(order, task), settings_of(order.recipe, order.dtype, order.recipe.device))
 
 
-def _compressed(
-    task: TensorTask, checkpoints: Mapping[str, Checkpoint], settings: Settings, root: Path, name: str
-) -> Note:
-    folder = root / "parts" / name
-    folder.mkdir(parents=True)
-    return compress_task(task, checkpoints, settings, PieceWriter(root, folder))
-
-
-def _opened(order: WorkOrder) -> dict[str, Checkpoint]:
+def _opened(order: WorkOrder, task: TensorTask) -> dict[str, Checkpoint]:
     """The sources as this machine sees them, opened once in a process."""
     if order.version != __version__:
         raise PolymergeError(f"a worker has polymerge {__version__}, this machine {order.version}; install one version")
-    opened = _open_all(tuple(order.recipe.experts.items()), tuple(order.sources.items()))
+    experts, sources = tuple(order.recipe.experts.items()), tuple(order.sources.items())
+    opened = _open_all(experts, sources)
+    if not all(source in opened[expert].tensors for expert, source in task.sources.items()):
+        opened = _by_matrices(experts, sources, order.recipe.trust_remote_code)
     return {n: AlignedCheckpoint(c, order.moves[n]) if n in order.moves else c for n, c in opened.items()}
+
+
+@lru_cache(maxsize=2)
+def _by_matrices(experts: Any, sources: Any, trust_remote_code: bool) -> dict[str, Checkpoint]:
+    opened = _open_all(experts, sources)
+    return {name: by_matrices(c, trust_remote_code=trust_remote_code)[0] for name, c in opened.items()}
 
 
 @lru_cache(maxsize=2)

@@ -6,7 +6,7 @@ For a merge's experts and for one that is added alike. Knows tasks and notes; do
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 from ..bundle.manifest import BundleLayer, ExpertRecord
@@ -16,6 +16,7 @@ from ..sources.persona import Group
 from .journal import Note
 from .precision import main_dtype
 from .treatment import TensorTask
+from .vocabulary import Ranges
 
 
 def bundle_layer(task: TensorTask, note: Note) -> BundleLayer:
@@ -31,7 +32,18 @@ def bundle_layer(task: TensorTask, note: Note) -> BundleLayer:
         rank=task.rank,
         mean_scale=note.stats[0].mean_scale if note.stats else None,
         dtype=dtype_name(task.dtype) if task.dtype else None,
+        slice=record.slice,
     )
+
+
+def with_tables(
+    layers: Sequence[BundleLayer], tasks: Sequence[TensorTask], experts: Iterable[ExpertRecord], average: int | None
+) -> tuple[BundleLayer, ...]:
+    """The manifest's lines, with what has a row a token marked where experts, or the average, have other rows."""
+    if not average and not any(record.vocabulary or record.rows for record in experts):
+        return tuple(layers)
+    tables = {task.name for task in tasks if task.tables}
+    return tuple(layer.model_copy(update={"table": layer.tensor in tables}) for layer in layers)
 
 
 def expert_record(
@@ -48,7 +60,18 @@ def expert_record(
         sha256=hashlib.sha256("".join(lines).encode()).hexdigest(),
         dtype=dtype_name(main_dtype(expert, checkpoint, tasks)),
         persona=persona,
+        vocabulary=next((task.tables.narrow(expert) for task in tasks if task.tables), None),
+        rows=own_rows_of(expert, tasks, notes),
     )
+
+
+def own_rows_of(expert: str, tasks: Sequence[TensorTask], notes: Sequence[Note]) -> Ranges:
+    """Which rows of tables an expert has of its own, where that is not said by whole tables that it has anyway."""
+    for task, note in zip(tasks, notes, strict=True):
+        own = [piece for piece in note.pieces if piece.owner == expert] if task.tables else []
+        if task.tables and any(task.treatment == "average" or piece.shape != task.shape for piece in own):
+            return task.tables.own.get(expert, ())
+    return ()
 
 
 def scales_of(expert: str, tasks: Sequence[TensorTask], notes: Sequence[Note]) -> dict[str, float]:

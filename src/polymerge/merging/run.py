@@ -1,34 +1,24 @@
-"""The merge: plan, compress tensor by tensor, put the bundle together, move it into place.
+"""The merge: compress tensor by tensor, each straight to the bundle's files, end these, move the bundle into place.
 
 Knows the order of the work, progress and resuming. Who does the tensors is the executor's, the arithmetic is in
-`polymerge.merging.compress`, the files in `polymerge.merging.journal` and `polymerge.bundle.write`.
+`polymerge.merging.compress`, the files in `polymerge.merging.journal` and `polymerge.merging.finish`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..bundle.alignment import write_alignment
-from ..bundle.bundle import Bundle
+from ..bundle.bundle import Bundle, base_of
 from ..bundle.files import FileEntry, check_free_space, disk_errors
 from ..bundle.lock import writing
 from ..bundle.manifest import BundleLayer, Manifest, Method, version_of
-from ..bundle.peft import missing_siblings
 from ..bundle.place import check_output, publish, restore, settled, work_folder
-from ..bundle.write import (
-    bundle_config,
-    clear,
-    copy_model_files,
-    tool_versions,
-    write_base,
-    write_expert,
-    write_manifest,
-    write_stats,
-)
+from ..bundle.write import bundle_config, copy_model_files, tool_versions, write_manifest, write_stats
 from ..errors import ErrorBudgetExceeded
 from ..host import dtype_name, peak_memory, pick_device
 from ..recipe.merge import Recipe
@@ -36,12 +26,15 @@ from ..sources.checkpoint import architecture_of
 from ..version import __version__
 from .align import aligned, digest_of_orders
 from .executor import Executor, in_threads
-from .journal import Note, Staging, half_done
+from .finish import finish_base, finish_expert
+from .journal import Note, Staging, begin, end_published, half_done
+from .layout import Layout, layout_of
 from .personas import store_persona
 from .plan import MergePlan, plan_merge
 from .proof import prove
-from .records import bundle_layer, expert_record, ratios_of, scales_of
+from .records import bundle_layer, expert_record, own_rows_of, ratios_of, scales_of, with_tables
 from .treatment import TensorTask
+from .vocabulary import numbers_of
 
 
 @dataclass(frozen=True)
@@ -97,9 +90,8 @@ def run_plan(
     output = settled(output)
     pick_device(plan.recipe.device)
     check_output(output, overwrite=overwrite)
-    # The pieces and the bundle made of them lie side by side for a moment.
     half = half_done(work_folder(output)) if resume else 0
-    check_free_space(output.parent, 2 * plan.write_bytes - half)
+    check_free_space(output.parent, plan.write_bytes - half)
     proof = prove(plan.first, _merge_small, exact=plan.recipe.compress_rate == 0.0)
     plan = aligned(replace(plan, notes=(*plan.notes, proof.note)))
     return _run(plan, output, overwrite=overwrite, resume=resume, executor=executor, progress=progress)
@@ -121,12 +113,14 @@ def _run(
     work = work_folder(output)
     with disk_errors(output), writing(output):
         restore(output)
+        end_published(work)
         check_output(output, overwrite=overwrite)  # again: now nobody else changes it
-        staging = Staging(work, fingerprint(plan), resume=resume, kind="merge")
-        notes = _compress_all(plan, staging, executor, progress)
-        folder = work / "bundle"
-        _assemble(plan, staging, notes, folder)
-        publish(folder, output)
+        begin(work, fingerprint(plan), resume=resume)
+        layout = layout_of(plan)
+        staging = Staging(work, layout)
+        _compress_all(plan, staging, executor, progress)
+        _finish(plan, staging, layout)
+        publish(staging.bundle, output)
         bundle = Bundle.open(output)
     _check_budget(plan.recipe, bundle)
     return bundle
@@ -138,9 +132,11 @@ def fingerprint(plan: MergePlan) -> dict[str, Any]:
     answering = {"config", "thinker", "staged", "memory_limit"}
     recipe = plan.recipe.model_dump(mode="json", exclude={"workers", "device", "max_error", *answering})
     orders = {"alignment": digest_of_orders(plan.alignments)} if plan.alignments else {}
+    tables = {"tables": asdict(plan.tables)} if plan.tables else {}
     return {
         **orders,
         "polymerge": __version__,
+        **tables,
         "recipe": recipe,
         "sources": {name: checkpoint.fingerprint() for name, checkpoint in plan.checkpoints.items()},
         "configs": {name: checkpoint.config for name, checkpoint in plan.checkpoints.items()},
@@ -148,47 +144,42 @@ def fingerprint(plan: MergePlan) -> dict[str, Any]:
     }
 
 
-def _compress_all(plan: MergePlan, staging: Staging, executor: Executor, progress: OnProgress | None) -> list[Note]:
+def _compress_all(plan: MergePlan, staging: Staging, executor: Executor, progress: OnProgress | None) -> None:
     weights = [_work(task) for task in plan.tasks]
-    notes: list[Note | None] = [staging.finished(index) for index in range(len(plan.tasks))]
-    resumed = sum(weight for weight, note in zip(weights, notes, strict=True) if note)
-    done, began = resumed, time.monotonic()
-    todo = [index for index, note in enumerate(notes) if note is None]
-    for index, note in executor(plan, staging, todo):
-        notes[index] = note
+    begun = len(staging.notes)
+    resumed = done = sum(weights[:begun])
+    began = time.monotonic()
+    for index, work in executor(plan, range(begun, len(plan.tasks))):
+        staging.finish(work)
         done += weights[index]
         if progress:
             seconds = time.monotonic() - began
             left = seconds * (sum(weights) - done) / (done - resumed) if done > resumed else None
             progress(Progress(done, sum(weights), plan.tasks[index].name, seconds, left, peak_memory(), resumed))
-    return [note for note in notes if note is not None]
 
 
 def _work(task: TensorTask) -> int:
     return task.numel * len(task.sources) * 4
 
 
-def _assemble(plan: MergePlan, staging: Staging, notes: list[Note], folder: Path) -> None:
-    clear(folder)
-    pieces = [piece for note in notes for piece in note.pieces]
+def _finish(plan: MergePlan, staging: Staging, layout: Layout) -> None:
+    folder, notes = staging.bundle, staging.notes
     layers = tuple(bundle_layer(task, note) for task, note in zip(plan.tasks, notes, strict=True))
-    code = plan.recipe.trust_remote_code
-    config = bundle_config(plan.first.config, dtype=dtype_name(plan.dtype), tied=plan.tied, code=code)
+    dtype, code = dtype_name(plan.dtype), plan.recipe.trust_remote_code
+    size = plan.tables.size if plan.tables else None
+    config = bundle_config(plan.first.config, dtype=dtype, tied=plan.tied, code=code, vocabulary=size)
     tokenizer = plan.personas.bundle.folder
     files = copy_model_files(plan.first.folder, folder, config, code=code, tokenizer=tokenizer)
-    base = {piece.key: piece for piece in pieces if piece.owner is None}
-    files |= write_base(folder, list(base.values()), staging.content)
+    files |= finish_base(staging, list(dict.fromkeys(layout.base.values())), layers)
+    base = base_of(folder, layers)
     for expert in plan.checkpoints:
-        own = [piece for piece in pieces if piece.owner == expert]
-        for layer in missing_siblings((piece.key for piece in own), layers):
-            own.append(replace(base[layer.tensor], owner=expert, key=f"{layer.module}.{layer.parameter}"))
-        scales = scales_of(expert, plan.tasks, notes)
-        tied = plan.tied_embedding
-        files |= write_expert(folder, expert, own, scales, layers, staging.content, code=plan.code, tied_embedding=tied)
+        scales, rows = scales_of(expert, plan.tasks, notes), numbers_of(own_rows_of(expert, plan.tasks, notes))
+        options: dict[str, Any] = {"code": plan.code, "tied_embedding": plan.tied_embedding, "rows": rows}
+        files |= finish_expert(staging, expert, base, layers, scales, **options)
         if expert in plan.alignments:
             files |= write_alignment(folder, expert, plan.alignments[expert])
         persona, groups = plan.personas.experts[expert], plan.personas.groups[expert]
-        files |= store_persona(folder, expert, persona, groups, dtype=dtype_name(plan.dtype), tied=plan.tied, code=code)
+        files |= store_persona(folder, expert, persona, groups, dtype=dtype, tied=plan.tied, code=code)
     write_stats(folder, (line.to_json() for note in notes for line in note.stats))
     write_manifest(folder, _manifest(plan, notes, layers, files).to_json())
 
@@ -200,14 +191,17 @@ def _manifest(
     ratios, groups = ratios_of(notes), plan.personas.groups
     method = Method(**recipe.model_dump(include=set(Method.model_fields)))
     experts = {n: expert_record(n, c, plan.tasks, notes, groups[n]) for n, c in plan.checkpoints.items()}
+    vocabulary = plan.tables.narrow(next(iter(experts))) if plan.tables else None
+    layers = with_tables(layers, plan.tasks, experts.values(), vocabulary)
     return Manifest(
-        format_version=version_of(method, plan.code, experts.values(), layers),
+        format_version=version_of(method, plan.code, experts.values(), layers, vocabulary),
         polymerge_version=__version__,
         method=method,
         dtype=dtype_name(plan.dtype),
         architecture=architecture_of(plan.first.config),
         layers_from=plan.layer_map.layers_from,
         tied_embedding=plan.tied_embedding,
+        vocabulary=vocabulary,
         experts=experts,
         scale_ratio_range=(min(ratios, default=1.0), max(ratios, default=1.0)),
         layers=layers,

@@ -14,12 +14,11 @@ from ..bundle.verify import SourceCheck, Verification, verify_files
 from ..errors import PolymergeError, SourceError
 from ..host import DTYPES
 from ..sources.checkpoint import Checkpoint, Origin
-from ..sources.layers import map_layers
 from ..sources.opening import opened_again
 from ..sources.persona import differing, persona_of
 from .align import as_in_bundle
 from .precision import with_dtypes
-from .treatment import Expert, TensorTask, check_settings, frame_of_bundle, tasks_for
+from .treatment import Expert, Frame, TensorTask, check_settings, expert_of, frame_of_bundle, tasks_for
 from .truth import average_problems, held_against, made_of_these, method_problems, record_problem
 
 # An expert's checkpoint, in the bundle's order, and the tensors that were compared.
@@ -53,7 +52,7 @@ def verify(
     for expert in bundle.experts:
         if progress:
             progress(f"{expert} against its source")
-        candidate = _opened(bundle, expert, moved.get(expert))
+        candidate = _opened(bundle, expert, moved.get(expert), frame_of_bundle(bundle))
         compared = _checked_expert(bundle, candidate, moved.get(expert), result)
         if compared:
             checked[expert] = compared
@@ -88,6 +87,12 @@ def _checked_expert(bundle: Bundle, candidate: Expert, moved: str | None, result
         return None
     tasks = with_dtypes(tasks, {expert: checkpoint}, DTYPES[bundle.manifest.dtype])
     result.problems += [f"expert {expert!r}: its {group} is not the one of {source}" for group in unlike]
+    vocabulary = bundle.vocabulary(expert) or bundle.table_rows or candidate.table_rows
+    if vocabulary != candidate.table_rows:
+        result.problems.append(
+            f"expert {expert!r}: its vocabulary has {vocabulary} tokens, that of {source} {candidate.table_rows}"
+        )
+        return None
     recorded = {line["tensor"]: line["relative_error"] for line in bundle.stats() if line["expert"] == expert}
     reader, errors = bundle.expert_reader(expert), {}
     for task in tasks:
@@ -110,13 +115,12 @@ def _checked_expert(bundle: Bundle, candidate: Expert, moved: str | None, result
     return checkpoint, tasks
 
 
-def _opened(bundle: Bundle, expert: str, moved: str | None) -> Expert:
+def _opened(bundle: Bundle, expert: str, moved: str | None, frame: Frame) -> Expert:
     """The expert as it was merged, or as it lies where it was moved."""
     record = bundle.manifest.experts[expert]
     revision = None if moved else record.revision
     try:
         origin = Origin(moved or record.source, revision, record.base, record.base_revision)
-        checkpoint = opened_again(origin)
-        return Expert(expert, checkpoint, map_layers(checkpoint))
+        return expert_of(expert, opened_again(origin), frame=frame)
     except PolymergeError as reason:
         raise SourceError(f"expert {expert!r}: {reason}; say where it is now with --source {expert}=PATH") from None

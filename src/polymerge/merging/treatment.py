@@ -25,7 +25,9 @@ from ..recipe.merge import Recipe
 from ..recipe.rates import rate_of
 from ..sources.checkpoint import Checkpoint, read_json
 from ..sources.configuration import first_difference, positions_of, resolved, settings_of
+from ..sources.fused import by_matrices
 from ..sources.layers import LayerMap, LayerRecord, meta_model
+from .vocabulary import Tables
 
 Treatment = Literal["low_rank", "full", "average", "keep", "copy"]
 # What says how tensors are stored: a recipe, and the manifest of the bundle that was made of one.
@@ -45,6 +47,7 @@ class TensorTask:
         sources: expert -> the tensor's name in that expert's checkpoint.
         as_difference: a bias of a low-rank layer: an adapter holds its difference from the base's, as PEFT does.
         dtype: what it is stored in, where that is not the bundle's (`polymerge.merging.precision`).
+        tables: of a tensor with a row a token, where experts have other rows or tokens.
     """
 
     record: LayerRecord
@@ -54,6 +57,7 @@ class TensorTask:
     sources: Mapping[str, str]
     as_difference: bool = False
     dtype: torch.dtype | None = None
+    tables: Tables | None = None
 
     @property
     def name(self) -> str:
@@ -72,6 +76,11 @@ class TensorTask:
         rows, columns = self.shape
         return (columns, rows) if self.record.transposed else (rows, columns)
 
+    @property
+    def holds_rows(self) -> bool:
+        """Whether an expert's file may hold a few rows of it: PEFT has a place for an embedding's alone."""
+        return self.record.role == "embedding"
+
     def stored_bytes(self, dtype: torch.dtype) -> int:
         """Of one whole tensor, in a bundle of this dtype."""
         return self.numel * (self.dtype or dtype).itemsize
@@ -80,6 +89,9 @@ class TensorTask:
         """What one expert's adapter stores for this tensor, at most."""
         if self.treatment in ("full", "keep"):
             return self.stored_bytes(dtype)
+        if self.treatment == "average" and self.tables and self.tables.most_own:
+            rows = self.tables.most_own if self.holds_rows else self.shape[0]
+            return self.stored_bytes(dtype) // self.shape[0] * rows
         return code.bytes(*self.matrix_shape, self.rank) if self.treatment == "low_rank" else 0
 
 
@@ -90,6 +102,27 @@ class Expert:
     name: str
     checkpoint: Checkpoint
     layer_map: LayerMap
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of its input embedding, or of the head where that stands for it; 0 where it has none."""
+        table = self.layer_map.embedding or self.layer_map.lm_head
+        return self.checkpoint.tensors[table].shape[0] if table else 0
+
+
+def expert_of(
+    name: str, checkpoint: Checkpoint, *, trust_remote_code: bool = False, frame: Frame | None = None
+) -> Expert:
+    """A checkpoint as a merge sees it: every matrix of a mixture of experts is a tensor.
+
+    Args:
+        frame: what the bundle has that it shall be in; what that holds as one tensor stays one.
+
+    Raises:
+        SourceError: as `map_layers`.
+    """
+    whole = frame.slots.keys() if frame else ()
+    return Expert(name, *by_matrices(checkpoint, trust_remote_code=trust_remote_code, whole=whole))
 
 
 @dataclass(frozen=True)
@@ -122,12 +155,18 @@ class Frame:
         return f"the bundle {self.folder}" if self.expert is None else f"expert {self.expert!r}"
 
 
-def frame_of(expert: Expert) -> Frame:
+def frame_of(expert: Expert, widest: Expert | None = None) -> Frame:
     """What others must have to be merged with this expert. A head that is stored beside the embedding that it is tied
-    to is left out."""
+    to is left out.
+
+    Args:
+        widest: the expert whose tables have the most rows; the frame's have as many.
+    """
     layer_map, tensors = expert.layer_map, expert.checkpoint.tensors
     left_out = layer_map.lm_head if layer_map.tied else None
     slots = {n: Slot(layer_map.records[n], info.shape) for n, info in tensors.items() if n != left_out}
+    if widest is not None and widest.table_rows > expert.table_rows:
+        slots = _widened(slots, expert, widest)
     head = None if layer_map.tied else layer_map.lm_head
     return Frame(expert.name, expert.checkpoint.folder, expert.checkpoint.config, slots, head)
 
@@ -191,8 +230,14 @@ def names_in(frame: Frame, expert: Expert) -> dict[str, str]:
     return names
 
 
-def tasks_for(frame: Frame, experts: Sequence[Expert], settings: Settings) -> tuple[TensorTask, ...]:
-    """What happens to every tensor of the experts. Raises SourceError as `names_in` does."""
+def tasks_for(
+    frame: Frame, experts: Sequence[Expert], settings: Settings, tables: Tables | None = None
+) -> tuple[TensorTask, ...]:
+    """What happens to every tensor of the experts. Raises SourceError as `names_in` does.
+
+    Args:
+        tables: the rows of experts whose vocabularies differ.
+    """
     names = {expert.name: names_in(frame, expert) for expert in experts}
     tasks = []
     for tensor, slot in frame.slots.items():
@@ -200,7 +245,9 @@ def tasks_for(frame: Frame, experts: Sequence[Expert], settings: Settings) -> tu
         # A manifest does not say which tensors the model does not know, or computes with in float32; checkpoints do.
         records = [expert.layer_map.records[sources[expert.name]] for expert in experts]
         known, wide = all(record.known for record in records), any(record.float32 for record in records)
-        tasks.append(task_of(replace(slot.record, known=known, float32=wide), slot.shape, sources, settings))
+        task = task_of(replace(slot.record, known=known, float32=wide), slot.shape, sources, settings)
+        is_table = any(_is_table(slot, expert, sources[expert.name]) for expert in experts)
+        tasks.append(replace(task, tables=tables) if is_table else task)
     return with_differences(tasks)
 
 
@@ -228,14 +275,35 @@ def with_differences(tasks: Sequence[TensorTask]) -> tuple[TensorTask, ...]:
     """Biases beside a weight that is stored against the base are stored against the base's too."""
     linear = (task for task in tasks if task.record.role == "linear")
     against_base = {task.record.module for task in linear if task.treatment in ("low_rank", "average")}
-    return tuple(
-        replace(t, as_difference=t.record.parameter == "bias" and t.record.module in against_base) for t in tasks
+    biases = {t.name for t in tasks if t.record.parameter == "bias" and t.record.module in against_base}
+    return tuple(replace(t, as_difference=True, tables=None) if t.name in biases else t for t in tasks)
+
+
+def _widened(slots: Mapping[str, Slot], expert: Expert, widest: Expert) -> dict[str, Slot]:
+    """The slots with tables of as many rows as another expert's."""
+    shapes = {(r.module, r.parameter): widest.checkpoint.tensors[n].shape for n, r in widest.layer_map.records.items()}
+
+    def widened(slot: Slot) -> Slot:
+        wide = (widest.table_rows, *slot.shape[1:])
+        follows = slot.record.role != "linear" and slot.shape[:1] == (expert.table_rows,)
+        # A head that is missing there is the embedding.
+        there = shapes.get((slot.record.module, slot.record.parameter), wide)
+        return replace(slot, shape=wide) if follows and there == wide else slot
+
+    return {name: widened(slot) for name, slot in slots.items()}
+
+
+def _is_table(slot: Slot, expert: Expert, source: str) -> bool:
+    """Whether a tensor has a row a token: an embedding, a head or a bias with as many rows, or one that differs."""
+    shape = expert.checkpoint.tensors[source].shape
+    return shape != slot.shape or (
+        slot.record.role in ("embedding", "lm_head", "bias") and shape[:1] == (expert.table_rows,)
     )
 
 
 def record_of_bundle(layer: BundleLayer) -> LayerRecord:
     """What a manifest says of a tensor, as a checkpoint's."""
-    return LayerRecord(layer.tensor, layer.module, layer.parameter, layer.role, layer.transposed)
+    return LayerRecord(layer.tensor, layer.module, layer.parameter, layer.role, layer.transposed, slice=layer.slice)
 
 
 def _check_names(frame: Frame, expert: Expert, names: Mapping[str, str]) -> None:
@@ -256,12 +324,25 @@ def _check_names(frame: Frame, expert: Expert, names: Mapping[str, str]) -> None
 
 def _check_shapes(frame: Frame, expert: Expert, names: Mapping[str, str]) -> None:
     tensors = expert.checkpoint.tensors
-    pairs = {tensor: (frame.slots[tensor].shape, tensors[source].shape) for tensor, source in names.items()}
-    differing = [f"{tensor} {list(a)} and {list(b)}" for tensor, (a, b) in pairs.items() if a != b]
+    table = expert.layer_map.embedding or expert.layer_map.lm_head
+    rows = next((frame.slots[name].shape[0] for name, source in names.items() if source == table), 0)
+    if expert.table_rows > rows:
+        raise SourceError(
+            f"expert {expert.name!r} has {expert.table_rows} tokens, and the tables of {frame.label} {rows} rows; "
+            "merge all of them anew"
+        )
+
+    def fits(slot: Slot, shape: tuple[int, ...]) -> bool:
+        shorter = slot.record.role != "linear" and slot.shape[:1] == (rows,) and shape[:1] == (expert.table_rows,)
+        return shape == slot.shape or (shorter and shape[1:] == slot.shape[1:])
+
+    differing = [
+        f"{tensor} {list(frame.slots[tensor].shape)} and {list(tensors[source].shape)}"
+        for tensor, source in names.items()
+        if not fits(frame.slots[tensor], tensors[source].shape)
+    ]
     if differing:
-        vocabulary = any(a[1:] == b[1:] and len(a) == 2 for a, b in pairs.values() if a != b)
-        hint = "; another vocabulary cannot be merged" if vocabulary and len(differing) <= 2 else ""
-        raise SourceError(f"{frame.label} and expert {expert.name!r} differ in shape: {_some(differing)}{hint}")
+        raise SourceError(f"{frame.label} and expert {expert.name!r} differ in shape: {_some(differing)}")
 
 
 def _check_dtypes(expert: Expert, names: Mapping[str, str]) -> None:

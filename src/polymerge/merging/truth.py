@@ -71,6 +71,10 @@ def held_against(
     if task.treatment == "copy":
         return Finding(error, None if same_numbers(original, rebuilt) else f"is {error:.3g} from")
     if task.record.role != "linear":
+        own_rows = bundle.manifest.experts[expert].own_rows if bundle.layers[task.name].table else []
+        if task.treatment == "average" and own_rows:  # these were not averaged
+            error = relative_error(original[own_rows], rebuilt[own_rows])
+            return Finding(error, None if error <= EXACT + rounding else f"is {error:.3g} from")
         allowed = EXACT + rounding if task.treatment == "keep" else float("inf")
         return Finding(error, None if error <= allowed else f"is {error:.3g} from")
     problem = None
@@ -87,14 +91,14 @@ def average_problems(
     """Where the base is not the experts' average. Asked only of a bundle whose base was made of just these experts."""
     for row in zip(*tasks.values(), strict=True):
         task = row[0]
-        if task.treatment == "copy":
+        if task.treatment == "copy" or bundle.layers[task.name].table:  # its rows have makers of their own
             continue
         base = bundle.base_tensor(task.name).double()
         if any(checkpoints[e].tensors[t.sources[e]].shape != base.shape for e, t in zip(tasks, row, strict=True)):
             continue
         total, scales = torch.zeros_like(base), []
-        for expert, own in zip(tasks, row, strict=True):
-            tensor = checkpoints[expert].read(own.sources[expert]).double()
+        for expert, its in zip(tasks, row, strict=True):
+            tensor = checkpoints[expert].read(its.sources[expert]).double()
             norm = float(tensor.norm()) if task.record.role == "linear" else 1.0
             scales.append(norm)
             total += tensor / norm if norm else tensor

@@ -39,10 +39,10 @@ class ExpertLinear(nn.Module):
         self.state = state
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
-        own = any(value is not None for value in biases)
+        has_biases = any(value is not None for value in biases)
         table = (
             torch.stack([bias if v is None else v.to(bias) for v in (*biases, None)])
-            if own and bias is not None
+            if has_biases and bias is not None
             else None
         )
         self.register_buffer("bias_table", table, persistent=False)  # [N + 1, out]

@@ -22,6 +22,7 @@ from .mixed import MixedModel
 from .placing import CodedPlacer, Placed, Placer
 from .positions import place_positions
 from .trial import Trial
+from .vocabulary import Vocabularies, place_vocabularies, tokens_of
 
 logger = logging.getLogger(__name__)
 Kernel = Literal["plain", "triton"]
@@ -82,22 +83,26 @@ def _loaded(
     state = Assignment(bundle.experts, place)
     rows = place_positions(hf, state, _with_positions(bundle, trust_remote_code))
     placed = placer(bundle, hf, state, chosen, trial).place()
+    vocabularies = Vocabularies(
+        bundle.experts, [bundle.vocabulary(expert) for expert in (*bundle.experts, None)], tokens_of(hf)
+    )
+    place_vocabularies(hf, state, vocabularies)
     placed = Placed([*placed.modules, *rows], placed.strategy)
-    return MixedModel(hf, state, bundle, placed, trust_remote_code=trust_remote_code).to(place)
+    return MixedModel(hf, state, bundle, placed, vocabularies, trust_remote_code=trust_remote_code).to(place)
 
 
 def _with_positions(bundle: Bundle, trust_remote_code: bool) -> list[nn.Module | None]:
     """For every expert a model without weights that has its positions; None where they are the bundle's."""
-    found: dict[str, nn.Module | None] = {}
+    model_of: dict[str, nn.Module | None] = {}
     models = []
     for expert in bundle.experts:
         persona = bundle.persona(expert)
         said = json.dumps(persona.positions, sort_keys=True)
-        if said not in found and "positions" in bundle.manifest.experts[expert].persona:
-            found[said] = meta_model(persona.config_folder, trust_remote_code=trust_remote_code)
-            if found[said] is None:
+        if said not in model_of and "positions" in bundle.manifest.experts[expert].persona:
+            model_of[said] = meta_model(persona.config_folder, trust_remote_code=trust_remote_code)
+            if model_of[said] is None:
                 raise ModelError(f"{persona.config_folder}: transformers cannot read the positions of {expert!r}")
-        models.append(found.get(said))
+        models.append(model_of.get(said))
     return models
 
 

@@ -5,7 +5,7 @@ Knows how an assignment is set for the time of one call. Does not know layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from .personas import AVERAGE, Personas
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle
     from .placing import Placed
+    from .vocabulary import Vocabularies
 
 
 class MixedModel(nn.Module):
@@ -29,22 +30,37 @@ class MixedModel(nn.Module):
 
     Attributes:
         hf: the transformers model with its layers replaced.
+        vocabularies: how many tokens each expert knows; the logits of others are -inf.
         bundle: where it came from.
         strategy: how a batch of several experts is run: through all "layers" once, or in "groups", once for every
             expert, where an architecture allows nothing finer.
     """
 
     def __init__(
-        self, hf: Any, state: Assignment, bundle: Bundle, placed: Placed, *, trust_remote_code: bool = False
+        self,
+        hf: Any,
+        state: Assignment,
+        bundle: Bundle,
+        placed: Placed,
+        vocabularies: Vocabularies,
+        *,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        self.vocabularies = vocabularies
         self.hf, self._state, self.bundle = hf, state, bundle
-        self.own = nn.ModuleList(placed.modules)  # what stands in the place of a forward is no part of the tree
+        self.stand_ins = nn.ModuleList(placed.modules)  # what stands in the place of a forward is no part of the tree
         self.strategy = placed.strategy
         self.personas = Personas(bundle, trust_remote_code=trust_remote_code)
 
     def forward(self, input_ids: Tensor | None = None, *args: Any, experts: Experts = None, **kwargs: Any) -> Any:
-        """The transformers model's own forward. input_ids [B, T] (or `inputs_embeds` [B, T, H])."""
+        """The transformers model's own forward. input_ids [B, T] (or `inputs_embeds` [B, T, H]). Logits have a place
+        for every token of the bundle's tables; those of tokens that a row's expert does not know are -inf.
+
+        Raises:
+            ModelError: a token that its row's expert does not know.
+        """
+        self._check_tokens(experts, input_ids, kwargs)
         with self.assigned(experts, _rows(input_ids, kwargs)):
             return self.hf(input_ids, *args, **kwargs)
 
@@ -52,6 +68,7 @@ class MixedModel(nn.Module):
     def generate(self, inputs: Tensor | None = None, *args: Any, experts: Experts = None, **kwargs: Any) -> Any:
         """The transformers model's own `generate`. inputs [B, T] (or `input_ids`), left-padded."""
         inputs = kwargs.pop("input_ids", inputs)
+        self._check_tokens(experts, inputs, kwargs)
         with self.assigned(experts, _rows(inputs, kwargs)):
             return self.hf.generate(inputs, *args, **kwargs)
 
@@ -64,6 +81,13 @@ class MixedModel(nn.Module):
             yield
         finally:
             self._state.set(None, 1)
+
+    def _check_tokens(self, experts: Experts, ids: Tensor | None, kwargs: dict[str, Any]) -> None:
+        if ids is None or not self.vocabularies.differ:
+            return
+        self.check_experts(experts, len(ids))
+        per_row = [experts] * len(ids) if experts is None or isinstance(experts, str | Mapping) else experts
+        self.vocabularies.check(per_row, ids, kwargs.get("attention_mask"))
 
     def _check_mixtures(self) -> None:
         names = [*self._state.names, AVERAGE]

@@ -6,8 +6,9 @@ fine-tuned model, as everywhere else.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class SlabResidual:
         rows: which rows of the block expert's slab the matrix is.
         factors: for every expert (A [r, in], B [out, r]) or None.
         ratios: rho of every expert.
-        own: for every expert its own whole matrix, or None.
+        matrices: for every expert its own whole matrix, or None.
         scales: [N + 1] float32, what the base counts for in every expert and in the average: rho, or 0 beside a whole
             matrix.
     """
@@ -36,35 +37,43 @@ class SlabResidual:
     rows: slice
     factors: list[tuple[Tensor, Tensor] | None]
     ratios: list[float]
-    own: list[Tensor | None] = field(default_factory=list)
+    matrices: list[Tensor | None] = field(default_factory=list)
     scales: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        whole = [value is not None for value in self.own] or [False] * len(self.ratios)
+        whole = [value is not None for value in self.matrices] or [False] * len(self.ratios)
         self.scales = torch.tensor([*(0.0 if w else r for w, r in zip(whole, self.ratios, strict=True)), 1.0])
 
     def terms(self, x: Tensor, rows: Tensor, experts: Iterable[int]) -> Iterator[Term]:
         """What these experts have beyond the base, for tokens x [t, in] with their weights in each, rows [t, N + 1]."""
         for n in experts:
-            factor, own = self.factors[n], self.own[n] if self.own else None
+            factor, matrix = self.factors[n], self.matrices[n] if self.matrices else None
             share = rows[:, n : n + 1]
-            if own is not None:
-                yield Term(x, None, own, share)
+            if matrix is not None:
+                yield Term(x, None, matrix, share)
             elif factor:
                 yield Term(x, *factor, share)
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """To another device or dtype."""
         self.factors = [(fn(factor[0]), fn(factor[1])) if factor else None for factor in self.factors]
-        self.own = [fn(whole) if whole is not None else None for whole in self.own]
-        places = [factor[0].device for factor in self.factors if factor] + [w.device for w in self.own if w is not None]
+        self.matrices = [fn(whole) if whole is not None else None for whole in self.matrices]
+        places = [factor[0].device for factor in self.factors if factor] + [
+            w.device for w in self.matrices if w is not None
+        ]
         self.scales = self.scales.to(places[0]) if places else self.scales
+
+    def turned(self) -> SlabResidual:
+        """Of the transposed matrix, where this is the whole slab's."""
+        factors = [(factor[1].T, factor[0].T) if factor else None for factor in self.factors]
+        matrices = [value.T if value is not None else None for value in self.matrices]
+        return SlabResidual(slice(None), factors, self.ratios, matrices)
 
     def dense(self, base: Tensor, weights: Weights) -> Tensor:
         """The whole matrix [out, in] of a row with these weights of the experts, the average's last."""
         total = weights[-1] * base.float()
         for n, weight in enumerate(weights[:-1]):
-            whole, factor = self.own[n] if self.own else None, self.factors[n]
+            whole, factor = self.matrices[n] if self.matrices else None, self.factors[n]
             if not weight:
                 continue
             total += weight * (self.ratios[n] * base.float() if whole is None else whole.float())
@@ -76,18 +85,50 @@ class SlabResidual:
 Slabs = dict[tuple[str, int], list[SlabResidual]]
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a fused block is computed: tokens times one matrix, what is between, times the other.
+
+    Attributes:
+        first, last: the parameters [E, out, in], or [E, in, out] where `transposed`.
+        biases: what is added to the products of those parameters that have one.
+    """
+
+    first: str
+    last: str
+    transposed: bool
+    biases: Mapping[str, str]
+
+    @property
+    def parameters(self) -> set[str]:
+        """All that it uses."""
+        return {self.first, self.last, *self.biases.values()}
+
+
 class MixedBlockExperts(nn.Module):
-    """Takes the place of a fused block: gate_up_proj [E, 2I, H], down_proj [E, H, I], an activation between them.
+    """Takes the place of a fused block.
 
     Args:
-        slabs: (parameter, block expert) -> its matrices' residuals.
+        slabs: (parameter, block expert) -> its matrices' residuals, [out, in].
+        biases: parameter -> every expert's own bias [E, out], or None for the base's.
     """
 
     inner: Any
 
-    def __init__(self, state: Assignment, inner: nn.Module, slabs: Slabs) -> None:
+    def __init__(
+        self,
+        state: Assignment,
+        inner: nn.Module,
+        slabs: Slabs,
+        layout: Layout,
+        biases: Mapping[str, Sequence[Tensor | None]] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
-        self.state, self.inner, self._slabs = state, inner, slabs
+        self.state, self.inner, self.layout, self._slabs = state, inner, layout, slabs
+        for parameter, own in biases.items():
+            base = getattr(inner, layout.biases[parameter]).detach()
+            table = torch.stack([base if value is None else value.to(base) for value in (*own, None)])
+            self.register_buffer(f"{parameter}_table", table, persistent=False)  # [N + 1, E, out]
 
     def _apply(self, fn: Any, recurse: bool = True) -> MixedBlockExperts:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -103,23 +144,48 @@ class MixedBlockExperts(nn.Module):
         repeats = self.state.repeats(hidden_states.shape[0])
         weights = self.state.weights.repeat_interleave(repeats, dim=0)  # [T, N + 1]
         total = torch.zeros_like(hidden_states)
+        count = getattr(self.inner, self.layout.last).shape[0]
         for block in torch.unique(top_k_index).tolist():
             token, place = torch.where(top_k_index == block)
-            if block >= self.inner.gate_up_proj.shape[0]:
+            if block >= count:
                 continue  # transformers marks tokens of other devices this way
             rows = weights[token]
-            gate, up = self._product("gate_up_proj", block, hidden_states[token], rows).chunk(2, dim=-1)
-            y = self._product("down_proj", block, self.inner.act_fn(gate) * up, rows)
+            between = self._between(self._product(self.layout.first, block, hidden_states[token], rows))
+            y = self._product(self.layout.last, block, between, rows)
             total.index_add_(0, token, (y * top_k_weights[token, place, None]).to(total.dtype))
         return total
 
+    def _between(self, y: Tensor) -> Tensor:
+        result: Tensor = self.inner.act_fn(y) if self.layout.first == "up_proj" else _gated(self.inner, y)
+        return result
+
     def _product(self, parameter: str, block: int, x: Tensor, rows: Tensor) -> Tensor:
         """One matrix of the block for tokens x [t, in] with the experts' weights in each, rows [t, N + 1]."""
-        y = F.linear(x, getattr(self.inner, parameter)[block])
+        weight = getattr(self.inner, parameter)[block]
+        y = F.linear(x, weight.T if self.layout.transposed else weight)
         experts = range(self.state.first, self.state.last)
         for residual in self._slabs.get((parameter, block), []):
             add_mixed(y[:, residual.rows], mixed_ratio(rows, residual.scales), residual.terms(x, rows, experts))
+        if parameter in self.layout.biases:
+            y += self._bias(parameter, block, rows).to(y.dtype)
         return y
+
+    def _bias(self, parameter: str, block: int, rows: Tensor) -> Tensor:
+        table: Tensor | None = getattr(self, f"{parameter}_table", None)
+        if table is None:
+            bias: Tensor = getattr(self.inner, self.layout.biases[parameter])[block]
+            return bias
+        return rows @ table[:, block].float()
+
+
+def _gated(inner: Any, y: Tensor) -> Tensor:
+    """As transformers puts the two halves together, or as the module says."""
+    if hasattr(inner, "_apply_gate"):
+        result: Tensor = inner._apply_gate(y)
+        return result
+    gate, up = y.chunk(2, dim=-1)
+    activated: Tensor = inner.act_fn(gate)
+    return activated * up
 
 
 @dataclass
@@ -128,13 +194,13 @@ class Piece:
 
     Attributes:
         target: the rows of the parameter, counted over all dimensions but the last.
-        factors, ratios, own: as SlabResidual's, for these rows.
+        factors, ratios, matrices: as SlabResidual's, for these rows.
     """
 
     target: Tensor
     factors: list[tuple[Tensor, Tensor] | None]
     ratios: list[float]
-    own: list[Tensor | None]
+    matrices: list[Tensor | None]
 
     @classmethod
     def of(
@@ -142,12 +208,18 @@ class Piece:
         part: Part,
         factors: Sequence[tuple[Tensor, Tensor] | None],
         ratios: list[float],
-        own: Sequence[Tensor | None],
+        tensors: Sequence[Tensor | None],
+        *,
+        transposed: bool = False,
     ) -> Piece:
-        """From what is stored: A [r, in] and B [out, r], or whole tensors, of which the part is some rows."""
-        turned = [(f[1].T, f[0].T) if f and part.transposed else f for f in factors]
+        """From what is stored: A [r, in] and B [out, r], or whole tensors, of which the part is some rows.
+
+        Args:
+            transposed: the matrix is stored [in, out].
+        """
+        turned = [(f[1].T, f[0].T) if f and part.transposed != transposed else f for f in factors]
         source = part.source
-        whole = [_rows(v, part.transposed)[source.to(v.device)] if v is not None else None for v in own]
+        whole = [_rows(v, part.transposed)[source.to(v.device)] if v is not None else None for v in tensors]
         return cls(
             part.target,
             [(f[0], f[1][source.to(f[1].device)]) if f else None for f in turned],
@@ -170,7 +242,7 @@ class FusedWeight(OwnTensor):
     def __init__(self, module: nn.Module, name: str, pieces: Sequence[Piece]) -> None:
         super().__init__(module, name, [])
         self.pieces = pieces
-        self.residuals = [SlabResidual(slice(None), piece.factors, piece.ratios, piece.own) for piece in pieces]
+        self.residuals = [SlabResidual(slice(None), piece.factors, piece.ratios, piece.matrices) for piece in pieces]
 
     def of(self, weights: Weights) -> Tensor:
         whole: Tensor = self.home[self.name].detach().clone()
@@ -185,25 +257,31 @@ class FusedWeight(OwnTensor):
             residual.move(fn)
 
 
-def fits_block(inner: nn.Module) -> bool:
-    """Whether a fused block is one that MixedBlockExperts computes: of its layout, and tried, of its arithmetic."""
-    gate_up, down = getattr(inner, "gate_up_proj", None), getattr(inner, "down_proj", None)
-    fits = (
-        isinstance(gate_up, Tensor)
-        and isinstance(down, Tensor)
-        and gate_up.dim() == down.dim() == 3
-        and gate_up.shape[1] == 2 * down.shape[2]
-        and gate_up.shape[2] == down.shape[1]
-        and hasattr(inner, "act_fn")
-        and {name for name, _ in inner.named_parameters(recurse=False)} == {"gate_up_proj", "down_proj"}
-    )
-    return fits and _computes_alike(inner)
+def layout_of(inner: nn.Module) -> Layout | None:
+    """How MixedBlockExperts computes a fused block; None where it cannot. By its shapes, and by trying it."""
+    parameters = dict(inner.named_parameters(recurse=False))
+    first = "up_proj" if "up_proj" in parameters else "gate_up_proj"
+    biases = {name: f"{name}_bias" for name in (first, "down_proj") if f"{name}_bias" in parameters}
+    for transposed in (False, True):
+        layout = Layout(first, "down_proj", transposed, biases)
+        if layout.parameters == parameters.keys() and _fits(parameters, layout) and _computes_alike(inner, layout):
+            return layout
+    return None
 
 
-def _computes_alike(inner: Any) -> bool:
-    blocks, _, width = inner.gate_up_proj.shape
+def _fits(parameters: Mapping[str, Tensor], layout: Layout) -> bool:
+    up, down = parameters[layout.first], parameters[layout.last]
+    if up.dim() != 3 or down.dim() != 3:
+        return False
+    up, down = (p.transpose(1, 2) if layout.transposed else p for p in (up, down))
+    return up.shape[2] == down.shape[1] and up.shape[1] == (1 if layout.first == "up_proj" else 2) * down.shape[2]
+
+
+def _computes_alike(inner: Any, layout: Layout) -> bool:
+    last = getattr(inner, layout.last)
+    blocks, width = last.shape[0], last.shape[2 if layout.transposed else 1]
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, width, generator=generator).to(inner.gate_up_proj)
+    x = torch.randn(4, width, generator=generator).to(last)
     index = torch.arange(4, device=x.device)[:, None] % blocks
     share = torch.linspace(0.5, 1.0, 4, device=x.device)[:, None].to(x)
     state = Assignment(["expert"], x.device)
@@ -212,7 +290,7 @@ def _computes_alike(inner: Any) -> bool:
     try:
         with torch.no_grad():
             expected = inner(x, index, share)
-            got = MixedBlockExperts(state, inner, {})(x, index, share)
+            got = MixedBlockExperts(state, inner, {}, layout)(x, index, share)
         return bool((got - expected).norm() <= tolerance * expected.norm())
     except Exception:  # it wants something else
         return False

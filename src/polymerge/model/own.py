@@ -33,6 +33,7 @@ class OwnTensor:
     """
 
     kept = True  # a mixture is made once for a batch
+    placed = False  # an expert's stands in the module's place of it
 
     def __init__(self, module: nn.Module, name: str, values: Sequence[Tensor | None]) -> None:
         self.module, self.name = module, name
@@ -123,16 +124,18 @@ class OwnModule(nn.Module):
             yield
             return
         before = []
-        for number, tensor in enumerate(self.tensors):
-            make = functools.partial(tensor.of, weights)
-            value = self.state.once((id(self), number), make) if tensor.kept else make()
-            before.append((tensor.home, tensor.name, tensor.home[tensor.name]))
-            tensor.home[tensor.name] = value
         try:
+            for number, tensor in enumerate(self.tensors):
+                if tensor.placed:  # by a module around this one
+                    continue
+                make = functools.partial(tensor.of, weights)
+                value = self.state.once((id(self), number), make) if tensor.kept else make()
+                before.append((tensor, tensor.home[tensor.name]))
+                tensor.home[tensor.name], tensor.placed = value, True
             yield
         finally:
-            for home, name, value in before:
-                home[name] = value
+            for tensor, value in before:
+                tensor.home[tensor.name], tensor.placed = value, False
 
 
 class OwnNorm(nn.Module):
@@ -140,13 +143,13 @@ class OwnNorm(nn.Module):
 
     inner: Any
 
-    def __init__(self, state: Assignment, inner: nn.Module, own: Mapping[str, Sequence[Tensor | None]]) -> None:
+    def __init__(self, state: Assignment, inner: nn.Module, tensors: Mapping[str, Sequence[Tensor | None]]) -> None:
         super().__init__()
         self.state = state
         self.__dict__["inner"], self._forward = inner, inner.forward
         self._plain = not _weight_may_follow_rows(inner)
         for name, base in inner.named_parameters():
-            values = [*own.get(name, [None] * len(state.names)), None]
+            values = [*tensors.get(name, [None] * len(state.names)), None]
             table = torch.stack([base.data if v is None else v.to(base.data) for v in values])  # [N + 1, H]
             self.register_buffer(f"{name}_table", table, persistent=False)
         take_forward(inner, self.forward)

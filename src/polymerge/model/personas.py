@@ -34,7 +34,7 @@ class Personas:
         """A mixture has its heaviest member's; the first of several."""
         return self._bundle.persona(speaker_of(expert))
 
-    def own(self, expert: str) -> tuple[Persona, tuple[Group, ...]]:
+    def with_groups(self, expert: str) -> tuple[Persona, tuple[Group, ...]]:
         """An expert's, and in which groups it is not the bundle's. Raises BundleError for an unknown name."""
         persona = self._bundle.persona(expert)
         return persona, self._bundle.manifest.experts[expert].persona

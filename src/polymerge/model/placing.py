@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..bundle.bundle import Bundle
-from ..bundle.manifest import BundleLayer
+from ..bundle.manifest import BundleLayer, stored_layers
 from ..errors import ModelError
-from ..sources.forms import Part, forms_of, in_order
+from ..sources.forms import Part, forms_of, in_order, parts_of_slices
 from .assignment import Assignment
 from .groups import WholeModel
 from .linear import ExpertLinear, MixedLinear
-from .moe import FusedWeight, MixedBlockExperts, Piece, SlabResidual, Slabs, fits_block, locate
+from .moe import FusedWeight, Layout, MixedBlockExperts, Piece, SlabResidual, Slabs, layout_of, locate
 from .own import OwnModule, OwnNorm, OwnTensor, OwnWeight
 from .trial import Trial, kind_of
 
@@ -56,7 +56,7 @@ class Placer:
         self.parts: dict[int, OwnModule | OwnNorm] = {}
         self.whole: list[OwnTensor] = []  # that only the whole model can hold
         self.idle: list[OwnTensor] = []  # that a batch of tokens does not use
-        self.forms = forms_of(hf)
+        self.forms = self._forms()
         self.orders = self._orders()
         self.apart = False
         self.adapters = [self._read(expert) for expert in bundle.experts]
@@ -104,6 +104,16 @@ class Placer:
 
     def _ratios(self, layer: BundleLayer) -> list[float]:
         return [scales.get(layer.tensor, 1.0) for scales in self.scales]
+
+    def _forms(self) -> dict[str, list[Part]]:
+        """Stored name -> its parts; a matrix that the base stores in one tensor with others has a name too."""
+        forms = forms_of(self.hf)
+        for stored, layers in stored_layers(self.bundle.layers.values()).items():
+            place = layers[0].slice
+            for cuts in (parts_of_slices(part, place) for part in forms[stored]) if place else ():
+                for layer, cut in zip(layers, cuts, strict=True):
+                    forms.setdefault(layer.tensor, []).extend([cut] if len(cut.source) else [])
+        return forms
 
     def _orders(self) -> dict[str, Tensor]:
         """Parameter -> the stored row of every row of it, where a checkpoint stores them in another order."""
@@ -166,12 +176,12 @@ class Placer:
 
     def _biases(self, module: str, bias: Tensor | None) -> Values:
         """Every expert's own bias. An adapter has a difference of zeros where the layer has none and others have."""
-        differences, own = self._take(f"{module}.lora_B.bias"), self._take(f"{module}.bias")
+        differences, biases = self._take(f"{module}.lora_B.bias"), self._take(f"{module}.bias")
         if bias is None and any(d is not None and bool(d.any()) for d in differences):
             raise ModelError(f"{module}: an expert has a bias, but the layer has none")
         return [
             value if value is not None else bias.data + d if bias is not None and d is not None else None
-            for value, d in zip(own, differences, strict=True)
+            for value, d in zip(biases, differences, strict=True)
         ]
 
     def _linear(self, layer: BundleLayer, weight: Tensor, bias: Tensor | None, biases: Values) -> ExpertLinear:
@@ -180,28 +190,28 @@ class Placer:
     def _place_own(self) -> None:
         """Whole tensors: by parameter, so that an embedding that is tied to the head changes both."""
         keys = sorted({key for adapter in self.adapters for key in adapter})
-        own: dict[str, dict[str, Values]] = {}
+        tensors: dict[str, dict[str, Values]] = {}
         for key in keys:
             module, _, name = key.rpartition(".")
             if module in self.modules and (tensor := _tensor_of(self.modules[module], name)) is not None:
                 values = [in_order(value, self.orders.get(key)) for value in self._take(key)]
                 for place, there in self.tree.places(tensor):
-                    own.setdefault(place, {})[there] = values
-        for module, values_of in own.items():
+                    tensors.setdefault(place, {})[there] = values
+        for module, values_of in tensors.items():
             inner = self.modules[module]
             if self._follows_rows(module, inner, values_of):
                 self.parts[id(inner)] = OwnNorm(self.state, inner, values_of)
             else:
                 self._hold(module, [OwnTensor(inner, name, values) for name, values in values_of.items()])
 
-    def _follows_rows(self, module: str, inner: nn.Module, own: Mapping[str, Values]) -> bool:
+    def _follows_rows(self, module: str, inner: nn.Module, tensors: Mapping[str, Values]) -> bool:
         kind = self.trial.kind(module)
         return (
             kind.called
             and kind.plain
             and not isinstance(inner, ExpertLinear)
             and id(inner) not in self.parts
-            and self.trial.read_by_itself(module, list(own))
+            and self.trial.read_by_itself(module, list(tensors))
             and OwnNorm.fits(inner)
         )
 
@@ -247,17 +257,17 @@ class Placer:
             layer = layers.get(stored.removesuffix(".weight"))
             if layer is None:
                 continue
-            own, factors = self._take(f"{layer.module}.{layer.parameter}"), self._factors(layer.module)
+            tensors, factors = self._take(f"{layer.module}.{layer.parameter}"), self._factors(layer.module)
             self._biases(layer.module, None)
             for part in parts:
                 module, _, leaf = part.parameter.rpartition(".")
                 parameter = self.modules[module].get_parameter(leaf)
-                whole = [v.to(parameter.dtype) if v is not None else None for v in own]
-                piece = Piece.of(part, factors, self._ratios(layer), whole)
+                whole = [v.to(parameter.dtype) if v is not None else None for v in tensors]
+                piece = Piece.of(part, factors, self._ratios(layer), whole, transposed=layer.transposed)
                 self._check_piece(parameter, part, layer)
                 pieces.setdefault(module, []).append((leaf, piece))
-        for module, found in pieces.items():
-            self._place_module(module, found)
+        for module, of_module in pieces.items():
+            self._place_module(module, of_module)
 
     def _place_module(self, module: str, pieces: Sequence[tuple[str, Piece]]) -> None:
         inner = self.modules[module]
@@ -267,26 +277,37 @@ class Placer:
             raise ModelError(
                 f"{module}.{tied[0]} is stored in pieces, and another module's parameter too; not supported"
             )
-        if (slabs := self._slabs(module, names, pieces)) is not None:
-            self.tree.replace(module, MixedBlockExperts(self.state, inner, slabs))
+        if (block := self._block(module, pieces)) is not None:
+            self.tree.replace(module, block)
             if not self.trial.kind(module).rows:
                 self._split_above(module, names)
             return
         of = {name: [piece for leaf, piece in pieces if leaf == name] for name in names}
         self._hold(module, [FusedWeight(inner, name, of[name]) for name in names])
 
-    def _slabs(self, module: str, names: Sequence[str], pieces: Sequence[tuple[str, Piece]]) -> Slabs | None:
+    def _block(self, module: str, pieces: Sequence[tuple[str, Piece]]) -> MixedBlockExperts | None:
         """The pieces as matrices of block experts; None where the module is no block that is computed from them."""
         inner, kind = self.modules[module], self.trial.kind(module)
-        if not (kind.called and self.trial.read_by_itself(module, names) and fits_block(inner)):
+        layout = layout_of(inner) if kind.called else None
+        if layout is None or not self.trial.read_by_itself(module, sorted(layout.parameters)):
             return None
+        slabs = self._slabs(inner, pieces, layout)
+        if slabs is None:
+            return None
+        taken = {name: self._take(f"{module}.{bias}") for name, bias in layout.biases.items()}
+        biases = {name: values for name, values in taken.items() if any(value is not None for value in values)}
+        return MixedBlockExperts(self.state, inner, slabs, layout, biases)
+
+    @staticmethod
+    def _slabs(inner: nn.Module, pieces: Sequence[tuple[str, Piece]], layout: Layout) -> Slabs | None:
         slabs: Slabs = {}
         for leaf, piece in pieces:
-            place = locate(piece.target, inner.get_parameter(leaf).shape[1])
-            if place is None:
+            height = inner.get_parameter(leaf).shape[1]
+            place = locate(piece.target, height)
+            if place is None or (layout.transposed and place[1] != slice(0, height)):
                 return None
-            block, rows = place
-            slabs.setdefault((leaf, block), []).append(SlabResidual(rows, piece.factors, piece.ratios, piece.own))
+            residual = SlabResidual(place[1], piece.factors, piece.ratios, piece.matrices)
+            slabs.setdefault((leaf, place[0]), []).append(residual.turned() if layout.transposed else residual)
         return slabs
 
     def _check_piece(self, parameter: Tensor, part: Part, layer: BundleLayer) -> None:
@@ -327,7 +348,7 @@ class CodedPlacer(Placer):
         from .triton.linear import CodedLinear
 
         stored = [
-            self.bundle.coded_factors(expert, layer, lambda key, own=adapter: own.pop(key, None))  # type: ignore[misc]
+            self.bundle.coded_factors(expert, layer, lambda key, tensors=adapter: tensors.pop(key, None))  # type: ignore[misc]
             for expert, adapter in zip(self.bundle.experts, self.adapters, strict=True)
         ]
         return CodedLinear(self.state, weight, bias, stored, self.bundle.code, self._ratios(layer), biases)

@@ -59,18 +59,18 @@ class RowPositions(nn.Module):
 
     Args:
         inner: stays the caller's; it is no part of this one.
-        own: for every expert its own module, or None for the base's.
+        others: for every expert its own module, or None for the base's.
     """
 
     inner: nn.Module
 
-    def __init__(self, state: Assignment, inner: nn.Module, own: Sequence[nn.Module | None]) -> None:
+    def __init__(self, state: Assignment, inner: nn.Module, others: Sequence[nn.Module | None]) -> None:
         super().__init__()
         self.state, self._forward = state, inner.forward
         self.__dict__["inner"] = inner
-        different = list({id(module): module for module in own if module is not None}.values())
-        self.own = nn.ModuleList(different)
-        self._number = [different.index(module) if module is not None else -1 for module in (*own, None)]
+        different = list({id(module): module for module in others if module is not None}.values())
+        self.others = nn.ModuleList(different)
+        self._number = [different.index(module) if module is not None else -1 for module in (*others, None)]
         self._names = list(inspect.signature(inner.forward).parameters)[:2]
         take_forward(inner, self.forward)
 
@@ -93,7 +93,7 @@ class RowPositions(nn.Module):
         return _joined(outputs, rows, axis)
 
     def _run(self, number: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, first: bool = False) -> Any:
-        call: Any = self._forward if number < 0 else self.own[number]
+        call: Any = self._forward if number < 0 else self.others[number]
         if first:  # what follows the two by position
             args = (kwargs[self._names[0]], kwargs[self._names[1]], *args)
             kwargs = {key: value for key, value in kwargs.items() if key not in self._names}
@@ -101,13 +101,13 @@ class RowPositions(nn.Module):
 
     def _parts(self) -> dict[int, Tensor]:
         """Number of the module (-1: the base's) -> numbers of its rows."""
-        found: dict[int, list[Tensor]] = {}
+        gathered: dict[int, list[Tensor]] = {}
         for weights, rows in self.state.groups:
             numbers = {number for number, weight in zip(self._number, weights, strict=True) if weight}
             if len(numbers) > 1:
                 raise ModelError("a mixture of experts whose positions differ")
-            found.setdefault(numbers.pop(), []).append(rows)
-        return {number: torch.cat(rows) for number, rows in found.items()}
+            gathered.setdefault(numbers.pop(), []).append(rows)
+        return {number: torch.cat(rows) for number, rows in gathered.items()}
 
 
 def place_positions(hf: nn.Module, state: Assignment, others: Sequence[nn.Module | None]) -> list[RowPositions]:
@@ -119,9 +119,9 @@ def place_positions(hf: nn.Module, state: Assignment, others: Sequence[nn.Module
     Raises:
         ModelError: positions cannot follow the rows in this architecture.
     """
-    found: list[RowPositions] = []
+    placed: list[RowPositions] = []
     if all(other is None for other in others):
-        return found
+        return placed
     for other in others:
         reason = objection(hf, other) if other is not None else ""
         if reason:
@@ -133,13 +133,13 @@ def place_positions(hf: nn.Module, state: Assignment, others: Sequence[nn.Module
         for other in others:
             if other is not None and id(other) not in made:
                 made[id(other)] = _made(other.get_submodule(name).config, module)
-        found.append(RowPositions(state, module, [made.get(id(other)) for other in others]))
-    return found
+        placed.append(RowPositions(state, module, [made.get(id(other)) for other in others]))
+    return placed
 
 
 def _is_rotary(module: Any) -> bool:
-    own = module is not None and hasattr(module, "config") and not any(True for _ in module.parameters())
-    return own and bool(_frequencies(module))
+    weightless = module is not None and hasattr(module, "config") and not any(True for _ in module.parameters())
+    return weightless and bool(_frequencies(module))
 
 
 def _frequencies(module: nn.Module) -> dict[str, tuple[int, ...]]:

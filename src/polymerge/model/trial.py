@@ -188,8 +188,10 @@ ATOMS = (int, float, str, bool, type(None), torch.dtype, torch.device, torch.Siz
 def _digest(value: Tensor) -> Tensor:
     """[parts, SUMS + 1]: for every row random sums of its numbers, squashed, and their size; the shape comes first.
 
-    One part where the first dimension is not a multiple of the rows.
+    One part where the first dimension is not a multiple of the rows. A complex number (turned positions) is two.
     """
+    if value.is_complex():
+        value = torch.view_as_real(value.resolve_conj())
     parts = ROWS if value.dim() and value.shape[0] and not value.shape[0] % ROWS else 1
     flat = value.detach().reshape(parts, -1).float().nan_to_num()
     flat = flat / (1 + flat.abs())

@@ -53,10 +53,10 @@ def _source_from_text(value: Any) -> Any:
 
 def parse_size(value: Any) -> Any:
     """Bytes of `48 GB`, `512 MB` or a plain number (decimal, as disks and GPUs are sold)."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", value) if isinstance(value, str) else None
-    if isinstance(value, str) and not found:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", value) if isinstance(value, str) else None
+    if isinstance(value, str) and not match:
         raise ValueError(f"{value!r} is not a size; write it as 48 GB or 512 MB")
-    return round(float(found[1]) * 1000 ** " kMGT".index(found[2] or " ")) if found else value
+    return round(float(match[1]) * 1000 ** " kMGT".index(match[2] or " ")) if match else value
 
 
 # A source as a recipe writes it: one text, or a mapping of Source's keys.
@@ -171,8 +171,8 @@ def _loaded(source: RecipeLike) -> Recipe:
     updates: dict[str, Any] = {"experts": experts, "config": _inside(recipe.config, path.parent)}
     if recipe.thinker:
         thinker = recipe.thinker
-        own = {"source": _anchor(thinker.source, path.parent), "config": _inside(thinker.config, path.parent)}
-        updates["thinker"] = thinker.model_copy(update=own)
+        anchors = {"source": _anchor(thinker.source, path.parent), "config": _inside(thinker.config, path.parent)}
+        updates["thinker"] = thinker.model_copy(update=anchors)
     if recipe.staged:
         templates = _inside(recipe.staged.templates, path.parent)
         updates["staged"] = recipe.staged.model_copy(update={"templates": templates})

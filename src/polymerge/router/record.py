@@ -17,11 +17,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from ..bundle.files import SCRATCH, write_bytes
+from ..bundle.versioned import read_versioned
 from ..data.rows import rows_of
 from ..engine.base import FloatArray
 from ..errors import RouterError
@@ -34,7 +35,6 @@ from .table import AVERAGE, MIXTURE
 FOLDER = "router"
 RECORD = "router.json"
 ASSESSMENT = "assessment.json"
-FORMAT_VERSION = 1
 # Names by content: of these and of no others is the folder cleared.
 WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
 SAMPLES = re.compile(r"samples-[0-9a-f]{16}\.jsonl")
@@ -132,25 +132,9 @@ def _write_named(folder: Path, stem: str, suffix: str, data: bytes) -> str:
 
 def read_record(folder: Path) -> RouterRecord:
     """router.json, checked. Raises RouterError where there is none or it is damaged."""
-    file = folder / RECORD
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RouterError(
-            f"{folder.parent}: no router in this bundle; run `polymerge router fit {folder.parent} --data DIR`"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise RouterError(f"{file}: cannot be read ({error}); run `polymerge router fit` again") from None
-    version = data.get("format_version") if isinstance(data, dict) else None
-    if version != FORMAT_VERSION:
-        raise RouterError(f"{file}: format version {version!r}; this polymerge reads version {FORMAT_VERSION}")
-    try:
-        return RouterRecord.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
-        raise RouterError(f"{file}: {where}: {reason}; run `polymerge router fit` again") from None
+    missing = f"{folder.parent}: no router in this bundle; run `polymerge router fit {folder.parent} --data DIR`"
+    fix = "run `polymerge router fit` again"
+    return read_versioned(RouterRecord, folder / RECORD, error=RouterError, missing=missing, fix=fix)
 
 
 def read_arrays(folder: Path, record: RouterRecord) -> dict[str, FloatArray]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import RouterError
+from ..errors import RouterError, first_problem
 from .classify import Kind
 from .embed import PROMPTS, EmbedSettings
 
@@ -48,6 +48,4 @@ def fit_settings(
     try:
         return FitSettings.model_validate({"embed": embed, **others})
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise RouterError(f"{where}: {first['msg']} (got {first['input']!r})") from None
+        raise RouterError(f"{first_problem(error)} (got {error.errors()[0]['input']!r})") from None

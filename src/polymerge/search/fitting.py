@@ -75,13 +75,17 @@ class Fitting:
         # PEFT takes whole modules, so an own weight brings the module's other tensors along.
         whole |= {task.name for task in plan.tasks if task.record.module in modules and not task.as_difference}
         total = sum(_base_bytes(task, plan) for task in plan.tasks if task.name in whole)
+        few = [task for task in plan.tasks if task.tables and task.treatment == "average"]
+        total += sum(task.expert_bytes(plan.dtype, plan.code) + _entry(task) for task in few)
         biases = [task for task in apart if task.treatment == "keep" and task.as_difference]
         total += sum(4 * task.numel + _entry(task) for task in biases)
         for task in (task for task in plan.tasks if task.record.role == "linear"):
             total += 4 + _entry(task)  # its scale
             if task.treatment == "low_rank" and task.name not in self.shared:
                 total += task.expert_bytes(plan.dtype, plan.code) + len(plan.code.suffixes) * _entry(task)
-            if biases and plan.code.peft_readable:  # PEFT wants a bias beside all factors, and factors beside it
+            if (
+                biases and plan.code.peft_readable and not task.record.slice
+            ):  # PEFT wants a bias beside all factors, and factors beside it
                 total += 4 * sum(task.matrix_shape) + 2 * _entry(task)
         return total
 
@@ -109,6 +113,9 @@ def _entry(task: TensorTask) -> int:
 
 
 def _is_shared(task: TensorTask, checkpoints: Mapping[str, Checkpoint]) -> bool:
+    shapes = {checkpoints[expert].tensors[source].shape for expert, source in task.sources.items()}
+    if len(shapes) > 1:  # tables of other vocabularies
+        return False
     rows = [(0, 1), *slabs(task.shape)]  # of two that differ the first row is enough
     return all(_equal(task, checkpoints, pair, rows) for pair in pairwise(task.sources))
 

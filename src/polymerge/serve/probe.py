@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..bundle.bundle import Bundle
+from ..bundle.stored import dense_state
 from ..engine.local.engine import HFEngine
 from ..errors import ModelError
 
@@ -32,17 +33,18 @@ def probe(engine: HFEngine, bundle: Bundle, *, progress: Callable[[str], None] |
     Raises:
         ModelError: an expert does not answer as it should; one line that names it.
     """
-    ids = engine.encode(PROBE)[:PROBE_TOKENS]
+    known = min(engine.model.vocabularies.of(expert) for expert in (None, *bundle.experts))
+    ids = [token for token in engine.encode(PROBE) if token < known][:PROBE_TOKENS]
     average = _mixed(engine, ids, None)
     for expert in bundle.experts:
         if progress:
             progress(expert)
         mixed, dense = _mixed(engine, ids, expert), _dense(engine, bundle, ids, expert)
-        _compare(expert, mixed, dense, average)
+        _compare(expert, mixed[:, :known], dense[:, :known], average[:, :known])
 
 
 def _compare(expert: str, mixed: Tensor, dense: Tensor, average: Tensor) -> None:
-    """Logits [T, V] of one expert, of its reconstruction and of the average."""
+    """Logits [T, V] of one expert, of its reconstruction and of the average, of tokens that all experts know."""
     of_size, of_distance = TOLERANCE.get(mixed.dtype, TOLERANCE[torch.bfloat16])
     mixed, dense, average = mixed.float(), dense.float(), average.float()
     distance = float((dense - average).norm())
@@ -72,14 +74,10 @@ def _dense(engine: HFEngine, bundle: Bundle, ids: list[int], expert: str) -> Ten
     from transformers import AutoConfig
 
     dtype = engine.hf.dtype
-    reader = bundle.expert_reader(expert)
-    tensors = {name: _as(reader.read(name), dtype) for name in bundle.layers}
+    tensors = dense_state(bundle, expert, dtype)
     config = AutoConfig.from_pretrained(bundle.persona(expert).config_folder, local_files_only=True)
+    config.get_text_config().vocab_size = engine.model.vocabularies.of(expert)
     model: Any = type(engine.hf).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
     del tensors
     logits: Tensor = model.eval().to(engine.device)(input_ids=torch.tensor([ids], device=engine.device)).logits[0]
     return logits.cpu()
-
-
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor

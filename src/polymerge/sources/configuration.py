@@ -44,8 +44,8 @@ def resolved(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception:  # an unknown model type, or values that its class refuses
         return dict(raw)
-    found: dict[str, Any] = config.to_dict()
-    return found
+    understood: dict[str, Any] = config.to_dict()
+    return understood
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:
@@ -78,12 +78,12 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def _derived(config: Mapping[str, Any]) -> dict[str, Any]:
     """What stands for a null in every architecture that allows one."""
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
-    found: dict[str, Any] = {}
+    derived: dict[str, Any] = {}
     if isinstance(heads, int) and heads and isinstance(width, int) and config.get("head_dim") is None:
-        found["head_dim"] = width // heads
+        derived["head_dim"] = width // heads
     if isinstance(heads, int) and config.get("num_key_value_heads") is None:
-        found["num_key_value_heads"] = heads
-    return found
+        derived["num_key_value_heads"] = heads
+    return derived
 
 
 def _positions(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

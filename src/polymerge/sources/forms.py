@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .slices import Slice
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -55,6 +57,20 @@ def forms_of(model: PreTrainedModel) -> dict[str, list[Part]]:
     bounds = torch.tensor(starts)
     stored = stored_as(model, numbers)
     return {name: _parts(value, names, bounds) for name, value in stored.items() if value.numel()}
+
+
+def parts_of_slices(part: Part, first: Slice) -> list[Part]:
+    """What every matrix of a stored tensor has in a part of that tensor; perhaps no rows.
+
+    Args:
+        first: of the matrices.
+    """
+    height = first.matrix_shape[1 if part.transposed else 0]
+    owner = part.source // height
+    order = owner.argsort(stable=True)
+    sizes = owner.bincount(minlength=first.count).tolist()
+    rows = zip(*(torch.split(numbers[order], sizes) for numbers in (part.source, part.target)), strict=True)
+    return [Part(part.parameter, s - n * height, t, part.transposed) for n, (s, t) in enumerate(rows)]
 
 
 def in_order(stored: Tensor | None, order: Tensor | None) -> Tensor | None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +19,7 @@ import torch
 from ..errors import SourceError
 from .checkpoint import Checkpoint, architecture_of
 from .forms import forms_of, rows_of, stored_as
+from .slices import Fused, Slice, fused_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 
 Role = Literal["linear", "embedding", "lm_head", "norm", "bias", "other"]
 
+# A share of the model's numbers that is told when it is kept whole though it has the size of matrices.
+NOTED = 0.01
 ROWS = 4096  # of two tensors that are read at a time to be compared
 
 _EMBEDDING_NAME = re.compile(r"embed|\bwte\b|\bwpe\b|word_emb")
@@ -48,6 +51,7 @@ class LayerRecord:
         known: False where the model has no such parameter, or one of whole numbers, a table; it is copied, and never
             differs between experts.
         float32: the architecture computes with it in float32, whatever the rest of the model is in.
+        slice: where it lies, for a matrix that is stored in one tensor with others (`polymerge.sources.fused`).
     """
 
     tensor: str
@@ -57,6 +61,7 @@ class LayerRecord:
     transposed: bool = False
     known: bool = True
     float32: bool = False
+    slice: Slice | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class LayerMap:
     Attributes:
         layers_from: "architecture" (transformers knows the model) or "shapes".
         tied: the checkpoint's output head is its input embedding.
+        fused: the tensors that hold a matrix for each block expert of a mixture.
         notes: what a user should hear of.
     """
 
@@ -74,6 +80,7 @@ class LayerMap:
     tied: bool
     embedding: str | None = None
     lm_head: str | None = None
+    fused: Mapping[str, Fused] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -149,6 +156,7 @@ def stored_names(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 
 def _map_by_architecture(checkpoint: Checkpoint, model: PreTrainedModel) -> LayerMap:
     known, forms, shapes = _known_names(model)
+    mixtures, fused = fused_parameters(model), dict[str, Fused]()
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     records: dict[str, LayerRecord] = {}
     notes: list[str] = []
@@ -171,15 +179,46 @@ def _map_by_architecture(checkpoint: Checkpoint, model: PreTrainedModel) -> Laye
         records[tensor] = replace(known[name], tensor=tensor)
         if info.dtype is None and not _floating(model, f"{known[name].module}.{known[name].parameter}"):
             records[tensor] = replace(records[tensor], known=False)
+        if what := _fused(name, known[name], info.shape, forms, mixtures):
+            fused[tensor] = what
         if records[tensor].role == "linear" and len(info.shape) != 2:
             records[tensor] = replace(records[tensor], role="other")
-            notes.append(f"{tensor}: several matrices fused into one tensor; kept whole, not compressed")
     _refuse_other_class(checkpoint, model, unknown)
     _refuse_missing(checkpoint, forms, matched, _ties(model))
     embedding = _tensor_of(records, _name_of(model, model.get_input_embeddings()))
     head = _tensor_of(records, _name_of(model, model.get_output_embeddings()))
     tied = _ties_head(model) and (head is None or embedding is None or _equal(checkpoint, head, embedding))
-    return LayerMap(records, "architecture", tied, embedding, head, notes=tuple(notes))
+    notes += _whole_notes(checkpoint, records, fused)
+    return LayerMap(records, "architecture", tied, embedding, head, fused, notes=tuple(notes))
+
+
+def _fused(
+    name: str,
+    record: LayerRecord,
+    shape: tuple[int, ...],
+    forms: Mapping[str, set[str]],
+    mixtures: Mapping[str, Fused],
+) -> Fused | None:
+    """What a tensor is that holds a mixture's matrices: a parameter, or, of three dimensions, a piece of one."""
+    parameter = f"{record.module}.{record.parameter}"
+    if parameter in mixtures:
+        return replace(mixtures[parameter], apart=name == parameter and forms[parameter] != {name})
+    owners = [parameter for parameter, stored in forms.items() if name in stored] if len(shape) == 3 else []
+    return Fused(shape[0]) if owners and all(owner in mixtures for owner in owners) else None
+
+
+def _whole_notes(
+    checkpoint: Checkpoint, records: Mapping[str, LayerRecord], fused: Mapping[str, Fused]
+) -> Iterator[str]:
+    """A line for tensors of more than two dimensions that are no mixture's, where they count for the size."""
+    numbers = {name: info.numel for name, info in checkpoint.tensors.items()}
+    others = [n for n, i in checkpoint.tensors.items() if len(i.shape) > 2 and n not in fused and records[n].known]
+    share = sum(numbers[name] for name in others) / max(1, sum(numbers.values()))
+    if share > NOTED:
+        yield (
+            f"{others[0]}{f' and {len(others) - 1} more' if len(others) > 1 else ''}: more than two dimensions, and no "
+            f"mixture's matrices; kept whole, not compressed ({share:.0%} of the model)"
+        )
 
 
 def _ties(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
@@ -261,8 +300,8 @@ def _known_names(
 def _kept_in_float32(model: PreTrainedModel) -> Callable[[str], bool]:
     """Whether transformers loads a parameter in float32 into a model in 16 bits, by its own patterns."""
     patterns = sorted(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    found = re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns)) if patterns else None
-    return lambda name: found is not None and found.search(name) is not None
+    kept = re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns)) if patterns else None
+    return lambda name: kept is not None and kept.search(name) is not None
 
 
 def _roles(model: PreTrainedModel) -> dict[str, tuple[Role, bool]]:
@@ -272,7 +311,7 @@ def _roles(model: PreTrainedModel) -> dict[str, tuple[Role, bool]]:
     head = _name_of(model, model.get_output_embeddings())
     roles: dict[str, tuple[Role, bool]] = {}
     for module_name, module in model.named_modules():
-        for parameter_name, parameter in module.named_parameters(recurse=False):
+        for parameter_name, _ in module.named_parameters(recurse=False):
             full = f"{module_name}.{parameter_name}" if module_name else parameter_name
             role: Role = "other"
             if "norm" in type(module).__name__.lower():
@@ -283,14 +322,10 @@ def _roles(model: PreTrainedModel) -> dict[str, tuple[Role, bool]]:
                 role = "lm_head"
             elif isinstance(module, torch.nn.Embedding):
                 role = "embedding"
-            elif isinstance(module, torch.nn.Linear | Conv1D) or _is_fused_experts(parameter_name, parameter):
+            elif isinstance(module, torch.nn.Linear | Conv1D):
                 role = "linear"
             roles[full] = (role, isinstance(module, Conv1D) and role == "linear")
     return roles
-
-
-def _is_fused_experts(name: str, parameter: torch.nn.Parameter) -> bool:
-    return parameter.dim() == 3 and name.endswith("_proj")
 
 
 def _name_of(model: PreTrainedModel, module: Any) -> str | None:

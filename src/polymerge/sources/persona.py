@@ -88,8 +88,10 @@ class Persona:
     @property
     def max_length(self) -> int | None:
         """Tokens of its context, where its configuration says them."""
-        found = (value for key, value in self.positions.items() if key.rpartition(".")[2] == "max_position_embeddings")
-        return next((int(value) for value in found if value), None)
+        lengths = (
+            value for key, value in self.positions.items() if key.rpartition(".")[2] == "max_position_embeddings"
+        )
+        return next((int(value) for value in lengths if value), None)
 
     def with_tokenizer_of(self, other: Persona) -> Persona:
         """This one with another's tokenizer and templates."""
@@ -109,10 +111,10 @@ def read_persona(folder: Path, config: Mapping[str, Any]) -> Persona:
 
 def read_templates(folder: Path) -> dict[str, str]:
     """Name -> chat template, by transformers' rule: files go before what tokenizer_config.json holds."""
-    found = {DEFAULT: folder / TEMPLATE} if (folder / TEMPLATE).is_file() else {}
-    found |= {file.stem: file for file in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
-    if found:
-        return {name: file.read_text(encoding="utf-8") for name, file in found.items()}
+    files = {DEFAULT: folder / TEMPLATE} if (folder / TEMPLATE).is_file() else {}
+    files |= {file.stem: file for file in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
+    if files:
+        return {name: file.read_text(encoding="utf-8") for name, file in files.items()}
     for file in (folder / "tokenizer_config.json", folder / OLD_TEMPLATE):
         inside = read_json(file).get("chat_template") if file.is_file() else None
         if inside:
@@ -227,16 +229,18 @@ def first_with_tokenizer(personas: Sequence[Persona]) -> Persona | None:
 
 
 def _tokenizer_files(persona: Persona) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    contents: dict[str, Any] = {}
     for name in persona.files:
         file = persona.folder / name
         if file.suffix != ".json":
-            found[name] = file.read_bytes()
+            contents[name] = file.read_bytes()
             continue
-        found[name] = {key: value for key, value in _meant(read_json(file)).items() if key != "chat_template"}
+        contents[name] = {key: value for key, value in _meant(read_json(file)).items() if key != "chat_template"}
         if name == "tokenizer.json":
-            found[name] = {key: value for key, value in found[name].items() if key not in ("truncation", "padding")}
-    return found
+            contents[name] = {
+                key: value for key, value in contents[name].items() if key not in ("truncation", "padding")
+            }
+    return contents
 
 
 def _meant(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,6 +249,6 @@ def _meant(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _settings(generation: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that are set, with end tokens as a sorted list, and without those that say what holds anyway."""
-    found = {key: value for key, value in _meant(generation).items() if value is not None and key not in OF_THE_RUN}
-    found = {key: value for key, value in found.items() if UNSAID.get(key) != value}
-    return {**found, "eos_token_id": end_tokens(found)}
+    settings = {key: value for key, value in _meant(generation).items() if value is not None and key not in OF_THE_RUN}
+    settings = {key: value for key, value in settings.items() if UNSAID.get(key) != value}
+    return {**settings, "eos_token_id": end_tokens(settings)}

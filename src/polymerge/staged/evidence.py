@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..errors import BundleError
+from ..errors import BundleError, first_problem
 
 FILE = "staged.json"
 Way = Literal["direct", "v1", "v2"]
@@ -55,7 +55,7 @@ class Evidence(BaseModel):
         try:
             return cls.model_validate_json(file.read_bytes())
         except (ValidationError, OSError) as error:
-            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
+            reason = first_problem(error) if isinstance(error, ValidationError) else error.strerror
             raise BundleError(f"{file}: cannot be used ({reason}); run `polymerge stages` again") from None
 
     def to_bytes(self) -> bytes:

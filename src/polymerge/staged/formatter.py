@@ -101,18 +101,18 @@ class Formatter:
         contexts = [[self._context(one, prompt) for prompt in one.prompts] for one in asked]
         requests = [
             ScoreRequest(context, choice, one.expert)
-            for one, own in zip(asked, contexts, strict=True)
-            for context in own
+            for one, prompts in zip(asked, contexts, strict=True)
+            for context in prompts
             for choice in one.question.choices
         ]
         scores = iter(self._engine.loglikelihood(requests))
         answers = []
-        for one, own in zip(asked, contexts, strict=True):
+        for one, prompts in zip(asked, contexts, strict=True):
             choices = one.question.choices
-            rows = [[self._score(next(scores), choice) for choice in choices] for _ in own]
-            total = tuple(sum(column) / len(own) for column in zip(*rows, strict=True))
+            rows = [[self._score(next(scores), choice) for choice in choices] for _ in prompts]
+            total = tuple(sum(column) / len(prompts) for column in zip(*rows, strict=True))
             best = likeliest(total)  # the first of equals, as in the kit
-            answers.append(Answer(choices[best], best, total, sum(map(len, own))))
+            answers.append(Answer(choices[best], best, total, sum(map(len, prompts))))
         return answers
 
     def _score(self, score: Score, choice: str) -> float:

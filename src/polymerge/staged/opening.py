@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from ..errors import RecipeError
+from ..errors import RecipeError, first_problem
 from ..recipe.merge import load_recipe
 from ..recipe.response import StageSettings, ThinkerSettings
 from .evidence import Evidence
@@ -98,7 +98,7 @@ def stage_settings(base: StageSettings | None, **settings: Any) -> StageSettings
     try:
         return StageSettings.model_validate((base or StageSettings()).model_dump() | given)
     except ValidationError as error:
-        raise RecipeError(_first(error)) from None
+        raise RecipeError(first_problem(error)) from None
 
 
 def thinker_settings(
@@ -115,7 +115,7 @@ def thinker_settings(
     try:
         return ThinkerSettings.model_validate({place: thinker, "model": model, "key_env": key_env})
     except ValidationError as error:
-        raise RecipeError(f"thinker: {_first(error)}") from None
+        raise RecipeError(f"thinker: {first_problem(error)}") from None
 
 
 def _router(bundle: str | Path, engine: Engine, device: str | None = None, *, needed: bool = False) -> Routes | None:
@@ -128,9 +128,3 @@ def _router(bundle: str | Path, engine: Engine, device: str | None = None, *, ne
     from ..router.record import has_router
 
     return load_router(bundle, device, engine=engine) if needed or has_router(Path(bundle)) else None
-
-
-def _first(error: ValidationError) -> str:
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    return f"{place + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')}"

@@ -69,18 +69,18 @@ def validate(
     """
     settings = settings or StageSettings()
     named = {field: field if field in engine.experts else None for field in fields} | dict(experts or {})
-    found = {}
+    evidence = {}
     for field, questions in fields.items():
         scores = {}
         for way in ("direct", *VERSIONS):
             if progress:
                 progress(field, way, len(questions))
             staged = way != "direct"
-            own = settings.model_copy(update={"use": "always", "fields": {}} | ({"prompts": way} if staged else {}))
+            variant = settings.model_copy(update={"use": "always", "fields": {}} | ({"prompts": way} if staged else {}))
             pipeline = Pipeline(
-                engine, own, thinker=thinker if staged else None, expert=named[field], chat=chat, low_memory=False
+                engine, variant, thinker=thinker if staged else None, expert=named[field], chat=chat, low_memory=False
             )
             responses = pipeline.respond([asked.question for asked in questions])
             scores[way] = [score(asked, r.text) for asked, r in zip(questions, responses, strict=True)]
-        found[field] = weigh(scores)
-    return Evidence(bundle=engine.fingerprint, thinker=thinker.fingerprint, prompts=pipeline.digest, fields=found)
+        evidence[field] = weigh(scores)
+    return Evidence(bundle=engine.fingerprint, thinker=thinker.fingerprint, prompts=pipeline.digest, fields=evidence)

@@ -91,13 +91,13 @@ def test_answers_of_requests_that_come_at_any_time_are_the_offline_ones(
         for _ in range(16)
     ]
     expected = [offline.generate([request])[0] for request in requests]
-    found: list[Heard] = []
+    streams: list[Heard] = []
     for request in requests:
-        found += start(batching, StreamRequest(request))
+        streams += start(batching, StreamRequest(request))
         time.sleep(draw.random() * 0.01)
-    for own, heard in zip(expected, found, strict=True):
-        assert heard.text == own.text
-        assert (heard.pieces[-1].tokens, heard.pieces[-1].finish) == (own.tokens, own.finish)
+    for answer, heard in zip(expected, streams, strict=True):
+        assert heard.text == answer.text
+        assert (heard.pieces[-1].tokens, heard.pieces[-1].finish) == (answer.tokens, answer.finish)
         assert all(piece.finish is None for piece in heard.pieces[:-1])
     assert not caplog.records  # no step broke and was made good
 
@@ -105,8 +105,8 @@ def test_answers_of_requests_that_come_at_any_time_are_the_offline_ones(
 def test_generate_is_the_offline_engines_with_stop_texts(engines: Offline) -> None:
     offline, batching = engines
     requests = [GenerateRequest([5, 6, 7 + n], EXPERTS[n % 5], max_new_tokens=20, stop=("w1",)) for n in range(12)]
-    for own, other in zip(offline.generate(requests), batching.generate(requests), strict=True):
-        assert (own.text, own.finish) == (other.text, other.finish)
+    for answer, other in zip(offline.generate(requests), batching.generate(requests), strict=True):
+        assert (answer.text, answer.finish) == (other.text, other.finish)
 
 
 def test_scores_and_embeddings_run_between_steps(engines: Offline) -> None:
@@ -207,7 +207,7 @@ def test_closing_finishes_what_was_taken(engines: Offline) -> None:
 def test_a_step_that_breaks_once_loses_nothing(engines: Offline, monkeypatch: pytest.MonkeyPatch) -> None:
     offline, batching = engines
     requests = [GenerateRequest([5, 6, n], EXPERTS[n % 5], 30) for n in range(3, 9)]
-    expected = [own.text for own in offline.generate(requests)]
+    expected = [answer.text for answer in offline.generate(requests)]
     break_at(batching, monkeypatch, lambda calls, answers: calls in (2, 9))
     heard = start(batching, *map(StreamRequest, requests))
     assert [one.text for one in heard] == expected
@@ -217,7 +217,7 @@ def test_a_step_that_breaks_once_loses_nothing(engines: Offline, monkeypatch: py
 def test_only_the_request_that_breaks_the_model_fails(engines: Offline, monkeypatch: pytest.MonkeyPatch) -> None:
     offline, batching = engines
     requests = [GenerateRequest([5, 6, n], EXPERTS[n % 5], 30) for n in range(3, 9)]
-    expected = [own.text for own in offline.generate(requests)]
+    expected = [answer.text for answer in offline.generate(requests)]
     break_at(batching, monkeypatch, lambda calls, answers: any(a.prompt[-1] == 6 for a in answers))
     heard = start(batching, *map(StreamRequest, requests))
     for request, one, text in zip(requests, heard, expected, strict=True):

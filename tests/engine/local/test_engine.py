@@ -35,8 +35,8 @@ def engine(merged: Merged, tokenizer: Any, request: pytest.FixtureRequest) -> HF
 
 def logits_alone(engine: HFEngine, ids: list[int], expert: Any) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = engine.model(torch.tensor([ids]), experts=[expert], use_cache=False).logits[0]
-    return found
+        logits: torch.Tensor = engine.model(torch.tensor([ids]), experts=[expert], use_cache=False).logits[0]
+    return logits
 
 
 @pytest.mark.parametrize("engine", ARCHITECTURES, indirect=True)
@@ -62,9 +62,9 @@ def test_greedy_answers_of_a_mixed_batch_are_those_of_every_row_alone(engine: HF
     requests = [GenerateRequest(p, e, max_new_tokens=4 + n) for n, (p, e) in enumerate(zip(PROMPTS, ROWS, strict=True))]
     together = engine.generate(requests)
     assert together == [engine.generate([request])[0] for request in requests]
-    for request, found in zip(requests, together, strict=True):
-        assert found.prompt_tokens == len(request.prompt)
-        assert found.tokens == request.max_new_tokens or found.finish == "stop"
+    for request, answer in zip(requests, together, strict=True):
+        assert answer.prompt_tokens == len(request.prompt)
+        assert answer.tokens == request.max_new_tokens or answer.finish == "stop"
 
 
 @pytest.mark.parametrize("engine", ["llama"], indirect=True)
@@ -81,14 +81,14 @@ def test_an_exported_expert_scores_the_same_alone(engine: HFEngine, tokenizer: A
 @pytest.mark.parametrize("engine", ["llama", "gemma3", "gpt2"], indirect=True)
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_embeddings_do_not_depend_on_the_batch_and_are_the_averages(engine: HFEngine, pooling: Any) -> None:
-    found = engine.embed(PROMPTS, layers=(0, -1), pooling=pooling)
-    assert found.shape == (len(PROMPTS), 2, 48) and found.dtype == np.float32
-    for row, prompt in zip(found, PROMPTS, strict=True):
+    embeddings = engine.embed(PROMPTS, layers=(0, -1), pooling=pooling)
+    assert embeddings.shape == (len(PROMPTS), 2, 48) and embeddings.dtype == np.float32
+    for row, prompt in zip(embeddings, PROMPTS, strict=True):
         with torch.no_grad():
             states = engine.model.hf.base_model(torch.tensor([prompt]), output_hidden_states=True).hidden_states
-        for own, layer in zip(row, (states[0], states[-1]), strict=True):
+        for vector, layer in zip(row, (states[0], states[-1]), strict=True):
             expected = layer[0, -1] if pooling == "last" else layer[0].mean(0)
-            assert np.allclose(own, expected.numpy(), atol=1e-3)
+            assert np.allclose(vector, expected.numpy(), atol=1e-3)
 
 
 @pytest.mark.parametrize("engine", ["llama"], indirect=True)

@@ -98,10 +98,10 @@ def test_models_that_keep_more_than_keys_and_values_answer_as_transformers_does(
     tokenizer.model_max_length = 128
     engine = HFEngine(model, tokenizer, fingerprint="", batch_tokens=130)
     assert not joins(model)
-    found = engine.generate(REQUESTS)
+    answers = engine.generate(REQUESTS)
     assert model.generation_config.no_repeat_ngram_size == 1
     model.generation_config = hf.GenerationConfig(eos_token_id=[2, 40], pad_token_id=0)
-    for request, answer in zip(REQUESTS, found, strict=True):
+    for request, answer in zip(REQUESTS, answers, strict=True):
         with torch.no_grad():
             ids = model.generate(
                 torch.tensor([request.prompt]),

@@ -25,25 +25,25 @@ def fake_vllm(models: list[str], complete: Complete, *, max_model_len: int = 32)
 
         def do_POST(self) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            found = complete(asked)
-            if isinstance(found, tuple):
-                self._send(found[0], {"error": {"message": found[1]}})
-            elif "token_ids" in found and asked.get("stream"):
-                self._stream(found)
+            reply = complete(asked)
+            if isinstance(reply, tuple):
+                self._send(reply[0], {"error": {"message": reply[1]}})
+            elif "token_ids" in reply and asked.get("stream"):
+                self._stream(reply)
             else:
-                self._send(200, {"choices": [found]})
+                self._send(200, {"choices": [reply]})
 
-        def _stream(self, found: dict[str, Any]) -> None:
+        def _stream(self, reply: dict[str, Any]) -> None:
             """A token an event; what is beside the token ids comes with the last one."""
             self.send_response(200)
             self.end_headers()
-            *first, last = found["token_ids"] or [None]
+            *first, last = reply["token_ids"] or [None]
             with suppress(OSError):  # the client may go
                 for token in first:
                     self._event({"token_ids": [token], "finish_reason": None})
-                    time.sleep(found.get("pause", 0.0))
-                if not found.get("broken"):
-                    self._event({**found, "token_ids": [last]})
+                    time.sleep(reply.get("pause", 0.0))
+                if not reply.get("broken"):
+                    self._event({**reply, "token_ids": [last]})
                     self.wfile.write(b"data: [DONE]\n\n")
 
         def _event(self, choice: dict[str, Any]) -> None:

@@ -90,8 +90,8 @@ def test_answers_come_in_the_order_of_the_requests_and_from_the_right_expert(fol
             GenerateRequest("w6 w7", None, max_new_tokens=9, stop=("w7",)),
             GenerateRequest([8], "b", max_new_tokens=99, temperature=0.5, top_p=0.9, seed=3),
         ]
-        found = engine.generate(requests)
-    assert [(g.text, g.prompt_tokens, g.tokens, g.finish) for g in found] == [
+        answers = engine.generate(requests)
+    assert [(g.text, g.prompt_tokens, g.tokens, g.finish) for g in answers] == [
         ("w5 w5", 1, 2, "length"),
         ("w6 ", 2, 2, "stop"),
         ("w8 w8", 1, 3, "stop"),  # with the end token, which vLLM did not tell
@@ -261,9 +261,9 @@ with VllmServer({str(folder)!r}, python={python!r}) as server:
     print(server._process.pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert found.returncode == -signal.SIGKILL
-    assert has_ended(int(found.stdout))
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL
+    assert has_ended(int(ended.stdout))
     os.kill(int(notes.read_text().split()[0]), signal.SIGKILL)  # the fake one's worker
 
 

@@ -76,8 +76,8 @@ def requests(skills: list[Skill], engine: VllmEngine) -> dict[str, list[Generate
         prompts = [format_prompt(example.prompt) for example in skill.test[:count]]
         return [GenerateRequest(engine.encode(text, special=False), expert, max_new_tokens=room) for text in prompts]
 
-    found = {skill.name: ask(skill, skill.name, PROMPTS) for skill in skills}
-    return found | {"average": [r for skill in skills for r in ask(skill, None, PROMPTS // len(skills))]}
+    requested = {skill.name: ask(skill, skill.name, PROMPTS) for skill in skills}
+    return requested | {"average": [r for skill in skills for r in ask(skill, None, PROMPTS // len(skills))]}
 
 
 def test_every_expert_answers_as_in_the_embedded_engine(

@@ -55,14 +55,14 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def logits_of(model: MixedModel, expert: str | None) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = model(IDS, experts=expert).logits
-    return found
+        logits: torch.Tensor = model(IDS, experts=expert).logits
+    return logits
 
 
 @pytest.mark.parametrize("architecture", sorted(BEFORE_LAYERS))
 def test_norms_that_only_linear_layers_read_are_found(bundles: Any, architecture: str) -> None:
-    found = norm_readers(bundles(architecture).path)
-    assert {name.rpartition(".")[2] for name in found} == BEFORE_LAYERS[architecture]
+    readers = norm_readers(bundles(architecture).path)
+    assert {name.rpartition(".")[2] for name in readers} == BEFORE_LAYERS[architecture]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
@@ -70,14 +70,14 @@ def test_a_gain_in_the_columns_is_the_gain_in_the_norm(bundles: Any, architectur
     bundle = bundles(architecture)
     name, norm = next(iter(norm_modules(bundle.path).items()))
     base = bundle.base_tensor(f"{name}.weight")
-    own = bundle.expert_reader("e1").read(f"{name}.weight")
-    ratio = gain_ratio(norm, own, base)
+    weight = bundle.expert_reader("e1").read(f"{name}.weight")
+    ratio = gain_ratio(norm, weight, base)
     assert ratio is not None
     if architecture == "llama":
-        assert torch.allclose(ratio.float(), own / base, rtol=1e-4)
+        assert torch.allclose(ratio.float(), weight / base, rtol=1e-4)
     else:
-        assert torch.allclose(ratio.float(), (1 + own) / (1 + base), rtol=1e-4)
-    assert gain_ratio(norm, own, torch.full_like(base, -1.0 if architecture == "gemma3" else 0.0)) is None
+        assert torch.allclose(ratio.float(), (1 + weight) / (1 + base), rtol=1e-4)
+    assert gain_ratio(norm, weight, torch.full_like(base, -1.0 if architecture == "gemma3" else 0.0)) is None
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "qwen3"])
@@ -95,9 +95,9 @@ def test_at_full_rank_folding_loses_nothing_that_has_a_place(
     for expert in bundle.experts:
         adapter = read_adapter(load_file(written.folder / "adapters" / expert / "adapter_model.safetensors"))
         with applied(model.hf, adapter):
-            found = logits_of(model, None)
+            logits = logits_of(model, None)
         if architecture != "qwen3":
-            torch.testing.assert_close(found, logits_of(model, expert), atol=2e-4, rtol=0)
+            torch.testing.assert_close(logits, logits_of(model, expert), atol=2e-4, rtol=0)
             assert written.note.experts[expert].kl < 1e-6 < written.note.experts[expert].kl_unfolded
         assert written.note.experts[expert].kl < written.note.experts[expert].kl_average
 
@@ -116,8 +116,8 @@ def test_coded_factors_are_decoded_on_the_way(bundles: Any, tmp_path: Path, code
     for expert in bundle.experts:
         adapter = read_adapter(load_file(written.folder / "adapters" / expert / "adapter_model.safetensors"))
         with applied(model.hf, adapter):
-            found = logits_of(model, None)
-        torch.testing.assert_close(found, logits_of(model, expert), atol=1e-5, rtol=0)
+            logits = logits_of(model, None)
+        torch.testing.assert_close(logits, logits_of(model, expert), atol=1e-5, rtol=0)
 
 
 def test_peft_opens_an_exported_adapter_and_says_the_same(bundles: Any, tmp_path: Path) -> None:

@@ -30,11 +30,11 @@ def compiled(function: Any, arch: int, bits: int, dtype: str, dot: Any, tokens: 
 
 
 if __name__ == "__main__":
-    found = [
+    kernels = [
         compiled(function, arch, bits, *kind)
         for function in (kernel._shrink, kernel._expand)
         for arch in (80, 90)
         for bits in (0, 4, 8)
         for kind in WIDEST
     ]
-    print(sum("cubin" in one.asm for one in found))
+    print(sum("cubin" in one.asm for one in kernels))

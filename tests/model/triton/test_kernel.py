@@ -55,14 +55,14 @@ def normal(*size: int) -> torch.Tensor:
 
 def residuals_of(code: str, out_features: int, in_features: int) -> tuple[Residuals, list[torch.Tensor]]:
     """Residuals of three experts, and B A of each in float32."""
-    found, dense = [], []
+    stored_factors, dense = [], []
     coder = code_of(code, torch.bfloat16)
     for rank in RANKS:
         stored = coder.encode(normal(out_features, rank), normal(rank, in_features)) if rank else None
         b, a = coder.decode(stored, out_features, in_features) if stored else (torch.zeros(out_features, 0), None)
         dense.append(b @ a if a is not None else torch.zeros(out_features, in_features))
-        found.append(stored)
-    return Residuals(found, coder, (out_features, in_features), RATIOS).to(DEVICE), dense
+        stored_factors.append(stored)
+    return Residuals(stored_factors, coder, (out_features, in_features), RATIOS).to(DEVICE), dense
 
 
 def assigned(experts: Any, rows: int) -> Assignment:

@@ -26,6 +26,7 @@ from ..base import FloatArray, GenerateRequest, Generation, Message, Pooling, Pr
 from ..defaults import GenerationDefaults
 from ..jobs import Jobs
 from ..streaming import EngineState, Listener, Stream, StreamRequest
+from ..wrappers.forwarding import ForwardingEngine
 from .engine import HFEngine
 from .running import RunningBatch
 
@@ -39,7 +40,7 @@ RESTART_PAUSES = (0.0, 0.2, 1.0, 5.0)
 Result = TypeVar("Result")
 
 
-class BatchingEngine:
+class BatchingEngine(ForwardingEngine):
     """An embedded engine that answers many at once; a `polymerge.engine.StreamingEngine`.
 
     Args:
@@ -47,8 +48,11 @@ class BatchingEngine:
         limits: of the running batch and of the queue before it.
     """
 
+    _engine: HFEngine
+
     def __init__(self, engine: HFEngine, limits: Limits = DEFAULT_LIMITS) -> None:
-        self._engine, self._limits = engine, limits
+        super().__init__(engine)
+        self._limits = limits
         # A tokenizer changes its settings while it encodes, so every thread needs its own or a lock.
         self._front = copy.copy(engine)
         self._front.voices = engine.voices.apart()
@@ -62,18 +66,6 @@ class BatchingEngine:
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="polymerge-engine", daemon=True)
         self._thread.start()
-
-    @property
-    def experts(self) -> list[str]:
-        return self._engine.experts
-
-    @property
-    def max_length(self) -> int:
-        return self._engine.max_length
-
-    @property
-    def fingerprint(self) -> str:
-        return self._engine.fingerprint
 
     @property
     def state(self) -> EngineState:
@@ -126,8 +118,8 @@ class BatchingEngine:
         def run(items: Sequence[Prompt]) -> list[FloatArray]:
             return list(self._engine.embed(items, layers=layers, pooling=pooling))
 
-        found: list[FloatArray] = self._on_worker(("embed", tuple(layers), pooling), prompts, run)
-        return np.stack(found)
+        rows: list[FloatArray] = self._on_worker(("embed", tuple(layers), pooling), prompts, run)
+        return np.stack(rows)
 
     def submit(self, requests: Sequence[StreamRequest], listeners: Sequence[Listener]) -> list[Stream]:
         """As in the contract."""

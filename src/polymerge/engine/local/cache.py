@@ -82,9 +82,9 @@ class RowsLayer(DynamicLayer):  # type: ignore[misc]
     def write(self, row: int, other: DynamicLayer, source: int, length: int, end: int) -> None:
         """The last `length` columns of another layer's row, so that they end at `end`; what is left of them is zero."""
         for name in ("keys", "values"):
-            own, theirs = getattr(self, name)[row], getattr(other, name)[source]
-            own[:, : end - length] = 0
-            own[:, end - length : end] = theirs[:, theirs.shape[1] - length :]
+            ours, theirs = getattr(self, name)[row], getattr(other, name)[source]
+            ours[:, : end - length] = 0
+            ours[:, end - length : end] = theirs[:, theirs.shape[1] - length :]
 
     def move(self, source: int, target: int) -> None:
         """One row over another."""

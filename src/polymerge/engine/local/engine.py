@@ -69,12 +69,12 @@ class HFEngine(LoadedModel):
             key = (tuple(context), json.dumps(request.expert, sort_keys=True))
             experts[key] = request.expert
             groups.setdefault(key, []).append((number, continuation))
-        items = [(list(key[0]), experts[key], [ids for _, ids in found]) for key, found in groups.items()]
+        items = [(list(key[0]), experts[key], [ids for _, ids in group]) for key, group in groups.items()]
         lengths = [(len(context) + max(map(len, ids))) * len(ids) for context, _, ids in items]
         scores = self._in_batches(items, lengths, self._score_batch)
         ordered: list[Score | None] = [None] * len(requests)
-        for group, own in zip(groups.values(), scores, strict=True):
-            for (number, _), score in zip(group, own, strict=True):
+        for group, of_group in zip(groups.values(), scores, strict=True):
+            for (number, _), score in zip(group, of_group, strict=True):
                 ordered[number] = score
         return [score for score in ordered if score is not None]
 
@@ -90,13 +90,14 @@ class HFEngine(LoadedModel):
         def batch(rows: Sequence[list[int]]) -> list[FloatArray]:
             return self._embed_batch(rows, layers, pooling)
 
-        found = self._in_batches(encoded, [len(ids) for ids in encoded], batch)
+        vectors = self._in_batches(encoded, [len(ids) for ids in encoded], batch)
         width = self.hf.config.get_text_config().hidden_size
-        return np.stack(found) if found else np.zeros((0, len(layers), width), dtype=np.float32)
+        return np.stack(vectors) if vectors else np.zeros((0, len(layers), width), dtype=np.float32)
 
     def _pair(self, request: ScoreRequest) -> tuple[list[int], list[int]]:
         continuation, voice = request.continuation, self.voices.of(request.expert)
-        ids = voice.encode(continuation, special=False) if isinstance(continuation, str) else self.checked(continuation)
+        ids = voice.encode(continuation, special=False) if isinstance(continuation, str) else continuation
+        ids = self.checked(ids, request.expert)
         return scored_pair(self.ids(request.context, request.expert), ids, voice.tokenizer, voice.max_length)
 
     def _in_batches(
@@ -125,7 +126,7 @@ class HFEngine(LoadedModel):
             )
         repeats = torch.tensor(counts, device=ids.device)
         first = torch.log_softmax(read.logits[:, -1].float(), dim=-1).repeat_interleave(repeats, dim=0)  # [C, V]
-        flat = [continuation for _, _, found in rows for continuation in found]
+        flat = [continuation for _, _, continuations in rows for continuation in continuations]
         longest = max(len(continuation) for continuation in flat)
         later = None
         if longest > 1:
@@ -133,7 +134,10 @@ class HFEngine(LoadedModel):
             experts = [expert for (_, expert, _), count in zip(rows, counts, strict=True) for _ in range(count)]
             later = self._continue(flat, mask.repeat_interleave(repeats, dim=0), experts, read.past_key_values)
         scores = iter(
-            [self._score(own, first[n], later[n] if later is not None else None) for n, own in enumerate(flat)]
+            [
+                self._score(continuation, first[n], later[n] if later is not None else None)
+                for n, continuation in enumerate(flat)
+            ]
         )
         return [[next(scores) for _ in range(count)] for count in counts]
 
@@ -167,14 +171,14 @@ class HFEngine(LoadedModel):
     def _embed_batch(self, rows: Sequence[list[int]], layers: Sequence[int], pooling: Pooling) -> list[FloatArray]:
         ids, mask = self.padded(rows)
         with self.assigned(None, len(rows)):
-            found = self.hf.base_model(
+            output = self.hf.base_model(
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions(mask),
                 use_cache=False,
                 output_hidden_states=True,
             )
-        states = torch.stack([found.hidden_states[layer] for layer in layers], dim=1).float()  # [B, L, T, H]
+        states = torch.stack([output.hidden_states[layer] for layer in layers], dim=1).float()  # [B, L, T, H]
         if pooling == "last":
             pooled = states[:, :, -1]
         else:

@@ -19,6 +19,7 @@ from ...bundle.bundle import Bundle
 from ...errors import ModelError, PolymergeError
 from ...host import DTYPES, pick_device, pick_dtype
 from ...model import MixedModel, load_model
+from ...model.vocabulary import tokens_of
 from ...recipe.merge import Source
 from ...sources.checkpoint import Checkpoint
 from ...sources.dense import dense_model
@@ -55,11 +56,11 @@ class LoadedModel:
         self.batch_tokens = batch_tokens
         self._mixed = isinstance(model, MixedModel)
         self.hf: Any = model.hf if self._mixed else model
-        self._vocabulary = int(self.hf.config.get_text_config().vocab_size)
+        self._tokens = tokens_of(self.hf)
         label = str(model.bundle.path if self._mixed else self.hf.config.name_or_path or "the model")
         defaults = checkpoint_defaults(self.hf.generation_config, tokenizer, label)
         average = Voice(tokenizer, defaults, _context(self.hf, tokenizer))
-        self.voices = Voices(average, model.personas.own if self._mixed else None)
+        self.voices = Voices(average, model.personas.with_groups if self._mixed else None)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle | str | Path, *, batch_tokens: int = BATCH_TOKENS, **load: Any) -> Self:
@@ -141,7 +142,7 @@ class LoadedModel:
 
     def decode(self, ids: Sequence[int], *, expert: RowExpert = None) -> str:
         """The text of token ids, without special tokens. Raises ModelError for ids outside the vocabulary."""
-        return self.voices.of(expert).text(self.checked(ids), False)
+        return self.voices.of(expert).text(self.checked(ids, expert), False)
 
     def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None) -> list[int]:
         """Token ids of a conversation; without a chat template, its turns one below the other."""
@@ -149,13 +150,14 @@ class LoadedModel:
 
     def ids(self, prompt: Prompt, expert: RowExpert = None) -> list[int]:
         """Token ids of a prompt. Raises ModelError as `checked` does."""
-        return self.encode(prompt, expert=expert) if isinstance(prompt, str) else self.checked(prompt)
+        return self.checked(self.encode(prompt, expert=expert) if isinstance(prompt, str) else prompt, expert)
 
-    def checked(self, ids: Sequence[int]) -> list[int]:
-        """Token ids as they are. Raises ModelError for one outside the vocabulary."""
-        if ids and not (min(ids) >= 0 and max(ids) < self._vocabulary):
-            wrong = next(token for token in ids if not 0 <= token < self._vocabulary)
-            raise ModelError(f"token {wrong}: the vocabulary ends at {self._vocabulary - 1}")
+    def checked(self, ids: Sequence[int], expert: RowExpert = None) -> list[int]:
+        """Token ids as they are. Raises ModelError for one outside the expert's vocabulary."""
+        tokens = self.model.vocabularies.of(expert) if self._mixed else self._tokens
+        if ids and not (min(ids) >= 0 and max(ids) < tokens):
+            wrong = next(token for token in ids if not 0 <= token < tokens)
+            raise ModelError(f"token {wrong}: the vocabulary ends at {tokens - 1}")
         return list(ids)
 
     def check_expert(self, expert: Any) -> None:

@@ -164,10 +164,10 @@ def token_scores(text_of: Decode, logits: Tensor, tokens: Sequence[int], top: in
     if not len(tokens):
         return []
     logprobs = torch.log_softmax(logits.float(), dim=-1)
-    own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
     values, likeliest = logprobs.topk(min(top, logits.shape[-1]), dim=-1)
-    found = []
-    for token, logprob, row, ids in zip(tokens, own, values.tolist(), likeliest.tolist(), strict=True):
+    scores = []
+    for token, logprob, row, ids in zip(tokens, chosen, values.tolist(), likeliest.tolist(), strict=True):
         others = tuple((text_of([other], True), value) for other, value in zip(ids, row, strict=True))
-        found.append(TokenScore(text_of([token], True), logprob, others))
-    return found
+        scores.append(TokenScore(text_of([token], True), logprob, others))
+    return scores

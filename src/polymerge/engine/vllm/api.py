@@ -34,8 +34,8 @@ class VllmApi:
 
     def models(self) -> list[dict[str, Any]]:
         """What the server offers."""
-        found: list[dict[str, Any]] = self._ask("/v1/models", None)["data"]
-        return found
+        models: list[dict[str, Any]] = self._ask("/v1/models", None)["data"]
+        return models
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         """One call of /v1/completions.
@@ -57,10 +57,10 @@ class VllmApi:
                     data = line.strip().removeprefix(b"data:").strip()
                     if not data or data == b"[DONE]":
                         continue
-                    found = json.loads(data)
-                    if "error" in found:
-                        raise ModelError(f"vLLM at {self.url}: {found['error'].get('message', 'an error')}")
-                    yield from found["choices"]
+                    event = json.loads(data)
+                    if "error" in event:
+                        raise ModelError(f"vLLM at {self.url}: {event['error'].get('message', 'an error')}")
+                    yield from event["choices"]
             except (OSError, http.client.HTTPException) as error:
                 raise EngineDownError(f"vLLM at {self.url} broke off ({_short(error)})") from None
 
@@ -75,8 +75,8 @@ class VllmApi:
     def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         with self._opened(path, body, self._timeout) as answer:
             try:
-                found: dict[str, Any] = json.load(answer)
-                return found
+                reply: dict[str, Any] = json.load(answer)
+                return reply
             except ValueError:
                 raise ModelError(f"{self.url}{path}: the answer is not JSON; is it vLLM's address?") from None
             except (OSError, http.client.HTTPException) as error:

@@ -154,8 +154,10 @@ class VllmEngine:
     def loglikelihood(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         """As in the contract. One token less of the context fits: vLLM always makes one."""
         pairs = [(self._model(request.expert), *self._pair(request)) for request in requests]
-        found = self._scores([(model, [*context, *ids], len(context)) for model, context, ids in pairs])
-        return [Score(sum(s.logprob for s in own), all(s.is_likeliest for s in own), len(own)) for own in found]
+        texts = self._scores([(model, [*context, *ids], len(context)) for model, context, ids in pairs])
+        return [
+            Score(sum(s.logprob for s in tokens), all(s.is_likeliest for s in tokens), len(tokens)) for tokens in texts
+        ]
 
     def embed(
         self, prompts: Sequence[Prompt], *, layers: Sequence[int] = (-1,), pooling: Pooling = "last"
@@ -181,16 +183,16 @@ class VllmEngine:
             )
         probes = {expert: served.probe.ids for expert, served in self.note.experts.items()}
         experts = self._scores([(expert, ids, 1) for expert, ids in probes.items()])
-        for expert, found in zip(probes, experts, strict=True):
-            self._compare(expert, [score.logprob for score in found])
+        for expert, scores in zip(probes, experts, strict=True):
+            self._compare(expert, [score.logprob for score in scores])
         # the average last: by then every slot that will be taken is taken
-        for expert, found in zip(probes, self._scores([(AVERAGE, ids, 1) for ids in probes.values()]), strict=True):
-            self._compare_average(expert, [score.logprob for score in found])
+        for expert, scores in zip(probes, self._scores([(AVERAGE, ids, 1) for ids in probes.values()]), strict=True):
+            self._compare_average(expert, [score.logprob for score in scores])
 
-    def _compare(self, expert: str, found: Sequence[float]) -> None:
+    def _compare(self, expert: str, logprobs: Sequence[float]) -> None:
         probe = self.note.experts[expert].probe
         apart = distance(probe.expert, probe.average)
-        off, from_average = distance(found, probe.expert), distance(found, probe.average)
+        off, from_average = distance(logprobs, probe.expert), distance(logprobs, probe.average)
         if apart <= PROBE_TOLERANCE:
             logger.warning("expert %r answers its probe like the average (%.2g nats); it tells little", expert, apart)
         if off <= max(PROBE_TOLERANCE, PROBE_SHARE * apart):
@@ -205,9 +207,9 @@ class VllmEngine:
             f"run {self.folder}?"
         )
 
-    def _compare_average(self, expert: str, found: Sequence[float]) -> None:
+    def _compare_average(self, expert: str, logprobs: Sequence[float]) -> None:
         probe = self.note.experts[expert].probe
-        off = distance(found, probe.average)
+        off = distance(logprobs, probe.average)
         if off > max(PROBE_TOLERANCE, PROBE_SHARE * distance(probe.expert, probe.average)):
             raise ModelError(
                 f"{self.api.url}: the average is {off:.2g} nats a token from the exported one; does the server run "
@@ -219,8 +221,8 @@ class VllmEngine:
         if not self.note.head_adapters:
             return self._all(lambda item: score_text(self.api, *item), items)
         places = [Place(model, ids[:n], ids[n]) for model, ids, start in items for n in range(start, len(ids))]
-        found = iter(self._all(lambda place: score_token(self.api, place), places))
-        return [[next(found) for _ in range(start, len(ids))] for _, ids, start in items]
+        scores = iter(self._all(lambda place: score_token(self.api, place), places))
+        return [[next(scores) for _ in range(start, len(ids))] for _, ids, start in items]
 
     def _pair(self, request: ScoreRequest) -> tuple[list[int], list[int]]:
         continuation, voice = request.continuation, self.voices.of(request.expert)

@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from ...bundle.versioned import read_versioned
 from ...errors import BundleError
 from ...naming import check_expert_names, check_path
 from ...sources.persona import Group, Persona, read_persona
@@ -149,19 +150,8 @@ def read_note(folder: str | Path) -> VllmNote:
         BundleError: not such a folder, or its note was changed.
     """
     file = Path(folder).expanduser() / NOTE
-    try:
-        return VllmNote.model_validate_json(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BundleError(
-            f"{folder}: has no {NOTE}; make such a folder with `polymerge export BUNDLE --to vllm -o {folder}`"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"{file}: cannot be read: {error}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        reason = first["msg"].removeprefix("Value error, ")
-        raise BundleError(f"{file}: {where}: {reason}; export the bundle again") from None
+    missing = f"{folder}: has no {NOTE}; make such a folder with `polymerge export BUNDLE --to vllm -o {folder}`"
+    return read_versioned(VllmNote, file, error=BundleError, missing=missing, fix="export the bundle again")
 
 
 def serve_arguments(folder: str | Path, note: VllmNote) -> list[str]:

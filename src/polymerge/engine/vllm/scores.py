@@ -34,8 +34,8 @@ class Place(NamedTuple):
 def score_text(api: VllmApi, model: str, ids: Sequence[int], start: int) -> list[Scored]:
     """Tokens `start` and following of a text, in one call."""
     places = prompt_scores(api, model, ids)[start:]
-    own = [place[str(token)] for place, token in zip(places, ids[start:], strict=True)]
-    return [Scored(float(found["logprob"]), found["rank"] == 1) for found in own]
+    entries = [place[str(token)] for place, token in zip(places, ids[start:], strict=True)]
+    return [Scored(float(entry["logprob"]), entry["rank"] == 1) for entry in entries]
 
 
 def score_token(api: VllmApi, place: Place) -> Scored:
@@ -53,17 +53,17 @@ def score_token(api: VllmApi, place: Place) -> Scored:
     }
     choice = api.complete(body)["choices"][0]
     top = (choice.get("logprobs") or {}).get("top_logprobs") or [{}]
-    found = top[0].get(f"{TOKEN_ID}{place.token}")
-    if found is None:
+    logprob = top[0].get(f"{TOKEN_ID}{place.token}")
+    if logprob is None:
         raise ModelError(f"{api.url}: the server does not tell a token's log-probability; is it vLLM 0.32 or newer?")
-    return Scored(float(found), choice["token_ids"][:1] == [place.token])
+    return Scored(float(logprob), choice["token_ids"][:1] == [place.token])
 
 
 def prompt_scores(api: VllmApi, model: str, ids: Sequence[int], count: int = 0) -> list[Any]:
     """For every token of a prompt but the first: token id (as text) -> log-probability and rank, with so many of the
     likeliest tokens."""
     body = {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": count}
-    found = api.complete(body)["choices"][0].get("prompt_logprobs")
-    if not isinstance(found, list) or len(found) != len(ids):
+    scores = api.complete(body)["choices"][0].get("prompt_logprobs")
+    if not isinstance(scores, list) or len(scores) != len(ids):
         raise ModelError(f"{api.url}: the server gives no prompt_logprobs; is it vLLM?")
-    return found
+    return scores

@@ -162,8 +162,8 @@ class VllmServer:
     def _fail(self, what: str) -> None:
         for line in self.last_lines():
             self._say(line)
-        found = [match[1] for line in self.last_lines(400) if (match := _ERROR.search(line))]
-        reason = f": {found[0][:300]}" if found else ""
+        errors = [match[1] for line in self.last_lines(400) if (match := _ERROR.search(line))]
+        reason = f": {errors[0][:300]}" if errors else ""
         raise ModelError(f"{what}{reason}; its log is {self._log}")
 
 
@@ -174,13 +174,13 @@ def _end_with_parent() -> None:
 
 
 def _vllm_command() -> str:
-    found = shutil.which("vllm")
-    if found is None:
+    command = shutil.which("vllm")
+    if command is None:
         raise MissingExtraError(
             "no `vllm` command on the path; install vLLM (`pip install vllm`, best in an environment of its own) "
             "and name that environment's python"
         )
-    return found
+    return command
 
 
 def _free_port() -> int:

@@ -70,8 +70,8 @@ class CachedEngine(ForwardingEngine):
         self, requests: Sequence[Request], run: Callable[[Sequence[Request]], list[Result]], kind: type[Result]
     ) -> list[Result]:
         keys = [self._key(request) for request in requests]
-        found = self._known([key for key in keys if key], kind)
-        results = [found.get(key) if key else None for key in keys]
+        known = self._known([key for key in keys if key], kind)
+        results = [known.get(key) if key else None for key in keys]
         missing = [number for number, result in enumerate(results) if result is None]
         # the longest first, like lengths side by side, and the choices of one question in one chunk
         missing.sort(key=lambda n: _length_and_text(requests[n]), reverse=True)
@@ -92,14 +92,14 @@ class CachedEngine(ForwardingEngine):
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     def _known(self, keys: Sequence[str], kind: type[Result]) -> dict[str, Result]:
-        found: dict[str, Result] = {}
+        answers: dict[str, Result] = {}
         if keys:
             with self._open() as database:
                 for key in dict.fromkeys(keys):
                     row = database.execute("SELECT value FROM answers WHERE key = ?", (key,)).fetchone()
                     if row:
-                        found[key] = kind(**json.loads(row[0]))
-        return found
+                        answers[key] = kind(**json.loads(row[0]))
+        return answers
 
     def _remember(self, answers: Mapping[str, Any]) -> None:
         rows = [(key, json.dumps(asdict(answer))) for key, answer in answers.items() if key]

@@ -35,16 +35,16 @@ class MeteredEngine(ForwardingEngine):
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """As in the contract."""
         began = time.perf_counter()
-        found = self._engine.generate(requests)
+        generations = self._engine.generate(requests)
         self.seconds += time.perf_counter() - began
-        self.read += sum(generation.prompt_tokens for generation in found)
-        self.written += sum(generation.tokens for generation in found)
-        return found
+        self.read += sum(generation.prompt_tokens for generation in generations)
+        self.written += sum(generation.tokens for generation in generations)
+        return generations
 
     def loglikelihood(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         """As in the contract."""
         began = time.perf_counter()
-        found = self._engine.loglikelihood(requests)
+        scores = self._engine.loglikelihood(requests)
         self.seconds += time.perf_counter() - began
         contexts = {
             (r.context if isinstance(r.context, str) else tuple(r.context), str(r.expert)): r.expert for r in requests
@@ -53,5 +53,5 @@ class MeteredEngine(ForwardingEngine):
             len(self.encode(context, expert=expert) if isinstance(context, str) else context)
             for (context, _), expert in contexts.items()
         )
-        self.read += sum(score.tokens for score in found)
-        return found
+        self.read += sum(score.tokens for score in scores)
+        return scores

@@ -188,8 +188,8 @@ def _measured(
 
 def _probe(ids: list[int], exported: Tensor, average: Tensor) -> Probe:
     tokens = torch.tensor(ids[1:], device=exported.device)[:, None]
-    found, base = (tuple(x.gather(1, tokens)[:, 0].tolist()) for x in (exported, average))
-    return Probe(ids=tuple(ids), expert=found, average=base)
+    expert, base = (tuple(x.gather(1, tokens)[:, 0].tolist()) for x in (exported, average))
+    return Probe(ids=tuple(ids), expert=expert, average=base)
 
 
 def _log_probabilities(engine: HFEngine, ids: list[int], expert: str | None) -> Tensor:

@@ -117,8 +117,8 @@ class _Writer:
         """One expert's adapter. `sizes` are those of the layers' inputs, by module: [in]."""
         tasks, dtype = self.plan.experts[expert], self.plan.dtype
         shapes = {key: shape for task in tasks for key, shape in task.shapes.items()}
-        entries: list[Entry] = [
-            (PEFT_PREFIX + key, DTYPE_NAMES[dtype], shape, shape[0] * shape[1] * dtype.itemsize)
+        entries = [
+            Entry(PEFT_PREFIX + key, DTYPE_NAMES[dtype], shape, shape[0] * shape[1] * dtype.itemsize)
             for key, shape in shapes.items()
         ]
         # As far as PEFT's patterns go, a lookup's factors are like any others.
@@ -186,14 +186,14 @@ def _note(plan: VllmPlan, measured: dict[str, Measured]) -> VllmNote:
     experts = {
         expert: ServedExpert(
             adapter=_adapter(expert),
-            kl=found.kl,
-            kl_unfolded=found.kl_unfolded,
-            kl_average=found.kl_average,
-            same_token=found.same_token,
-            probe=found.probe,
+            kl=fit.kl,
+            kl_unfolded=fit.kl_unfolded,
+            kl_average=fit.kl_average,
+            same_token=fit.same_token,
+            probe=fit.probe,
             persona=plan.bundle.manifest.experts[expert].persona,
         )
-        for expert, found in measured.items()
+        for expert, fit in measured.items()
     }
     return VllmNote(
         polymerge_version=__version__,
@@ -204,7 +204,7 @@ def _note(plan: VllmPlan, measured: dict[str, Measured]) -> VllmNote:
         head_adapters=HEAD in plan.target_modules,
         base_bytes=plan.bundle.sizes().base,
         slot_bytes=plan.slot_bytes,
-        calibration_tokens=sum(found.tokens for found in measured.values()),
+        calibration_tokens=sum(fit.tokens for fit in measured.values()),
         experts=experts,
         lost=plan.lost,
     )

@@ -45,14 +45,14 @@ def norm_readers(folder: Path) -> dict[str, list[str]]:
         return {}
 
 
-def gain_ratio(norm: nn.Module, own: Tensor, base: Tensor) -> Tensor | None:
+def gain_ratio(norm: nn.Module, expert: Tensor, base: Tensor) -> Tensor | None:
     """g_i / g for every column, float64 [width], whatever the module makes of its weight (Gemma's gain is 1 + weight).
 
     None where a gain of the base is too small to divide by.
     """
     x = torch.randn(2, len(base), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with torch.no_grad():
-        ours, theirs = (functional_call(norm, {"weight": weight.double()}, (x,)).double() for weight in (own, base))
+        ours, theirs = (functional_call(norm, {"weight": weight.double()}, (x,)).double() for weight in (expert, base))
     ratio: Tensor = (ours / theirs).mean(0)
     return ratio if bool(torch.isfinite(ratio).all()) and float(ratio.abs().max()) < LARGEST_RATIO else None
 
@@ -111,17 +111,17 @@ class _Reads(TorchFunctionMode):
         self.linear.setdefault(norm, [])
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         norms = {self._watched[id(a)][0] for a in _tensors([args, kwargs]) if id(a) in self._watched}
-        for norm in norms if isinstance(found, Tensor | tuple | list) and _tensors(found) else ():
+        for norm in norms if isinstance(result, Tensor | tuple | list) and _tensors(result) else ():
             module = self._weights.get(id(args[1])) if func is F.linear else None
             if module:
                 self.linear[norm].append(module)
-            elif getattr(func, "__name__", "") in SAME_COLUMNS and found.shape[-1] == args[0].shape[-1]:
-                self.watch(norm, found)
+            elif getattr(func, "__name__", "") in SAME_COLUMNS and result.shape[-1] == args[0].shape[-1]:
+                self.watch(norm, result)
             else:
                 self.others.add(norm)
-        return found
+        return result
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -129,4 +129,4 @@ def _tensors(values: Any) -> list[Tensor]:
         return [values]
     if isinstance(values, dict):
         values = list(values.values())
-    return [found for value in values for found in _tensors(value)] if isinstance(values, tuple | list) else []
+    return [tensor for value in values for tensor in _tensors(value)] if isinstance(values, tuple | list) else []

@@ -90,8 +90,8 @@ class VllmPlan:
         ratios = sum(ratio != 1.0 for expert in self.experts for ratio in self.bundle.scales(expert).values())
         norms = {(e, task.norm) for e, tasks in self.experts.items() for task in tasks if task.norm}
         embeddings = sum(task.embedding or task.module == HEAD for tasks in self.experts.values() for task in tasks)
-        found = {"scale ratios": ratios, "norms": len(norms), "embeddings and heads": embeddings}
-        return {kind: count for kind, count in found.items() if count}
+        counts = {"scale ratios": ratios, "norms": len(norms), "embeddings and heads": embeddings}
+        return {kind: count for kind, count in counts.items() if count}
 
     @property
     def adapter_bytes(self) -> int:
@@ -121,7 +121,7 @@ def plan_vllm(bundle: Bundle | str | Path, *, max_rank: int | None = None) -> Vl
 
     Raises:
         ModelError: a rank that vLLM does not know, residuals of fused mixture-of-experts blocks, or an expert with
-            a tokenizer, end tokens or positions of its own.
+            a tokenizer, end tokens, positions or a vocabulary of its own.
     """
     bundle = Bundle.open(bundle)
     for expert in bundle.experts:
@@ -149,12 +149,13 @@ def plan_vllm(bundle: Bundle | str | Path, *, max_rank: int | None = None) -> Vl
 def _check_persona(bundle: Bundle, expert: str) -> None:
     """Raises ModelError for what vLLM has once for all adapters: its adapters have had no tokenizers of their own since
     0.12, it ends answers at the base's end tokens, and knows the base's positions."""
-    own, base = bundle.persona(expert), bundle.persona()
+    persona, base = bundle.persona(expert), bundle.persona()
     groups = bundle.manifest.experts[expert].persona
     unlike = {
-        "tokenizer": "tokenizer" in groups and not _speak_alike(base, own),
-        "end tokens": end_tokens(own.generation) != end_tokens(base.generation),
+        "tokenizer": "tokenizer" in groups and not _speak_alike(base, persona),
+        "end tokens": end_tokens(persona.generation) != end_tokens(base.generation),
         "positions": "positions" in groups,
+        "vocabulary": bool(bundle.vocabulary(expert) or bundle.manifest.experts[expert].rows),
     }
     for what in (what for what, differs in unlike.items() if differs):
         raise ModelError(
@@ -192,36 +193,36 @@ class _Expressed:
         # experts have the same KL to two digits), fills a slot, and keeps vLLM from scoring prompts.
         own_head = any(self._is_head(layer) and _key(layer) in stored for layer in self.bundle.layers.values())
         folded = self._own_small(expert, own_head=own_head and self._takes_embeddings)
-        found, whole = [], []
+        tasks, whole = [], []
         for layer in self.bundle.layers.values():
             norm = folded.get(layer.module)
-            own = _key(layer) in stored
+            replaced = _key(layer) in stored
             takes = layer.role == "linear" or (layer.role in ("embedding", "lm_head") and self._takes_embeddings)
-            if own and takes and min(layer.shape) > self.rank:
+            if replaced and takes and min(layer.shape) > self.rank:
                 whole.append(layer.tensor)
             factored = f"{layer.module}.lora_A.weight" in stored
-            if layer.role == "linear" and (own or factored or norm or scales.get(layer.tensor, 1.0) != 1.0):
-                found.append(self._task(layer, layer.module, norm))
+            if layer.role == "linear" and (replaced or factored or norm or scales.get(layer.tensor, 1.0) != 1.0):
+                tasks.append(self._task(layer, layer.module, norm))
             elif layer.role in ("embedding", "lm_head"):
-                found += self._ends(expert, layer, own, folded.get(HEAD))
+                tasks += self._ends(expert, layer, replaced, folded.get(HEAD))
         if whole:
             self.lost.append(f"{expert}: {whole[0]}: {len(whole)} whole tensors beyond rank {self.rank}")
-        return sorted(found, key=lambda task: natural_key(task.module))
+        return sorted(tasks, key=lambda task: natural_key(task.module))
 
     def _task(self, layer: BundleLayer, module: str, norm: str | None, *, embedding: bool = False) -> Factored:
         return Factored(layer, module, min(self.rank, *layer.shape), norm, embedding)
 
-    def _ends(self, expert: str, layer: BundleLayer, own: bool, norm: str | None) -> list[Factored]:
+    def _ends(self, expert: str, layer: BundleLayer, replaced: bool, norm: str | None) -> list[Factored]:
         """An embedding or a head; the first may be both."""
-        if own and not self._takes_embeddings:
+        if replaced and not self._takes_embeddings:
             self.lost.append(f"{expert}: {layer.tensor}: vLLM takes no adapter there with this architecture")
             return []
-        found = []
-        if layer.role == "embedding" and own:
-            found.append(self._task(layer, layer.module, None, embedding=True))
-        if self._is_head(layer) and own:
-            found.append(self._task(layer, HEAD, norm))
-        return found
+        tasks = []
+        if layer.role == "embedding" and replaced:
+            tasks.append(self._task(layer, layer.module, None, embedding=True))
+        if self._is_head(layer) and replaced:
+            tasks.append(self._task(layer, HEAD, norm))
+        return tasks
 
     def _is_head(self, layer: BundleLayer) -> bool:
         return layer.role == "lm_head" or layer.module == self.bundle.manifest.tied_embedding
@@ -234,15 +235,15 @@ class _Expressed:
         for layer in self.bundle.layers.values():
             if layer.role not in ("norm", "bias", "other"):
                 continue
-            own, base = reader.read(layer.tensor), self.bundle.base_tensor(layer.tensor)
-            if torch.equal(own, base.to(own)):
+            theirs, base = reader.read(layer.tensor), self.bundle.base_tensor(layer.tensor)
+            if torch.equal(theirs, base.to(theirs)):
                 continue
             readers = self._readers.get(layer.module, []) if layer.parameter == "weight" else []
             if not readers:
                 self.lost.append(f"{expert}: {layer.tensor}: {_NO_PLACE.get(layer.role, _NO_PLACE['other'])}")
             elif not takes.issuperset(readers):
                 self.lost.append(f"{expert}: {layer.tensor}: {', '.join(readers)} cannot take it in")
-            elif gain_ratio(self._norms[layer.module], own, base) is None:
+            elif gain_ratio(self._norms[layer.module], theirs, base) is None:
                 self.lost.append(f"{expert}: {layer.tensor}: the average's gain is too near 0 to divide by")
             else:
                 folded |= dict.fromkeys(readers, layer.module)

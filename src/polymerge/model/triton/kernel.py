@@ -31,13 +31,13 @@ DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 def _levels(numbers, row, column, inside, stride, BITS: tl.constexpr):
     """Levels at these rows and columns, in float32; for BITS 0 the numbers themselves."""
     if BITS == 0:
-        found = tl.load(numbers + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+        levels = tl.load(numbers + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     elif BITS == 8:
-        found = tl.load(numbers + row * stride + column, mask=inside, other=0).to(tl.float32) - 127.5
+        levels = tl.load(numbers + row * stride + column, mask=inside, other=0).to(tl.float32) - 127.5
     else:
         byte = tl.load(numbers + row * stride + column // 2, mask=inside, other=0).to(tl.int32)
-        found = ((byte >> (column % 2 * 4)) & 15).to(tl.float32) - 7.5
-    return found
+        levels = ((byte >> (column % 2 * 4)) & 15).to(tl.float32) - 7.5
+    return levels
 
 
 @triton.jit

@@ -1,0 +1,155 @@
+"""Which rows of a bundle's tables stand for which expert's tokens.
+
+A bundle's table has as many rows as the largest expert's, and a row there stands for the token of the first expert that
+has one at its place. Rows at which an expert has another token, or none where others have one, are its own. Two
+tokenizers may give a row other tokens where it was added to one of them at least; two that differ in their own words
+are of two vocabularies, whose rows mean nothing to each other. Knows tokens and numbers of rows; no weights, no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..bundle.bundle import Bundle
+from ..errors import SourceError
+from ..sources.persona import Group, Persona
+from ..sources.vocabulary import Vocabulary, vocabulary_of
+from .personas import Personas
+
+AVERAGE = "average"  # no expert's name
+
+# [start, stop) one after the other
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The rows of experts' tables in a bundle's.
+
+    Attributes:
+        size: rows of the bundle's.
+        sizes: expert -> rows of its own, the first so many of the bundle's.
+        own: expert -> rows that do not stand for the bundle's token.
+    """
+
+    size: int
+    sizes: Mapping[str, int]
+    own: Mapping[str, Ranges] = field(default_factory=dict)
+
+    def narrow(self, expert: str) -> int | None:
+        """Rows of an expert's tables where the bundle's have more."""
+        rows = self.sizes[expert]
+        return rows if rows < self.size else None
+
+    def own_rows(self, expert: str) -> Tensor:
+        """Numbers of the rows that are an expert's own. int64 [n]"""
+        return torch.tensor(numbers_of(self.own.get(expert, ())), dtype=torch.int64)
+
+    @property
+    def most_own(self) -> int:
+        """Rows of the expert that has most of its own."""
+        return max((sum(stop - start for start, stop in part) for part in self.own.values()), default=0)
+
+
+def merged_tables(personas: Personas, sizes: Mapping[str, int], *, trust_remote_code: bool = False) -> Tables | None:
+    """Those of a merge; None where all experts have the same rows and tokens.
+
+    Args:
+        sizes: rows of every expert's tables.
+
+    Raises:
+        SourceError: two vocabularies contradict each other; names the first token.
+    """
+    size, one_size = max(sizes.values()), len(set(sizes.values())) == 1
+    own: dict[str, Ranges] = {}
+    if any("tokenizer" in groups for groups in personas.groups.values()):
+        voices = {name: persona if persona.files else personas.bundle for name, persona in personas.experts.items()}
+        vocabularies = _vocabularies(voices, sizes, trust_remote_code)
+        shared = _shared(vocabularies)
+        own = {name: rows for name, vocabulary in vocabularies.items() if (rows := _own(vocabulary, shared))}
+    return None if one_size and not own else Tables(size, sizes, own)
+
+
+def added_tables(
+    bundle: Bundle,
+    name: str,
+    persona: Persona,
+    groups: Sequence[Group],
+    rows: int,
+    *,
+    trust_remote_code: bool = False,
+) -> Tables | None:
+    """Those of an expert that is added; None where it has the rows and tokens of the bundle's table.
+
+    Args:
+        groups: in which its persona is not the bundle's.
+        rows: of its tables; at most the bundle's.
+
+    Raises:
+        SourceError: its vocabulary contradicts one that is there.
+    """
+    size = bundle.table_rows or rows
+    own: Ranges = ()
+    if any("tokenizer" in unlike for unlike in (groups, *(e.persona for e in bundle.manifest.experts.values()))):
+        there = {expert or AVERAGE: bundle.persona(expert) for expert in (None, *bundle.experts)}
+        sizes = {expert or AVERAGE: bundle.vocabulary(expert) or size for expert in (None, *bundle.experts)}
+        voices = {**there, name: persona if persona.files else bundle.persona()}
+        vocabularies = _vocabularies(voices, {**sizes, name: rows}, trust_remote_code)
+        _shared(vocabularies)
+        own = _own(vocabularies.pop(name), _shared(vocabularies))
+    return None if rows == size and not own else Tables(size, {name: rows}, {name: own} if own else {})
+
+
+def numbers_of(ranges: Ranges) -> list[int]:
+    """All rows of ranges, in order."""
+    return [row for start, stop in ranges for row in range(start, stop)]
+
+
+def ranges_of(rows: Sequence[int]) -> Ranges:
+    """Numbers in order as ranges."""
+    starts = [row for place, row in enumerate(rows) if not place or rows[place - 1] != row - 1]
+    stops = [row + 1 for place, row in enumerate(rows) if place + 1 == len(rows) or rows[place + 1] != row + 1]
+    return tuple(zip(starts, stops, strict=True))
+
+
+def _vocabularies(voices: Mapping[str, Persona], sizes: Mapping[str, int], trust: bool) -> dict[str, Vocabulary]:
+    """Every expert's; a tokenizer that several have is read once for each size."""
+    read: dict[tuple[object, int], Vocabulary] = {}
+    for name, persona in voices.items():
+        key = persona.folder, sizes[name]
+        if key not in read:
+            read[key] = vocabulary_of(persona, sizes[name], trust_remote_code=trust)
+    return {name: read[persona.folder, sizes[name]] for name, persona in voices.items()}
+
+
+def _shared(vocabularies: Mapping[str, Vocabulary]) -> dict[int, str]:
+    """Row -> the token that it stands for in a bundle. Raises SourceError for two that contradict each other."""
+    shared: dict[int, str] = {}
+    words: dict[int, tuple[str, str]] = {}
+    for name, vocabulary in vocabularies.items():
+        for row, token in sorted((vocabulary.tokens or {}).items()):
+            shared.setdefault(row, token)
+            if vocabulary.word(row) is None:
+                continue
+            whose, word = words.setdefault(row, (name, token))
+            if word != token:
+                raise SourceError(
+                    f"{_label(whose)} and {_label(name)} have other vocabularies: token {row} is {word!r} in one and "
+                    f"{token!r} in the other; only tokens that were added may differ"
+                )
+    return shared
+
+
+def _label(name: str) -> str:
+    return "the average" if name == AVERAGE else f"expert {name!r}"
+
+
+def _own(vocabulary: Vocabulary, shared: Mapping[int, str]) -> Ranges:
+    tokens = vocabulary.tokens
+    if tokens is None:
+        return ()
+    return ranges_of([row for row in sorted(shared) if row < vocabulary.size and tokens.get(row) != shared[row]])
