@@ -28,11 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 from polymerge import inspect_bundle, load_model, merge
-from polymerge.merging.align import random_orders
+from polymerge.merging.align import axes_of_checkpoint, random_orders
 from polymerge.sources.aligned import AlignedCheckpoint, moves_of
-from polymerge.sources.axes import axes_of
 from polymerge.sources.dense import dense_model
-from polymerge.sources.layers import map_layers
 from polymerge.sources.opening import open_checkpoint
 
 CONFIG = transformers.LlamaConfig(
@@ -79,7 +77,7 @@ def trained(data: torch.Tensor, seed: int, steps: int, basis: Any, target: Path)
 def shuffled(source: Path, target: Path) -> None:
     """The model with neurons and heads in another order."""
     checkpoint = open_checkpoint(str(source))
-    axes = axes_of(checkpoint, map_layers(checkpoint))
+    axes = axes_of_checkpoint(checkpoint)
     orders = random_orders(axes, torch.Generator().manual_seed(0))
     dense_model(AlignedCheckpoint(checkpoint, moves_of(axes, orders)), dtype=torch.float32).save_pretrained(target)
 

@@ -14,11 +14,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 from polymerge import Bundle, add_expert, inspect_bundle, load_model, merge, plan_merge, verify
 from polymerge.bundle.alignment import read_alignment
 from polymerge.errors import SourceError
-from polymerge.merging.align import prove_orders, random_orders
+from polymerge.merging.align import axes_of_checkpoint, prove_orders, random_orders
 from polymerge.sources.aligned import AlignedCheckpoint, moves_of
-from polymerge.sources.axes import axes_of
 from polymerge.sources.checkpoint import Checkpoint
-from polymerge.sources.layers import map_layers
 from polymerge.sources.opening import open_checkpoint
 from tests.tiny import ARCHITECTURES, COMMON, make_experts
 
@@ -38,7 +36,7 @@ UP = "model.layers.0.mlp.up_proj.weight"
 def shuffled(source: Path, target: Path) -> Checkpoint:
     """The expert in another order, as a folder of its own."""
     checkpoint = open_checkpoint(str(source))
-    axes = axes_of(checkpoint, map_layers(checkpoint))
+    axes = axes_of_checkpoint(checkpoint)
     orders = random_orders(axes, torch.Generator().manual_seed(3))
     other = AlignedCheckpoint(checkpoint, moves_of(axes, orders))
     target.mkdir()
@@ -150,7 +148,7 @@ def test_experts_that_fit_stay_as_they_are(tmp_path: Path) -> None:
 def test_other_orders_leave_an_architecture_as_it_was(architecture: str, tmp_path: Path) -> None:
     [source] = make_experts(architecture, tmp_path, count=1).values()
     checkpoint = open_checkpoint(str(source))
-    axes = axes_of(checkpoint, map_layers(checkpoint))
+    axes = axes_of_checkpoint(checkpoint)
     assert sum(bool(axis.groups) for axis in axes) == 2  # both layers' heads
     prove_orders(checkpoint)
 

@@ -27,7 +27,7 @@ from ..errors import SourceError
 from ..host import pick_device
 from ..method.align import best_head_order, best_order, likeness, units
 from ..sources.aligned import AlignedCheckpoint, Orders, moves_of
-from ..sources.axes import Axis, Member, axes_of, renamed
+from ..sources.axes import Axis, Member, axes_of, renamed, shapes_of
 from ..sources.checkpoint import Checkpoint, architecture_of
 from ..sources.dense import dense_model
 from ..sources.layers import map_layers, meta_model
@@ -35,7 +35,7 @@ from ..sources.opening import open_checkpoint
 from .plan import MergePlan
 from .proof import CLOSE, NotSmall, batch_for, random_experts
 from .small import small_configs
-from .treatment import TensorTask
+from .treatment import TensorTask, record_of_bundle
 
 log = logging.getLogger(__name__)
 
@@ -48,16 +48,17 @@ def aligned(plan: MergePlan) -> MergePlan:
     """
     if plan.recipe.align is None or plan.alignments:
         return plan
-    axes = axes_of(plan.first, map_layers(plan.first, trust_remote_code=plan.recipe.trust_remote_code))
+    records = {task.name: task.record for task in plan.tasks}
+    axes = axes_of(records, {task.name: task.shape for task in plan.tasks}, plan.first.folder)
     prove_orders(plan.first)
     device = pick_device(plan.recipe.device)
     first, *others = plan.checkpoints
     alignments = {first: Alignment({axis.name: torch.arange(axis.units) for axis in axes}, 0.0, 0.0)}
     checkpoints: dict[str, Checkpoint] = {first: plan.first}
+    target = _named(axes, plan.tasks, first)
     for expert in others:
-        names = {task.sources[first]: task.sources[expert] for task in plan.tasks}
-        theirs = [renamed(axis, names) for axis in axes]
-        checkpoints[expert], alignments[expert] = align_to(plan.first, axes, plan.checkpoints[expert], theirs, device)
+        theirs = _named(axes, plan.tasks, expert)
+        checkpoints[expert], alignments[expert] = align_to(plan.first, target, plan.checkpoints[expert], theirs, device)
     heads = sum(bool(axis.groups) for axis in axes)
     note = f"aligned by permutation: {len(axes) - heads} MLPs and {heads} attentions; the hidden dimension as it was"
     return replace(plan, checkpoints=checkpoints, alignments=alignments, notes=(*plan.notes, note))
@@ -73,7 +74,7 @@ def aligned_to_bundle(
     """
     if not is_aligned(bundle.manifest):
         return checkpoint, None
-    axes = axes_of(bundle.base, map_layers(bundle.base))
+    axes = _axes_of_bundle(bundle)
     prove_orders(checkpoint)
     [expert] = tasks[0].sources
     return align_to(bundle.base, axes, checkpoint, _named(axes, tasks, expert), device)
@@ -88,8 +89,13 @@ def as_in_bundle(bundle: Bundle, expert: str, checkpoint: Checkpoint, tasks: Seq
     alignment = read_alignment(bundle.path, bundle.manifest, expert)
     if alignment is None:
         return checkpoint
-    axes = _named(axes_of(bundle.base, map_layers(bundle.base)), tasks, expert)
+    axes = _named(_axes_of_bundle(bundle), tasks, expert)
     return AlignedCheckpoint(checkpoint, moves_of(axes, alignment.orders))
+
+
+def _axes_of_bundle(bundle: Bundle) -> tuple[Axis, ...]:
+    records = {layer.tensor: record_of_bundle(layer) for layer in bundle.manifest.layers}
+    return axes_of(records, {layer.tensor: layer.shape for layer in bundle.manifest.layers}, bundle.path)
 
 
 def align_to(
@@ -155,13 +161,18 @@ def _change_by_orders(settings: str) -> float:
     """Largest difference of two logits, relative to the largest logit. Raises NotSmall."""
     with tempfile.TemporaryDirectory() as folder, torch.no_grad(), torch.random.fork_rng(devices=[]):
         checkpoint = open_checkpoint(str(random_experts(json.loads(settings), Path(folder))["one"]))
-        axes, generator = axes_of(checkpoint, map_layers(checkpoint)), torch.Generator().manual_seed(2)
+        axes, generator = axes_of_checkpoint(checkpoint), torch.Generator().manual_seed(2)
         shuffled = AlignedCheckpoint(checkpoint, moves_of(axes, random_orders(axes, generator)))
         answers: list[Tensor] = []
         for source in (checkpoint, shuffled):
             model: Any = dense_model(source, dtype=torch.float32).eval()
             answers.append(model(**batch_for(model)).logits)
     return float((answers[0] - answers[1]).abs().max() / answers[0].abs().max())
+
+
+def axes_of_checkpoint(checkpoint: Checkpoint) -> tuple[Axis, ...]:
+    """The axes of a checkpoint by itself. Raises as `axes_of` and `map_layers`."""
+    return axes_of(map_layers(checkpoint).records, shapes_of(checkpoint), checkpoint.folder)
 
 
 def random_orders(axes: Sequence[Axis], generator: torch.Generator) -> Orders:

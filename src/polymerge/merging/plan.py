@@ -19,7 +19,7 @@ from ..method.code import Code
 from ..method.codes import code_of
 from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, Source, load_recipe
 from ..recipe.rates import AnyRates, misfit
-from ..sources.axes import axes_of
+from ..sources.axes import axes_of, shapes_of
 from ..sources.checkpoint import Checkpoint, architecture_of
 from ..sources.layers import LayerMap
 from ..sources.opening import open_checkpoint
@@ -151,7 +151,7 @@ def plan_merge(recipe: RecipeLike, *, weights: bool = True, **settings: Unpack[R
     for expert in experts[1:]:
         check_settings(frame_of(first), expert, trust_remote_code=recipe.trust_remote_code)
     if recipe.align is not None:
-        axes_of(first.checkpoint, first.layer_map)
+        axes_of(first.layer_map.records, shapes_of(first.checkpoint), first.checkpoint.folder)
     personas = personas_of(checkpoints)
     notes += personas.notes
     untied = next((expert for expert in experts if not expert.layer_map.tied), None)

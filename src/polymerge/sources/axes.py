@@ -7,16 +7,17 @@ Reads no weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import SourceError
-from .checkpoint import Checkpoint, architecture_of
-from .layers import LayerMap, LayerRecord
+from .checkpoint import Checkpoint, architecture_of, read_json
+from .layers import LayerRecord
 
 NEURONS_OUT = ("down_proj", "fc2", "fc_out", "c_proj", "dense_4h_to_h", "w2")
 NEURONS_IN = (
@@ -68,31 +69,38 @@ class Axis:
     group_members: tuple[Member, ...] = ()
 
 
+# tensor -> its shape
+Shapes = Mapping[str, tuple[int, ...]]
 # leaf module -> parameter -> its record
 Leaves = dict[str, dict[str, LayerRecord]]
 
 
-def axes_of(checkpoint: Checkpoint, layer_map: LayerMap) -> tuple[Axis, ...]:
+def axes_of(records: Mapping[str, LayerRecord], shapes: Shapes, folder: Path) -> tuple[Axis, ...]:
     """The axes of a checkpoint, in the order of its modules.
 
+    Args:
+        records: of every tensor.
+        folder: where its config.json lies.
+
     Raises:
-        SourceError: transformers does not know the architecture, it has fused mixtures of experts, or no axis is known.
+        SourceError: it has fused mixtures of experts, or no axis is known.
     """
-    name = architecture_of(checkpoint.config)
-    if layer_map.layers_from != "architecture":
-        raise SourceError(
-            f"align: transformers does not know {name}, so that nothing shows which tensors share an axis"
-        )
-    fused = next((n for n, info in checkpoint.tensors.items() if len(info.shape) == 3 and "expert" in n), None)
+    name = architecture_of(read_json(folder / "config.json"))
+    fused = next((n for n, r in records.items() if r.slice or (len(shapes[n]) == 3 and "expert" in n)), None)
     if fused:
         raise SourceError(f"align: {fused!r} of {name} is a fused mixture of experts, which cannot be aligned")
-    heads, groups = _heads(checkpoint)
+    heads, groups = _heads(folder)
     axes = []
-    for module, leaves in _modules(layer_map).items():
-        axes += [*_neurons(module, leaves, checkpoint), *_attention(module, leaves, checkpoint, heads, groups)]
+    for module, leaves in _modules(records.values()).items():
+        axes += [*_neurons(module, leaves, shapes), *_attention(module, leaves, shapes, heads, groups)]
     if not axes:
         raise SourceError(f"align: no axis is known of {name}; leave `align` out")
     return tuple(axes)
+
+
+def shapes_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Of all its tensors."""
+    return {name: info.shape for name, info in checkpoint.tensors.items()}
 
 
 def renamed(axis: Axis, names: Mapping[str, str]) -> Axis:
@@ -101,12 +109,12 @@ def renamed(axis: Axis, names: Mapping[str, str]) -> Axis:
     return replace(axis, members=members[0], group_members=members[1])
 
 
-def _heads(checkpoint: Checkpoint) -> tuple[int, int]:
+def _heads(folder: Path) -> tuple[int, int]:
     """Query heads and key-value heads; 0 where the configuration does not say them."""
     from transformers import AutoConfig
 
     try:
-        config: Any = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True).get_text_config()
+        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
     except Exception:  # code of its own
         return 0, 0
     heads = getattr(config, "num_attention_heads", None)
@@ -114,10 +122,10 @@ def _heads(checkpoint: Checkpoint) -> tuple[int, int]:
     return (heads, groups) if type(heads) is int and type(groups) is int and heads and groups else (0, 0)
 
 
-def _modules(layer_map: LayerMap) -> dict[str, Leaves]:
+def _modules(records: Iterable[LayerRecord]) -> dict[str, Leaves]:
     """Module -> its modules of the last floor; parameters of its own stand under their own names."""
     found: dict[str, Leaves] = {}
-    for record in layer_map.records.values():
+    for record in records:
         parent, _, leaf = record.module.rpartition(".")
         found.setdefault(parent, {}).setdefault(leaf, {})[record.parameter] = record
         if record.parameter not in ("weight", "bias"):
@@ -125,16 +133,16 @@ def _modules(layer_map: LayerMap) -> dict[str, Leaves]:
     return found
 
 
-def _neurons(module: str, leaves: Leaves, checkpoint: Checkpoint) -> Iterator[Axis]:
+def _neurons(module: str, leaves: Leaves, shapes: Shapes) -> Iterator[Axis]:
     out, inside = _first(leaves, NEURONS_OUT), [leaves[name] for name in NEURONS_IN if name in leaves]
     if out is None or not inside:
         return
     dim = _side(out["weight"], 1)
-    units = checkpoint.tensors[out["weight"].tensor].shape[dim]
+    units = shapes[out["weight"].tensor][dim]
     members = [Member(out["weight"].tensor, dim, torch.arange(units)[:, None])]
     for leaf in inside:
         for record in leaf.values():
-            rows = checkpoint.tensors[record.tensor].shape[_side(record, 0)]
+            rows = shapes[record.tensor][_side(record, 0)]
             if rows % units:
                 return
             places = torch.arange(rows).reshape(-1, units).T.contiguous()  # a fused gate comes before its ups
@@ -142,18 +150,18 @@ def _neurons(module: str, leaves: Leaves, checkpoint: Checkpoint) -> Iterator[Ax
     yield Axis(module, units, tuple(members))
 
 
-def _attention(module: str, leaves: Leaves, checkpoint: Checkpoint, heads: int, groups: int) -> Iterator[Axis]:
+def _attention(module: str, leaves: Leaves, shapes: Shapes, heads: int, groups: int) -> Iterator[Axis]:
     out = _first(leaves, HEADS_OUT)
     if out is None or not heads or heads % groups:
         return
     dim = _side(out["weight"], 1)
-    width = checkpoint.tensors[out["weight"].tensor].shape[dim]
+    width = shapes[out["weight"].tensor][dim]
     groups = heads if KEYS_OF_QUERIES in leaves else groups
     queries, keys = [_split(out["weight"], dim, width, heads)], []
     for name, leaf in leaves.items():
         for record in leaf.values():
             side = _side(record, 0)
-            shape = checkpoint.tensors[record.tensor].shape
+            shape = shapes[record.tensor]
             rows = shape[side] if shape else 0
             if name in QUERIES:
                 queries.append(_split(record, side, rows, heads))
