@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from polymerge import Bundle, merge
 from polymerge.cli.main import main
@@ -19,6 +19,7 @@ from polymerge.merging.ray import ray_cluster
 from polymerge.merging.run import Progress
 from tests.killed import assert_nothing_beside, content
 from tests.merging.test_kill import LONG
+from tests.sweep.experts import make_experts as make_any
 from tests.tiny import make_experts
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'polymerge[ray]')")
@@ -86,6 +87,21 @@ def test_a_merge_goes_from_threads_to_a_cluster_and_back(
     bundle = merge(recipe, tmp_path / "b", resume=True, progress=steps.append)
     assert len(steps) <= len(bundle.layers) - 20
     assert content(bundle.path) == local
+
+
+@pytest.mark.parametrize("architecture", ["granitemoe", "mixtral"])
+def test_matrices_that_lie_in_one_tensor_are_found_on_every_machine(
+    cluster: Any, architecture: str, tmp_path: Path
+) -> None:
+    experts = make_any(architecture, tmp_path, count=2)
+    if architecture == "mixtral":  # stored one by one, unless it is saved as the model holds it
+        model = AutoModelForCausalLM.from_pretrained(experts["e1"])
+        model.save_pretrained(tmp_path / "own", save_original_format=False)
+        experts["e1"] = tmp_path / "own"
+    recipe = {"experts": {name: str(path) for name, path in experts.items()}, "compress_rate": 0.6}
+    expected = content(merge(recipe, tmp_path / "here").path)
+    with ray_cluster(cluster.address) as executor:
+        assert content(merge(recipe, tmp_path / "there", executor=executor).path) == expected
 
 
 def test_a_workers_error_is_the_users_one_line(cluster: Any, tmp_path: Path) -> None:
