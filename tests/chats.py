@@ -31,7 +31,8 @@ CHATS: dict[str, dict[str, Any]] = {
         "template": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n" + BEGIN + "{% endif %}",
         "end": END,
-        "added": [BEGIN, END],
+        # A token begins as another that means the like; the mean of all rows would take long to be said.
+        "added": {BEGIN: "<|im_start|>", END: "<|im_end|>"},
     },
     "plain": {
         "skill": "math",
@@ -64,10 +65,12 @@ def _fine_tune(name: str, base: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model, tokenizer = load_base(base)
-    tokenizer.add_tokens(chat["added"], special_tokens=True)
+    tokenizer.add_tokens(list(chat["added"]), special_tokens=True)
     tokenizer.chat_template, tokenizer.eos_token = chat["template"], chat["end"]
     if chat["added"]:
-        model.resize_token_embeddings(len(tokenizer))
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        table = model.get_input_embeddings().weight.data
+        table[-len(chat["added"]) :] = table[tokenizer.convert_tokens_to_ids(list(chat["added"].values()))]
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     encoded = [_encode(tokenizer, example.prompt, example.answer) for example in skill.train]
     train(model, encoded, tokenizer.pad_token_id, SETTINGS, name)

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from polymerge.bundle.manifest import read_manifest
 from polymerge.engine.vllm.folder import NOTE, read_note
 from polymerge.errors import BundleError, PolymergeError, RecipeError, RouterError, SourceError
-from polymerge.merging.journal import Note
 from polymerge.naming import check_expert_name, check_expert_names, check_path, check_paths, is_plain
 from polymerge.recipe.merge import load_recipe
 from polymerge.router.record import RECORD, read_record
@@ -151,7 +150,8 @@ ROUTER: dict[str, Any] = {
 PROBE = {"ids": [1], "expert": [], "average": []}
 SERVED = {"adapter": "adapters/e0", "kl": 0, "kl_unfolded": 0, "kl_average": 0, "same_token": 1, "probe": PROBE}
 VLLM: dict[str, Any] = {
-    "polymerge_version": "0", "bundle": "0", "dtype": "float32", "max_lora_rank": 8, "target_modules": ["q_proj"],
+    "format_version": 1, "polymerge_version": "0", "bundle": "0", "dtype": "float32", "max_lora_rank": 8,
+    "target_modules": ["q_proj"],
     "head_adapters": False, "base_bytes": 1, "slot_bytes": 1, "calibration_tokens": 1, "experts": {"e0": SERVED},
     "lost": [],
 }  # fmt: skip
@@ -215,12 +215,6 @@ def vllm_module(folder: Path, text: str) -> list[str]:
     return [*read_note(dumped(folder / NOTE, {**VLLM, "target_modules": [text]})).target_modules]
 
 
-def journal_piece(folder: Path, text: str) -> list[str]:
-    piece = {"owner": None, "key": "k", "dtype": "F32", "shape": [1], "bytes": 4, "file": text, "sha256": "0"}
-    note = {"pieces": [piece], "digests": {}, "scales": {}, "stats": []}
-    return [piece.file for piece in Note.from_json(json.dumps(note).encode()).pieces]
-
-
 # What parses a text that becomes a path, a text that it takes, and what it says to others.
 PARSERS: dict[str, tuple[Callable[[Path, str], list[str]], str, type[Exception]]] = {
     "an expert of a manifest": (manifest_expert, "e1", BundleError),
@@ -235,7 +229,6 @@ PARSERS: dict[str, tuple[Callable[[Path, str], list[str]], str, type[Exception]]
     "an expert of vLLM's note": (vllm_expert, "e1", BundleError),
     "an adapter of vLLM's note": (vllm_adapter, "adapters/e1", BundleError),
     "a module of vLLM's note": (vllm_module, "k_proj", BundleError),
-    "a piece of a merge's note": (journal_piece, "parts/000001/0.bin", ValueError),
 }
 
 

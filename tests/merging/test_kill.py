@@ -430,7 +430,7 @@ def test_peak_memory_does_not_grow_with_the_vocabulary(tmp_path: Path) -> None:
     """Its table is kept for every expert, and they differ."""
     peaks, sizes = [], []
     for vocabulary in (1000, 400_000):
-        config = LlamaConfig(**{**TINY, "vocab_size": vocabulary, "hidden_size": 64, "tie_word_embeddings": True})
+        config = LlamaConfig(**{**TINY, "vocab_size": vocabulary, "hidden_size": 128, "tie_word_embeddings": True})
         made = make_experts("llama", tmp_path / str(vocabulary), count=2, config=config)
         out = tmp_path / f"out-{vocabulary}"
         process = started(measured, recipe_of({name: str(path) for name, path in made.items()}), str(out), 250_000)
@@ -438,7 +438,7 @@ def test_peak_memory_does_not_grow_with_the_vocabulary(tmp_path: Path) -> None:
         assert process.exitcode == 0
         peaks.append(int(out.with_suffix(".peak").read_text()))
         sizes.append((out / "experts" / "e1" / "adapter_model.safetensors").stat().st_size)
-    assert sizes[1] - sizes[0] > 100e6
+    assert sizes[1] - sizes[0] > 200e6
     assert peaks[1] - peaks[0] < 0.4 * sizes[1], (peaks, sizes)
 
 

@@ -44,6 +44,11 @@ def merged(originals: dict[str, Original], out: Path, *names: str, average: bool
     return merge({"experts": experts, "compress_rate": 0.0, **ends, **recipe}, out)
 
 
+def alone(original: Original, out: Path, **recipe: Any) -> Bundle:
+    """One expert under two names."""
+    return merged({"first": original, "again": original}, out, "first", "again", **recipe)
+
+
 def tables(original: Original) -> dict[str, Tensor]:
     model = original.model
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -180,7 +185,7 @@ def test_vocabularies_that_contradict_each_other_are_refused_before_a_tensor_is_
 
 def test_one_that_contradicts_is_not_added(tmp_path: Path) -> None:
     sources = contradicting(tmp_path)
-    bundle = merge({"experts": {"e0": sources["e0"]}}, tmp_path / "bundle")
+    bundle = alone(Original(Path(sources["e0"])), tmp_path / "bundle")
     before = content(bundle.path)
     with pytest.raises(SourceError, match="the average and expert 'e1' have other vocabularies: token 40"):
         add_expert(bundle, "e1", sources["e1"])
@@ -192,11 +197,11 @@ def test_an_expert_with_fewer_tokens_is_added(
     originals: dict[str, dict[str, Original]], head: str, tmp_path: Path
 ) -> None:
     of = originals[head]
-    bundle = merged(of, tmp_path / "bundle", "padded")
+    bundle = alone(of["padded"], tmp_path / "bundle")
     assert bundle.manifest.format_version == 1
     for name in ("plain", "wide"):
         bundle = add_expert(bundle, name, of[name].path).bundle
-    check_same(bundle, of)
+    check_same(bundle, {"plain": of["plain"], "wide": of["wide"], "first": of["padded"]})
     assert verify(bundle, sources=True).ok and bundle.manifest.format_version == 4
     assert bundle.manifest.vocabulary is None  # the average's are all rows, as they were
     for name in ("plain", "wide"):
@@ -208,7 +213,7 @@ def test_one_that_is_added_keeps_its_own_rows_where_others_are_averaged(
     originals: dict[str, dict[str, Original]], tmp_path: Path
 ) -> None:
     of = originals["untied"]
-    bundle = merged(of, tmp_path / "bundle", "padded", average=True)
+    bundle = alone(of["padded"], tmp_path / "bundle", average=True)
     bundle = add_expert(bundle, "wide", of["wide"].path).bundle
     assert bundle.manifest.experts["wide"].own_rows == OWN
     own, base = tables(of["wide"]), bundle.base_tensor(EMBEDDING)
@@ -222,7 +227,7 @@ def test_one_that_is_added_keeps_its_own_rows_where_others_are_averaged(
 def test_an_expert_with_more_tokens_is_refused_with_one_line(
     originals: dict[str, dict[str, Original]], tmp_path: Path
 ) -> None:
-    bundle = merged(originals["tied"], tmp_path / "bundle", "plain")
+    bundle = alone(originals["tied"]["plain"], tmp_path / "bundle")
     before = content(bundle.path)
     with pytest.raises(SourceError, match=r"expert 'wide' has 98 tokens, .* 96 rows; merge all of them anew"):
         add_expert(bundle, "wide", originals["tied"]["wide"].path)
@@ -267,3 +272,15 @@ def test_ranges_are_their_numbers() -> None:
     for rows in ([], [3], [0, 1, 2], [1, 3, 4, 9]):
         assert numbers_of(ranges_of(rows)) == rows
     assert ranges_of([1, 3, 4, 9]) == ((1, 2), (3, 5), (9, 10))
+
+
+def test_verify_sees_a_table_of_the_base_that_is_not_the_mean_of_its_makers(
+    originals: dict[str, dict[str, Original]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = originals["untied"]
+    monkeypatch.setattr("polymerge.merging.vocabulary._own", lambda *_: ())  # a merge that mixes other tokens
+    wrong = merged(of, tmp_path / "wrong", average=True)
+    monkeypatch.undo()
+    assert [record.rows for record in wrong.manifest.experts.values()] == [()] * 3
+    problems = verify(wrong, sources=True).problems
+    assert any(f"base: tensor {EMBEDDING!r} is " in problem for problem in problems)

@@ -1,6 +1,7 @@
 """`python -m tests.sweep`: every causal language model of the installed transformers, and docs/architectures.md.
 
-With names of architectures only those, and nothing is written.
+With names of architectures only those, and nothing is written. OUTCOMES names a file of lines, one an architecture, to
+which each is added as soon as it is known; a sweep that was ended goes on where it stood.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,13 +22,16 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .check import CLOSE, Outcome, check
+from .experts import MULTIMODAL
 
 VARIANTS = os.environ.get("VARIANTS", "0 0.95 int4 bfloat16").split()
+OUTCOMES = Path(os.environ["OUTCOMES"]) if "OUTCOMES" in os.environ else None
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 WORDS = {"0": "at rate 0", "0.95": "at 0.95", "int4": "at 0.95 in `int4`", "bfloat16": "in bfloat16"}
+IMAGES = " and every model that reads images and goes on with a text (`AutoModelForImageTextToText`)"
 HEAD = """# Architectures
 
-Every causal language model of transformers {version} (`AutoModelForCausalLM`), as `make sweep` finds it: a tiny
+Every causal language model of transformers {version} (`AutoModelForCausalLM`){images}, as `make sweep` finds it: a tiny
 random model of each, three experts in which every tensor differs, merged {variants}.
 *Works* means that a batch of all experts and the average, padded, and the tokens that are generated after it with the
 cache, give every row the logits of that expert's own transformers model (at rate 0, within {close:g} of the largest
@@ -56,7 +60,8 @@ def page(outcomes: Sequence[Outcome]) -> str:
     works = sum(outcome.status == "works" for outcome in tried)
     counts = f"{works} of the {len(tried)} that can be built small work."
     variants = ", ".join(WORDS[variant] for variant in VARIANTS)
-    head = HEAD.format(version=transformers.__version__, close=CLOSE, counts=counts, variants=variants)
+    images = IMAGES if any(outcome.architecture in MULTIMODAL for outcome in tried) else ""
+    head = HEAD.format(version=transformers.__version__, close=CLOSE, counts=counts, variants=variants, images=images)
     return head + "".join(map(_line, outcomes))
 
 
@@ -67,18 +72,30 @@ def _line(outcome: Outcome) -> str:
     return f"| {outcome.architecture} | {what} | {outcome.strategy} | {size} |\n"
 
 
+def outcomes_of(log: Path | None) -> dict[str, Outcome]:
+    """What an earlier sweep has found, by architecture."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log and log.exists() else []
+    kept = {field.name for field in fields(Outcome)}
+    made = (Outcome(**{key: value for key, value in json.loads(line).items() if key in kept}) for line in lines)
+    return {outcome.architecture: outcome for outcome in made}
+
+
 def main(names: list[str]) -> None:
     """Sweeps, a line of JSON for each. VARIANTS in the environment says which merges, by default all."""
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    outcomes = []
-    for name in names or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        began = time.perf_counter()
-        outcomes.append(check(name, variants=VARIANTS))
-        line = asdict(outcomes[-1]) | {"seconds": round(time.perf_counter() - began, 1)}
-        print(json.dumps(line), flush=True)
+    known = {} if names else outcomes_of(OUTCOMES)
+    for name in names or sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MULTIMODAL}):
+        if name not in known:
+            began = time.perf_counter()
+            known[name] = check(name, variants=VARIANTS)
+            line = json.dumps(asdict(known[name]) | {"seconds": round(time.perf_counter() - began, 1)})
+            print(line, flush=True)
+            if OUTCOMES and not names:
+                with OUTCOMES.open("a", encoding="utf-8") as log:
+                    log.write(f"{line}\n")
     if not names:
-        PAGE.write_text(page(outcomes), encoding="utf-8")
+        PAGE.write_text(page(sorted(known.values(), key=lambda outcome: outcome.architecture)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,17 @@ docs/architectures.md is what `make sweep` writes of the same.
 
 from __future__ import annotations
 
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
 import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .__main__ import page
+from .__main__ import PAGE, outcomes_of, page
 from .check import Outcome, check
+from .experts import MULTIMODAL
 
 # One for every way in which an architecture once went wrong, or is run.
 KINDS = {
@@ -34,8 +40,17 @@ KINDS = {
     "minimax": "a cache of its own class",
     "qwen4_exp_text": "positions on several axes in the cache",
     "xlnet": "tokens before rows",
+    "recurrent_gemma": "a cache that is not given back, beside states that modules hold",
     "apertus": "parameters of an activation",
     "deepseek_v4": "a stored table of whole numbers",
+}
+# Models that read images as well, and that people fine-tune as text models: a text alone, every row by its own expert.
+IMAGES = {
+    "gemma3": "one class for both",
+    "llama4 (images)": "two classes of one type; a mixture of block experts in one tensor",
+    "llava_next (images)": "a text model of another type inside",
+    "mistral3 (images)": "another tower of images",
+    "qwen2_vl (images)": "positions on three axes",
 }
 NOT_BUILT = ("blt", "musicgen", "musicgen_melody")  # large however small the settings, or nothing to build
 
@@ -50,8 +65,15 @@ def test_every_kind_of_architecture_answers_as_its_experts_do(architecture: str)
     assert 0 < outcome.worst < 1e-4  # it can fail
 
 
+@pytest.mark.parametrize("architecture", IMAGES)
+def test_models_that_read_images_as_well_answer_a_text_as_their_experts_do(architecture: str) -> None:
+    outcome = check(architecture, variants=("0",))
+    assert outcome.status == "works", f"{IMAGES[architecture]}: {outcome.step}: {outcome.detail}"
+    assert 0 < outcome.worst < 1e-4
+
+
 @pytest.mark.sweep
-@pytest.mark.parametrize("architecture", sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(NOT_BUILT)))
+@pytest.mark.parametrize("architecture", sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MULTIMODAL} - set(NOT_BUILT)))
 def test_every_architecture_answers_as_its_experts_do(architecture: str) -> None:
     outcome = check(architecture)
     if outcome.status == "not built":
@@ -66,6 +88,21 @@ def test_a_wrong_answer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OwnTensor, "of", lambda self, weights: self.home[self.name].detach())
     outcome = check("qwen3_5_text", variants=("0",))
     assert outcome.status in ("wrong", "refused"), outcome
+
+
+def test_a_sweep_goes_on_where_it_stood(tmp_path: Path) -> None:
+    log = tmp_path / "outcomes.jsonl"
+    assert outcomes_of(log) == outcomes_of(None) == {}
+    outcome = Outcome("good", share=1.05, strategy="layers")
+    log.write_text(json.dumps(asdict(outcome) | {"seconds": 1.0}) + "\n")
+    assert outcomes_of(log) == {"good": outcome}
+
+
+def test_the_page_that_is_kept_says_what_became_of_every_architecture() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| ([\w.-]+) \| (works|[\w ]+ \()", text, re.MULTILINE))
+    assert set(rows) >= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(NOT_BUILT)
+    assert sum(what == "works" for what in rows.values()) >= 170
 
 
 def test_the_page_has_a_line_for_each() -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import BundleError
-from .files import Entry, FileEntry, raw_bytes, write_safetensors
+from .files import FileEntry, entry_of, raw_bytes, write_safetensors
 from .manifest import Manifest
 
 ALIGNMENT_FILE = "alignment.safetensors"
@@ -42,9 +42,9 @@ def write_alignment(folder: Path, expert: str, alignment: Alignment) -> dict[str
     """Writes the file under `folder`. Returns its path relative to it."""
     tensors = {name: order.int() for name, order in alignment.orders.items()}
     distance = torch.tensor([alignment.before, alignment.after], dtype=torch.float64)
-    entries = [Entry(name, "I32", tuple(order.shape), 4 * order.numel()) for name, order in tensors.items()]
-    entries.append(Entry(DISTANCE, "F64", (2,), 16))
-    content = (bytes(raw_bytes(tensor)) for tensor in (*tensors.values(), distance))
+    tensors[DISTANCE] = distance
+    entries = [entry_of(name, tensor) for name, tensor in tensors.items()]
+    content = (bytes(raw_bytes(tensor)) for tensor in tensors.values())
     name = _name(expert)
     return {name: write_safetensors(folder / name, entries, content)}
 

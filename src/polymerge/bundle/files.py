@@ -29,7 +29,7 @@ from ..errors import DiskSpaceError, PolymergeError
 
 # Names of what is being written: whose it is, and what no other has.
 SCRATCH = re.compile(r"\.[0-9a-f]{12}-[0-9a-f]{12}\.polymerge")
-BUFFER = 8 * 2**20
+BUFFER = 2**20
 # What an entry of a header takes beside its key: dtype, shape, two offsets of twelve digits, some to spare.
 ENTRY_ROOM = 100
 DTYPE_NAMES = {
@@ -142,8 +142,21 @@ def write_safetensors(target: Path, entries: Sequence[Entry], chunks: Iterable[b
 
 def write_json(target: Path, data: Any) -> FileEntry:
     """Writes JSON atomically, keys as given, a list of numbers on one line."""
-    text = json.dumps(data, indent=2, ensure_ascii=False)
-    text = re.sub(r"\[\s+(\d[\d,\s]*?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
+    # The standard encoder takes a hundred bytes for every number of a list that it indents, and a vocabulary is one.
+    token, lines = secrets.token_hex(8), list[str]()
+
+    def marked(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: marked(item) for key, item in value.items()}
+        if not isinstance(value, list | tuple):
+            return value
+        if not value or any(type(item) is not int or item < 0 for item in value):
+            return [marked(item) for item in value]
+        lines.append(json.dumps(value))
+        return f"{token}-{len(lines) - 1}"
+
+    text = json.dumps(marked(data), indent=2, ensure_ascii=False)
+    text = re.sub(rf'"{token}-(\d+)"', lambda match: lines[int(match[1])], text)
     return write_bytes(target, f"{text}\n".encode())
 
 

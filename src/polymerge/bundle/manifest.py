@@ -237,11 +237,11 @@ class Manifest(_Strict):
         for dtype in {self.dtype, *(layer.dtype for layer in self.layers if layer.dtype)}:
             if dtype not in DTYPES:
                 raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-        version = version_of(self.method, self.code, self.experts.values(), self.layers, self.vocabulary)
-        if self.format_version != version:
+        expected = version_of(self.method, self.code, self.experts.values(), self.layers, self.vocabulary)
+        if self.format_version != expected:
             raise ValueError(
-                f"format version {self.format_version} does not fit code {self.method.code!r}, the layers' rates, "
-                "the experts' personas and vocabularies, the tensors' dtypes and their slices"
+                f"format version {self.format_version} does not fit code {self.method.code!r}, the experts' personas "
+                "and vocabularies, the tensors' dtypes and their slices, and the layers' rates"
             )
         return self
 
@@ -278,17 +278,11 @@ def version_of(
 ) -> FormatVersion:
     """The lowest format version that has all this."""
     experts = list(experts)
-    if (
-        vocabulary
-        or any(layer.slice for layer in layers)
-        or any(record.vocabulary or record.rows for record in experts)
-    ):
+    other_tables = vocabulary or any(record.vocabulary or record.rows for record in experts)
+    if other_tables or any(layer.slice for layer in layers):
         return 4
-    if (
-        not isinstance(method.compress_rate, float)
-        or any(record.persona for record in experts)
-        or any(layer.dtype for layer in layers)
-    ):
+    by_layer = not isinstance(method.compress_rate, float)
+    if by_layer or any(record.persona for record in experts) or any(layer.dtype for layer in layers):
         return 3
     return code.format_version
 

@@ -19,6 +19,7 @@ from ..sources.persona import (
     DEFAULT,
     GENERATION,
     MORE_TEMPLATES,
+    PROCESSOR_FILES,
     TEMPLATE,
     Group,
     Persona,
@@ -67,7 +68,7 @@ def write_files(home: Path, persona: Persona, groups: Sequence[Group], *, code: 
 
 
 def write_model_files(path: Path, folder: Path, persona: Persona, config: Mapping[str, Any]) -> dict[str, FileEntry]:
-    """All that describes an expert's dense model but its weights; Python files are the bundle's.
+    """All that describes an expert's dense model but its weights; Python files and processors are the bundle's.
 
     Args:
         path: the bundle's folder.
@@ -75,7 +76,7 @@ def write_model_files(path: Path, folder: Path, persona: Persona, config: Mappin
     written = {CONFIG: write_json(folder / CONFIG, config)}
     groups: list[Group] = ["tokenizer", "template", *(["generation"] if persona.generation else [])]  # type: ignore[list-item]
     written |= write_files(folder, persona, groups, code=persona.folder != path)
-    for file in sorted(path.glob("*.py")):
+    for file in (*sorted(path.glob("*.py")), *(path / name for name in PROCESSOR_FILES if (path / name).is_file())):
         written.setdefault(file.name, write_bytes(folder / file.name, file.read_bytes()))
     return written
 

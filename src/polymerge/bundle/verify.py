@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..errors import BundleError, SourceError
 from ..host import DTYPES
-from ..sources.checkpoint import open_folder, read_json
+from ..sources.checkpoint import read_json
 from ..sources.fused import by_matrices
 from .alignment import alignment_problems
-from .bundle import Bundle
+from .bundle import Bundle, base_of
 from .manifest import BundleLayer
 from .peft import adapter_config, coded_config
 from .personas import persona_problems
@@ -114,7 +114,7 @@ def architecture_problems(bundle: Bundle) -> Iterator[str]:
     """Where the manifest's tensors are not those that transformers' model of the bundle's config.json has."""
     manifest = bundle.manifest
     try:
-        _, layer_map = by_matrices(open_folder(bundle.path, label=str(bundle.path)), whole=bundle.layers)
+        _, layer_map = by_matrices(base_of(bundle.path, ()), whole=bundle.layers)
     except SourceError as error:
         yield f"base: {error}"
         return
@@ -122,8 +122,11 @@ def architecture_problems(bundle: Bundle) -> Iterator[str]:
         return
     for layer in manifest.layers:
         record = layer_map.records.get(layer.tensor)
+        if record is None:
+            yield f"base: tensor {layer.tensor!r} is no matrix of a mixture of experts"
+            continue
         said = (layer.module, layer.parameter, layer.role, layer.transposed)
-        if record and record.known and said != (record.module, record.parameter, record.role, record.transposed):
+        if record.known and said != (record.module, record.parameter, record.role, record.transposed):
             yield (
                 f"base: tensor {layer.tensor!r} is a {record.role} of {record.module!r}"
                 f"{' [in, out]' * record.transposed}, the manifest says a {layer.role} of {layer.module!r}"
@@ -162,7 +165,7 @@ def adapter_problems(bundle: Bundle, expert: str) -> Iterator[str]:
         elif not (math.isfinite(ratio) and ratio >= 0):
             yield f"expert {expert!r}: scale {ratio} of {tensor_name!r} is not a ratio"
     config = read_json(bundle.expert_folder(expert) / "adapter_config.json")
-    expected = _expected_config(bundle, expert)
+    expected = expected_config(bundle, expert)
     for key in CHECKED_SETTINGS:
         if config.get(key) != expected.get(key):
             yield f"expert {expert!r}: adapter_config.json's {key!r} does not fit the adapter's tensors"
@@ -187,7 +190,8 @@ def _finite(bundle: Bundle, layer: BundleLayer) -> bool:
     )
 
 
-def _expected_config(bundle: Bundle, expert: str) -> dict[str, Any]:
+def expected_config(bundle: Bundle, expert: str) -> dict[str, Any]:
+    """adapter_config.json as it follows from an expert's tensors."""
     manifest = bundle.manifest
     if not bundle.code.peft_readable:
         return coded_config(bundle.code)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..sources.checkpoint import SAFETENSORS_INDEX
-from ..sources.persona import GENERATION, MORE_TEMPLATES, OLD_TEMPLATE, TEMPLATE, TOKENIZER_FILES
+from ..sources.persona import GENERATION, MORE_TEMPLATES, OLD_TEMPLATE, PROCESSOR_FILES, TEMPLATE, TOKENIZER_FILES
 from ..sources.vocabulary import with_vocabulary
 from .files import Entry, FileEntry, write_bytes, write_json, write_safetensors
 from .manifest import MANIFEST, STATS
@@ -96,6 +96,7 @@ def copy_model_files(
     words = tokenizer or source
     files = [words / name for name in (*TOKENIZER_FILES, TEMPLATE, OLD_TEMPLATE)]
     files += [*sorted(words.glob(f"{MORE_TEMPLATES}/*.jinja")), source / GENERATION]
+    files += [source / name for name in PROCESSOR_FILES]
     files += sorted(source.glob("*.py")) if code else []
     for file in (file for file in files if file.is_file()):
         name = f"{MORE_TEMPLATES}/{file.name}" if file.parent.name == MORE_TEMPLATES else file.name

@@ -42,10 +42,7 @@ def export_dense(
     with placed(output, overwrite=overwrite, needed=needed) as staged, steady(bundle):
         persona = bundle.persona(expert)
         tied = bool(bundle.persona().config.get("tie_word_embeddings"))
-        rows = bundle.vocabulary(expert) or (
-            bundle.table_rows if any(x.table for x in bundle.manifest.layers) else None
-        )
-        chosen = dtype or bundle.manifest.dtype
+        chosen, rows = dtype or bundle.manifest.dtype, bundle.vocabulary(expert)
         config = bundle_config(persona.config, dtype=chosen, tied=tied, code=True, vocabulary=rows)
         if bundle.manifest.experts[expert].persona:
             write_model_files(bundle.path, staged, persona, config)

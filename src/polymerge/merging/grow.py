@@ -7,6 +7,7 @@ them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -22,7 +23,7 @@ from ..bundle.bundle import Bundle
 from ..bundle.files import FileEntry, Rows, check_free_space, raw_bytes
 from ..bundle.manifest import Manifest
 from ..bundle.write import write_manifest, write_stats
-from ..errors import BundleError, RecipeError
+from ..errors import BundleError, DiskSpaceError, RecipeError
 from ..host import DTYPES
 from ..method.dense import residual_of, unsaid
 from ..method.rsvd import rsvd
@@ -52,7 +53,7 @@ from .precision import with_dtypes
 from .reading import check_copy, checked_digest, reader_of, slabs
 from .records import expert_record, own_rows_of, ratios_of, scales_of
 from .tables import Emit, emit_table
-from .treatment import TensorTask, check_settings, expert_of, frame_of_bundle, tasks_for
+from .treatment import TensorTask, check_settings, expert_of, frame_of_bundle, table_rows_in, tasks_for
 from .vocabulary import added_tables, numbers_of
 
 SAMPLED_LAYERS = 12
@@ -114,7 +115,8 @@ def add_expert(
         settings = settings_of(bundle.manifest.method, DTYPES[bundle.manifest.dtype], device)
         persona = persona_of(checkpoint)
         groups = differing(bundle.persona(), persona)
-        tables = added_tables(bundle, name, persona, groups, expert.table_rows, trust_remote_code=trust)
+        rows = expert.table_rows, table_rows_in(frame, expert)
+        tables = added_tables(bundle, name, persona, groups, rows, trust_remote_code=trust)
         tasks = tasks_for(frame, [expert], bundle.manifest.method, tables)
         tasks = with_dtypes(tasks, {name: checkpoint}, settings.dtype)
         checkpoint, alignment = aligned_to_bundle(bundle, checkpoint, tasks, settings.device)
@@ -157,7 +159,8 @@ def remove_expert(bundle: Bundle | str | Path, name: str) -> Bundle:
         lines = [line for line in bundle.stats() if line["expert"] != name]
         with changing(bundle, name):
             _write_manifest(bundle, bundle.manifest.without_expert(name))
-            write_stats(path, lines)
+            with contextlib.suppress(DiskSpaceError):  # the expert is out; lines of one that is not there are not read
+                write_stats(path, lines)
         return Bundle.open(path)
 
 

@@ -26,6 +26,7 @@ from ..sources.opening import open_checkpoint
 from ..sources.outline import OutlineCheckpoint, outline
 from .personas import Personas, personas_of
 from .precision import bundle_dtype, with_dtypes
+from .reading import SLAB_NUMEL
 from .treatment import TensorTask, check_settings, expert_of, frame_of, task_of, tasks_for, with_differences
 from .vocabulary import Tables, merged_tables
 
@@ -85,16 +86,19 @@ class MergePlan:
 
     @property
     def read_bytes(self) -> int:
-        """Every tensor is read twice: for the average, then for the residuals against it."""
+        """Every tensor is read twice: for the average, then for the residuals against it. Own whole tensors that differ
+        are read a third time, mostly from the system's cache."""
         infos = (c.tensors[t.sources[e]] for e, c in self.checkpoints.items() for t in self.tasks)
         return 2 * sum(info.numel * (info.dtype or torch.float32).itemsize for info in infos)
 
     @property
     def memory_bytes(self) -> int:
-        """Estimate of the arithmetic's peak: for a linear weight the base, a residual and its copy in float32."""
+        """Estimate of the arithmetic's peak: for a linear weight the base, a residual and its copy in float32; of other
+        tensors some rows of two. With several workers as many results wait for their turn."""
         linear = max((t.numel for t in self.tasks if t.record.role == "linear"), default=0)
-        whole = max((t.numel for t in self.tasks), default=0)
-        return max(self.recipe.workers * linear * 4 * 4, whole * (2 * self.dtype.itemsize + 1))
+        rows = min(max((t.numel for t in self.tasks), default=0), SLAB_NUMEL)
+        waiting = (self.recipe.workers + 1) * linear * self.dtype.itemsize if self.recipe.workers > 1 else 0
+        return max(self.recipe.workers * linear * 4 * 4 + waiting, rows * 4 * 3)
 
     def summary(self) -> dict[str, Any]:
         """The plan as plain data (`polymerge plan --json`)."""

@@ -27,6 +27,7 @@ from ..errors import PolymergeError, SourceError
 from ..model.loading import load_model
 from ..model.mixed import MixedModel
 from ..sources.checkpoint import Checkpoint
+from ..sources.classes import opener_of
 from ..sources.layers import meta_model
 from .small import small_configs
 
@@ -79,7 +80,7 @@ def prove(checkpoint: Checkpoint, merge: Merge, *, exact: bool) -> Proof:
         exact: experts are kept whole (rate 0); otherwise they are compressed, and compared with what a bundle holds.
 
     Raises:
-        SourceError: a bundle of this architecture does not answer as its experts do.
+        SourceError: a bundle of this architecture does not answer as its experts do, or it does not go on with a text.
     """
     model = meta_model(checkpoint.folder)
     if model is None:
@@ -94,7 +95,26 @@ def prove(checkpoint: Checkpoint, merge: Merge, *, exact: bool) -> Proof:
             reason = reason or str(error)
         except PolymergeError as error:
             raise SourceError(f"{name}: a small model of this architecture cannot be a bundle: {error}") from None
+    wanted = _wants_more(model)
+    if wanted:
+        raise SourceError(f"{checkpoint.label}: {name} does not go on with a text alone: {wanted}")
     return Proof(name, False, reason=reason)
+
+
+def _wants_more(model: Any) -> str:
+    """What a model of images or sound objects to when it gets tokens alone. It holds no numbers here; what it cannot do
+    without them is no objection."""
+    if opener_of(model.config).__name__ == "AutoModelForCausalLM":
+        return ""
+    tokens = torch.zeros(1, 4, dtype=torch.long, device="meta")
+    try:
+        with torch.no_grad():
+            model.eval()(input_ids=tokens)
+    except (TypeError, ValueError) as error:
+        return " ".join(str(error).split())[:160]
+    except Exception as error:
+        logger.debug("%s on the meta device: %s", type(model).__name__, error)
+    return ""
 
 
 @functools.cache
@@ -141,10 +161,10 @@ def random_experts(settings: Mapping[str, Any], folder: Path) -> dict[str, Path]
     try:
         config = transformers.AutoConfig.for_model(**settings)
         with torch.device("meta"):
-            wide = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
+            wide = sum(p.numel() for p in opener_of(config).from_config(config).parameters())
         if wide > MOST:
             raise NotSmall(f"{wide / 1e6:.0f} million parameters")
-        model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+        model = opener_of(config).from_config(config).float().eval()
         state = {k: v for k, v in model.state_dict().items() if v.is_floating_point() and bool(v.isfinite().all())}
         paths = {}
         for name in ("one", "two"):

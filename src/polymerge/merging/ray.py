@@ -181,10 +181,10 @@ def _opened(order: WorkOrder, task: TensorTask) -> dict[str, Checkpoint]:
     """The sources as this machine sees them, opened once in a process."""
     if order.version != __version__:
         raise PolymergeError(f"a worker has polymerge {__version__}, this machine {order.version}; install one version")
-    experts, sources = tuple(order.recipe.experts.items()), tuple(order.sources.items())
-    opened = _open_all(experts, sources)
-    if not all(source in opened[expert].tensors for expert, source in task.sources.items()):
-        opened = _by_matrices(experts, sources, order.recipe.trust_remote_code)
+    sources = tuple(order.recipe.experts.items()), tuple(order.sources.items())
+    opened = _open_all(*sources)
+    if any(source not in opened[expert].tensors for expert, source in task.sources.items()):
+        opened = _by_matrices(*sources, order.recipe.trust_remote_code)
     return {n: AlignedCheckpoint(c, order.moves[n]) if n in order.moves else c for n, c in opened.items()}
 
 

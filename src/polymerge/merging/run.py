@@ -14,10 +14,10 @@ from typing import Any
 
 from ..bundle.alignment import write_alignment
 from ..bundle.bundle import Bundle, base_of
-from ..bundle.files import FileEntry, check_free_space, disk_errors
+from ..bundle.files import FileEntry, check_free_space, disk_errors, scratches_of
 from ..bundle.lock import writing
 from ..bundle.manifest import BundleLayer, Manifest, Method, version_of
-from ..bundle.place import check_output, publish, restore, settled, work_folder
+from ..bundle.place import check_output, mark_of, publish, restore, settled, work_folder
 from ..bundle.write import bundle_config, copy_model_files, tool_versions, write_manifest, write_stats
 from ..errors import ErrorBudgetExceeded
 from ..host import dtype_name, peak_memory, pick_device
@@ -89,12 +89,22 @@ def run_plan(
     """
     output = settled(output)
     pick_device(plan.recipe.device)
+    _heal(output)
     check_output(output, overwrite=overwrite)
     half = half_done(work_folder(output)) if resume else 0
     check_free_space(output.parent, plan.write_bytes - half)
     proof = prove(plan.first, _merge_small, exact=plan.recipe.compress_rate == 0.0)
     plan = aligned(replace(plan, notes=(*plan.notes, proof.note)))
     return _run(plan, output, overwrite=overwrite, resume=resume, executor=executor, progress=progress)
+
+
+def _heal(output: Path) -> None:
+    """Ends what a killed run had as good as done, also where this one will be refused."""
+    work = work_folder(output)
+    if mark_of(work) is not None or scratches_of(work):
+        with disk_errors(output), writing(output):
+            restore(output)
+            end_published(work)
 
 
 def _merge_small(recipe: dict[str, Any], output: Path) -> Bundle:
@@ -131,8 +141,8 @@ def fingerprint(plan: MergePlan) -> dict[str, Any]:
     differ."""
     answering = {"config", "thinker", "staged", "memory_limit"}
     recipe = plan.recipe.model_dump(mode="json", exclude={"workers", "device", "max_error", *answering})
-    orders = {"alignment": digest_of_orders(plan.alignments)} if plan.alignments else {}
     tables = {"tables": asdict(plan.tables)} if plan.tables else {}
+    orders = {"alignment": digest_of_orders(plan.alignments)} if plan.alignments else {}
     return {
         **orders,
         "polymerge": __version__,

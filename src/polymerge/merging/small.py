@@ -15,7 +15,8 @@ ENOUGH = 5_000_000
 MOST_LAYERS = 8
 # Names of settings and what they become where they are larger.
 SIZES: dict[int, str] = {
-    64: "hidden_size d_model n_embd dim emb_dim embedding_size word_embed_proj_dim lru_width attention_hidden_size",
+    64: "hidden_size d_model n_embd dim emb_dim embedding_size word_embed_proj_dim lru_width attention_hidden_size "
+    "embed_dim out_hidden_size projector_input_dim projector_output_dim vision_output_dim",
     96: "intermediate_size ffn_dim d_ff decoder_ffn_dim n_inner ffn_hidden_size dense_intermediate_size "
     "intermediate_size_mlp",
     32: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size",
@@ -30,7 +31,7 @@ SIZES: dict[int, str] = {
 }
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "linear_num_value_heads")
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "depth")
 DROPPED = ("quantization_config", "_name_or_path", "torch_dtype", "dtype", "auto_map")
 
 
@@ -55,7 +56,7 @@ def _shrunk(config: dict[str, Any], *, narrow: bool) -> dict[str, Any]:
     if narrow:
         _narrow(made)
     _fit_tokens(made)
-    for name, inner in made.items():  # the text model of a larger one
+    for name, inner in made.items():  # the text model of a larger one, and its tower of images
         if isinstance(inner, dict) and any(layers in inner for layers in LAYERS):
             made[name] = _shrunk(inner, narrow=narrow)
     return made
@@ -71,11 +72,14 @@ def _kept_layers(config: dict[str, Any], total: int) -> list[int]:
             kept.add(min(value))
         if name.endswith(("_period", "_interval", "_step")) and type(value) is int and value <= MOST_LAYERS:
             kept |= set(range(value))
+    kept &= set(range(total))
     more = [number for number in range(total) if number not in kept]
     return sorted([*sorted(kept)[:MOST_LAYERS], *more[: max(0, 2 - len(kept))]])
 
 
 def _cut_lists(config: dict[str, Any], total: int, kept: list[int]) -> None:
+    if not total:  # a model around others
+        return
     place = {number: n for n, number in enumerate(kept)}
     for name, value in config.items():
         if isinstance(value, list) and len(value) == total:
@@ -91,6 +95,7 @@ def _are_numbers(values: list[Any]) -> bool:
 
 
 def _narrow(config: dict[str, Any]) -> None:
+    width = _head_width(config)
     heads = next((config[name] for name in HEADS if isinstance(config.get(name), int)), 4)
     if "head_dim" in config and config["head_dim"] == config.get("qk_rope_head_dim"):  # of the rotated part alone
         config["head_dim"] = 8
@@ -108,6 +113,25 @@ def _narrow(config: dict[str, Any]) -> None:
         config["num_heads"] = config["expand"] * config.get("hidden_size", 64) // config.get("head_dim", 16)
     if type(config.get("qk_head_dim")) is int:
         config["qk_head_dim"] = config.get("qk_nope_head_dim", 0) + config.get("qk_rope_head_dim", 0)
+    _fit_sections(config, width)
+
+
+def _head_width(config: dict[str, Any]) -> int:
+    heads = next((config[name] for name in HEADS if isinstance(config.get(name), int)), 0)
+    width = config.get("head_dim") or (config.get("hidden_size") or 0) // max(1, heads)
+    return int(width) if isinstance(width, int) else 0
+
+
+def _fit_sections(config: dict[str, Any], width: int) -> None:
+    """The parts of a head that are turned by each axis of an image's positions, as large a share as before."""
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = config.get(name)
+        sections = rope.get("mrope_section") if isinstance(rope, dict) else None
+        if not (isinstance(rope, dict) and isinstance(sections, list) and sections and width):
+            continue
+        total = sum(sections) * _head_width(config) // width
+        fitted = [size * total // sum(sections) for size in sections]
+        rope["mrope_section"] = [fitted[0] + total - sum(fitted), *fitted[1:]]
 
 
 def _fit_tokens(config: dict[str, Any]) -> None:

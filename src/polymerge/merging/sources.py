@@ -18,7 +18,7 @@ from ..sources.opening import opened_again
 from ..sources.persona import differing, persona_of
 from .align import as_in_bundle
 from .precision import with_dtypes
-from .treatment import Expert, Frame, TensorTask, check_settings, expert_of, frame_of_bundle, tasks_for
+from .treatment import Expert, Frame, TensorTask, check_settings, expert_of, frame_of_bundle, table_rows_in, tasks_for
 from .truth import average_problems, held_against, made_of_these, method_problems, record_problem
 
 # An expert's checkpoint, in the bundle's order, and the tensors that were compared.
@@ -87,7 +87,7 @@ def _checked_expert(bundle: Bundle, candidate: Expert, moved: str | None, result
         return None
     tasks = with_dtypes(tasks, {expert: checkpoint}, DTYPES[bundle.manifest.dtype])
     result.problems += [f"expert {expert!r}: its {group} is not the one of {source}" for group in unlike]
-    vocabulary = bundle.vocabulary(expert) or bundle.table_rows or candidate.table_rows
+    vocabulary = bundle.vocabulary(expert) or table_rows_in(frame, candidate)
     if vocabulary != candidate.table_rows:
         result.problems.append(
             f"expert {expert!r}: its vocabulary has {vocabulary} tokens, that of {source} {candidate.table_rows}"

@@ -8,7 +8,7 @@ however the rest of its table is stored. Reads slabs and holds two tables in the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -71,10 +71,23 @@ def emit_table(task: TensorTask, expert: str, base: Tensor, read: Read, emit: Em
     emit(expert, f"{task.record.module}.{task.record.parameter}", whole[own] if few else whole)
 
 
+def mean_of_tables(tables: Tables, read: Callable[[str], Tensor]) -> Tensor:
+    """The bundle's table, in float32, of whole ones: expert -> its own."""
+    mean = None
+    for expert, size in tables.sizes.items():
+        rows = read(expert).float()
+        mean = mean or _Mean(tables.size, rows.shape[1:])
+        counts = torch.ones(size, dtype=torch.bool)
+        counts[tables.own_rows(expert)] = False
+        mean.add(rows, counts)
+    assert mean is not None, "a bundle holds an expert"
+    return mean.of_rows()
+
+
 class _Mean:
     """Of the rows of one slab. Where all of a row are equal it is that row, to the bit."""
 
-    def __init__(self, rows: int, shape: tuple[int, ...]) -> None:
+    def __init__(self, rows: int, shape: Sequence[int]) -> None:
         self._total = torch.zeros(rows, *shape)
         self._first = torch.zeros(rows, *shape)
         self._count = torch.zeros(rows, *[1] * len(shape))

@@ -206,6 +206,14 @@ def check_settings(frame: Frame, expert: Expert, *, trust_remote_code: bool = Fa
         raise SourceError(f"{pair} differ in {moved}: {values}; they cannot be held apart, because {reason}")
 
 
+def table_rows_in(frame: Frame, expert: Expert) -> int:
+    """Rows of the frame's table that is this expert's embedding; 0 where it has none."""
+    table = expert.layer_map.embedding or expert.layer_map.lm_head
+    record = expert.layer_map.records[table] if table else None
+    of = {(slot.record.module, slot.record.parameter): slot.shape[0] for slot in frame.slots.values() if slot.shape}
+    return of.get((record.module, record.parameter), 0) if record else 0
+
+
 def names_in(frame: Frame, expert: Expert) -> dict[str, str]:
     """The bundle's name of every tensor -> its name in the expert's checkpoint.
 
@@ -323,9 +331,7 @@ def _check_names(frame: Frame, expert: Expert, names: Mapping[str, str]) -> None
 
 
 def _check_shapes(frame: Frame, expert: Expert, names: Mapping[str, str]) -> None:
-    tensors = expert.checkpoint.tensors
-    table = expert.layer_map.embedding or expert.layer_map.lm_head
-    rows = next((frame.slots[name].shape[0] for name, source in names.items() if source == table), 0)
+    tensors, rows = expert.checkpoint.tensors, table_rows_in(frame, expert)
     if expert.table_rows > rows:
         raise SourceError(
             f"expert {expert.name!r} has {expert.table_rows} tokens, and the tables of {frame.label} {rows} rows; "

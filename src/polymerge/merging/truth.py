@@ -7,7 +7,8 @@ which tensor is which is `polymerge.merging.treatment`'s.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,9 @@ from ..sources.checkpoint import Checkpoint
 from ..sources.layers import LayerRecord
 from .compress import frobenius_norm
 from .reading import same_numbers
+from .tables import mean_of_tables
 from .treatment import TensorTask, record_of_bundle, treatment_of
+from .vocabulary import tables_of_bundle
 
 # A rebuilt tensor may differ from what the merge measured by the rounding of the float32 products alone.
 TOLERANCE = 1e-4
@@ -89,24 +92,36 @@ def average_problems(
     bundle: Bundle, tasks: Mapping[str, tuple[TensorTask, ...]], checkpoints: Mapping[str, Checkpoint]
 ) -> Iterator[str]:
     """Where the base is not the experts' average. Asked only of a bundle whose base was made of just these experts."""
+    tables = tables_of_bundle(bundle)
     for row in zip(*tasks.values(), strict=True):
         task = row[0]
-        if task.treatment == "copy" or bundle.layers[task.name].table:  # its rows have makers of their own
+        if task.treatment == "copy":
             continue
-        base = bundle.base_tensor(task.name).double()
-        if any(checkpoints[e].tensors[t.sources[e]].shape != base.shape for e, t in zip(tasks, row, strict=True)):
-            continue
-        total, scales = torch.zeros_like(base), []
-        for expert, its in zip(tasks, row, strict=True):
-            tensor = checkpoints[expert].read(its.sources[expert]).double()
-            norm = float(tensor.norm()) if task.record.role == "linear" else 1.0
-            scales.append(norm)
-            total += tensor / norm if norm else tensor
-        mean = total.mul_(sum(scales) / len(scales) / len(scales))
+        base, sources = bundle.base_tensor(task.name).double(), dict(zip(tasks, row, strict=True))
+        read = functools.partial(_read, checkpoints, sources)
+        if tables and not task.as_difference and tables.holds(task.record.role, task.shape):
+            mean = mean_of_tables(tables, read).double()
+        else:
+            mean = _mean(task, base, list(tasks), read)
         rounding = ROUNDING[bundle.layers[task.name].dtype or bundle.manifest.dtype]
         error = relative_error(mean, base)
         if not error <= TOLERANCE + rounding:
             yield f"base: tensor {task.name!r} is {error:.3g} from the experts' average"
+
+
+def _read(checkpoints: Mapping[str, Checkpoint], tasks: Mapping[str, TensorTask], expert: str) -> Tensor:
+    return checkpoints[expert].read(tasks[expert].sources[expert])
+
+
+def _mean(task: TensorTask, base: Tensor, experts: Sequence[str], read: Callable[[str], Tensor]) -> Tensor:
+    """float64; of linear weights the mean of what is normalised, at the mean of the norms."""
+    total, scales = torch.zeros_like(base), []
+    for expert in experts:
+        tensor = read(expert).double()
+        norm = float(tensor.norm()) if task.record.role == "linear" else 1.0
+        scales.append(norm)
+        total += tensor / norm if norm else tensor
+    return total.mul_(sum(scales) / len(scales) / len(scales))
 
 
 def made_of_these(bundle: Bundle) -> bool:

@@ -24,6 +24,7 @@ AVERAGE = "average"  # no expert's name
 
 # [start, stop) one after the other
 Ranges = tuple[tuple[int, int], ...]
+_NONE: Ranges = ()
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class Tables:
     def own_rows(self, expert: str) -> Tensor:
         """Numbers of the rows that are an expert's own. int64 [n]"""
         return torch.tensor(numbers_of(self.own.get(expert, ())), dtype=torch.int64)
+
+    def holds(self, role: str, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of the bundle has a row a token."""
+        return role in ("embedding", "lm_head", "bias") and shape[:1] == (self.size,)
 
     @property
     def most_own(self) -> int:
@@ -74,12 +79,24 @@ def merged_tables(personas: Personas, sizes: Mapping[str, int], *, trust_remote_
     return None if one_size and not own else Tables(size, sizes, own)
 
 
+def tables_of_bundle(bundle: Bundle) -> Tables | None:
+    """Those of a bundle that holds just the experts that it was merged of; None as for `merged_tables`."""
+    records, size = bundle.manifest.experts, bundle.table_rows
+    if size is None or not any("tokenizer" in e.persona or e.vocabulary for e in records.values()):
+        return None
+    sizes = {name: bundle.vocabulary(name) or size for name in records}
+    vocabularies = _vocabularies({name: bundle.persona(name) for name in records}, sizes, False)
+    shared = _shared(vocabularies)
+    own = {name: rows for name, vocabulary in vocabularies.items() if (rows := _own(vocabulary, shared))}
+    return Tables(size, sizes, own)
+
+
 def added_tables(
     bundle: Bundle,
     name: str,
     persona: Persona,
     groups: Sequence[Group],
-    rows: int,
+    rows: tuple[int, int],
     *,
     trust_remote_code: bool = False,
 ) -> Tables | None:
@@ -87,21 +104,20 @@ def added_tables(
 
     Args:
         groups: in which its persona is not the bundle's.
-        rows: of its tables; at most the bundle's.
+        rows: of its tables, and of the bundle's, which are no fewer.
 
     Raises:
         SourceError: its vocabulary contradicts one that is there.
     """
-    size = bundle.table_rows or rows
-    own: Ranges = ()
+    (count, size), own = rows, _NONE
     if any("tokenizer" in unlike for unlike in (groups, *(e.persona for e in bundle.manifest.experts.values()))):
         there = {expert or AVERAGE: bundle.persona(expert) for expert in (None, *bundle.experts)}
         sizes = {expert or AVERAGE: bundle.vocabulary(expert) or size for expert in (None, *bundle.experts)}
         voices = {**there, name: persona if persona.files else bundle.persona()}
-        vocabularies = _vocabularies(voices, {**sizes, name: rows}, trust_remote_code)
+        vocabularies = _vocabularies(voices, {**sizes, name: count}, trust_remote_code)
         _shared(vocabularies)
         own = _own(vocabularies.pop(name), _shared(vocabularies))
-    return None if rows == size and not own else Tables(size, {name: rows}, {name: own} if own else {})
+    return None if count == size and not own else Tables(size, {name: count}, {name: own} if own else {})
 
 
 def numbers_of(ranges: Ranges) -> list[int]:
@@ -149,7 +165,9 @@ def _label(name: str) -> str:
 
 
 def _own(vocabulary: Vocabulary, shared: Mapping[int, str]) -> Ranges:
+    """Rows whose token is not the bundle's, or that stand for one in one of the two alone."""
     tokens = vocabulary.tokens
     if tokens is None:
         return ()
-    return ranges_of([row for row in sorted(shared) if row < vocabulary.size and tokens.get(row) != shared[row]])
+    rows = sorted(row for row in {*shared, *tokens} if row < vocabulary.size)
+    return ranges_of([row for row in rows if tokens.get(row) != shared.get(row)])

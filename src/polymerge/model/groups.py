@@ -6,15 +6,19 @@ reads and writes a cache of them all. Where no parameter needs that, a batch goe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import ModelError
 from .assignment import Assignment
 from .own import OwnModule
 from .rows import cache_part, expanded, join_cache, joined, part_of
 
+# What is read beside a text, as transformers names it. Rows have any number of each.
+OF_IMAGES = re.compile(r"pixel|image|video|audio|input_features|feature_attention|second_per_grid")
 # Arguments that a model's memory of a text comes in, and the dimension that the rows are in it; None: it is seen.
 CACHES = {"past_key_values": None, "cache_params": None, "state": 0, "mems": 1, "past_buckets_states": None}
 
@@ -51,6 +55,7 @@ class WholeModel(OwnModule):
         rows = [expanded(numbers, state.beams) for _, numbers in state.groups]
         outputs = []
         caches: dict[str, list[Any]] = {name: [] for name in CACHES}
+        back = set[str]()
         before, after = self._held(), []
         for group, numbers in enumerate(rows):
             picked = [_part(value, str(place), numbers, batch) for place, value in enumerate(args)]
@@ -60,13 +65,17 @@ class WholeModel(OwnModule):
                 output = self._forward(*picked, **named)
             after.append(self._held())
             for name in caches:
-                caches[name].append(_taken(output, name))
+                taken = _taken(output, name)
+                back |= {name} if taken is not None else set()
+                caches[name].append(named.get(name) if taken is None else taken)
             outputs.append(output)
         self._hold(join_cache(None, after, rows))
         result = joined(outputs, rows)
         for name, parts in caches.items():
-            if parts[0] is not None:
-                _put(result, name, join_cache(kwargs.get(name), parts, rows, CACHES[name]))
+            if parts[0] is not None:  # one that is not given back (RecurrentGemma) was written to where it is
+                cache = join_cache(kwargs.get(name), parts, rows, CACHES[name])
+                if name in back:
+                    _put(result, name, cache)
         return result
 
     def _held(self) -> list[Any]:
@@ -95,6 +104,11 @@ def _part(value: Any, key: str, rows: Tensor, batch: int) -> Any:
         return value[:, rows] if value.shape[1] == batch else value
     if value.dim() > 1 and value.shape[0] == batch:
         return part_of(value, key, rows, batch, frozenset())
+    if OF_IMAGES.match(key):
+        raise ModelError(
+            f"{key}: {list(value.shape)} for {batch} rows; which row each belongs to is not known, so a batch with "
+            "images has one expert"
+        )
     return value
 
 
