@@ -117,7 +117,7 @@ def pairs_of(data: torch.Tensor, steps: int, folder: Path) -> dict[str, dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "docs", help="folder of .md files")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.95, 0.8])
     parser.add_argument("--output", type=Path, default=Path("benchmark-align.json"))
     arguments = parser.parse_args()
@@ -140,7 +140,7 @@ def main() -> None:
             row["pair"], f"{row['rate']:g}", "yes" if row["align"] else "no", f"{row['kl']:.4f}",
             f"{row['energy_kept']:.1%}", f"{row['relative_error']:.3f}", distance,
         )  # fmt: skip
-    Console().print(table)
+    Console(width=120).print(table)
     seconds = time.perf_counter() - began
     print(f"{seconds:.0f} s; text {len(data)} bytes, {arguments.steps} steps")
     arguments.output.write_text(

@@ -156,25 +156,24 @@ def biases_swapped(right: Any, task: Any, suffix: str | None = None) -> str:
 
 
 def without(tensor: str) -> Callable[..., Any]:
-    def broken(right: Any, expert: Any) -> Any:
-        frame = right(expert)
+    def broken(right: Any, *args: Any) -> Any:
+        frame = right(*args)
         return replace(frame, slots={name: slot for name, slot in frame.slots.items() if name != tensor})
 
     return broken
 
 
-def norms_forgotten(right: Any, task: Any, *rest: Any) -> None:
-    if task.record.role != "norm":
-        right(task, *rest)
+def norms_forgotten(right: Any, task: Any, settings: Any, read: Any, emit: Any, report: Any) -> Any:
+    def other(owner: str | None, *piece: Any) -> None:
+        if owner is None or task.record.role != "norm":
+            emit(owner, *piece)
+
+    return right(task, settings, read, other, report)
 
 
-def borrowed_view(right: Any, target: torch.Tensor, expert: str, task: Any, read: Any) -> None:
+def borrowed_view(right: Any, task: Any, expert: str, settings: Any, read: Any) -> Any:
     """What arithmetic in place left of the first expert's tensor: the average."""
-    if expert != "e0":
-        right(target, expert, task, read)
-        return
-    rows = task.shape[0]
-    target[:] = sum(read(other, name, 0, rows).float() for other, name in task.sources.items()) / len(task.sources)
+    return compress._mean_rows(task, settings, read) if expert == "e0" else right(task, expert, settings, read)
 
 
 def no_personas(right: Any, checkpoints: Any) -> Personas:
@@ -313,9 +312,9 @@ FAULTS: dict[str, Fault] = {
         both(around(plan, "frame_of", without(NORM)), put(treatment, "_check_names", nothing)), ("base", NORM),
         plain=True,
     ),
-    "an expert's own norms are left out": Fault(around(compress, "emit_own", norms_forgotten), ("'e0'", NORM)),
+    "an expert's own norms are left out": Fault(around(compress, "_keep_or_average", norms_forgotten), ("'e0'", NORM)),
     "a first expert's tensor is overwritten in place": Fault(
-        around(compress, "_read_into", borrowed_view), ("'e0'", HEAD)
+        around(compress, "stored_rows", borrowed_view), ("'e0'", HEAD)
     ),
     "a tensor under another module's name": Fault(
         around(run, "bundle_layer", of_another_module), ("base", NORM, "input_layernorm"),
