@@ -9,7 +9,7 @@ memory that the kernel counts for it. "matrices": one residual of every shape, f
     torch.svd_lowrank     the same sketch width, at torch's own number of power iterations and at ours
     mergekit              mergekit-extract-lora's decomposition, called in mergekit's own virtual environment
 
-`--layers 32` is the whole model: three checkpoints of 16 GB each and the bundle's pieces need 120 GB of disk.
+`--layers 32` is the whole model: three checkpoints of 16 GB each and the bundle need 67 GB of disk.
 """
 
 from __future__ import annotations
@@ -41,10 +41,15 @@ RATE = 0.95
 MATRICES = ("self_attn.k_proj", "self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj")
 MERGE = """
 import sys
+from pathlib import Path
 from polymerge.host import peak_memory
 from polymerge.search.merge import merge
+def written():
+    counts = Path("/proc/self/io")  # Linux alone counts what a process gives to write()
+    return int(counts.read_text().split()[3]) if counts.exists() else 0
+before = written()
 merge(sys.argv[1], sys.argv[2], overwrite=True)
-print(peak_memory())
+print(peak_memory(), written() - before)
 """
 Factorise = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
@@ -66,17 +71,19 @@ def run_merge(workdir: Path, experts: int, layers: int) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     if merged.returncode:
         raise SystemExit(f"the merge failed: {merged.stderr.strip().splitlines()[-1]}")
-    written = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    peak, written = map(int, merged.stdout.split())
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     shutil.rmtree(output)
     read = experts * checkpoint_bytes(layers)
     return {
         "experts": experts,
         "layers": layers,
         "source_bytes": read,
-        "bundle_bytes": written,
+        "bundle_bytes": size,
+        "written_bytes": written,
         "seconds": seconds,
         "bytes_per_second": read / seconds,
-        "peak_rss": int(merged.stdout),
+        "peak_rss": peak,
     }
 
 
@@ -162,12 +169,15 @@ def factorisations(mergekit: Path | None, residual: Tensor) -> list[tuple[str, F
 
 
 def merge_table(lines: list[dict[str, Any]]) -> Table:
-    shown = Table("experts", "layers", "sources", "seconds", "GB/s", "peak memory", title="merge, Llama-3-8B shapes")
+    columns = ("experts", "layers", "sources", "bundle", "written", "seconds", "GB/s", "peak memory")
+    shown = Table(*columns, title="merge, Llama-3-8B shapes")
     for line in lines:
         shown.add_row(
             str(line["experts"]),
             str(line["layers"]),
             f"{line['source_bytes'] / 1e9:.1f} GB",
+            f"{line['bundle_bytes'] / 1e9:.2f} GB",
+            f"{line['written_bytes'] / line['bundle_bytes']:.3f}",
             f"{line['seconds']:.0f}",
             f"{line['bytes_per_second'] / 1e9:.3f}",
             f"{line['peak_rss'] / 2**30:.2f} GiB",
@@ -201,7 +211,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/merge.json"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.workdir) as scratch:
-        needed, free = 3 * 3 * checkpoint_bytes(options.layers), shutil.disk_usage(scratch).free
+        needed, free = 5 * checkpoint_bytes(options.layers), shutil.disk_usage(scratch).free
         if options.experts and free < needed:
             parser.error(f"{scratch}: {needed / 1e9:.0f} GB needed, {free / 1e9:.0f} GB free; say --workdir")
         merges = [run_merge(Path(scratch), experts, options.layers) for experts in options.experts]

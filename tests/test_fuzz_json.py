@@ -26,6 +26,7 @@ from transformers import LlamaConfig
 from polymerge import Bundle, merge, verify
 from polymerge.errors import BundleError, PolymergeError, RecipeError, RouterError, SourceError
 from polymerge.recipe.merge import Recipe, load_recipe
+from polymerge.recipe.rates import rate_of
 from polymerge.router.fit import fit_samples
 from polymerge.router.router import Router
 from polymerge.router.settings import FitSettings
@@ -241,7 +242,7 @@ def recipes(made: Path, scratch: Path, count: int) -> None:
             with refused_in_one_line(RecipeError):
                 recipe = load_recipe(given_as)
                 assert Recipe.model_validate(recipe.model_dump()) == recipe
-                assert len(recipe.experts) > 1 and 0 <= recipe.compress_rate <= 1
+                assert len(recipe.experts) > 1 and 0 <= rate_of(recipe.compress_rate, "model.layers.0.x") <= 1
                 assert recipe.max_error is None or (recipe.max_error > 0 and not math.isnan(recipe.max_error))
 
     load_recipe(RECIPE)

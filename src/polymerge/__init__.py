@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .merging.grow import remove_expert as remove_expert
     from .merging.plan import plan_merge as plan_merge
     from .merging.sources import verify as verify
+    from .merging.upgrade import upgrade as upgrade
     from .model import MixedModel as MixedModel
     from .model import load_model as load_model
     from .recipe.merge import Recipe as Recipe
@@ -84,6 +85,7 @@ _HOME = {
     "run_demo": "demo.start",
     "serve_bundle": "serve.start",
     "sweep": "search.sweep",
+    "upgrade": "merging.upgrade",
     "validate_stages": "staged.ablation",
     "verify": "merging.sources",
 }

@@ -125,7 +125,7 @@ def test_every_step_is_said(two: dict[str, str], tmp_path: Path) -> None:
     bundle = merge({"experts": two}, tmp_path / "b")
     verify(bundle.path, sources=True, progress=said.append)
     steps = ["structure of e0", "structure of e1", "e0 against its source", "e1 against its source"]
-    assert said == ["hashes", *steps]
+    assert said == ["hashes", *steps, "the average against the sources"]
 
 
 def test_rounding_to_the_bundles_dtype_is_no_problem(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Knows one architecture at a time. Does not know which there are (`__main__`).
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -179,7 +180,13 @@ def _judge(outcome: Outcome, what: str, got: torch.Tensor, expected: torch.Tenso
 
 
 def _plain(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return _class_of(folder).from_pretrained(folder, dtype=dtype).eval()
+
+
+def _class_of(folder: Path) -> Any:
+    """The class that saved a checkpoint."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return getattr(transformers, config["architectures"][0])
 
 
 def _exported(bundle: Bundle, folder: Path) -> dict[str, Any]:
@@ -188,7 +195,7 @@ def _exported(bundle: Bundle, folder: Path) -> dict[str, Any]:
 
 def _average(bundle: Bundle, original: Path) -> Any:
     """The bundle as transformers opens it; whatever it misses, an original must miss as well."""
-    auto = transformers.AutoModelForCausalLM
+    auto = _class_of(original)
     _, usual = auto.from_pretrained(original, dtype=torch.float32, output_loading_info=True)
     model, info = auto.from_pretrained(bundle.path, dtype=torch.float32, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

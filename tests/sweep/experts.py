@@ -10,18 +10,38 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from .configs import VOCAB, tiny_config
 
 LENGTHS = (9, 5, 9, 7, 6)  # of the rows of a batch, padded on the left
 
 
+MULTIMODAL = {
+    f"{kind} (images)": kind
+    for kind, name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items()
+    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) != name
+}  # architectures that read images as well -> the type of their configuration
+
+
+def make_model(architecture: str) -> Any:
+    """A tiny random model, in float32."""
+    kind = MULTIMODAL.get(architecture, architecture)
+    table = (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if architecture in MULTIMODAL else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    )
+    torch.manual_seed(0)
+    return getattr(transformers, table[kind])(tiny_config(kind)).float().eval()
+
+
 def make_experts(
     architecture: str, folder: Path, *, count: int = 3, dtype: torch.dtype = torch.float32
 ) -> dict[str, Path]:
     """{"e0": folder, ...}: checkpoints near each other that differ in every parameter and every stored buffer."""
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(tiny_config(architecture)).float().eval()
+    model = make_model(architecture)
     _move(model, 0.1)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     paths = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -11,6 +10,8 @@ from typing import Any
 
 from safetensors import safe_open
 
+from ..recipe.rates import AnyRates
+from .alignment import read_alignment
 from .bundle import Bundle
 from .peft import PEFT_PREFIX
 
@@ -29,6 +30,8 @@ class ExpertSummary:
         relative_error: sqrt of the summed squared errors over the summed squared norms, over all compressed tensors.
         lost_by_averaging: the same if nothing but the average (with the expert's scale) were kept.
         persona: what it has of its own beside its weights: tokenizer, template, generation, positions.
+        aligned: how far its permuted tensors were from the first expert's (from the average, where it was added) before
+            and after: ||W - W_1|| / ||W_1||; None where it was not aligned.
     """
 
     name: str
@@ -41,6 +44,7 @@ class ExpertSummary:
     relative_error: float
     lost_by_averaging: float
     persona: tuple[str, ...] = ()
+    aligned: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Inspection:
     path: str
     architecture: str
     dtype: str
-    compress_rate: float
+    compress_rate: AnyRates
     code: str
     scale: str
     layers_from: str
@@ -110,6 +114,12 @@ def inspect_bundle(bundle: Bundle | str | Path) -> Inspection:
     )
 
 
+def alignments(bundle: Bundle) -> dict[str, tuple[float, float]]:
+    """Expert -> how far it was from what it was aligned to, before and after; without the one that others fit."""
+    found = {name: read_alignment(bundle.path, bundle.manifest, name) for name in bundle.experts}
+    return {name: (a.before, a.after) for name, a in found.items() if a and a.before}
+
+
 def energy_kept(stats: Iterable[Mapping[str, Any]]) -> float:
     """1 - sum ||R - BA||² / sum ||R||² over the lines: large residuals count for more than small ones."""
     lost = total = 0.0
@@ -133,12 +143,6 @@ def module_kind(module: str) -> str:
     """`q_proj` of `model.layers.3.self_attn.q_proj`; block experts are one kind (`experts.w1`)."""
     parts = [part for part in module.split(".") if not part.isdigit()]
     return ".".join(parts[-2:]) if len(parts) > 1 and parts[-2] == "experts" else parts[-1]
-
-
-def layer_number(module: str) -> int:
-    """The first number in a module's name, -1 where there is none."""
-    match = re.search(r"\.(\d+)\.", module)
-    return int(match[1]) if match else -1
 
 
 def _expert(bundle: Bundle, name: str, stats: list[dict[str, Any]]) -> ExpertSummary:
@@ -165,4 +169,5 @@ def _expert(bundle: Bundle, name: str, stats: list[dict[str, Any]]) -> ExpertSum
         relative_error=relative_error(stats),
         lost_by_averaging=relative_error(stats, "residual_norm"),
         persona=bundle.manifest.experts[name].persona,
+        aligned=alignments(bundle).get(name),
     )

@@ -20,6 +20,7 @@ from ..method.code import Code
 from ..method.codes import PUBLISHED, code_of
 from ..naming import check_expert_names, check_paths
 from ..recipe.merge import CodeName
+from ..recipe.rates import Rates
 from ..sources.persona import Group
 from ..sources.slices import Slice
 from .files import FileEntry
@@ -27,8 +28,8 @@ from .versioned import read_versioned
 
 FORMAT = "polymerge-bundle"
 # Version 1 holds residuals as published; version 2 differs only in that they have a code; version 3 in that experts
-# have personas, or tensors dtypes, of their own; version 4 in that tensors are stored with others in one, or that
-# experts have other rows or tokens in their tables.
+# have personas, tensors dtypes, or layers compress rates of their own; version 4 in that tensors are stored with others
+# in one, or that experts have other rows or tokens in their tables.
 FormatVersion = Literal[1, 2, 3, 4]
 MANIFEST = "polymerge.json"
 STATS = "merge_stats.jsonl"
@@ -44,7 +45,7 @@ class _Strict(BaseModel):
 class Method(_Strict):
     """How the bundle was merged."""
 
-    compress_rate: float
+    compress_rate: Rates
     code: CodeName = PUBLISHED
     scale: Literal["per_expert", "shared"]
     embeddings: Literal["keep", "average"]
@@ -193,7 +194,7 @@ class Manifest(_Strict):
         layers = tuple(x.model_copy(update={"table": True}) if x.tensor in tables else x for x in self.layers)
         return self.model_copy(
             update={
-                "format_version": version_of(self.code, experts.values(), layers, self.vocabulary),
+                "format_version": version_of(self.method, self.code, experts.values(), layers, self.vocabulary),
                 "experts": experts,
                 "layers": layers,
                 "files": dict(sorted({**self.files, **files}.items())),
@@ -212,7 +213,7 @@ class Manifest(_Strict):
         layers = self.layers if own else tuple(x.model_copy(update={"table": False}) for x in self.layers)
         return self.model_copy(
             update={
-                "format_version": version_of(self.code, experts.values(), layers, self.vocabulary),
+                "format_version": version_of(self.method, self.code, experts.values(), layers, self.vocabulary),
                 "experts": experts,
                 "layers": layers,
                 "files": {n: entry for n, entry in self.files.items() if not n.startswith(f"experts/{name}/")},
@@ -236,10 +237,11 @@ class Manifest(_Strict):
         for dtype in {self.dtype, *(layer.dtype for layer in self.layers if layer.dtype)}:
             if dtype not in DTYPES:
                 raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-        if self.format_version != version_of(self.code, self.experts.values(), self.layers, self.vocabulary):
+        expected = version_of(self.method, self.code, self.experts.values(), self.layers, self.vocabulary)
+        if self.format_version != expected:
             raise ValueError(
-                f"format version {self.format_version} does not fit code {self.method.code!r}, "
-                "the experts' personas and vocabularies, the tensors' dtypes and their slices"
+                f"format version {self.format_version} does not fit code {self.method.code!r}, the experts' personas "
+                "and vocabularies, the tensors' dtypes and their slices, and the layers' rates"
             )
         return self
 
@@ -268,17 +270,19 @@ def stored_shape(layers: Sequence[BundleLayer]) -> tuple[int, ...]:
 
 
 def version_of(
-    code: Code, experts: Iterable[ExpertRecord], layers: Sequence[BundleLayer], vocabulary: int | None = None
+    method: Method,
+    code: Code,
+    experts: Iterable[ExpertRecord],
+    layers: Sequence[BundleLayer],
+    vocabulary: int | None = None,
 ) -> FormatVersion:
     """The lowest format version that has all this."""
     experts = list(experts)
-    if (
-        vocabulary
-        or any(layer.slice for layer in layers)
-        or any(record.vocabulary or record.rows for record in experts)
-    ):
+    other_tables = vocabulary or any(record.vocabulary or record.rows for record in experts)
+    if other_tables or any(layer.slice for layer in layers):
         return 4
-    if any(record.persona for record in experts) or any(layer.dtype for layer in layers):
+    by_layer = not isinstance(method.compress_rate, float)
+    if by_layer or any(record.persona for record in experts) or any(layer.dtype for layer in layers):
         return 3
     return code.format_version
 

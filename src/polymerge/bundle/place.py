@@ -89,8 +89,7 @@ def discard_work(folder: Path) -> None:
     restore(folder.with_name(folder.name.removesuffix(WORK)))  # never with the last copy of an output in it
     if folder.exists():
         _delete(folder)
-    for left in scratches_of(folder):
-        shutil.rmtree(left, ignore_errors=True) if left.is_dir() and not left.is_symlink() else left.unlink()
+    _clear_scratches(folder)
 
 
 def check_own(folder: Path) -> None:
@@ -132,17 +131,23 @@ def publish(assembled: Path, output: Path) -> Path:
 
 def restore(output: Path) -> None:
     """Undoes a `publish` that was killed between its two renames, and ends one that was killed after them. A work
-    folder that holds nothing any more goes."""
+    folder that holds nothing any more goes. To be asked by the output's only writer."""
     work = work_folder(output)
-    if mark_of(work) is None:
-        return
-    previous = _previous(work)
-    if previous.exists() and output.exists():
-        _delete(previous)
-    elif previous.exists():
-        previous.rename(output)
-    if [path.name for path in work.iterdir()] == [MARK]:
-        _delete(work)
+    if mark_of(work) is not None:
+        previous = _previous(work)
+        if previous.exists() and output.exists():
+            _delete(previous)
+        elif previous.exists():
+            previous.rename(output)
+        if [path.name for path in work.iterdir()] == [MARK]:
+            _delete(work)
+    _clear_scratches(work)
+
+
+def _clear_scratches(folder: Path) -> None:
+    """What a run that was killed had begun to make of a work folder, or to delete."""
+    for left in scratches_of(folder):
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
 def is_away(output: Path) -> bool:

@@ -17,6 +17,7 @@ from ..errors import BundleError, SourceError
 from ..host import DTYPES
 from ..sources.checkpoint import read_json
 from ..sources.layers import map_layers
+from .alignment import alignment_problems
 from .bundle import Bundle
 from .manifest import BundleLayer
 from .peft import adapter_config, coded_config
@@ -82,6 +83,7 @@ def verify_files(bundle: Bundle, progress: Callable[[str], None] | None = None) 
     result.problems += base_problems(bundle)
     if not result.problems:
         result.problems += architecture_problems(bundle)
+    result.problems += alignment_problems(bundle.path, bundle.manifest)
     for expert in bundle.experts:
         say(f"structure of {expert}")
         result.problems += adapter_problems(bundle, expert)
@@ -160,7 +162,7 @@ def adapter_problems(bundle: Bundle, expert: str) -> Iterator[str]:
         elif not (math.isfinite(ratio) and ratio >= 0):
             yield f"expert {expert!r}: scale {ratio} of {tensor_name!r} is not a ratio"
     config = read_json(bundle.expert_folder(expert) / "adapter_config.json")
-    expected = _expected_config(bundle, expert)
+    expected = expected_config(bundle, expert)
     for key in CHECKED_SETTINGS:
         if config.get(key) != expected.get(key):
             yield f"expert {expert!r}: adapter_config.json's {key!r} does not fit the adapter's tensors"
@@ -185,7 +187,8 @@ def _finite(bundle: Bundle, layer: BundleLayer) -> bool:
     )
 
 
-def _expected_config(bundle: Bundle, expert: str) -> dict[str, Any]:
+def expected_config(bundle: Bundle, expert: str) -> dict[str, Any]:
+    """adapter_config.json as it follows from an expert's tensors."""
     manifest = bundle.manifest
     if not bundle.code.peft_readable:
         return coded_config(bundle.code)

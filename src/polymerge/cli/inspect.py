@@ -14,9 +14,11 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Summarise a bundle: sizes, ranks, energy kept, the tensors that lost most."""
+    from rich.markup import escape
     from rich.table import Table
 
     from ..bundle.inspect import inspect_bundle
+    from ..recipe.rates import in_words
     from .console import out, print_json, size
 
     inspection = inspect_bundle(bundle)
@@ -33,9 +35,8 @@ def inspect(
         f"({size(inspection.separate_bytes)} apart)"
     )
     ranks = f"rank {inspection.rank_range[0]} to {inspection.rank_range[1]}"
-    out.print(
-        f"compressed   rate {inspection.compress_rate:g}, {ranks}, code {inspection.code}, scale {inspection.scale}"
-    )
+    rate = escape(in_words(inspection.compress_rate))
+    out.print(f"compressed   rate {rate}, {ranks}, code {inspection.code}, scale {inspection.scale}")
     storage = ", ".join(f"{n} {kind}" for kind, n in inspection.storage.items())
     out.print(f"tensors      {inspection.tensors}; linear: {storage}")
     kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in inspection.energy_by_kind.items())
@@ -58,6 +59,9 @@ def inspect(
     out.print(experts)
     for e in (e for e in inspection.experts if e.persona):
         out.print(f"{e.name} has its own {', '.join(e.persona)}", markup=False)
+    for e in (e for e in inspection.experts if e.aligned):
+        before, after = e.aligned or (0.0, 0.0)
+        out.print(f"{e.name} was {before:.2g} from what it was aligned to, and is {after:.2g} from it", markup=False)
     worst = Table("tensors that lost most", "expert", "rank", "error", "energy kept")
     for line in inspection.worst:
         worst.add_row(

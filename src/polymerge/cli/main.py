@@ -27,6 +27,7 @@ from .router import router
 from .serve import serve
 from .stages import stages
 from .sweep import sweep
+from .upgrade import upgrade
 from .verify import verify
 
 app = typer.Typer(
@@ -37,7 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 VERBS: dict[str, list[Callable[..., None]]] = {
-    "The bundle": [demo, plan, merge, inspect, verify, add, remove, export],
+    "The bundle": [demo, plan, merge, inspect, verify, add, remove, upgrade, export],
     "Answers": [generate, route, stages, serve],
     "Measuring": [assess, eval, compete, sweep],
 }

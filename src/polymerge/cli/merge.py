@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .words import (
+    Align,
     Code,
     CompressRate,
     DType,
@@ -37,6 +38,7 @@ def merge(
     embeddings: Embeddings = None,
     lm_head: LmHead = None,
     norms: Norms = None,
+    align: Align = None,
     target: Annotated[
         str | None,
         typer.Option(help="Find rate and code: kl=0.001, accuracy=99%, size=600MB or size=1.2x (one model's)."),
@@ -78,7 +80,14 @@ def merge(
         if not (quiet or as_json):
             err.print(text, markup=False, soft_wrap=True)
 
-    kept = {"scale": scale, "dtype": dtype, "embeddings": embeddings, "lm_head": lm_head, "norms": norms}
+    kept = {
+        "scale": scale,
+        "dtype": dtype,
+        "embeddings": embeddings,
+        "lm_head": lm_head,
+        "norms": norms,
+        "align": align,
+    }
     with merge_progress(quiet or as_json) as progress:
         bundle = run(
             read_recipe(recipe), output, target=target,
@@ -102,6 +111,8 @@ def _data(bundle: Bundle, output: Path, searched: list[Found]) -> dict[str, Any]
 
 
 def _print(bundle: Bundle, output: Path, searched: list[Found], words: str) -> None:
+    from ..bundle.inspect import alignments
+    from ..recipe.rates import in_words
     from .console import out, size
 
     sizes = bundle.sizes()
@@ -109,7 +120,11 @@ def _print(bundle: Bundle, output: Path, searched: list[Found], words: str) -> N
         f"{output}: {len(bundle.experts)} experts in {size(sizes.total)}, "
         f"{sizes.total / sizes.one_model:.2f} times one model ({size(sizes.separate_models)} apart)"
     )
+    for name, (before, after) in alignments(bundle).items():
+        out.print(
+            f"{name}: {before:.2g} from {bundle.experts[0]} before it was aligned, {after:.2g} after", markup=False
+        )
     for chosen in searched:
-        at = f"--compress-rate {chosen.recipe.compress_rate:g} --code {chosen.recipe.code}"
+        at = f"--compress-rate {in_words(chosen.recipe.compress_rate)} --code {chosen.recipe.code}"
         out.print(f"repeat: polymerge merge {words} {at}", markup=False, soft_wrap=True)
     out.print(f"next: polymerge inspect {output}", markup=False)

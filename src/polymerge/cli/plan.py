@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .words import Code, CompressRate, DType, Embeddings, LmHead, Norms, RecipeOrExperts, Scale, read_recipe
+from .words import Align, Code, CompressRate, DType, Embeddings, LmHead, Norms, RecipeOrExperts, Scale, read_recipe
 
 if TYPE_CHECKING:
     from ..merging.footprint import Footprint
@@ -21,16 +21,20 @@ def plan(
     embeddings: Embeddings = None,
     lm_head: LmHead = None,
     norms: Norms = None,
+    align: Align = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what a merge will write, read and need in memory, without reading a weight."""
+    from rich.markup import escape
+
     from ..merging.footprint import footprint
     from ..merging.plan import plan_merge
+    from ..recipe.rates import in_words
     from .console import out, print_json, size
 
     planned = plan_merge(
         read_recipe(recipe), weights=False, compress_rate=compress_rate, code=code, scale=scale, dtype=dtype,
-        embeddings=embeddings, lm_head=lm_head, norms=norms,
+        embeddings=embeddings, lm_head=lm_head, norms=norms, align=align,
     )  # fmt: skip
     needs = footprint(planned)
     summary = planned.summary() | {"answering": needs.to_json()}
@@ -40,9 +44,8 @@ def plan(
     experts = summary["experts"]
     separate, written = summary["separate_models_bytes"], summary["write_bytes"]
     ranks = summary["ranks"]
-    out.print(
-        f"[bold]{len(experts)} experts of {summary['architecture']}[/], compress rate {summary['compress_rate']:g}"
-    )
+    rate = escape(in_words(planned.recipe.compress_rate))
+    out.print(f"[bold]{len(experts)} experts of {summary['architecture']}[/], compress rate {rate}")
     for name, source in experts.items():
         out.print(f"  {name}: {source}", markup=False)
     spread = f"rank {ranks[0]} to {ranks[1]}" if ranks else "none"

@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from ..method.codes import CODES
-from .words import DType, Embeddings, LmHead, Norms, RecipeOrExperts, Scale, read_numbers, read_pairs, read_recipe
+from .words import (
+    Align,
+    DType,
+    Embeddings,
+    LmHead,
+    Norms,
+    RecipeOrExperts,
+    Scale,
+    read_numbers,
+    read_pairs,
+    read_recipe,
+)
 
 
 def sweep(
@@ -23,6 +34,7 @@ def sweep(
     embeddings: Embeddings = None,
     lm_head: LmHead = None,
     norms: Norms = None,
+    align: Align = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the table.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -44,7 +56,7 @@ def sweep(
     points = run(
         read_recipe(recipe), read_pairs(prompts, "NAME=FILE"), output, rates=read_numbers(rates, "--rates"),
         codes=codes.split(","), limit=limit, progress=say, scale=scale, dtype=dtype, embeddings=embeddings,
-        lm_head=lm_head, norms=norms,
+        lm_head=lm_head, norms=norms, align=align,
     )  # fmt: skip
     plain = [to_json(point, points) for point in points]
     page = write_sweep(plain, output / "sweep.html", footer=f"polymerge sweep {' '.join(recipe)}")

@@ -25,6 +25,7 @@ Scale = Annotated[str | None, typer.Option(help="per_expert or shared, over the 
 DType = Annotated[str | None, typer.Option(help="Of the bundle: float32, bfloat16 or float16, over the recipe's.")]
 Embeddings = Annotated[str | None, typer.Option(help="keep or average, over the recipe's.")]
 LmHead = Annotated[str | None, typer.Option(help="keep or average, over the recipe's.")]
+Align = Annotated[str | None, typer.Option(help="permutation, for experts that share no base, over the recipe's.")]
 Norms = Annotated[str | None, typer.Option(help="keep or average, over the recipe's; biases count as norms.")]
 
 

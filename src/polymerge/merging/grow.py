@@ -7,6 +7,7 @@ them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -17,11 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..bundle.alignment import Alignment, write_alignment
 from ..bundle.bundle import Bundle
 from ..bundle.files import FileEntry, Rows, check_free_space, raw_bytes
 from ..bundle.manifest import Manifest
 from ..bundle.write import write_manifest, write_stats
-from ..errors import BundleError, RecipeError
+from ..errors import BundleError, DiskSpaceError, RecipeError
 from ..host import DTYPES
 from ..method.dense import residual_of, unsaid
 from ..method.rsvd import rsvd
@@ -30,6 +32,7 @@ from ..recipe.merge import Source
 from ..sources.checkpoint import Checkpoint
 from ..sources.opening import open_checkpoint
 from ..sources.persona import Group, Persona, differing, persona_of
+from .align import aligned_to_bundle
 from .change import alone_with, changing, move_in
 from .compress import (
     Settings,
@@ -116,6 +119,7 @@ def add_expert(
         tables = added_tables(bundle, name, persona, groups, rows, trust_remote_code=trust)
         tasks = tasks_for(frame, [expert], bundle.manifest.method, tables)
         tasks = with_dtypes(tasks, {name: checkpoint}, settings.dtype)
+        checkpoint, alignment = aligned_to_bundle(bundle, checkpoint, tasks, settings.device)
         check_free_space(path, sum(task.expert_bytes(settings.dtype, settings.code) for task in tasks))
         layout = layout_of_experts([name], tasks, settings.code)
         with changing(bundle, name) as work:
@@ -128,7 +132,7 @@ def add_expert(
             files = _finish(
                 staging, bundle, name, scales_of(name, tasks, notes), numbers_of(own_rows_of(name, tasks, notes))
             )
-            files |= _store(staging.bundle, bundle, name, persona, groups)
+            files |= _store(staging.bundle, bundle, name, persona, groups, alignment)
             move_in(staging.bundle, bundle, name)
             lines = [line.to_json() for note in notes for line in note.stats]
             write_stats(path, [*bundle.stats(), *lines])
@@ -155,7 +159,8 @@ def remove_expert(bundle: Bundle | str | Path, name: str) -> Bundle:
         lines = [line for line in bundle.stats() if line["expert"] != name]
         with changing(bundle, name):
             _write_manifest(bundle, bundle.manifest.without_expert(name))
-            write_stats(path, lines)
+            with contextlib.suppress(DiskSpaceError):  # the expert is out; lines of one that is not there are not read
+                write_stats(path, lines)
         return Bundle.open(path)
 
 
@@ -218,12 +223,18 @@ def _finish(
 
 
 def _store(
-    folder: Path, bundle: Bundle, name: str, persona: Persona, groups: tuple[Group, ...]
+    folder: Path,
+    bundle: Bundle,
+    name: str,
+    persona: Persona,
+    groups: tuple[Group, ...],
+    alignment: Alignment | None,
 ) -> dict[str, FileEntry]:
     """What the expert has of its own beside its weights; Python files only where the bundle has some."""
+    files = write_alignment(folder, name, alignment) if alignment else {}
     tied = bool(bundle.persona().config.get("tie_word_embeddings", bundle.manifest.tied_embedding is not None))
     code = any(file.endswith(".py") for file in bundle.manifest.files)
-    return store_persona(folder, name, persona, groups, dtype=bundle.manifest.dtype, tied=tied, code=code)
+    return files | store_persona(folder, name, persona, groups, dtype=bundle.manifest.dtype, tied=tied, code=code)
 
 
 def _write_manifest(bundle: Bundle, manifest: Manifest) -> None:

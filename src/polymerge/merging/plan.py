@@ -6,22 +6,27 @@ read here but headers, and nothing is known of how tensors are compressed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
 import torch
 
+from ..bundle.alignment import Alignment
+from ..errors import RecipeError
 from ..host import dtype_name
 from ..method.code import Code
 from ..method.codes import code_of
 from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, Source, load_recipe
+from ..recipe.rates import AnyRates, misfit
+from ..sources.axes import axes_of
 from ..sources.checkpoint import Checkpoint, architecture_of
 from ..sources.layers import LayerMap
 from ..sources.opening import open_checkpoint
 from ..sources.outline import OutlineCheckpoint, outline
 from .personas import Personas, personas_of
 from .precision import bundle_dtype, with_dtypes
+from .reading import SLAB_NUMEL
 from .treatment import TensorTask, check_settings, expert_of, frame_of, task_of, tasks_for, with_differences
 from .vocabulary import Tables, merged_tables
 
@@ -32,6 +37,7 @@ class MergePlan:
 
     Attributes:
         tables: the rows of experts whose vocabularies differ; None where all have one.
+        alignments: expert -> how it was aligned, once it was (`polymerge.merging.align`).
     """
 
     recipe: Recipe
@@ -43,6 +49,7 @@ class MergePlan:
     notes: tuple[str, ...]
     personas: Personas
     tables: Tables | None = None
+    alignments: Mapping[str, Alignment] = field(default_factory=dict)
 
     @property
     def first(self) -> Checkpoint:
@@ -79,16 +86,19 @@ class MergePlan:
 
     @property
     def read_bytes(self) -> int:
-        """Every tensor is read twice: for the average, then for the residuals against it."""
+        """Every tensor is read twice: for the average, then for the residuals against it. Own whole tensors that differ
+        are read a third time, mostly from the system's cache."""
         infos = (c.tensors[t.sources[e]] for e, c in self.checkpoints.items() for t in self.tasks)
         return 2 * sum(info.numel * (info.dtype or torch.float32).itemsize for info in infos)
 
     @property
     def memory_bytes(self) -> int:
-        """Estimate of the arithmetic's peak: for a linear weight the base, a residual and its copy in float32."""
+        """Estimate of the arithmetic's peak: for a linear weight the base, a residual and its copy in float32; of other
+        tensors some rows of two. With several workers as many results wait for their turn."""
         linear = max((t.numel for t in self.tasks if t.record.role == "linear"), default=0)
-        whole = max((t.numel for t in self.tasks), default=0)
-        return max(self.recipe.workers * linear * 4 * 4, whole * (2 * self.dtype.itemsize + 1))
+        rows = min(max((t.numel for t in self.tasks), default=0), SLAB_NUMEL)
+        waiting = (self.recipe.workers + 1) * linear * self.dtype.itemsize if self.recipe.workers > 1 else 0
+        return max(self.recipe.workers * linear * 4 * 4 + waiting, rows * 4 * 3)
 
     def summary(self) -> dict[str, Any]:
         """The plan as plain data (`polymerge plan --json`)."""
@@ -140,6 +150,8 @@ def plan_merge(recipe: RecipeLike, *, weights: bool = True, **settings: Unpack[R
         notes.append(f"sizes of {', '.join(outlined)} are from {shown} alone; no weight was looked at")
     for expert in experts[1:]:
         check_settings(frame_of(first), expert, trust_remote_code=recipe.trust_remote_code)
+    if recipe.align is not None:
+        axes_of(first.checkpoint, first.layer_map)
     personas = personas_of(checkpoints)
     notes += personas.notes
     untied = next((expert for expert in experts if not expert.layer_map.tied), None)
@@ -149,13 +161,21 @@ def plan_merge(recipe: RecipeLike, *, weights: bool = True, **settings: Unpack[R
     notes += _vocabulary_notes(first.name, tables)
     widest = max(experts, key=lambda expert: expert.table_rows)
     tasks = tasks_for(frame_of(reference, widest), experts, recipe, tables)
+    _check_rates(recipe, tasks)
     dtype = bundle_dtype(recipe, checkpoints, tasks)
     tasks = with_dtypes(tasks, checkpoints, dtype)
     tied = untied is None
     return MergePlan(recipe, checkpoints, reference.layer_map, tasks, dtype, tied, tuple(notes), personas, tables)
 
 
-def replanned(plan: MergePlan, *, compress_rate: float, code: CodeName) -> MergePlan:
+def _check_rates(recipe: Recipe, tasks: Sequence[TensorTask]) -> None:
+    linear = (task.record for task in tasks if task.record.role == "linear")
+    reason = misfit(recipe.compress_rate, ((record.module, record.tensor) for record in linear))
+    if reason:
+        raise RecipeError(f"recipe: compress_rate: {reason}")
+
+
+def replanned(plan: MergePlan, *, compress_rate: AnyRates, code: CodeName) -> MergePlan:
     """The same experts at another rate and with another code, without opening them again."""
     recipe = plan.recipe.model_copy(update={"compress_rate": compress_rate, "code": code})
     tasks = [replace(task_of(t.record, t.shape, t.sources, recipe), dtype=t.dtype, tables=t.tables) for t in plan.tasks]

@@ -27,6 +27,7 @@ from ..errors import PolymergeError, SourceError
 from ..model.loading import load_model
 from ..model.mixed import MixedModel
 from ..sources.checkpoint import Checkpoint
+from ..sources.classes import opener_of
 from ..sources.layers import meta_model
 from .small import small_configs
 
@@ -67,7 +68,7 @@ class Proof:
         )
 
 
-class _NotSmall(Exception):
+class NotSmall(Exception):
     """There is no small model of this architecture."""
 
 
@@ -90,7 +91,7 @@ def prove(checkpoint: Checkpoint, merge: Merge, *, exact: bool) -> Proof:
     for settings in small_configs(json.loads(json.dumps(model.config.to_dict(), default=str)), parameters):
         try:
             return Proof(name, True, _proved(json.dumps(settings, sort_keys=True), merge, exact))
-        except _NotSmall as error:
+        except NotSmall as error:
             reason = reason or str(error)
         except PolymergeError as error:
             raise SourceError(f"{name}: a small model of this architecture cannot be a bundle: {error}") from None
@@ -105,12 +106,12 @@ def _proved(settings: str, merge: Merge, exact: bool) -> str:
 
 
 def _tried(settings: Mapping[str, Any], folder: Path, merge: Merge, exact: bool) -> str:
-    experts = _experts(settings, folder)
+    experts = random_experts(settings, folder)
     recipe = {"experts": {name: str(path) for name, path in experts.items()}, "compress_rate": 0.0 if exact else 0.5}
     bundle = merge(recipe, folder / "bundle")
     model = load_model(bundle, device="cpu", dtype="float32")
     dense = {name: _dense(model.hf, bundle, name) for name in (*experts, None)}
-    inputs = _batch(model.hf)
+    inputs = batch_for(model.hf)
     alone = [dense[name](**_row(inputs, number)).logits for number, name in enumerate(ROWS)]
     together = model(**inputs, experts=list(ROWS)).logits
     for number, name in enumerate(ROWS):
@@ -132,8 +133,8 @@ def _compare_steps(model: MixedModel, dense: Mapping[str | None, Any], inputs: M
         _compare(name, together[-1][number : number + 1], alone[-1])
 
 
-def _experts(settings: Mapping[str, Any], folder: Path) -> dict[str, Path]:
-    """Two checkpoints in which every tensor differs. Raises _NotSmall."""
+def random_experts(settings: Mapping[str, Any], folder: Path) -> dict[str, Path]:
+    """Two checkpoints in which every tensor differs. Raises NotSmall."""
     import transformers
 
     generator = torch.Generator().manual_seed(0)
@@ -141,10 +142,10 @@ def _experts(settings: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     try:
         config = transformers.AutoConfig.for_model(**settings)
         with torch.device("meta"):
-            wide = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
+            wide = sum(p.numel() for p in opener_of(config).from_config(config).parameters())
         if wide > MOST:
-            raise _NotSmall(f"{wide / 1e6:.0f} million parameters")
-        model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+            raise NotSmall(f"{wide / 1e6:.0f} million parameters")
+        model = opener_of(config).from_config(config).float().eval()
         state = {k: v for k, v in model.state_dict().items() if v.is_floating_point() and bool(v.isfinite().all())}
         paths = {}
         for name in ("one", "two"):
@@ -152,12 +153,12 @@ def _experts(settings: Mapping[str, Any], folder: Path) -> dict[str, Path]:
                 value.add_(0.1 * torch.randn(value.shape, generator=generator))
             paths[name] = folder / name
             model.save_pretrained(paths[name])
-        if not bool(model(**_batch(model)).logits.isfinite().all()):
-            raise _NotSmall("its answers are not numbers")
-    except _NotSmall:
+        if not bool(model(**batch_for(model)).logits.isfinite().all()):
+            raise NotSmall("its answers are not numbers")
+    except NotSmall:
         raise
     except Exception as error:
-        raise _NotSmall(" ".join(f"{type(error).__name__}: {error}".split())[:120]) from None
+        raise NotSmall(" ".join(f"{type(error).__name__}: {error}".split())[:120]) from None
     return paths
 
 
@@ -168,7 +169,8 @@ def _dense(hf: Any, bundle: Bundle, expert: str | None) -> Any:
     return type(hf).from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
 
 
-def _batch(model: Any) -> dict[str, Tensor]:
+def batch_for(model: Any) -> dict[str, Tensor]:
+    """Random tokens for a small model, padded."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(vocabulary // 2, vocabulary, (len(LENGTHS), max(LENGTHS)), generator=generator)

@@ -21,6 +21,7 @@ import torch
 
 from ..errors import MissingExtraError, PolymergeError, SourceError
 from ..recipe.merge import Recipe, Source
+from ..sources.aligned import AlignedCheckpoint, Moves
 from ..sources.checkpoint import Checkpoint
 from ..sources.fused import by_matrices
 from ..sources.opening import open_checkpoint
@@ -42,6 +43,7 @@ class WorkOrder:
         recipe: with absolute paths.
         threads: of torch; the bytes of a product depend on it.
         sources: expert -> fingerprint of its weights here.
+        moves: expert -> how its tensors are permuted, where experts are aligned.
     """
 
     recipe: Recipe
@@ -49,6 +51,7 @@ class WorkOrder:
     threads: int
     version: str
     sources: Mapping[str, tuple[str, ...]]
+    moves: Mapping[str, Moves]
 
 
 @contextmanager
@@ -154,6 +157,7 @@ def _work_order(plan: MergePlan) -> WorkOrder:
         threads=torch.get_num_threads(),
         version=__version__,
         sources={name: tuple(checkpoint.fingerprint()) for name, checkpoint in plan.checkpoints.items()},
+        moves={name: c.moves for name, c in plan.checkpoints.items() if isinstance(c, AlignedCheckpoint)},
     )
 
 
@@ -177,12 +181,11 @@ def _opened(order: WorkOrder, task: TensorTask) -> dict[str, Checkpoint]:
     """The sources as this machine sees them, opened once in a process."""
     if order.version != __version__:
         raise PolymergeError(f"a worker has polymerge {__version__}, this machine {order.version}; install one version")
-    plain = _open_all(tuple(order.recipe.experts.items()), tuple(order.sources.items()))
-    if all(source in plain[expert].tensors for expert, source in task.sources.items()):
-        return plain
-    return _by_matrices(
-        tuple(order.recipe.experts.items()), tuple(order.sources.items()), order.recipe.trust_remote_code
-    )
+    sources = tuple(order.recipe.experts.items()), tuple(order.sources.items())
+    opened = _open_all(*sources)
+    if any(source not in opened[expert].tensors for expert, source in task.sources.items()):
+        opened = _by_matrices(*sources, order.recipe.trust_remote_code)
+    return {n: AlignedCheckpoint(c, order.moves[n]) if n in order.moves else c for n, c in opened.items()}
 
 
 @lru_cache(maxsize=2)

@@ -12,17 +12,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..bundle.alignment import write_alignment
 from ..bundle.bundle import Bundle, base_of
-from ..bundle.files import FileEntry, check_free_space, disk_errors
+from ..bundle.files import FileEntry, check_free_space, disk_errors, scratches_of
 from ..bundle.lock import writing
 from ..bundle.manifest import BundleLayer, Manifest, Method, version_of
-from ..bundle.place import check_output, publish, restore, settled, work_folder
+from ..bundle.place import check_output, mark_of, publish, restore, settled, work_folder
 from ..bundle.write import bundle_config, copy_model_files, tool_versions, write_manifest, write_stats
 from ..errors import ErrorBudgetExceeded
 from ..host import dtype_name, peak_memory, pick_device
 from ..recipe.merge import Recipe
 from ..sources.checkpoint import architecture_of
 from ..version import __version__
+from .align import aligned, digest_of_orders
 from .executor import Executor, in_threads
 from .finish import finish_base, finish_expert
 from .journal import Note, Staging, begin, end_published, half_done
@@ -87,12 +89,22 @@ def run_plan(
     """
     output = settled(output)
     pick_device(plan.recipe.device)
+    _heal(output)
     check_output(output, overwrite=overwrite)
     half = half_done(work_folder(output)) if resume else 0
     check_free_space(output.parent, plan.write_bytes - half)
     proof = prove(plan.first, _merge_small, exact=plan.recipe.compress_rate == 0.0)
-    plan = replace(plan, notes=(*plan.notes, proof.note))
+    plan = aligned(replace(plan, notes=(*plan.notes, proof.note)))
     return _run(plan, output, overwrite=overwrite, resume=resume, executor=executor, progress=progress)
+
+
+def _heal(output: Path) -> None:
+    """Ends what a killed run had as good as done, also where this one will be refused."""
+    work = work_folder(output)
+    if mark_of(work) is not None or scratches_of(work):
+        with disk_errors(output), writing(output):
+            restore(output)
+            end_published(work)
 
 
 def _merge_small(recipe: dict[str, Any], output: Path) -> Bundle:
@@ -130,7 +142,9 @@ def fingerprint(plan: MergePlan) -> dict[str, Any]:
     answering = {"config", "thinker", "staged", "memory_limit"}
     recipe = plan.recipe.model_dump(mode="json", exclude={"workers", "device", "max_error", *answering})
     tables = {"tables": asdict(plan.tables)} if plan.tables else {}
+    orders = {"alignment": digest_of_orders(plan.alignments)} if plan.alignments else {}
     return {
+        **orders,
         "polymerge": __version__,
         **tables,
         "recipe": recipe,
@@ -172,6 +186,8 @@ def _finish(plan: MergePlan, staging: Staging, layout: Layout) -> None:
         scales, rows = scales_of(expert, plan.tasks, notes), numbers_of(own_rows_of(expert, plan.tasks, notes))
         options: dict[str, Any] = {"code": plan.code, "tied_embedding": plan.tied_embedding, "rows": rows}
         files |= finish_expert(staging, expert, base, layers, scales, **options)
+        if expert in plan.alignments:
+            files |= write_alignment(folder, expert, plan.alignments[expert])
         persona, groups = plan.personas.experts[expert], plan.personas.groups[expert]
         files |= store_persona(folder, expert, persona, groups, dtype=dtype, tied=plan.tied, code=code)
     write_stats(folder, (line.to_json() for note in notes for line in note.stats))
@@ -183,13 +199,14 @@ def _manifest(
 ) -> Manifest:
     recipe = plan.recipe
     ratios, groups = ratios_of(notes), plan.personas.groups
+    method = Method(**recipe.model_dump(include=set(Method.model_fields)))
     experts = {n: expert_record(n, c, plan.tasks, notes, groups[n]) for n, c in plan.checkpoints.items()}
     vocabulary = plan.tables.narrow(next(iter(experts))) if plan.tables else None
     layers = with_tables(layers, plan.tasks, experts.values(), vocabulary)
     return Manifest(
-        format_version=version_of(plan.code, experts.values(), layers, vocabulary),
+        format_version=version_of(method, plan.code, experts.values(), layers, vocabulary),
         polymerge_version=__version__,
-        method=Method(**recipe.model_dump(include=set(Method.model_fields))),
+        method=method,
         dtype=dtype_name(plan.dtype),
         architecture=architecture_of(plan.first.config),
         layers_from=plan.layer_map.layers_from,

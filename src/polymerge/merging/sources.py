@@ -16,17 +16,9 @@ from ..host import DTYPES
 from ..sources.checkpoint import Checkpoint, Origin
 from ..sources.opening import opened_again
 from ..sources.persona import differing, persona_of
+from .align import as_in_bundle
 from .precision import with_dtypes
-from .treatment import (
-    Expert,
-    Frame,
-    TensorTask,
-    check_settings,
-    expert_of,
-    frame_of_bundle,
-    table_rows_in,
-    tasks_for,
-)
+from .treatment import Expert, Frame, TensorTask, check_settings, expert_of, frame_of_bundle, table_rows_in, tasks_for
 from .truth import average_problems, held_against, made_of_these, method_problems, record_problem
 
 # An expert's checkpoint, in the bundle's order, and the tensors that were compared.
@@ -64,7 +56,7 @@ def verify(
         compared = _checked_expert(bundle, candidate, moved.get(expert), result)
         if compared:
             checked[expert] = compared
-    if len(checked) == len(bundle.experts) and made_of_these(bundle):
+    if result.ok and made_of_these(bundle):
         if progress:
             progress("the average against the sources")
         makers = {expert: checkpoint for expert, (checkpoint, _) in checked.items()}
@@ -87,6 +79,11 @@ def _checked_expert(bundle: Bundle, candidate: Expert, moved: str | None, result
         tasks = tasks_for(frame, [candidate], bundle.manifest.method)
     except SourceError as reason:
         result.problems.append(f"{source}: {reason}; is it the checkpoint that was merged?")
+        return None
+    try:
+        checkpoint = as_in_bundle(bundle, expert, checkpoint, tasks)
+    except SourceError as reason:
+        result.problems.append(f"expert {expert!r}: {reason}; copy the bundle again")
         return None
     tasks = with_dtypes(tasks, {expert: checkpoint}, DTYPES[bundle.manifest.dtype])
     result.problems += [f"expert {expert!r}: its {group} is not the one of {source}" for group in unlike]

@@ -22,6 +22,7 @@ from ..method.codes import code_of
 from ..method.rsvd import factors_are_smaller, rank_for_rate
 from ..model.positions import objection
 from ..recipe.merge import Recipe
+from ..recipe.rates import rate_of
 from ..sources.checkpoint import Checkpoint, read_json
 from ..sources.configuration import first_difference, positions_of, resolved, settings_of
 from ..sources.fused import by_matrices
@@ -270,7 +271,7 @@ def treatment_of(record: LayerRecord, shape: tuple[int, ...], settings: Settings
     if record.role != "linear":
         return {"embedding": settings.embeddings, "lm_head": settings.lm_head}.get(record.role, settings.norms), 0
     rows, columns = shape
-    rate = settings.compress_rate
+    rate = rate_of(settings.compress_rate, record.module, record.tensor)
     # At rate 1 nothing is kept of a residual, however small the matrix is.
     if rate < 1 and not factors_are_smaller(rows, columns, rank_for_rate(rows, columns, rate)):
         return "full", 0

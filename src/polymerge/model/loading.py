@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -16,11 +16,13 @@ from ..bundle.bundle import Bundle
 from ..bundle.reading import steady
 from ..errors import ModelError
 from ..host import DTYPES, pick_device, pick_dtype
+from ..sources.classes import opener_of
 from ..sources.layers import meta_model
 from .assignment import Assignment
 from .mixed import MixedModel
 from .placing import CodedPlacer, Placed, Placer
 from .positions import place_positions
+from .sampled import check_layers
 from .trial import Trial
 from .vocabulary import Vocabularies, place_vocabularies, tokens_of
 
@@ -49,7 +51,8 @@ def load_model(
 
     Raises:
         BundleError: incomplete or unsafe, or changed by another process meanwhile. ModelError: an adapter holds
-            something that has no place in the model, or an unknown kernel.
+            something that has no place in the model, a layer computes something else than the bundle holds, or an
+            unknown kernel.
     """
     bundle = Bundle.open(bundle)
     with steady(bundle):
@@ -63,16 +66,16 @@ def _loaded(
     trust_remote_code: bool,
     kernel: Kernel,
 ) -> MixedModel:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     bundle.base  # noqa: B018 (its index is checked before transformers joins paths with it)
     place = pick_device(device)
     chosen = pick_dtype(dtype, place, DTYPES[bundle.manifest.dtype])
     placer = CodedPlacer if _uses_kernel(kernel, bundle, place, chosen) else Placer
     try:
-        hf = AutoModelForCausalLM.from_pretrained(
-            bundle.path, dtype=chosen, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        opener = opener_of(AutoConfig.from_pretrained(bundle.path, **options))
+        hf = opener.from_pretrained(bundle.path, dtype=chosen, **options)
     except Exception as error:  # an unknown architecture, or a configuration that the weights do not fit
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{bundle.path}: transformers cannot load it ({reason})") from None
@@ -82,13 +85,16 @@ def _loaded(
         raise ModelError(f"{bundle.path}: {type(hf).__name__} cannot be run as a bundle: {trial.objection}")
     state = Assignment(bundle.experts, place)
     rows = place_positions(hf, state, _with_positions(bundle, trust_remote_code))
-    placed = placer(bundle, hf, state, chosen, trial).place()
+    placing = placer(bundle, hf, state, chosen, trial)
+    placed = placing.place()
     vocabularies = Vocabularies(
         bundle.experts, [bundle.vocabulary(expert) for expert in (*bundle.experts, None)], tokens_of(hf)
     )
     place_vocabularies(hf, state, vocabularies)
     placed = Placed([*placed.modules, *rows], placed.strategy)
-    return MixedModel(hf, state, bundle, placed, vocabularies, trust_remote_code=trust_remote_code).to(place)
+    model = MixedModel(hf, state, bundle, placed, vocabularies, trust_remote_code=trust_remote_code).to(place)
+    check_layers(model, bundle, placing.orders)
+    return model
 
 
 def _with_positions(bundle: Bundle, trust_remote_code: bool) -> list[nn.Module | None]:

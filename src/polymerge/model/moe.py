@@ -156,7 +156,15 @@ class MixedBlockExperts(nn.Module):
         return total
 
     def _between(self, y: Tensor) -> Tensor:
-        result: Tensor = self.inner.act_fn(y) if self.layout.first == "up_proj" else _gated(self.inner, y)
+        """What transformers' blocks do between the two products, or a module of its own way."""
+        inner = self.inner
+        if self.layout.first == "up_proj":
+            result: Tensor = inner.act_fn(y)
+        elif hasattr(inner, "_apply_gate"):
+            result = inner._apply_gate(y)
+        else:
+            gate, up = y.chunk(2, dim=-1)
+            result = inner.act_fn(gate) * up
         return result
 
     def _product(self, parameter: str, block: int, x: Tensor, rows: Tensor) -> Tensor:
@@ -176,16 +184,6 @@ class MixedBlockExperts(nn.Module):
             bias: Tensor = getattr(self.inner, self.layout.biases[parameter])[block]
             return bias
         return rows @ table[:, block].float()
-
-
-def _gated(inner: Any, y: Tensor) -> Tensor:
-    """As transformers puts the two halves together, or as the module says."""
-    if hasattr(inner, "_apply_gate"):
-        result: Tensor = inner._apply_gate(y)
-        return result
-    gate, up = y.chunk(2, dim=-1)
-    activated: Tensor = inner.act_fn(gate)
-    return activated * up
 
 
 @dataclass
@@ -258,7 +256,7 @@ class FusedWeight(OwnTensor):
 
 
 def layout_of(inner: nn.Module) -> Layout | None:
-    """How MixedBlockExperts computes a fused block; None where it cannot. By its shapes, and by trying it."""
+    """How MixedBlockExperts computes a block; None where it cannot. By its shapes, and by trying it."""
     parameters = dict(inner.named_parameters(recurse=False))
     first = "up_proj" if "up_proj" in parameters else "gate_up_proj"
     biases = {name: f"{name}_bias" for name in (first, "down_proj") if f"{name}_bias" in parameters}

@@ -8,7 +8,7 @@ whether a source exists is found out by `polymerge.sources.checkpoint`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypedDict, TypeVar, Unpack
 
@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ..errors import RecipeError
 from ..method.codes import PUBLISHED, known_code
 from ..naming import check_expert_names
+from .rates import PUBLISHED_RATE, Rates
 from .response import StageSettings, ThinkerSettings
 
 KeepOrAverage = Literal["keep", "average"]
@@ -68,13 +69,16 @@ class Recipe(BaseModel):
     Attributes:
         experts: name -> source, in the order in which experts are listed everywhere.
         compress_rate: share of a residual's parameters that is dropped, in [0, 1]. 0 keeps every expert
-            exactly, 1 is the plain normalised average. The published setting is 0.95.
+            exactly, 1 is the plain normalised average. The published setting is 0.95. One number for all matrices; a
+            list of one a layer; or a mapping of patterns of names to numbers, with `default` for the rest.
         code: how residuals are stored: `factors` (published) in the bundle's dtype, or `int8` and `int4`, whole numbers
             with scales at a larger rank, in at most the bytes of 16-bit factors.
         scale: `per_expert` (published: each expert keeps its own norm per tensor) or `shared` (the norms are
             folded into the residuals, so that a plain PEFT loader is exact).
         embeddings, lm_head, norms: `keep` each expert's own tensor or `average` them into one. `norms`
             covers every tensor that is neither an embedding, the lm_head nor a linear weight (biases too).
+        align: `permutation` for experts that do not share a base: every expert's neurons and heads are brought into the
+            order in which they fit the first expert's best, which changes no expert's function.
         dtype: what the bundle is stored in; by default the sources' own.
         device: where the arithmetic runs; `auto` is the GPU where there is one.
         workers: tensors in work at once. The result does not depend on it.
@@ -90,12 +94,13 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     experts: dict[str, WrittenSource]
-    compress_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.95
+    compress_rate: Rates = PUBLISHED_RATE
     code: CodeName = PUBLISHED
     scale: Literal["per_expert", "shared"] = "per_expert"
     embeddings: KeepOrAverage = "keep"
     lm_head: KeepOrAverage = "keep"
     norms: KeepOrAverage = "keep"
+    align: Literal["permutation"] | None = None
     dtype: DTypeName | None = None
     device: DeviceName = "auto"
     workers: Annotated[int, Field(ge=1, le=64)] = 1
@@ -125,12 +130,13 @@ RecipeLike: TypeAlias = Recipe | Mapping[str, Any] | str | Path
 class RecipeSettings(TypedDict, total=False):
     """Keys of a recipe as keyword arguments, in the place of what it says; None leaves a key as it is."""
 
-    compress_rate: float | None
+    compress_rate: float | Sequence[float] | Mapping[str, float] | None
     code: str | None
     scale: str | None
     embeddings: str | None
     lm_head: str | None
     norms: str | None
+    align: str | None
     dtype: str | None
     device: str | None
     workers: int | None

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..bundle.inspect import Inspection, layer_number, module_kind
+from ..bundle.inspect import Inspection, module_kind
+from ..recipe.rates import layer_number
 from .blocks import COLOURS, mean, plot, plotly, section, size, table
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from ..bundle.bundle import Bundle
 from ..bundle.files import write_bytes
 from ..bundle.inspect import Inspection, inspect_bundle
+from ..recipe.rates import in_words
 from . import assessment
 from .blocks import cards, html_page, size
 from .demo import demo_section
@@ -45,7 +46,7 @@ def _page(bundle: Bundle, inspection: Inspection, sections: Sequence[str]) -> st
             (size(inspection.total_bytes), f"for {len(inspection.experts)} experts"),
             (f"{inspection.share_of_one_model:.2f} ×", f"one model; apart they are {size(inspection.separate_bytes)}"),
             (f"{inspection.energy_kept:.1%}", "of the residuals' energy kept"),
-            (f"{inspection.compress_rate:g}", f"compress rate, rank {low} to {high}"),
+            (in_words(inspection.compress_rate), f"compress rate, rank {low} to {high}"),
             (inspection.scale.replace("_", " "), "scale"),
         ]
     )

@@ -17,10 +17,12 @@ import torch
 
 from ..bundle.bundle import Bundle
 from ..errors import TargetError
+from ..merging.align import aligned
 from ..merging.executor import Executor, in_threads
 from ..merging.plan import MergePlan, plan_merge, replanned
 from ..method.codes import CODES, code_of
 from ..recipe.merge import CodeName, Recipe, load_recipe
+from ..recipe.rates import in_words
 from .examples import Example
 from .fitting import STEPS, Fitting, has_full_rank
 from .sweep import Point, Reference, check_examples, measure, run_originals
@@ -108,7 +110,7 @@ def find(
     check_examples(recipe, examples)
     for name in (n for n in recipe.experts if target.kind == "accuracy" and not any(e.answer for e in examples[n])):
         raise TargetError(f"target {target.text!r}: none of the prompts of expert {name!r} has an answer")
-    fitting = Fitting.of(plan_merge(recipe))
+    fitting = Fitting.of(aligned(plan_merge(recipe)))
     references = run_originals(recipe, examples, say)
     for name in (n for n, r in references.items() if target.kind == "accuracy" and not r.accuracy):
         raise TargetError(f"target {target.text!r}: the original of {name!r} is right on none of its prompts")
@@ -161,7 +163,8 @@ class _Search:
         if self._reached(0, codes[0]):
             return codes[0], 0
         rate = self.fitting.plan.recipe.compress_rate
-        first = round(STEPS * (1 - (rate if 0 < rate < 1 else FIRST_RATE))) or 1
+        begins = isinstance(rate, float) and 0 < rate < 1
+        first = round(STEPS * (1 - (rate if isinstance(rate, float) and begins else FIRST_RATE))) or 1
         limit = min(self._bytes(first, code) for code in codes)
         starts = {code: self._start(first, limit, code) for code in codes}
         for code in sorted(codes, key=lambda code: self._worst_kl(starts[code], code)) if len(codes) > 1 else codes:
@@ -171,7 +174,8 @@ class _Search:
         nearest = min(self.measured.values(), key=lambda point: max(e.kl for e in point.experts.values()))
         raise TargetError(
             f"target {self.target.text!r}: only compress_rate 0, which keeps every expert whole, is sure to reach it; "
-            f"the nearest was {self.target.words(nearest)} at rate {nearest.compress_rate:g} with {nearest.code}"
+            f"the nearest was {self.target.words(nearest)} at rate {in_words(nearest.compress_rate)} with "
+            f"{nearest.code}"
         )
 
     def point(self, keep: int, code: CodeName) -> Point:
@@ -181,7 +185,7 @@ class _Search:
         key = (code if any(rank for _, rank in ranks) else None, ranks)
         if key not in self.measured:
             number = len(self.measured) + 1
-            what = f"rate {plan.recipe.compress_rate:g}, {code}" if keep else "the average"
+            what = f"rate {in_words(plan.recipe.compress_rate)}, {code}" if keep else "the average"
             self.say(f"merge {number}: {what}, about {self.fitting.bytes(plan) / 1e6:.1f} MB")
             point = self.measured[key] = measure(plan, self.references, self.folder, self.executor)
             verdict = "reached" if self.target.is_reached(point) else "missed"

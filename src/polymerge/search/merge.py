@@ -20,6 +20,7 @@ from ..merging.ray import ray_cluster
 from ..merging.run import OnProgress, run_plan
 from ..method.codes import CODES
 from ..recipe.merge import RecipeLike, RecipeSettings
+from ..recipe.rates import in_words
 from .examples import LIMIT, Prompts, read_prompts
 from .find import Found, find
 from .target import Target, read_target
@@ -124,6 +125,6 @@ def _tell(
     if say:
         rate, code, point = chosen.recipe.compress_rate, chosen.recipe.code, chosen.point
         words = f"{goal.words(point)}, measured merges: {chosen.merges}" if point else "no merge needed"
-        say(f"found: compress rate {rate:g} with code {code} ({words})")
+        say(f"found: compress rate {in_words(rate)} with code {code} ({words})")
     if on_found:
         on_found(chosen)

@@ -27,6 +27,7 @@ from ..merging.run import run_plan
 from ..method.codes import CODES
 from ..model import load_model
 from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, Source, load_recipe
+from ..recipe.rates import AnyRates, in_words
 from .examples import LIMIT, Example, Prompts, read_prompts
 
 RATES = (0.9, 0.95, 0.98)
@@ -68,7 +69,7 @@ class Point:
     """One rate and code. Bytes of the whole bundle's weights, and of all experts' residuals alone."""
 
     code: CodeName
-    compress_rate: float
+    compress_rate: AnyRates
     total_bytes: int
     residual_bytes: int
     share_of_one_model: float
@@ -196,7 +197,7 @@ def sweep(
     output.mkdir(parents=True, exist_ok=True)
     points: list[Point] = []
     for number, changed in enumerate(recipes, 1):
-        say(f"{number} of {len(recipes)}: rate {changed.compress_rate:g}, {changed.code}")
+        say(f"{number} of {len(recipes)}: rate {in_words(changed.compress_rate)}, {changed.code}")
         points.append(measure(plan_merge(changed), references, output))
         (output / "sweep.json").write_text(json.dumps([to_json(p, points) for p in points], indent=1) + "\n")
     return points

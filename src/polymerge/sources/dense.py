@@ -12,6 +12,7 @@ import torch
 
 from ..errors import SourceError
 from .checkpoint import Checkpoint
+from .classes import opener_of
 
 
 def dense_model(checkpoint: Checkpoint, *, dtype: torch.dtype, **options: Any) -> Any:
@@ -23,15 +24,16 @@ def dense_model(checkpoint: Checkpoint, *, dtype: torch.dtype, **options: Any) -
     Raises:
         SourceError: a parameter of the model is not in the checkpoint.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    if checkpoint.in_folder:
-        return AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, **options)
     config = AutoConfig.from_pretrained(checkpoint.folder, **options)
+    opener = opener_of(config)
+    if checkpoint.in_folder:
+        return opener.from_pretrained(checkpoint.folder, dtype=dtype, **options)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     with torch.device("meta"):
-        kind: Any = type(AutoModelForCausalLM.from_config(config, trust_remote_code=options.get("trust_remote_code")))
+        kind: Any = type(opener.from_config(config, trust_remote_code=options.get("trust_remote_code")))
     tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
     model, info = kind.from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True, **options

@@ -18,6 +18,7 @@ import torch
 
 from ..errors import SourceError
 from .checkpoint import Checkpoint, architecture_of
+from .classes import opener_of, out_of_scope
 from .forms import forms_of, rows_of, stored_as
 from .slices import Fused, Slice, fused_parameters
 
@@ -90,6 +91,13 @@ def map_layers(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> La
     Raises:
         SourceError: the checkpoint misses parameters of its own architecture, or it is of a kind that no bundle holds.
     """
+    other = out_of_scope(checkpoint.config)
+    if other:
+        kind = checkpoint.config.get("model_type")
+        raise SourceError(
+            f"{checkpoint.label}: {_class_of(checkpoint)} ({kind}) is {other}; a bundle holds models that go on with a "
+            "text, one token after another"
+        )
     try:
         model = _built(checkpoint.folder, trust_remote_code)
     except Exception as error:
@@ -113,26 +121,21 @@ def _built(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
 
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = opener_of(config).from_config(config, trust_remote_code=trust_remote_code)
+        return model
 
 
 def _refuse_known(checkpoint: Checkpoint, error: Exception) -> None:
-    """A model that transformers knows, and cannot build as a causal language model, is not one."""
+    """A language model that transformers knows, and cannot build, is none that can be run."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    kind, name = checkpoint.config.get("model_type"), _class_of(checkpoint)
-    if kind not in CONFIG_MAPPING_NAMES:
-        return
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        what = "an encoder-decoder" if checkpoint.config.get("is_encoder_decoder") else "no causal language model"
-        raise SourceError(f"{checkpoint.label}: {name} ({kind}) is {what}; a bundle holds causal language models alone")
-    reason = " ".join(str(error).split())[:200]
-    raise SourceError(f"{checkpoint.label}: transformers cannot build {name} from its config.json ({reason})")
+    if checkpoint.config.get("model_type") in CONFIG_MAPPING_NAMES:
+        reason, name = " ".join(str(error).split())[:200], _class_of(checkpoint)
+        raise SourceError(f"{checkpoint.label}: transformers cannot build {name} from its config.json ({reason})")
 
 
 def _refuse_other_class(checkpoint: Checkpoint, model: PreTrainedModel, unknown: Sequence[str]) -> None:
-    """A checkpoint of a class that has more than the causal language model has: a classifier, an encoder."""
+    """A checkpoint of a class that has more than the language model has."""
     import transformers
 
     name, built = _class_of(checkpoint), type(model).__name__

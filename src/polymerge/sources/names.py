@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import SourceError
 from .checkpoint import Checkpoint, TensorInfo, in_natural_order
+from .classes import class_for
 from .layers import meta_model, stored_names
 
 _FREQUENCIES = re.compile(r"(^|\.)(rotary_emb|rotary)\.inv_freq$")
@@ -69,11 +70,10 @@ def by_architecture(checkpoint: Checkpoint) -> Checkpoint:
 def _begins_with_prefix(checkpoint: Checkpoint) -> bool:
     """Whether a name begins as the architecture's do, told from its class alone: a model takes a moment to build."""
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-        prefix = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].base_model_prefix
+        prefix = class_for(config).base_model_prefix
     except Exception:  # an architecture that transformers does not know keeps its names
         return True
     names = checkpoint.tensors
