@@ -10,7 +10,7 @@ Each is merged with and without `align` at the rates given, and the second exper
 that was held out: KL(original || expert) in nats a byte, the energy that its residuals keep, how far it is from the
 first. The hidden dimension stays as it is in both, which is why the last pair gains little.
 
-    python benchmarks/align.py            # two minutes on two cores; writes benchmark-align.json
+    python benchmarks/align.py            # two and a half minutes of one core; writes benchmark-align.json
 """
 
 from __future__ import annotations
