@@ -116,8 +116,8 @@ def inspect_bundle(bundle: Bundle | str | Path) -> Inspection:
 
 def alignments(bundle: Bundle) -> dict[str, tuple[float, float]]:
     """Expert -> how far it was from what it was aligned to, before and after; without the one that others fit."""
-    found = {name: read_alignment(bundle.path, bundle.manifest, name) for name in bundle.experts}
-    return {name: (a.before, a.after) for name, a in found.items() if a and a.before}
+    alignments = {name: read_alignment(bundle.path, bundle.manifest, name) for name in bundle.experts}
+    return {name: (a.before, a.after) for name, a in alignments.items() if a and a.before}
 
 
 def energy_kept(stats: Iterable[Mapping[str, Any]]) -> float:

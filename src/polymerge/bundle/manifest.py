@@ -209,8 +209,8 @@ class Manifest(_Strict):
     def without_expert(self, name: str) -> Manifest:
         """Without an expert and its files."""
         experts = {n: record for n, record in self.experts.items() if n != name}
-        own = self.vocabulary or any(record.vocabulary or record.rows for record in experts.values())
-        layers = self.layers if own else tuple(x.model_copy(update={"table": False}) for x in self.layers)
+        other_tables = self.vocabulary or any(record.vocabulary or record.rows for record in experts.values())
+        layers = self.layers if other_tables else tuple(x.model_copy(update={"table": False}) for x in self.layers)
         return self.model_copy(
             update={
                 "format_version": version_of(self.method, self.code, experts.values(), layers, self.vocabulary),

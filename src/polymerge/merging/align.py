@@ -111,14 +111,14 @@ def align_to(
         orders[one.name] = _order(target, one, checkpoint, other, device)
         log.info("%s: %s aligned", checkpoint.label, one.name)
     moves = moves_of(axes, orders)
-    found = AlignedCheckpoint(checkpoint, moves)
+    ordered = AlignedCheckpoint(checkpoint, moves)
     pairs = {
         b.tensor: a.tensor
         for one, other in zip(target_axes, axes, strict=True)
         for a, b in zip((*one.members, *one.group_members), (*other.members, *other.group_members), strict=True)
     }
-    before, after = (_distance(target, source, pairs) for source in (checkpoint, found))
-    return found, Alignment(orders, before, after)
+    before, after = (_distance(target, source, pairs) for source in (checkpoint, ordered))
+    return ordered, Alignment(orders, before, after)
 
 
 def digest_of_orders(alignments: Mapping[str, Alignment]) -> str:

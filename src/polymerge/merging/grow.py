@@ -137,8 +137,8 @@ def add_expert(
             lines = [line.to_json() for note in notes for line in note.stats]
             write_stats(path, [*bundle.stats(), *lines])
             record = expert_record(name, checkpoint, tasks, notes, groups)
-            own = record.vocabulary or record.rows
-            tables_there = {task.name for task in tasks if task.tables and own}
+            other_rows = record.vocabulary or record.rows
+            tables_there = {task.name for task in tasks if task.tables and other_rows}
             ratios = ratios_of(notes)
             manifest = bundle.manifest.with_expert(name, record, files=files, ratios=ratios, tables=tables_there)
             _write_manifest(bundle, manifest)
@@ -195,7 +195,7 @@ def _is_bases(bundle: Bundle, task: TensorTask, rows: Rows) -> bool:
     """Whether the average's tensor holds the same numbers."""
     read = reader_of({"": bundle.base})
     slices = (read("", task.name, *place) for place in slabs(task.shape))
-    return all(torch.equal(own.float(), base.float()) for own, base in zip(rows.parts, slices, strict=True))
+    return all(torch.equal(part.float(), base.float()) for part, base in zip(rows.parts, slices, strict=True))
 
 
 def _add_linear(

@@ -68,9 +68,9 @@ def expert_record(
 def own_rows_of(expert: str, tasks: Sequence[TensorTask], notes: Sequence[Note]) -> Ranges:
     """Which rows of tables an expert has of its own, where that is not said by whole tables that it has anyway."""
     for task, note in zip(tasks, notes, strict=True):
-        own = [piece for piece in note.pieces if piece.owner == expert] if task.tables else []
-        if task.tables and any(task.treatment == "average" or piece.shape != task.shape for piece in own):
-            return task.tables.own.get(expert, ())
+        pieces = [piece for piece in note.pieces if piece.owner == expert] if task.tables else []
+        if task.tables and any(task.treatment == "average" or piece.shape != task.shape for piece in pieces):
+            return task.tables.ranges.get(expert, ())
     return ()
 
 

@@ -58,17 +58,17 @@ def emit_table(task: TensorTask, expert: str, base: Tensor, read: Read, emit: Em
     Args:
         base: the bundle's as stored.
     """
-    size, own = _tables(task).sizes[expert], _is_own(task, expert)
+    size, apart = _tables(task).sizes[expert], _is_own(task, expert)
     whole = base.clone()
     for start, stop in slabs((size, *task.shape[1:])):
         whole[start:stop] = read(expert, task.sources[expert], start, stop).to(base.dtype)
     if task.treatment == "average":
-        whole[~own] = base[~own]
+        whole[~apart] = base[~apart]
     changed = (whole != base).reshape(len(base), -1).any(dim=1)
     if not bool(changed.any()):
         return
-    few = task.holds_rows and not bool((changed & ~own).any())
-    emit(expert, f"{task.record.module}.{task.record.parameter}", whole[own] if few else whole)
+    few = task.holds_rows and not bool((changed & ~apart).any())
+    emit(expert, f"{task.record.module}.{task.record.parameter}", whole[apart] if few else whole)
 
 
 def mean_of_tables(tables: Tables, read: Callable[[str], Tensor]) -> Tensor:
@@ -115,6 +115,6 @@ def _tables(task: TensorTask) -> Tables:
 
 def _is_own(task: TensorTask, expert: str) -> Tensor:
     """bool [rows of the bundle's]"""
-    own = torch.zeros(task.shape[0], dtype=torch.bool)
-    own[_tables(task).own_rows(expert)] = True
-    return own
+    apart = torch.zeros(task.shape[0], dtype=torch.bool)
+    apart[_tables(task).own_rows(expert)] = True
+    return apart

@@ -34,12 +34,12 @@ class Tables:
     Attributes:
         size: rows of the bundle's.
         sizes: expert -> rows of its own, the first so many of the bundle's.
-        own: expert -> rows that do not stand for the bundle's token.
+        ranges: expert -> rows that do not stand for the bundle's token.
     """
 
     size: int
     sizes: Mapping[str, int]
-    own: Mapping[str, Ranges] = field(default_factory=dict)
+    ranges: Mapping[str, Ranges] = field(default_factory=dict)
 
     def narrow(self, expert: str) -> int | None:
         """Rows of an expert's tables where the bundle's have more."""
@@ -48,7 +48,7 @@ class Tables:
 
     def own_rows(self, expert: str) -> Tensor:
         """Numbers of the rows that are an expert's own. int64 [n]"""
-        return torch.tensor(numbers_of(self.own.get(expert, ())), dtype=torch.int64)
+        return torch.tensor(numbers_of(self.ranges.get(expert, ())), dtype=torch.int64)
 
     def holds(self, role: str, shape: tuple[int, ...]) -> bool:
         """Whether a tensor of the bundle has a row a token."""
@@ -57,7 +57,7 @@ class Tables:
     @property
     def most_own(self) -> int:
         """Rows of the expert that has most of its own."""
-        return max((sum(stop - start for start, stop in part) for part in self.own.values()), default=0)
+        return max((sum(stop - start for start, stop in part) for part in self.ranges.values()), default=0)
 
 
 def merged_tables(personas: Personas, sizes: Mapping[str, int], *, trust_remote_code: bool = False) -> Tables | None:
@@ -70,13 +70,13 @@ def merged_tables(personas: Personas, sizes: Mapping[str, int], *, trust_remote_
         SourceError: two vocabularies contradict each other; names the first token.
     """
     size, one_size = max(sizes.values()), len(set(sizes.values())) == 1
-    own: dict[str, Ranges] = {}
+    ranges: dict[str, Ranges] = {}
     if any("tokenizer" in groups for groups in personas.groups.values()):
         voices = {name: persona if persona.files else personas.bundle for name, persona in personas.experts.items()}
         vocabularies = _vocabularies(voices, sizes, trust_remote_code)
         shared = _shared(vocabularies)
-        own = {name: rows for name, vocabulary in vocabularies.items() if (rows := _own(vocabulary, shared))}
-    return None if one_size and not own else Tables(size, sizes, own)
+        ranges = {name: rows for name, vocabulary in vocabularies.items() if (rows := _own(vocabulary, shared))}
+    return None if one_size and not ranges else Tables(size, sizes, ranges)
 
 
 def tables_of_bundle(bundle: Bundle) -> Tables | None:
@@ -87,8 +87,8 @@ def tables_of_bundle(bundle: Bundle) -> Tables | None:
     sizes = {name: bundle.vocabulary(name) or size for name in records}
     vocabularies = _vocabularies({name: bundle.persona(name) for name in records}, sizes, False)
     shared = _shared(vocabularies)
-    own = {name: rows for name, vocabulary in vocabularies.items() if (rows := _own(vocabulary, shared))}
-    return Tables(size, sizes, own)
+    ranges = {name: rows for name, vocabulary in vocabularies.items() if (rows := _own(vocabulary, shared))}
+    return Tables(size, sizes, ranges)
 
 
 def added_tables(
@@ -109,15 +109,15 @@ def added_tables(
     Raises:
         SourceError: its vocabulary contradicts one that is there.
     """
-    (count, size), own = rows, _NONE
+    (count, size), ranges = rows, _NONE
     if any("tokenizer" in unlike for unlike in (groups, *(e.persona for e in bundle.manifest.experts.values()))):
         there = {expert or AVERAGE: bundle.persona(expert) for expert in (None, *bundle.experts)}
         sizes = {expert or AVERAGE: bundle.vocabulary(expert) or size for expert in (None, *bundle.experts)}
         voices = {**there, name: persona if persona.files else bundle.persona()}
         vocabularies = _vocabularies(voices, {**sizes, name: count}, trust_remote_code)
         _shared(vocabularies)
-        own = _own(vocabularies.pop(name), _shared(vocabularies))
-    return None if count == size and not own else Tables(size, {name: count}, {name: own} if own else {})
+        ranges = _own(vocabularies.pop(name), _shared(vocabularies))
+    return None if count == size and not ranges else Tables(size, {name: count}, {name: ranges} if ranges else {})
 
 
 def numbers_of(ranges: Ranges) -> list[int]:

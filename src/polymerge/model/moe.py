@@ -125,9 +125,9 @@ class MixedBlockExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.state, self.inner, self.layout, self._slabs = state, inner, layout, slabs
-        for parameter, own in biases.items():
+        for parameter, values in biases.items():
             base = getattr(inner, layout.biases[parameter]).detach()
-            table = torch.stack([base if value is None else value.to(base) for value in (*own, None)])
+            table = torch.stack([base if value is None else value.to(base) for value in (*values, None)])
             self.register_buffer(f"{parameter}_table", table, persistent=False)  # [N + 1, E, out]
 
     def _apply(self, fn: Any, recurse: bool = True) -> MixedBlockExperts:

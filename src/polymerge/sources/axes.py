@@ -124,13 +124,13 @@ def _heads(folder: Path) -> tuple[int, int]:
 
 def _modules(records: Iterable[LayerRecord]) -> dict[str, Leaves]:
     """Module -> its modules of the last floor; parameters of its own stand under their own names."""
-    found: dict[str, Leaves] = {}
+    parents: dict[str, Leaves] = {}
     for record in records:
         parent, _, leaf = record.module.rpartition(".")
-        found.setdefault(parent, {}).setdefault(leaf, {})[record.parameter] = record
+        parents.setdefault(parent, {}).setdefault(leaf, {})[record.parameter] = record
         if record.parameter not in ("weight", "bias"):
-            found.setdefault(record.module, {}).setdefault(record.parameter, {})["weight"] = record
-    return found
+            parents.setdefault(record.module, {}).setdefault(record.parameter, {})["weight"] = record
+    return parents
 
 
 def _neurons(module: str, leaves: Leaves, shapes: Shapes) -> Iterator[Axis]:
