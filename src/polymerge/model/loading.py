@@ -82,7 +82,8 @@ def _loaded(
     hf.eval().requires_grad_(False).to(place)
     trial = Trial(hf)
     if trial.objection:
-        raise ModelError(f"{bundle.path}: {type(hf).__name__} cannot be run as a bundle: {trial.objection}")
+        hint = "" if chosen is torch.float32 else "; load it with dtype float32"
+        raise ModelError(f"{bundle.path}: {type(hf).__name__} cannot be run as a bundle: {trial.objection}{hint}")
     state = Assignment(bundle.experts, place)
     rows = place_positions(hf, state, _with_positions(bundle, trust_remote_code))
     placing = placer(bundle, hf, state, chosen, trial)
