@@ -290,3 +290,23 @@ def test_a_line_of_the_statistics_is_plain_data() -> None:
         "tensor", "expert", "module", "shape", "rank", "storage", "scale", "mean_scale", "scale_ratio",
         "residual_norm", "energy_kept", "relative_error", "seconds",
     ]  # fmt: skip
+
+
+def test_a_table_is_never_whole_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every expert's own, and they differ: read, averaged and given away some rows at a time."""
+    monkeypatch.setattr(reading, "SLAB_NUMEL", 30)
+    weights = {name: torch.full((100, 6), float(n)) for n, name in enumerate("ab")}
+    record = LayerRecord("m.weight", "m", "weight", "embedding", False)
+    task = TensorTask(record, (100, 6), "keep", 0, {name: name for name in weights})
+    seen: list[tuple[str | None, list[int]]] = []
+
+    def read(expert: str, tensor: str, start: int, stop: int) -> Tensor:
+        assert stop - start <= 5
+        return weights[expert][start:stop]
+
+    def emit(owner: str | None, key: str, tensor: Tensor | Rows) -> None:
+        assert isinstance(tensor, Rows)
+        seen.append((owner, [part.shape[0] for part in tensor.parts]))
+
+    compress_tensor(task, SETTINGS, read, emit)
+    assert seen == [(owner, [5] * 20) for owner in (None, "a", "b")]

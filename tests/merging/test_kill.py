@@ -28,7 +28,6 @@ from polymerge import Bundle, merge, verify
 from polymerge.bundle.place import begin_work, work_folder
 from polymerge.cli.main import main
 from polymerge.errors import OutputExistsError, PolymergeError
-from polymerge.merging import reading
 from polymerge.merging.journal import JOURNAL, Staging
 from tests.killed import assert_nothing_beside, content, die, moves_until_death, started
 from tests.tiny import COMMON, make_experts
@@ -418,28 +417,10 @@ def test_the_command_goes_on_where_a_killed_command_stopped(
     assert_nothing_beside(tmp_path / "out")
 
 
-def measured(recipe: dict[str, Any], out: str, slab: int = 0) -> None:
-    if slab:
-        reading.SLAB_NUMEL = slab
+def measured(recipe: dict[str, Any], out: str) -> None:
     work(recipe, out, {})
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     Path(out).with_suffix(".peak").write_text(str(peak))
-
-
-def test_peak_memory_does_not_grow_with_the_vocabulary(tmp_path: Path) -> None:
-    """Its table is kept for every expert, and they differ."""
-    peaks, sizes = [], []
-    for vocabulary in (1000, 400_000):
-        config = LlamaConfig(**{**TINY, "vocab_size": vocabulary, "hidden_size": 128, "tie_word_embeddings": True})
-        made = make_experts("llama", tmp_path / str(vocabulary), count=2, config=config)
-        out = tmp_path / f"out-{vocabulary}"
-        process = started(measured, recipe_of({name: str(path) for name, path in made.items()}), str(out), 250_000)
-        process.join(120)
-        assert process.exitcode == 0
-        peaks.append(int(out.with_suffix(".peak").read_text()))
-        sizes.append((out / "experts" / "e1" / "adapter_model.safetensors").stat().st_size)
-    assert sizes[1] - sizes[0] > 200e6
-    assert peaks[1] - peaks[0] < 0.4 * sizes[1], (peaks, sizes)
 
 
 def counted(recipe: dict[str, Any], out: str) -> None:
