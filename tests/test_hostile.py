@@ -306,10 +306,6 @@ ROWS: dict[str, tuple[Callable[[Case], object], list[str]]] = {
         lambda c: c.replace_expert(intermediate_size=96),
         ["'one'", "'two'", "differ in shape", "mlp", "[80, 48] and [96, 48]", "and 3 more"],
     ),
-    "other vocabulary": (
-        lambda c: c.replace_expert(vocab_size=100),
-        ["'one'", "'two'", "model.embed_tokens.weight", "[96, 48] and [100, 48]", "vocabulary"],
-    ),
     "more layers": (lambda c: c.replace_expert(num_hidden_layers=3), ["'one'", "lacks", "model.layers.2."]),
     "tensor missing": (lambda c: c.edit_tensors(lambda t: t.pop(Q0)), ["e1", f"'{Q0}'", "missing"]),
     "both lack a tensor": (lambda c: c.edit_tensors(lambda t: t.pop(Q0), "e0", "e1"), ["e0", f"'{Q0}'", "missing"]),

@@ -110,9 +110,9 @@ def byte_tokenizer() -> hf.PreTrainedTokenizerFast:
     )
 
 
-def recipe_folder(folder: Path, rows: Sequence[dict[str, str]]) -> Path:
+def recipe_folder(folder: Path, rows: Sequence[dict[str, str]], **settings: int) -> Path:
     """The folder, with two tiny Llamas, `recipe.yaml` that names them and `prompts.jsonl` with the rows."""
-    experts = make_experts("llama", folder, count=2)
+    experts = make_experts("llama", folder, count=2, config=hf.LlamaConfig(**COMMON | settings))
     for path in experts.values():
         tiny_tokenizer().save_pretrained(path)
     (folder / "recipe.yaml").write_text("experts:\n" + "".join(f"  {n}: {path}\n" for n, path in experts.items()))

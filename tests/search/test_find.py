@@ -28,8 +28,8 @@ EXAMPLES = {name: [Example("w3 w4 w5", "w6 w7"), Example("w8 w9 w10")] for name 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe of tiny experts and prompts for them."""
-    return recipe_folder(tmp_path_factory.mktemp("search"), ROWS)
+    """A recipe of tiny experts and prompts for them; not so tiny that files are headers in the main."""
+    return recipe_folder(tmp_path_factory.mktemp("search"), ROWS, hidden_size=96, intermediate_size=160)
 
 
 class Bench:
@@ -129,7 +129,7 @@ def test_the_recipes_rate_is_where_it_starts_and_no_more(
     bench = scripted(monkeypatch, falling)
     recipe = load_recipe(folder / "recipe.yaml").model_dump() | {"compress_rate": rate}
     result = find(recipe, "kl=0.05", EXAMPLES, tolerance=0.001)
-    assert 0.04 < falling(plan_merge(result.recipe)) <= 0.05
+    assert 0.035 < falling(plan_merge(result.recipe)) <= 0.05
     assert result.point and result.point.compress_rate == result.recipe.compress_rate
     assert all(asked > 0 for asked, _ in bench.asked)
 
@@ -140,7 +140,7 @@ def test_one_code_is_not_compared_with_others(folder: Path, monkeypatch: pytest.
     assert {code for _, code in bench.asked} == {"int8"}
 
 
-@pytest.mark.parametrize("limit", ["size=1.3x", "size=1.1x", "size=300kB"])
+@pytest.mark.parametrize("limit", ["size=1.3x", "size=1.1x", "size=1MB"])
 @pytest.mark.parametrize("codes", [["factors"], ["factors", "int8", "int4"]])
 def test_a_size_is_honoured_and_used(folder: Path, tmp_path: Path, limit: str, codes: list[str]) -> None:
     recipe = load_recipe({**load_recipe(folder / "recipe.yaml").model_dump(), "embeddings": "average",

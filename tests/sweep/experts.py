@@ -51,7 +51,8 @@ def make_experts(
                 value.copy_(start[name])
         _move(model, 0.05)
         paths[f"e{number}"] = folder / f"e{number}"
-        model.to(dtype).save_pretrained(folder / f"e{number}")
+        cast = model.bfloat16 if dtype == torch.bfloat16 else model.float  # `to` would take complex buffers for real
+        cast().save_pretrained(folder / f"e{number}")
         model.float()
     return paths
 

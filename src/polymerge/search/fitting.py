@@ -16,6 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..merging.layout import layout_of
 from ..merging.plan import MergePlan, replanned
 from ..merging.reading import slabs
 from ..merging.treatment import TensorTask
@@ -24,7 +25,7 @@ from ..sources.checkpoint import Checkpoint
 
 # Rates are whole numbers of ten-thousandths: one step is 0.01% of what an expert's matrices take in 16 bits.
 STEPS = 10_000
-# Of a tensor in a safetensors header, beside its name: prefix and suffix, dtype, shape and offsets.
+# Of a scale in its file's header, beside its name: dtype, shape and offsets; and of the file.
 ENTRY_BYTES = 160
 FILE_BYTES = 512
 
@@ -64,9 +65,9 @@ class Fitting:
 
     def bytes(self, plan: MergePlan) -> int:
         """Bytes of all weight files of the plan's bundle, at most."""
-        base = sum(_base_bytes(task, plan) for task in plan.tasks) + FILE_BYTES
-        experts = len(plan.checkpoints)
-        return base + experts * (self._expert_bytes(plan) + 2 * FILE_BYTES)
+        base = sum(_base_bytes(task, plan) for task in plan.tasks)
+        headers = sum(layout_of(plan).rooms.values())
+        return base + headers + len(plan.checkpoints) * (self._expert_bytes(plan) + FILE_BYTES)
 
     def _expert_bytes(self, plan: MergePlan) -> int:
         apart = [task for task in plan.tasks if task.name not in self.shared]
@@ -76,17 +77,16 @@ class Fitting:
         whole |= {task.name for task in plan.tasks if task.record.module in modules and not task.as_difference}
         total = sum(_base_bytes(task, plan) for task in plan.tasks if task.name in whole)
         few = [task for task in plan.tasks if task.tables and task.treatment == "average"]
-        total += sum(task.expert_bytes(plan.dtype, plan.code) + _entry(task) for task in few)
+        total += sum(task.expert_bytes(plan.dtype, plan.code) for task in few)
         biases = [task for task in apart if task.treatment == "keep" and task.as_difference]
-        total += sum(4 * task.numel + _entry(task) for task in biases)
+        total += sum(4 * task.numel for task in biases)
         for task in (task for task in plan.tasks if task.record.role == "linear"):
-            total += 4 + _entry(task)  # its scale
+            total += 4 + ENTRY_BYTES + len(task.name)  # its scale
             if task.treatment == "low_rank" and task.name not in self.shared:
-                total += task.expert_bytes(plan.dtype, plan.code) + len(plan.code.suffixes) * _entry(task)
-            if (
-                biases and plan.code.peft_readable and not task.record.slice
-            ):  # PEFT wants a bias beside all factors, and factors beside it
-                total += 4 * sum(task.matrix_shape) + 2 * _entry(task)
+                total += task.expert_bytes(plan.dtype, plan.code)
+            # PEFT wants a bias beside all factors, and factors beside it.
+            if biases and plan.code.peft_readable and not task.record.slice:
+                total += 4 * sum(task.matrix_shape)
         return total
 
 
@@ -105,11 +105,7 @@ def _base_bytes(task: TensorTask, plan: MergePlan) -> int:
         first, source = next(iter(task.sources.items()))
         bits = re.search(r"\d+", plan.checkpoints[first].tensors[source].stored_as)
         width = int(bits[0]) // 8 if bits else 1
-    return task.numel * width + _entry(task)
-
-
-def _entry(task: TensorTask) -> int:
-    return ENTRY_BYTES + len(task.name)
+    return task.numel * width
 
 
 def _is_shared(task: TensorTask, checkpoints: Mapping[str, Checkpoint]) -> bool:
