@@ -24,7 +24,7 @@ ROWS = ("e0", "e1", "e2", None, "e1")
 # Largest difference of two logits, relative to the largest logit.
 CLOSE = 1e-4
 # In bfloat16, the norm of the difference relative to the norm: rounding, and tokens that another block expert takes
-# (where the original's own rounding is larger than this, that).
+# (both are rounded: where the original is further from itself in float32, twice that). In float32 it is CLOSE.
 CLOSE_BFLOAT16 = 0.1
 AVERAGES = {"embeddings": "average", "lm_head": "average"}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -175,7 +175,7 @@ def _check_bfloat16(architecture: str, folder: Path, outcome: Outcome) -> None:
             expected = rounded[name][number : number + 1][where]
             noise = _far(expected, originals[name][number : number + 1][where])
             far = _far(narrow[number : number + 1][where], expected)
-            if not far <= max(CLOSE_BFLOAT16, noise):
+            if not far <= max(CLOSE_BFLOAT16, 2 * noise):
                 raise _Wrong(f"bfloat16: row of {name} is {far:.2g} off, where rounding alone is {noise:.2g}")
 
 

@@ -66,7 +66,8 @@ def first_difference(one: Settings, other: Settings) -> str | None:
 
 def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     by_layers = SAID_BY_LAYERS if config.get("layer_types") else ()
-    for key, value in {**config, **_derived(config)}.items():
+    said = {str(key): value for key, value in config.items()}  # some have tables by number (Aria)
+    for key, value in {**said, **_derived(config)}.items():
         if key in by_layers or key in SHOWN_BY_SHAPES or CANNOT_MATTER.fullmatch(key):
             continue
         if isinstance(value, Mapping) and key not in POSITIONS:

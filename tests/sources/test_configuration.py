@@ -1,0 +1,13 @@
+"""What a configuration says of the forward pass, key by key."""
+
+from __future__ import annotations
+
+from polymerge.sources.configuration import first_difference, settings_of
+
+
+def test_a_table_by_number_is_compared_like_one_by_name() -> None:
+    """As a file has it: JSON knows no numbers for keys. Aria's projector has such a table."""
+    plain = {"model_type": "aria", "projector": {1225: 128, 4900: 256}}
+    assert settings_of(plain) == settings_of({"model_type": "aria", "projector": {"1225": 128, "4900": 256}})
+    other = {"model_type": "aria", "projector": {1225: 128, 4900: 255}}
+    assert first_difference(settings_of(plain), settings_of(other)) == "projector.4900"
