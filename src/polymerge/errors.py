@@ -114,8 +114,13 @@ def needs_extra(extra: str) -> Iterator[None]:
         raise MissingExtraError(f"{error.name} is not installed; pip install 'polymerge[{extra}]'") from None
 
 
+def on_one_line(text: str) -> str:
+    """A user's words as they are, or with what cannot be printed written out."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def first_problem(error: ValidationError) -> str:
     """The first of pydantic's problems as one line, behind the key that it is about where it is about one."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = on_one_line(".".join(str(part) for part in first["loc"]))
     return f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}"

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypedDict, TypeVar, Unpac
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from ..errors import RecipeError
+from ..errors import RecipeError, on_one_line
 from ..method.codes import PUBLISHED, known_code
 from ..naming import check_expert_names
 from .rates import PUBLISHED_RATE, Rates
@@ -204,7 +204,7 @@ def validated(model: type[Model], data: Any, *, where: str, lines: Lines) -> Mod
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             message = f"unknown key; known keys: {', '.join(sorted(_fields_at(model, keys)))}"
-        name = ".".join(keys) or "the whole file"
+        name = on_one_line(".".join(keys)) or "the whole file"
         raise RecipeError(f"{place}: {name}: {message}") from None
 
 
