@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 
 from polymerge.demo.run import BASE_PACKAGE
 from polymerge.demo.skills import Skill, demo_skills
-from polymerge.demo.train import TrainSettings, load_base, train
+from polymerge.demo.train import TrainSettings, load_base, save, train
 from polymerge.host import cache_folder
 from polymerge.sources.gguf import package_gguf, unpack
 from tests.fine_tunes import Original
@@ -74,11 +73,7 @@ def _fine_tune(name: str, base: Path) -> Path:
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     encoded = [_encode(tokenizer, example.prompt, example.answer) for example in skill.train]
     train(model, encoded, tokenizer.pad_token_id, SETTINGS, name)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".training-") as scratch:
-        staged = Path(scratch) / "model"
-        model.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
-        staged.rename(target)
+    save(model, tokenizer, target)
     return target
 
 

@@ -65,7 +65,7 @@ GOOD = ["model.safetensors", "model-00001-of-00002.safetensors", "experts/e0/ada
 def assert_inside(path: str) -> None:
     """Taken as text, so that no system's links or drives hide anything."""
     assert path and "\0" not in path and os.fsencode(path)
-    assert os.path.normpath(f"/root/{path}").startswith("/root/") and not PurePosixPath(path).is_absolute()
+    assert os.path.normpath(f"/bundle/{path}").startswith("/bundle/") and not PurePosixPath(path).is_absolute()
     for part in PurePosixPath(path).parts:
         assert PureWindowsPath(f"r/{part}").parts == ("r", part) and len(part.encode()) <= 255
 

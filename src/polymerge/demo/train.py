@@ -71,12 +71,17 @@ def fine_tune(
     model, tokenizer = load_base(base)
     encoded = [encode(tokenizer, example) for example in skill.train]
     train(model, encoded, tokenizer.pad_token_id, settings, skill.name, progress)
+    save(model, tokenizer, target)
+    return target
+
+
+def save(model: Any, tokenizer: Any, target: Path) -> None:
+    """Writes the folder of an expert, which appears whole or not at all."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".training-") as scratch:
         staged = Path(scratch) / "model"
         model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
         staged.rename(target)
-    return target
 
 
 def load_base(base: Path) -> tuple[Any, Any]:

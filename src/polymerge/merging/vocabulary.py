@@ -73,9 +73,7 @@ def merged_tables(personas: Personas, sizes: Mapping[str, int], *, trust_remote_
     ranges: dict[str, Ranges] = {}
     if any("tokenizer" in groups for groups in personas.groups.values()):
         voices = {name: persona if persona.files else personas.bundle for name, persona in personas.experts.items()}
-        vocabularies = _vocabularies(voices, sizes, trust_remote_code)
-        shared = _shared(vocabularies)
-        ranges = {name: rows for name, vocabulary in vocabularies.items() if (rows := _own(vocabulary, shared))}
+        ranges = _ranges(_vocabularies(voices, sizes, trust_remote_code))
     return None if one_size and not ranges else Tables(size, sizes, ranges)
 
 
@@ -86,9 +84,7 @@ def tables_of_bundle(bundle: Bundle) -> Tables | None:
         return None
     sizes = {name: bundle.vocabulary(name) or size for name in records}
     vocabularies = _vocabularies({name: bundle.persona(name) for name in records}, sizes, False)
-    shared = _shared(vocabularies)
-    ranges = {name: rows for name, vocabulary in vocabularies.items() if (rows := _own(vocabulary, shared))}
-    return Tables(size, sizes, ranges)
+    return Tables(size, sizes, _ranges(vocabularies))
 
 
 def added_tables(
@@ -140,6 +136,12 @@ def _vocabularies(voices: Mapping[str, Persona], sizes: Mapping[str, int], trust
         if key not in read:
             read[key] = vocabulary_of(persona, sizes[name], trust_remote_code=trust)
     return {name: read[persona.folder, sizes[name]] for name, persona in voices.items()}
+
+
+def _ranges(vocabularies: Mapping[str, Vocabulary]) -> dict[str, Ranges]:
+    """Expert -> its rows that do not stand for the bundle's token, if any. Raises SourceError as `_shared`."""
+    shared = _shared(vocabularies)
+    return {name: rows for name, vocabulary in vocabularies.items() if (rows := _own(vocabulary, shared))}
 
 
 def _shared(vocabularies: Mapping[str, Vocabulary]) -> dict[int, str]:
