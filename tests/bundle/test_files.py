@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from polymerge.bundle import files
 from polymerge.bundle.files import (
     DTYPE_NAMES,
     Entry,
@@ -25,6 +26,7 @@ from polymerge.bundle.files import (
     raw_bytes,
     scratch_name,
     scratches_of,
+    slabs,
     write_bytes,
     write_json,
     write_safetensors,
@@ -136,3 +138,18 @@ def test_a_write_touches_no_file_but_its_target(tmp_path: Path) -> None:
     write_bytes(tmp_path / "x", b"new")
     assert (tmp_path / "x").read_bytes() == b"new" and not (tmp_path / "x").is_symlink()
     assert all((tmp_path / name).read_text() == "mine" for name in [*names, "elsewhere"])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (10,), (7, 3), (5, 2, 2), (3, 50)])
+def test_slabs_are_all_rows_once_and_small(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "SLAB_NUMEL", 12)
+    width = torch.empty(shape)[0].numel()
+    parts = list(slabs(shape))
+    assert [row for start, stop in parts for row in range(start, stop)] == list(range(shape[0]))
+    assert all((stop - start) * width <= max(12, width) for start, stop in parts)
+
+
+def test_a_number_without_dimensions_is_a_row_and_an_empty_tensor_has_none() -> None:
+    assert list(slabs(())) == [(0, 1)]
+    assert list(slabs((0, 4))) == []
+    assert list(slabs((2, 0))) == [(0, 2)]

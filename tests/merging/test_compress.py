@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from polymerge.bundle import files
 from polymerge.bundle.files import Rows, chunks_of
 from polymerge.bundle.stats import StatsLine
 from polymerge.errors import SourceError
-from polymerge.merging import reading
 from polymerge.merging.compress import Settings, TensorReport, compress_tensor, frobenius_norm
 from polymerge.merging.treatment import TensorTask
 from polymerge.method.codes import code_of
@@ -210,7 +210,7 @@ def test_a_matrix_of_zeros_is_an_expert_like_any_other() -> None:
 
 @pytest.mark.parametrize("slab", [1, 7, 1000])
 def test_kept_tensors_are_averaged_and_every_experts_own_is_there(slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "SLAB_NUMEL", slab)
+    monkeypatch.setattr(files, "SLAB_NUMEL", slab)
     weights = three(10, 6)
     emitted, report = compressed(weights, "keep", 0, role="embedding")
     mean = sum(weight.double() for weight in weights.values()) / 3
@@ -294,7 +294,7 @@ def test_a_line_of_the_statistics_is_plain_data() -> None:
 
 def test_a_table_is_never_whole_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every expert's own, and they differ: read, averaged and given away some rows at a time."""
-    monkeypatch.setattr(reading, "SLAB_NUMEL", 30)
+    monkeypatch.setattr(files, "SLAB_NUMEL", 30)
     weights = {name: torch.full((100, 6), float(n)) for n, name in enumerate("ab")}
     record = LayerRecord("m.weight", "m", "weight", "embedding", False)
     task = TensorTask(record, (100, 6), "keep", 0, {name: name for name in weights})

@@ -1,4 +1,4 @@
-"""Slabs cover a tensor once; numbers that a merge cannot use are found; copies are compared at their rounding."""
+"""Numbers that a merge cannot use are found; copies are compared at their rounding."""
 
 from __future__ import annotations
 
@@ -10,24 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from polymerge.errors import SourceError
-from polymerge.merging import reading
-from polymerge.merging.reading import check_values, checked_digest, reader_of, same_numbers, slabs
+from polymerge.merging.reading import check_values, checked_digest, reader_of, same_numbers
 from polymerge.sources.opening import open_checkpoint
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (10,), (7, 3), (5, 2, 2), (3, 50)])
-def test_slabs_are_all_rows_once_and_small(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "SLAB_NUMEL", 12)
-    width = torch.empty(shape)[0].numel()
-    parts = list(slabs(shape))
-    assert [row for start, stop in parts for row in range(start, stop)] == list(range(shape[0]))
-    assert all((stop - start) * width <= max(12, width) for start, stop in parts)
-
-
-def test_a_number_without_dimensions_is_a_row_and_an_empty_tensor_has_none() -> None:
-    assert list(slabs(())) == [(0, 1)]
-    assert list(slabs((0, 4))) == []
-    assert list(slabs((2, 0))) == [(0, 2)]
 
 
 def test_a_reader_gives_rows_of_the_right_expert(tmp_path: Path) -> None:

@@ -32,6 +32,9 @@ SCRATCH = re.compile(r"\.[0-9a-f]{12}-[0-9a-f]{12}\.polymerge")
 BUFFER = 2**20
 # What an entry of a header takes beside its key: dtype, shape, two offsets of twelve digits, some to spare.
 ENTRY_ROOM = 100
+# Tensors that are not linear weights are read in slabs of about this many numbers: a vocabulary of 128,256 x 4,096
+# in float32 would be 2 GB.
+SLAB_NUMEL = 16_777_216
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -71,6 +74,17 @@ class FileEntry(BaseModel):
 
     bytes: int
     sha256: str
+
+
+def slabs(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """(start, stop) rows of a tensor, about SLAB_NUMEL numbers at a time; a number without dimensions is one row."""
+    width = 1
+    for size in shape[1:]:
+        width *= size
+    step = max(1, SLAB_NUMEL // max(1, width))
+    rows = shape[0] if shape else 1
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -19,13 +19,12 @@ from ..sources.checkpoint import read_json
 from ..sources.fused import by_matrices
 from .alignment import alignment_problems
 from .bundle import Bundle, base_of
+from .files import slabs
 from .manifest import BundleLayer
 from .peft import adapter_config, coded_config
 from .personas import persona_problems
 from .unlisted import unlisted_files
 
-# Numbers of the base that are looked at at a time.
-SLAB_NUMEL = 16_777_216
 # Settings of an adapter that follow from its tensors.
 CHECKED_SETTINGS = (
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save",
@@ -180,14 +179,9 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def _finite(bundle: Bundle, layer: BundleLayer) -> bool:
-    rows = layer.shape[0] if layer.shape else 1
-    step = max(1, SLAB_NUMEL * rows // max(1, math.prod(layer.shape)))
-    if step >= rows:
+    if not layer.shape:
         return all_finite(bundle.base_tensor(layer.tensor))
-    return all(
-        all_finite(bundle.base.read_rows(layer.tensor, start, min(start + step, rows)))
-        for start in range(0, rows, step)
-    )
+    return all(all_finite(bundle.base.read_rows(layer.tensor, *rows)) for rows in slabs(layer.shape))
 
 
 def expected_config(bundle: Bundle, expert: str) -> dict[str, Any]:

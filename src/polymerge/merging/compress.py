@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..bundle.files import Rows, raw_bytes
+from ..bundle.files import Rows, raw_bytes, slabs
 from ..bundle.stats import StatsLine
 from ..method.code import Code
 from ..method.dense import residual_of, unsaid
 from ..method.rsvd import rsvd, sketch_seed
-from .reading import Read, check_copy, check_stored, check_values, checked_digest, slabs
+from .reading import Read, check_copy, check_stored, check_values, checked_digest
 from .tables import Emit, merge_table
 from .treatment import TensorTask
 

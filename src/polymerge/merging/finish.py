@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 
-from ..bundle.files import Entry, FileEntry, Rows, chunks_of, entry_of, write_json
+from ..bundle.files import Entry, FileEntry, Rows, chunks_of, entry_of, slabs, write_json
 from ..bundle.growing import GrowingFile, Piece
 from ..bundle.manifest import SCALES_FILE, BundleLayer, stored_layers, stored_shape
 from ..bundle.peft import PEFT_PREFIX, adapter_config, coded_config, missing_siblings, missing_zeros, stored_name
@@ -19,7 +19,6 @@ from ..errors import PolymergeError
 from ..method.code import Code
 from ..sources.checkpoint import Checkpoint
 from .journal import Staging
-from .reading import slabs
 
 
 def finish_base(staging: Staging, files: Sequence[str], layers: Sequence[BundleLayer]) -> dict[str, FileEntry]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..bundle.alignment import Alignment, write_alignment
 from ..bundle.bundle import Bundle
-from ..bundle.files import FileEntry, Rows, check_free_space, raw_bytes
+from ..bundle.files import FileEntry, Rows, check_free_space, raw_bytes, slabs
 from ..bundle.manifest import Manifest
 from ..bundle.write import write_manifest, write_stats
 from ..errors import BundleError, DiskSpaceError, RecipeError
@@ -50,7 +50,7 @@ from .journal import Note, Staging
 from .layout import layout_of_experts
 from .personas import store_persona
 from .precision import with_dtypes
-from .reading import check_copy, checked_digest, reader_of, slabs
+from .reading import check_copy, checked_digest, reader_of
 from .records import expert_record, own_rows_of, ratios_of, scales_of
 from .tables import Emit, emit_table
 from .treatment import TensorTask, check_settings, expert_of, frame_of_bundle, table_rows_in, tasks_for

@@ -13,6 +13,7 @@ from typing import Any, Unpack
 import torch
 
 from ..bundle.alignment import Alignment
+from ..bundle.files import SLAB_NUMEL
 from ..errors import RecipeError
 from ..host import dtype_name
 from ..method.code import Code
@@ -26,7 +27,6 @@ from ..sources.opening import open_checkpoint
 from ..sources.outline import OutlineCheckpoint, outline
 from .personas import Personas, personas_of
 from .precision import bundle_dtype, with_dtypes
-from .reading import SLAB_NUMEL
 from .treatment import TensorTask, check_settings, expert_of, frame_of, task_of, tasks_for, with_differences
 from .vocabulary import Tables, merged_tables
 

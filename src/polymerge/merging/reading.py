@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -20,10 +20,6 @@ from ..sources.checkpoint import Checkpoint
 # read(expert, tensor name, start row, stop row) -> rows on the CPU in the stored dtype
 Read = Callable[[str, str, int, int], Tensor]
 
-# Tensors that are not linear weights are read in slabs of about this many numbers: a vocabulary of 128,256 x 4,096
-# in float32 would be 2 GB.
-SLAB_NUMEL = 16_777_216
-
 
 def reader_of(checkpoints: Mapping[str, Checkpoint]) -> Read:
     """Reads rows of the tensors of these experts."""
@@ -35,17 +31,6 @@ def reader_of(checkpoints: Mapping[str, Checkpoint]) -> Read:
         return checkpoint.read(tensor) if whole else checkpoint.read_rows(tensor, start, stop)
 
     return read
-
-
-def slabs(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """(start, stop) rows of a tensor, about SLAB_NUMEL numbers at a time; a number without dimensions is one row."""
-    width = 1
-    for size in shape[1:]:
-        width *= size
-    step = max(1, SLAB_NUMEL // max(1, width))
-    rows = shape[0] if shape else 1
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
 
 
 def checked_digest(tensor: Tensor, dtype: torch.dtype, expert: str, source: str) -> str:

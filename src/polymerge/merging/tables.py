@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..bundle.files import Rows, raw_bytes
-from .reading import Read, check_stored, check_values, slabs
+from ..bundle.files import Rows, raw_bytes, slabs
+from .reading import Read, check_stored, check_values
 from .treatment import TensorTask
 from .vocabulary import Tables
 

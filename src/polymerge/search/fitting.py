@@ -16,9 +16,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..bundle.files import slabs
 from ..merging.layout import layout_of
 from ..merging.plan import MergePlan, replanned
-from ..merging.reading import slabs
 from ..merging.treatment import TensorTask
 from ..recipe.merge import CodeName
 from ..sources.checkpoint import Checkpoint

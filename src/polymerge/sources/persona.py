@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -223,11 +223,6 @@ def load_tokenizer(persona: Persona, *, trust_remote_code: bool = False) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def first_with_tokenizer(personas: Sequence[Persona]) -> Persona | None:
-    """The first that has a tokenizer."""
-    return next((persona for persona in personas if persona.files), None)
 
 
 def _tokenizer_files(persona: Persona) -> dict[str, Any]:
