@@ -178,6 +178,10 @@ class Manifest(_Strict):
         data["layers"] = [{k: v for k, v in layer.items() if unsaid.get(k, ...) != v} for layer in data["layers"]]
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
+    def checked(self) -> Manifest:
+        """Itself, parsed again: a change must give a manifest that opens. Raises ValidationError otherwise."""
+        return Manifest.model_validate(json.loads(self.to_json()))
+
     def with_expert(
         self,
         name: str,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ from torch import Tensor
 from ..bundle.alignment import Alignment, write_alignment
 from ..bundle.bundle import Bundle
 from ..bundle.files import FileEntry, Rows, check_free_space, raw_bytes, slabs
-from ..bundle.manifest import Manifest
 from ..bundle.write import write_manifest, write_stats
 from ..errors import BundleError, DiskSpaceError, RecipeError
 from ..host import DTYPES
@@ -141,7 +139,7 @@ def add_expert(
             tables_there = {task.name for task in tasks if task.tables and other_rows}
             ratios = ratios_of(notes)
             manifest = bundle.manifest.with_expert(name, record, files=files, ratios=ratios, tables=tables_there)
-            _write_manifest(bundle, manifest)
+            write_manifest(path, manifest.checked().to_json())
         return _assess(Bundle.open(path), name, checkpoint, tasks, settings, notes)
 
 
@@ -158,7 +156,7 @@ def remove_expert(bundle: Bundle | str | Path, name: str) -> Bundle:
             raise BundleError(f"{path}: {name!r} is the only expert left; delete the bundle instead")
         lines = [line for line in bundle.stats() if line["expert"] != name]
         with changing(bundle, name):
-            _write_manifest(bundle, bundle.manifest.without_expert(name))
+            write_manifest(path, bundle.manifest.without_expert(name).checked().to_json())
             with contextlib.suppress(DiskSpaceError):  # the expert is out; lines of one that is not there are not read
                 write_stats(path, lines)
         return Bundle.open(path)
@@ -235,11 +233,6 @@ def _store(
     tied = bool(bundle.persona().config.get("tie_word_embeddings", bundle.manifest.tied_embedding is not None))
     code = any(file.endswith(".py") for file in bundle.manifest.files)
     return files | store_persona(folder, name, persona, groups, dtype=bundle.manifest.dtype, tied=tied, code=code)
-
-
-def _write_manifest(bundle: Bundle, manifest: Manifest) -> None:
-    # Parsed again before it is written: an update must give a manifest that opens.
-    write_manifest(bundle.path, Manifest.model_validate(json.loads(manifest.to_json())).to_json())
 
 
 def _assess(

@@ -108,8 +108,7 @@ def _write(old: Bundle, folder: Path, manifest: Manifest, settings: dict[str, di
         files[name] = write_json(folder / name, said)
     new = Bundle(folder, manifest.model_copy(update={"files": files}))
     followed = _follow(folder / ROUTER, old.digest, new.digest)
-    # Parsed again before it is written: an upgrade must give a manifest that opens.
-    write_manifest(folder, Manifest.model_validate(json.loads(new.manifest.to_json())).to_json())
+    write_manifest(folder, new.manifest.checked().to_json())
     return (*settings, *followed, MANIFEST)
 
 

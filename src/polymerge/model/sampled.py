@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bundle.bundle import Bundle
+from ..bundle.bundle import Bundle, ExpertReader
 from ..bundle.manifest import BundleLayer
 from ..errors import ModelError
 from .linear import ExpertLinear
@@ -40,19 +40,27 @@ def check_layers(model: MixedModel, bundle: Bundle, orders: Mapping[str, Tensor]
         for layer in bundle.layers.values()
         if layer.role == "linear" and isinstance(module := modules.get(layer.module), ExpertLinear)
     ]
+    readers = {expert: bundle.expert_reader(expert) for expert in bundle.experts}
     for layer, module in placed[:: max(1, (len(placed) - 1) // (SAMPLES - 1))]:
-        _check(model, bundle, layer, module, orders.get(f"{layer.module}.weight"))
+        _check(model, bundle, readers, layer, module, orders.get(f"{layer.module}.weight"))
 
 
 @torch.no_grad()
-def _check(model: MixedModel, bundle: Bundle, layer: BundleLayer, module: ExpertLinear, order: Tensor | None) -> None:
+def _check(
+    model: MixedModel,
+    bundle: Bundle,
+    readers: Mapping[str, ExpertReader],
+    layer: BundleLayer,
+    module: ExpertLinear,
+    order: Tensor | None,
+) -> None:
     weight, names = module.weight, [*bundle.experts, None]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, weight.shape[1], generator=generator).to(weight).expand(len(names), -1)[:, None]
     with model.assigned(names, len(names)):
         outputs = (module(x) - module(torch.zeros_like(x))).float()[:, 0]  # whatever its bias
     for name, output in zip(names, outputs, strict=True):
-        stored = bundle.expert_reader(name).read(layer.tensor) if name else bundle.base_tensor(layer.tensor)
+        stored = readers[name].read(layer.tensor) if name else bundle.base_tensor(layer.tensor)
         dense = (stored.T if layer.transposed else stored).float()
         dense = dense if order is None else dense[order.to(dense.device)]
         expected = F.linear(x[0, 0].float().cpu(), dense)
