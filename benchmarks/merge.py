@@ -54,7 +54,7 @@ print(peak_memory(), written() - before)
 Factorise = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
-def run_merge(workdir: Path, experts: int, layers: int) -> dict[str, Any]:
+def run_merge(workdir: Path, experts: int, layers: int, embeddings: str) -> dict[str, Any]:
     """Writes the checkpoints, merges them with the command line, and cleans up."""
     sources = {}
     for expert in range(experts):
@@ -63,7 +63,7 @@ def run_merge(workdir: Path, experts: int, layers: int) -> dict[str, Any]:
             write_checkpoint(source, layers, expert)
         sources[f"e{expert}"] = str(source if expert < 3 else _linked(source, workdir / f"expert-{expert}"))
     recipe = workdir / "recipe.json"  # JSON is YAML
-    recipe.write_text(json.dumps({"experts": sources, "compress_rate": RATE}))
+    recipe.write_text(json.dumps({"experts": sources, "compress_rate": RATE, "embeddings": embeddings}))
     output = workdir / "bundle"
     command = [sys.executable, "-c", MERGE, str(recipe), str(output)]
     began = time.perf_counter()
@@ -78,6 +78,7 @@ def run_merge(workdir: Path, experts: int, layers: int) -> dict[str, Any]:
     return {
         "experts": experts,
         "layers": layers,
+        "embeddings": embeddings,
         "source_bytes": read,
         "bundle_bytes": size,
         "written_bytes": written,
@@ -169,12 +170,13 @@ def factorisations(mergekit: Path | None, residual: Tensor) -> list[tuple[str, F
 
 
 def merge_table(lines: list[dict[str, Any]]) -> Table:
-    columns = ("experts", "layers", "sources", "bundle", "written", "seconds", "GB/s", "peak memory")
+    columns = ("experts", "layers", "embeddings", "sources", "bundle", "written", "seconds", "GB/s", "peak memory")
     shown = Table(*columns, title="merge, Llama-3-8B shapes")
     for line in lines:
         shown.add_row(
             str(line["experts"]),
             str(line["layers"]),
+            line["embeddings"],
             f"{line['source_bytes'] / 1e9:.1f} GB",
             f"{line['bundle_bytes'] / 1e9:.2f} GB",
             f"{line['written_bytes'] / line['bundle_bytes']:.3f}",
@@ -205,6 +207,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2, help="decoder layers of the checkpoints; 32 is the 8B model")
     parser.add_argument("--experts", type=int, nargs="*", default=[3, 6], help="a merge for each number")
+    parser.add_argument(
+        "--embeddings", nargs="*", default=["average"], choices=["average", "keep"], help="what becomes of them"
+    )
     parser.add_argument("--matrices", nargs="*", default=list(MATRICES), choices=[*LINEAR], help="shapes to factorise")
     parser.add_argument("--mergekit", type=Path, help="python of a virtual environment that holds mergekit")
     parser.add_argument("--workdir", type=Path, help="where the checkpoints go; a temporary folder by default")
@@ -214,7 +219,8 @@ def main() -> None:
         needed, free = 5 * checkpoint_bytes(options.layers), shutil.disk_usage(scratch).free
         if options.experts and free < needed:
             parser.error(f"{scratch}: {needed / 1e9:.0f} GB needed, {free / 1e9:.0f} GB free; say --workdir")
-        merges = [run_merge(Path(scratch), experts, options.layers) for experts in options.experts]
+        runs = [(experts, embeddings) for experts in options.experts for embeddings in options.embeddings]
+        merges = [run_merge(Path(scratch), experts, options.layers, embeddings) for experts, embeddings in runs]
     lines = run_matrices(tuple(options.matrices), options.mergekit)
     console = Console(width=120)
     console.print(merge_table(merges))

@@ -78,11 +78,12 @@ def _shards(layers: int, expert: int) -> Iterator[list[str]]:
 
 
 def tensor(name: str, expert: int) -> Tensor:
-    """One tensor of one expert, bfloat16. Embeddings and norms are the same for all."""
+    """One tensor of one expert, bfloat16. Norms are the same for all."""
     if "norm" in name:
         return torch.ones(HIDDEN, dtype=torch.bfloat16)
     if name in ("model.embed_tokens.weight", "lm_head.weight"):
-        return _noise(VOCABULARY, HIDDEN, seed=len(name)).mul_(0.02).bfloat16()
+        rows = _noise(VOCABULARY, HIDDEN, seed=len(name)).mul_(0.02)
+        return rows.add_(_noise(VOCABULARY, HIDDEN, seed=len(name) + 100 * (expert + 1)), alpha=1e-4).bfloat16()
     layer, module = int(name.split(".")[2]), ".".join(name.split(".")[3:5])
     rows, columns = LINEAR[module]
     weight = _noise(rows, columns, seed=layer * 100 + len(module)).mul_(0.02)
