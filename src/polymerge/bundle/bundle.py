@@ -147,8 +147,17 @@ class Bundle:
         return self.expert_folder(expert) / self.code.file_name
 
     def base_tensor(self, tensor: str) -> Tensor:
-        """One tensor of the average, as stored."""
+        """One tensor of the base, as stored: of the average, or of the model under the experts' adapters."""
         return self.base.read(tensor)
+
+    def average_tensor(self, tensor: str) -> Tensor:
+        """One tensor of the average: as stored, or float32 where that is the mean of what the experts are now."""
+        if self.layers[tensor].base == "average":
+            return self.base_tensor(tensor)
+        total = torch.zeros(self.layers[tensor].shape)
+        for expert in self.experts:
+            total += self.reconstruct(expert, tensor)
+        return total / len(self.experts)
 
     def adapter(self, expert: str, *, coded: Container[str] = ()) -> dict[str, Tensor]:
         """All tensors of an expert's adapter, keys without PEFT's prefix.

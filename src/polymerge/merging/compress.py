@@ -25,7 +25,7 @@ from ..bundle.files import Rows, raw_bytes, slabs
 from ..bundle.stats import StatsLine
 from ..method.code import Code
 from ..method.dense import residual_of, unsaid
-from ..method.rsvd import rsvd, sketch_seed
+from ..method.rsvd import numerical_rank, rsvd, sketch_seed
 from .reading import Read, check_copy, check_stored, check_values, checked_digest
 from .tables import Emit, merge_table
 from .treatment import TensorTask
@@ -52,6 +52,7 @@ class Settings:
 class Loss:
     """What a residual is and what was lost of it: the fields of these names in `StatsLine`."""
 
+    rank: int
     residual_norm: float
     energy_kept: float
     relative_error: float
@@ -138,11 +139,12 @@ def compress_against(
         scales: s_i of this expert and s̄ of the base.
     """
     scale, mean_scale = scales
-    ratio = float(np.float32(scale / mean_scale)) if settings.per_expert_scale and mean_scale else 1.0
+    scaled = settings.per_expert_scale and mean_scale and task.base == "average"
+    ratio = float(np.float32(scale / mean_scale)) if scaled else 1.0
     loss = compress_residual(task, expert, weight, base, ratio, settings, emit)
-    if task.treatment != "full":
+    if task.treatment != "full" and task.base == "average":
         report.scales[expert] = ratio
-    report.stats.append(_stats_line(task, expert, scales, ratio, loss))
+    report.stats.append(stats_line(task, expert, scales, ratio, loss))
 
 
 def compress_residual(
@@ -160,19 +162,23 @@ def compress_residual(
         emit(expert, adapter_key(task), stored)
         residual_norm = frobenius_norm(residual_of(weight.clone(), base, ratio))
         error = frobenius_norm(weight.sub_(stored.float()))
-        return _loss(norm, residual_norm, error)
+        return loss_of(0, norm, residual_norm, error)
     residual = residual_of(weight, base, ratio)
     residual_norm = error = frobenius_norm(residual)
+    rank = 0
     if task.treatment == "low_rank" and residual_norm:
         matrix = residual.T if task.record.transposed else residual  # [out, in]
         seed = sketch_seed(settings.seed, task.name, expert)
         b, a = rsvd(matrix, task.rank, n_oversamples=settings.n_oversamples, n_iter=settings.n_iter, seed=seed)
+        rank = numerical_rank(torch.linalg.vector_norm(a, dim=1), norm, task.matrix_shape)
+    if rank:
+        b, a = b[:, :rank], a[:rank]
         coded = settings.code.encode(b, a)
         for suffix, part in coded.items():
             check_stored(part, task.name, f"the residual of expert {expert!r}")
             emit(expert, adapter_key(task, suffix), part)
         error = frobenius_norm(unsaid(matrix, *settings.code.decode(coded, *matrix.shape)))
-    return _loss(norm, residual_norm, error)
+    return loss_of(rank, norm, residual_norm, error)
 
 
 def _shared_by_all(
@@ -186,8 +192,8 @@ def _shared_by_all(
     error = frobenius_norm(weight - stored.float())
     for expert in task.sources:
         report.scales[expert] = 1.0
-        loss = _loss(frobenius_norm(weight), error, error)
-        report.stats.append(_stats_line(task, expert, (scale, scale), 1.0, loss, shared=True))
+        loss = loss_of(0, frobenius_norm(weight), error, error)
+        report.stats.append(stats_line(task, expert, (scale, scale), 1.0, loss, seconds=0.0))
     return report
 
 
@@ -279,29 +285,38 @@ def frobenius_norm(matrix: Tensor) -> float:
     return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
 
 
-def _loss(norm: float, residual: float, error: float) -> Loss:
+def loss_of(rank: int, norm: float, residual: float, error: float) -> Loss:
+    """From ||W||, ||R|| and ||W - W'||."""
     return Loss(
+        rank=rank,
         residual_norm=residual / norm if norm else 0.0,
         energy_kept=1.0 - (error / residual) ** 2 if residual else 1.0,
         relative_error=error / norm if norm else 0.0,
     )
 
 
-def _stats_line(
-    task: TensorTask, expert: str, scales: tuple[float, float], ratio: float, loss: Loss, *, shared: bool = False
+def stats_line(
+    task: TensorTask,
+    expert: str,
+    scales: tuple[float, float],
+    ratio: float,
+    loss: Loss,
+    *,
+    seconds: float | None = None,
 ) -> StatsLine:
+    """The line of one expert, `scales` being s_i and s̄."""
     return StatsLine(
         tensor=task.name,
         expert=expert,
         module=task.record.module,
         shape=task.matrix_shape,
-        rank=0 if shared else task.rank,
-        storage="average" if shared else task.treatment,
+        rank=loss.rank,
+        storage="full" if task.treatment == "full" else "low_rank" if loss.rank else "average",
         scale=scales[0],
         mean_scale=scales[1],
         scale_ratio=ratio,
         residual_norm=loss.residual_norm,
         energy_kept=loss.energy_kept,
         relative_error=loss.relative_error,
-        seconds=0.0 if shared else None,
+        seconds=seconds,
     )
