@@ -21,7 +21,7 @@ from .alignment import alignment_problems
 from .bundle import Bundle, base_of
 from .files import slabs
 from .manifest import BundleLayer
-from .peft import adapter_config, coded_config
+from .peft import adapter_config, borrowed_config, coded_config
 from .personas import persona_problems
 from .unlisted import unlisted_files
 
@@ -191,6 +191,8 @@ def expected_config(bundle: Bundle, expert: str) -> dict[str, Any]:
     manifest = bundle.manifest
     if not bundle.code.peft_readable:
         return coded_config(bundle.code)
+    if any(expert in layer.borrowed for layer in manifest.layers):
+        return borrowed_config()
     shapes, rows = bundle.adapter_shapes(expert).items(), manifest.experts[expert].own_rows
     return adapter_config(shapes, bundle.layers.values(), tied_embedding=manifest.tied_embedding, rows=rows)
 

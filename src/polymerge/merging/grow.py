@@ -45,6 +45,7 @@ from .compress import (
 )
 from .executor import settings_of
 from .finish import finish_expert
+from .inheritance import hand_over
 from .journal import Note, Staging
 from .layout import layout_of_experts
 from .personas import store_persona
@@ -149,7 +150,8 @@ def add_expert(
 
 
 def remove_expert(bundle: Bundle | str | Path, name: str) -> Bundle:
-    """Takes an expert out. The base stays as it is, so the other experts do not change by a bit.
+    """Takes an expert out. The base stays as it is, and who had its factors too inherits them, so the other experts do
+    not change by a bit.
 
     Raises:
         BundleError: unknown expert, or the last one. LockedError: another process is writing to the bundle.
@@ -161,7 +163,8 @@ def remove_expert(bundle: Bundle | str | Path, name: str) -> Bundle:
             raise BundleError(f"{path}: {name!r} is the only expert left; delete the bundle instead")
         lines = [line for line in bundle.stats() if line["expert"] != name]
         with changing(bundle, name):
-            write_manifest(path, bundle.manifest.without_expert(name).checked().to_json())
+            files = hand_over(bundle, name)
+            write_manifest(path, bundle.manifest.without_expert(name, files).checked().to_json())
             with contextlib.suppress(DiskSpaceError):  # the expert is out; lines of one that is not there are not read
                 write_stats(path, lines)
         return Bundle.open(path)

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
-from ..bundle.manifest import BundleLayer, ExpertRecord
+from ..bundle.manifest import Borrowed, BundleLayer, ExpertRecord
 from ..host import dtype_name
 from ..sources.checkpoint import Checkpoint
 from ..sources.persona import Group
@@ -35,6 +35,7 @@ def bundle_layer(task: TensorTask, note: Note) -> BundleLayer:
         slice=record.slice,
         base=task.base,
         ranks=other_ranks(task, note),
+        borrowed={expert: Borrowed(of=lender, times=times) for expert, (lender, times) in note.borrowed.items()},
     )
 
 

@@ -8,7 +8,7 @@ the whole model is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,7 +59,7 @@ class Placer:
         self.forms = self._forms()
         self.orders = self._orders()
         self.apart = False
-        self._tables: dict[str, Tensor] = {}
+        self._tables: dict[Hashable, Tensor] = {}
         self.adapters = [self._read(expert) for expert in bundle.experts]
 
     def place(self) -> Placed:
@@ -96,7 +96,7 @@ class Placer:
         return whole
 
     def _read(self, expert: str) -> dict[str, Tensor]:
-        return self.bundle.adapter(expert)
+        return self.bundle.adapter(expert, apart=True)
 
     def _take(self, key: str) -> Values:
         device = self.state.device
@@ -107,14 +107,21 @@ class Placer:
         return [scales.get(layer.tensor, 1.0) for scales in self.scales]
 
     def _shares(self, layer: BundleLayer) -> Tensor | None:
-        """What every expert and the average has of the experts' factors, where that is more than each its own: over the
-        model under adapters, the average has all of them alike."""
-        if layer.base == "average":
+        """What every expert and the average has of the experts' factors, where that is not each its own: over the model
+        under adapters the average has all of them alike, and what is another's too counts as the manifest says."""
+        if layer.base == "average" and not layer.borrowed:
             return None
-        if layer.base not in self._tables:
-            count = len(self.bundle.experts)
-            self._tables[layer.base] = torch.cat([torch.eye(count), torch.full((1, count), 1 / count)])
-        return self._tables[layer.base]
+        names = self.bundle.experts
+        lent = [(names.index(n), names.index(lent.of or n), lent.times) for n, lent in layer.borrowed.items()]
+        key = (layer.base, *lent)
+        if key not in self._tables:
+            average = 1 / len(names) if layer.base == "adapters" else 0.0
+            table = torch.cat([torch.eye(len(names)), torch.full((1, len(names)), average)])
+            for row, column, times in lent:
+                table[row] = 0.0
+                table[row, column] = times
+            self._tables[key] = table
+        return self._tables[key]
 
     def _forms(self) -> dict[str, list[Part]]:
         """Stored name -> its parts; a matrix that the base stores in one tensor with others has a name too."""
@@ -352,7 +359,7 @@ class CodedPlacer(Placer):
             and self._shares(self.linear[module]) is None
             and self._is_linear(module)
         }
-        return self.bundle.adapter(expert, coded=kept)
+        return self.bundle.adapter(expert, coded=kept, apart=True)
 
     def _changes(self, module: str, layer: BundleLayer) -> bool:
         decoded = any(f"{module}.lora_A.weight" in adapter for adapter in self.adapters)
