@@ -185,7 +185,7 @@ def test_vllm_gets_the_average_and_what_the_experts_have_beyond_it(made: Made, b
 
 
 def test_the_published_way_is_one_word_away(made: Made) -> None:
-    published = made.merged("published", base="average")
+    published = made.merged("published", adapters="average")
     assert published.manifest.format_version == 1
     assert {layer.base for layer in published.manifest.layers} == {"average"}
     assert not torch.equal(published.base_tensor(Q), load_file(made.base / "model.safetensors")[Q])
@@ -260,7 +260,7 @@ def test_bases_that_differ_between_the_samples_are_refused(tmp_path: Path, monke
     tensors[Q][3, 4] += 1
     save_file(tensors, other.base / "model.safetensors", {"format": "pt"})
     monkeypatch.setattr("polymerge.merging.foundation._same_weights", lambda *bases: True)
-    with pytest.raises(SourceError, match=r"q_proj.*base: average"):
+    with pytest.raises(SourceError, match=r"q_proj.*adapters: average"):
         merge({"experts": {"a": one.sources["a"], "b": other.sources["b"]}}, tmp_path / "bundle")
 
 

@@ -110,7 +110,7 @@ def _base(task: TensorTask, sums: Sums) -> Tensor:
         elif over.base.folder.resolve() != first.folder.resolve() and not torch.equal(tensor, over.base.read(source)):
             raise SourceError(
                 f"expert {expert!r}: tensor {source!r} of its base {over.base.label} is not the one of "
-                f"{first.label}; say `base: average` in the recipe"
+                f"{first.label}; say `adapters: average` in the recipe"
             )
     assert tensor is not None, "a bundle holds an expert"
     return tensor

@@ -20,7 +20,7 @@ def with_adapters(
     tasks: Sequence[TensorTask], checkpoints: Mapping[str, Checkpoint], recipe: Recipe
 ) -> tuple[TensorTask, ...]:
     """The tasks, those over the model under all experts' adapters marked so, unless the recipe wants the average."""
-    if recipe.base == "average" or recipe.align is not None or not _one_base(tasks, checkpoints):
+    if recipe.adapters == "average" or recipe.align is not None or not _one_base(tasks, checkpoints):
         return tuple(tasks)
     return tuple(_over_base(task, checkpoints, recipe) for task in tasks)
 

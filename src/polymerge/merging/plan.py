@@ -204,7 +204,7 @@ def _adapter_notes(tasks: Sequence[TensorTask], checkpoints: Mapping[str, Checkp
     if any(task.base == "adapters" for task in tasks):
         notes.append(
             "the experts are adapters over one model: that model is the bundle's base, and every expert its adapter's "
-            "own factors, exactly (`base: average` in the recipe has the published average instead)"
+            "own factors, exactly (`adapters: average` in the recipe has the published average instead)"
         )
     if plain_adapters(checkpoints, tasks):
         notes.append(
