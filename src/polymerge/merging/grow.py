@@ -40,7 +40,6 @@ from .compress import (
     compress_against,
     digest_of_rows,
     emit_difference,
-    frobenius_norm,
     stored_rows,
 )
 from .executor import settings_of
@@ -48,6 +47,7 @@ from .finish import finish_expert
 from .inheritance import hand_over
 from .journal import Note, Staging
 from .layout import layout_of_experts
+from .measure import frobenius_norm
 from .personas import store_persona
 from .precision import with_dtypes
 from .reading import check_copy, checked_digest, reader_of
