@@ -216,7 +216,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/merge.json"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.workdir) as scratch:
-        needed, free = 5 * checkpoint_bytes(options.layers), shutil.disk_usage(scratch).free
+        # Three checkpoints; a bundle of one and its residuals, and at most three tables of embeddings and three heads.
+        needed, free = int(4.9 * checkpoint_bytes(options.layers)), shutil.disk_usage(scratch).free
         if options.experts and free < needed:
             parser.error(f"{scratch}: {needed / 1e9:.0f} GB needed, {free / 1e9:.0f} GB free; say --workdir")
         runs = [(experts, embeddings) for experts in options.experts for embeddings in options.embeddings]
