@@ -76,9 +76,9 @@ class Fitting:
         """Bytes of all weight files of the plan's bundle, at most."""
         base = sum(_base_bytes(task, plan) for task in plan.tasks)
         headers = sum(layout_of(plan).rooms.values())
-        return base + headers + len(plan.checkpoints) * (self._expert_bytes(plan) + FILE_BYTES)
+        return base + headers + sum(self._expert_bytes(plan, expert) + FILE_BYTES for expert in plan.checkpoints)
 
-    def _expert_bytes(self, plan: MergePlan) -> int:
+    def _expert_bytes(self, plan: MergePlan, expert: str) -> int:
         apart = [task for task in plan.tasks if task.name not in self.shared]
         whole = {t.name for t in apart if t.treatment in ("full", "keep") and not t.as_difference}
         modules = {task.record.module for task in plan.tasks if task.name in whole}
@@ -86,13 +86,13 @@ class Fitting:
         whole |= {task.name for task in plan.tasks if task.record.module in modules and not task.as_difference}
         total = sum(_base_bytes(task, plan) for task in plan.tasks if task.name in whole)
         few = [task for task in plan.tasks if task.tables and task.treatment == "average"]
-        total += sum(task.expert_bytes(plan.dtype, plan.code) for task in few)
+        total += sum(task.expert_bytes(plan.dtype, plan.code, expert) for task in few)
         biases = [task for task in apart if task.treatment == "keep" and task.as_difference]
         total += sum(4 * task.numel for task in biases)
         for task in (task for task in plan.tasks if task.record.role == "linear"):
             total += 4 + ENTRY_BYTES + len(task.name)  # its scale
             if task.treatment == "low_rank" and task.name not in self.shared:
-                total += task.expert_bytes(plan.dtype, plan.code)
+                total += task.expert_bytes(plan.dtype, plan.code, expert)
             # PEFT wants a bias beside all factors, and factors beside it.
             if biases and plan.code.peft_readable and not task.record.slice:
                 total += 4 * sum(task.matrix_shape)
