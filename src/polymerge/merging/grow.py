@@ -49,7 +49,7 @@ from .journal import Note, Staging
 from .layout import layout_of_experts
 from .measure import frobenius_norm
 from .personas import store_persona
-from .precision import with_dtypes
+from .precision import check_not_rounded, with_dtypes
 from .reading import check_copy, checked_digest, reader_of
 from .records import expert_record, own_rows_of, ranks_of, ratios_of, scales_of
 from .tables import Emit, emit_table
@@ -120,6 +120,8 @@ def add_expert(
         rows = expert.table_rows, table_rows_in(frame, expert)
         tables = added_tables(bundle, name, persona, groups, rows, trust_remote_code=trust)
         tasks = tasks_for(frame, [expert], bundle.manifest.method, tables)
+        stored = [record.dtype for record in bundle.manifest.experts.values()]
+        check_not_rounded(name, checkpoint, tasks, settings.dtype, stored)
         tasks = with_dtypes(tasks, {name: checkpoint}, settings.dtype)
         checkpoint, alignment = aligned_to_bundle(bundle, checkpoint, tasks, settings.device)
         check_free_space(path, sum(task.expert_bytes(settings.dtype, settings.code, name) for task in tasks))

@@ -24,9 +24,10 @@ from ..model.positions import objection
 from ..recipe.merge import BaseKind, Recipe
 from ..recipe.rates import rate_of
 from ..sources.checkpoint import Checkpoint, read_json
-from ..sources.configuration import first_difference, positions_of, resolved, settings_of
+from ..sources.configuration import first_difference, paddings_of, positions_of, resolved, settings_of
 from ..sources.fused import by_matrices
 from ..sources.layers import LayerMap, LayerRecord, meta_model
+from .padding import padding_matters
 from .vocabulary import Tables
 
 Treatment = Literal["low_rank", "full", "average", "keep", "copy"]
@@ -211,6 +212,7 @@ def check_settings(frame: Frame, expert: Expert, *, trust_remote_code: bool = Fa
     key = first_difference(settings, others)
     if key is not None:
         raise SourceError(f"{pair} differ in {key}: {settings.get(key)} and {others.get(key)}")
+    _check_padding(pair, one, other)
     moved = first_difference(positions_of(one), positions_of(other))
     if moved is None:
         return
@@ -220,6 +222,14 @@ def check_settings(frame: Frame, expert: Expert, *, trust_remote_code: bool = Fa
     if reason:
         values = f"{positions_of(one).get(moved)} and {positions_of(other).get(moved)}"
         raise SourceError(f"{pair} differ in {moved}: {values}; they cannot be held apart, because {reason}")
+
+
+def _check_padding(pair: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    paddings, others = paddings_of(one), paddings_of(other)
+    key = first_difference(paddings, others)
+    if key is not None and padding_matters(one):
+        values = f"{paddings.get(key)} and {others.get(key)}"
+        raise SourceError(f"{pair} differ in {key}: {values}; this architecture counts positions from it")
 
 
 def table_rows_in(frame: Frame, expert: Expert) -> int:

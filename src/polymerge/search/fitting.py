@@ -11,6 +11,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -21,6 +22,7 @@ from ..merging.layout import layout_of
 from ..merging.plan import MergePlan, replanned
 from ..merging.treatment import TensorTask
 from ..recipe.merge import CodeName
+from ..recipe.rates import layer_number, tilted
 from ..sources.checkpoint import Checkpoint
 
 # Rates are whole numbers of ten-thousandths: one step is 0.01% of what an expert's matrices take in 16 bits.
@@ -37,10 +39,12 @@ class Fitting:
     Attributes:
         plan: at whatever rate it was made.
         shared: names of the tensors that are the same in all experts, to the bit.
+        tilt: how much more of the first layer is kept than of the last (`polymerge.recipe.rates.tilted`).
     """
 
     plan: MergePlan
     shared: frozenset[str]
+    tilt: float = 0.0
 
     @classmethod
     def of(cls, plan: MergePlan) -> Fitting:
@@ -50,7 +54,12 @@ class Fitting:
 
     def at(self, keep: int, code: CodeName) -> MergePlan:
         """The plan that keeps so many ten-thousandths of the residuals: rate 1 at 0, rate 0 at 10,000."""
-        return replanned(self.plan, compress_rate=(STEPS - keep) / STEPS, code=code)
+        rates = tilted((STEPS - keep) / STEPS, self._layers if self.tilt else 0, self.tilt)
+        return replanned(self.plan, compress_rate=rates, code=code)
+
+    @cached_property
+    def _layers(self) -> int:
+        return max((layer_number(task.record.module) for task in self.plan.tasks), default=-1) + 1
 
     def most(self, limit: int, code: CodeName) -> int | None:
         """The most ten-thousandths that can be kept in `limit` bytes; None where the average is too large."""
