@@ -25,7 +25,7 @@ from ..bundle.files import Rows, raw_bytes, slabs
 from ..bundle.stats import StatsLine
 from ..method.code import Code
 from ..method.dense import residual_of, unsaid
-from ..method.rsvd import rsvd, sketch_seed
+from ..method.rsvd import sketch_seed
 from .reading import Read, check_copy, check_stored, check_values, checked_digest
 from .tables import Emit, merge_table
 from .treatment import TensorTask
@@ -46,6 +46,10 @@ class Settings:
     def of(self, task: TensorTask) -> Settings:
         """These, for one tensor: whole tensors in its own dtype, factors in the bundle's."""
         return replace(self, dtype=task.dtype) if task.dtype else self
+
+    def factorise(self, matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Factors of a residual, as the code wants them."""
+        return self.code.factorise(matrix, rank, n_oversamples=self.n_oversamples, n_iter=self.n_iter, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ def compress_residual(
     if task.treatment == "low_rank" and residual_norm:
         matrix = residual.T if task.record.transposed else residual  # [out, in]
         seed = sketch_seed(settings.seed, task.name, expert)
-        b, a = rsvd(matrix, task.rank, n_oversamples=settings.n_oversamples, n_iter=settings.n_iter, seed=seed)
+        b, a = settings.factorise(matrix, task.rank, seed)
         coded = settings.code.encode(b, a)
         for suffix, part in coded.items():
             check_stored(part, task.name, f"the residual of expert {expert!r}")
