@@ -24,7 +24,7 @@ from ..bundle.files import Rows, raw_bytes, slabs
 from ..bundle.stats import StatsLine
 from ..method.code import Code
 from ..method.dense import residual_of, unsaid
-from ..method.rsvd import numerical_rank, rsvd, sketch_seed
+from ..method.rsvd import numerical_rank, sketch_seed
 from .measure import Loss, frobenius_norm, loss_of, stats_line
 from .reading import Read, check_copy, check_stored, check_values, checked_digest
 from .tables import Emit, merge_table
@@ -49,6 +49,10 @@ class Settings:
     def of(self, task: TensorTask) -> Settings:
         """These, for one tensor: whole tensors in its own dtype, factors in the bundle's."""
         return replace(self, dtype=task.dtype) if task.dtype else self
+
+    def factorise(self, matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Factors of a residual, as the code wants them."""
+        return self.code.factorise(matrix, rank, n_oversamples=self.n_oversamples, n_iter=self.n_iter, seed=seed)
 
 
 @dataclass
@@ -205,7 +209,7 @@ def compress_residual(
         if lent and (shared := _error_with(lent, matrix, ratio, norm)) is not None:
             return loss_of(len(lent.a), norm, residual_norm, shared), lent
         seed = sketch_seed(settings.seed, task.name, expert)
-        b, a = rsvd(matrix, task.rank, n_oversamples=settings.n_oversamples, n_iter=settings.n_iter, seed=seed)
+        b, a = settings.factorise(matrix, task.rank, seed)
         rank = numerical_rank(torch.linalg.vector_norm(a, dim=1), norm, task.matrix_shape)
     if rank:
         b, a = b[:, :rank], a[:rank]

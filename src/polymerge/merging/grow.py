@@ -24,7 +24,6 @@ from ..bundle.write import write_manifest, write_stats
 from ..errors import BundleError, DiskSpaceError, RecipeError
 from ..host import DTYPES
 from ..method.dense import residual_of, unsaid
-from ..method.rsvd import rsvd
 from ..naming import check_expert_name
 from ..recipe.merge import Source
 from ..sources.checkpoint import Checkpoint
@@ -287,6 +286,5 @@ def _fresh_error(bundle: Bundle, name: str, checkpoint: Checkpoint, task: Tensor
             average += dense / dense.norm()
     residual = residual_of(weight.clone(), average, norm / len(bundle.experts))
     matrix = residual.T if task.record.transposed else residual
-    u, v = rsvd(matrix, task.rank, n_oversamples=settings.n_oversamples, n_iter=settings.n_iter, seed=settings.seed)
-    coded = settings.code.encode(u, v)
+    coded = settings.code.encode(*settings.factorise(matrix, task.rank, settings.seed))
     return float(unsaid(matrix, *settings.code.decode(coded, *matrix.shape)).norm()) / norm
