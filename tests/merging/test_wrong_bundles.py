@@ -21,6 +21,7 @@ from polymerge.bundle.manifest import Borrowed, BundleLayer, ExpertRecord
 from polymerge.merging import compress, plan, run, treatment
 from polymerge.merging.personas import Personas
 from polymerge.merging.proof import Proof
+from polymerge.method import code
 from polymerge.sources import layers
 from tests.tiny import COMMON, make_experts, tiny_tokenizer
 
@@ -326,8 +327,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "a ratio that is not the residual's": Fault(around(compress, "compress_against", ratio_off), ("'e0'", Q)),
     "a ratio that is not the norm's": Fault(around(compress, "compress_against", norm_off), ("'e0'", Q, "the scale")),
-    "a residual the wrong way round": Fault(around(compress, "rsvd", turned), ("'e0'", Q, "without")),
-    "a residual of random numbers": Fault(around(compress, "rsvd", random_factors), ("'e1'", Q, "without")),
+    "a residual the wrong way round": Fault(around(code, "rsvd", turned), ("'e0'", Q, "without")),
+    "a residual of random numbers": Fault(around(code, "rsvd", random_factors), ("'e1'", Q, "without")),
     "a rank that the rate does not give": Fault(
         around(treatment, "treatment_of", half_rank), ("base", Q, "the method gives"), plain=True
     ),
