@@ -29,8 +29,9 @@ from .versioned import read_versioned
 FORMAT = "polymerge-bundle"
 # Version 1 holds residuals as published; version 2 differs only in that they have a code; version 3 in that experts
 # have personas, tensors dtypes, or layers compress rates of their own; version 4 in that tensors are stored with others
-# in one, or that experts have other rows or tokens in their tables.
-FormatVersion = Literal[1, 2, 3, 4]
+# in one, or that experts have other rows or tokens in their tables; version 5 in that experts have processors of their
+# own.
+FormatVersion = Literal[1, 2, 3, 4, 5]
 MANIFEST = "polymerge.json"
 STATS = "merge_stats.jsonl"
 # PEFT's name for an adapter's weights. What an expert's file is called in a bundle says its code.
@@ -282,6 +283,8 @@ def version_of(
 ) -> FormatVersion:
     """The lowest format version that has all this."""
     experts = list(experts)
+    if any("processor" in record.persona for record in experts):
+        return 5
     other_tables = vocabulary or any(record.vocabulary or record.rows for record in experts)
     if other_tables or any(layer.slice for layer in layers):
         return 4
