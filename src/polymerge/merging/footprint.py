@@ -86,8 +86,8 @@ def _held_bytes(plan: MergePlan) -> int:
     for task in plan.tasks:
         few = task.tables is not None and task.treatment == "average" and task.holds_rows
         if few and task.tables is not None:
-            missing = task.stored_bytes(plan.dtype) - task.expert_bytes(plan.dtype, plan.code)
-            more += missing * sum(bool(ranges) for ranges in task.tables.ranges.values())
+            sparse = [expert for expert, ranges in task.tables.ranges.items() if ranges]
+            more += sum(task.stored_bytes(plan.dtype) - task.expert_bytes(plan.dtype, plan.code, e) for e in sparse)
     return plan.write_bytes + more
 
 
