@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from polymerge.errors import MissingExtraError
+from polymerge.errors import BundleError, MissingExtraError
 from polymerge.merging.plan import plan_merge
 from polymerge.method.codes import code_of
 from tests.conftest import Merged
@@ -98,3 +99,10 @@ def test_a_bundle_with_it_says_what_its_experts_are(merged: Merged, tmp_path: Pa
 
     plain = AutoModelForCausalLM.from_pretrained(export_dense(bundle, "e1", tmp_path / "dense")).eval()
     torch.testing.assert_close(plain(ids).logits, expected, atol=1e-5, rtol=0)
+    file = bundle.expert_file("e1")
+    stream = next(tensor for key, tensor in load_file(file).items() if key.endswith(STREAM))
+    data = bytearray(file.read_bytes())
+    data[data.find(stream.numpy().tobytes()) + 40] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(BundleError, match=r"does not decode to the numbers that were encoded; copy the bundle again"):
+        load_model(bundle.path)
