@@ -6,7 +6,7 @@
 
 Beside polymerge's codes: int4 at half the bytes, the published factors rounded to 16 bits, the average, and BitDelta
 (Liu et al. 2024, arXiv 2402.10193: the sign of the residual and one scale a matrix, here around the average and without
-its training of the scales). The last code is also run as others would run it: decoded and exported, by PEFT itself, and
+its training of the scales). int4 is also run as others would run it: decoded and exported, by PEFT itself, and
 with the adapters that are written for vLLM, added as vLLM adds them. Every original is run by transformers itself.
 Embeddings, norms and biases are each expert's own but for the plain average.
 """
@@ -19,6 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ from polymerge.cli.console import hush_libraries
 from polymerge.engine.local.engine import HFEngine
 from polymerge.export import export_peft, plan_vllm, write_vllm
 from polymerge.export.vllm.calibrate import applied, read_adapter
-from polymerge.method.codes import CODES
+from polymerge.method.codes import CODES, PLAIN
 from polymerge.search.examples import Example, read_examples
 from polymerge.search.sweep import Agreement, Reference
 
@@ -149,12 +150,16 @@ def chosen_experts(arguments: argparse.Namespace) -> tuple[dict[str, str], dict[
     return sources, {s.name: [Example(e.prompt, e.answer) for e in s.test[:limit]] for s in skills}
 
 
+def installed(code: str) -> bool:
+    return code in PLAIN or find_spec("constriction") is not None
+
+
 def measured(
     sources: Mapping[str, str], references: Mapping[str, Reference], rate: float, folder: Path
 ) -> tuple[list[CodeRow], int]:
     """All rows, and how many numbers the compressed matrices of all experts have."""
-    rows = [merged(code, sources, references, rate, folder / code) for code in CODES]
-    last = list(CODES)[-1]
+    rows = [merged(code, sources, references, rate, folder / code) for code in CODES if installed(code)]
+    last = PLAIN[-1]
     rows.append(merged(last, sources, references, (1 + rate) / 2, folder / "half", f"{last}, half the bytes"))
     rows.append(by_peft(Bundle.open(folder / last), references, folder / "peft"))
     rows.append(by_vllm_adapters(Bundle.open(folder / last), references, folder / "vllm"))

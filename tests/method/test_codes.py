@@ -21,7 +21,7 @@ from polymerge import Bundle, add_expert, export_dense, export_peft, load_model,
 from polymerge.errors import BundleError, RecipeError
 from polymerge.merging.plan import plan_merge
 from polymerge.method.code import Code, check_tensor
-from polymerge.method.codes import CODES, PUBLISHED, code_of
+from polymerge.method.codes import CODES, PLAIN, PUBLISHED, code_of
 from polymerge.method.rsvd import rank_for_rate
 from polymerge.model.linear import MixedLinear
 from polymerge.recipe.merge import load_recipe
@@ -107,14 +107,14 @@ def test_a_bundle_of_a_code_that_is_not_there_is_refused(
 ) -> None:
     bundle, _ = merged("llama", compress_rate=0.7, code="halves")
     monkeypatch.delitem(CODES, "halves")
-    with pytest.raises(BundleError, match=r"method\.code: .*no code 'halves' among factors, int8, int4"):
+    with pytest.raises(BundleError, match=r"method\.code: .*no code 'halves' among factors, int8, int4, entropy"):
         Bundle.open(bundle.path)
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("facters", "no code 'facters' among factors, int8, int4; did you mean 'factors'?"),
+        ("facters", "no code 'facters' among factors, int8, int4, entropy; did you mean 'factors'?"),
         ("zip", "no code 'zip'"),
     ],
 )
@@ -125,13 +125,13 @@ def test_an_unknown_code_is_one_line(name: str, said: str) -> None:
 
 
 def test_every_name_is_its_code_s_own_and_the_published_one_is_the_default() -> None:
-    for name in CODES:
+    for name in PLAIN:
         assert code_of(name, torch.bfloat16).name == name
     recipe = load_recipe({"experts": {"a": "x", "b": "y"}})
     assert recipe.code == PUBLISHED
     # readers of version 1 and PEFT know the published code and no other
-    version_1 = [name for name in CODES if code_of(name, torch.bfloat16).format_version == 1]
-    assert version_1 == [PUBLISHED] == [n for n in CODES if code_of(n, torch.bfloat16).peft_readable]
+    version_1 = [name for name in PLAIN if code_of(name, torch.bfloat16).format_version == 1]
+    assert version_1 == [PUBLISHED] == [n for n in PLAIN if code_of(n, torch.bfloat16).peft_readable]
 
 
 def test_nobody_outside_the_method_compares_a_code_s_name() -> None:

@@ -257,7 +257,12 @@ class Bundle:
         Takes the arguments of `coded_factors`, and raises as it does.
         """
         stored = self.coded_factors(expert, layer, get)
-        return self.code.decode(stored, *layer.matrix_shape) if stored else None
+        if not stored:
+            return None
+        try:
+            return self.code.decode(stored, *layer.matrix_shape)
+        except ValueError as error:
+            raise BundleError(f"{self.expert_file(expert)}: {layer.module}: {error}; copy the bundle again") from None
 
     def coded_factors(
         self, expert: str, layer: BundleLayer, get: Callable[[str], Tensor | None]

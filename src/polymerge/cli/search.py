@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..method.codes import CODES
+from ..method.codes import PLAIN
 from .words import Align, DType, Norms, RecipeOrExperts, read_pairs, read_recipe
 
 
@@ -20,7 +20,7 @@ def search(
         Path, typer.Option("--output", "-o", help="For recipe.yaml, search.json and search.html.")
     ] = Path("search"),
     trials: Annotated[int, typer.Option(min=1, help="Merges that are measured, at most.")] = 20,
-    codes: Annotated[str, typer.Option(help="Codes to choose from, separated by commas.")] = ",".join(CODES),
+    codes: Annotated[str, typer.Option(help="Codes to choose from, separated by commas.")] = ",".join(PLAIN),
     limit: Annotated[int, typer.Option(min=1, help="Rows of each file that are used.")] = 32,
     dtype: DType = None,
     norms: Norms = None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..method.codes import CODES
+from ..method.codes import PLAIN
 from .words import (
     Align,
     DType,
@@ -27,7 +27,7 @@ def sweep(
     prompts: Annotated[list[str], typer.Option(help="NAME=FILE.jsonl for every expert: rows of prompt and answer.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="For sweep.json and sweep.html.")] = Path("sweep"),
     rates: Annotated[str, typer.Option(help="Compress rates, separated by commas.")] = "0.9,0.95,0.98",
-    codes: Annotated[str, typer.Option(help="Codes, separated by commas.")] = ",".join(CODES),
+    codes: Annotated[str, typer.Option(help="Codes, separated by commas.")] = ",".join(PLAIN),
     limit: Annotated[int, typer.Option(min=1, help="Rows of each file that are used.")] = 32,
     scale: Scale = None,
     dtype: DType = None,

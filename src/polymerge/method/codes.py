@@ -19,7 +19,10 @@ CODES = {
     "factors": ".factors:Factors",
     "int8": ".quantised:int8",
     "int4": ".quantised:int4",
+    "entropy": ".entropy:entropy",
 }
+# Those that need no extra: what a search tries unless it is told which.
+PLAIN = ("factors", "int8", "int4")
 # The published code, and a recipe's default.
 PUBLISHED = "factors"
 
@@ -34,7 +37,11 @@ def known_code(name: str) -> str:
 
 
 def code_of(name: str, dtype: torch.dtype) -> Code:
-    """The code of a recipe's or a manifest's name, for a bundle of this dtype. Raises ValueError as `known_code`."""
+    """The code of a recipe's or a manifest's name, for a bundle of this dtype.
+
+    Raises:
+        ValueError: as `known_code`. MissingExtraError: the code needs a package that is not installed.
+    """
     module, _, maker = CODES[known_code(name)].partition(":")
     code: Code = getattr(import_module(module, __package__), maker)(dtype)
     return code

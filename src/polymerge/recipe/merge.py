@@ -74,7 +74,7 @@ class Recipe(BaseModel):
             exactly, 1 is the plain normalised average. The published setting is 0.95. One number for all matrices; a
             list of one a layer; or a mapping of patterns of names to numbers, with `default` for the rest.
         code: how residuals are stored: `factors` (published) in the bundle's dtype, or `int8` and `int4`, whole numbers
-            with scales at a larger rank, in at most the bytes of 16-bit factors.
+            with scales at a larger rank, in at most the bytes of 16-bit factors; or `entropy`, at a still larger one.
         scale: `per_expert` (published: each expert keeps its own norm per tensor) or `shared` (the norms are
             folded into the residuals, so that a plain PEFT loader is exact).
         embeddings, lm_head, norms: `keep` each expert's own tensor or `average` them into one. `norms`

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from ..bundle.files import write_bytes
 from ..errors import needs_extra
 from ..merging.plan import MergePlan, plan_merge
-from ..method.codes import CODES
+from ..method.codes import PLAIN
 from ..recipe.merge import Recipe, RecipeLike, RecipeSettings, load_recipe
 from ..recipe.written import recipe_text
 from .choices import Choice, Choices
@@ -89,7 +89,7 @@ def search_recipe(
     output: str | Path = "search",
     *,
     trials: int = TRIALS,
-    codes: Sequence[str] = tuple(CODES),
+    codes: Sequence[str] = PLAIN,
     limit: int = LIMIT,
     progress: Callable[[str], None] | None = None,
     **settings: Unpack[RecipeSettings],

@@ -20,7 +20,7 @@ from ..errors import TargetError
 from ..merging.align import aligned
 from ..merging.executor import Executor, in_threads
 from ..merging.plan import MergePlan, plan_merge, replanned
-from ..method.codes import CODES, code_of
+from ..method.codes import PLAIN, code_of
 from ..recipe.merge import CodeName, Recipe, load_recipe
 from ..recipe.rates import in_words
 from .examples import Example
@@ -73,7 +73,7 @@ def find(
     target: Target | str,
     examples: Mapping[str, Sequence[Example]] | None = None,
     *,
-    codes: Sequence[str] = tuple(CODES),
+    codes: Sequence[str] = PLAIN,
     tolerance: float = TOLERANCE,
     folder: Path | None = None,
     executor: Executor = in_threads,

@@ -18,7 +18,7 @@ from ..merging.executor import Executor, in_threads
 from ..merging.plan import MergePlan, plan_merge, replanned
 from ..merging.ray import ray_cluster
 from ..merging.run import OnProgress, run_plan
-from ..method.codes import CODES
+from ..method.codes import PLAIN
 from ..recipe.merge import RecipeLike, RecipeSettings
 from ..recipe.rates import in_words
 from .examples import LIMIT, Prompts, read_prompts
@@ -85,7 +85,7 @@ def merge(
             check_output(output, overwrite=overwrite)  # now and not after the work
             folder = next(parent for parent in output.absolute().parents if parent.exists())
             chosen = find(
-                plan.recipe, goal, examples, codes=codes or tuple(CODES), folder=folder, executor=tasks, progress=say
+                plan.recipe, goal, examples, codes=codes or PLAIN, folder=folder, executor=tasks, progress=say
             )
             _tell(chosen, goal, say, on_found)
             plan = replanned(plan, compress_rate=chosen.recipe.compress_rate, code=chosen.recipe.code)

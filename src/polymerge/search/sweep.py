@@ -24,7 +24,7 @@ from ..errors import RecipeError
 from ..merging.executor import Executor, in_threads
 from ..merging.plan import MergePlan, plan_merge
 from ..merging.run import run_plan
-from ..method.codes import CODES
+from ..method.codes import PLAIN
 from ..model import load_model
 from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, Source, load_recipe
 from ..recipe.rates import AnyRates, in_words
@@ -168,7 +168,7 @@ def sweep(
     output: str | Path = "sweep",
     *,
     rates: Sequence[float] = RATES,
-    codes: Sequence[str] = tuple(CODES),
+    codes: Sequence[str] = PLAIN,
     limit: int = LIMIT,
     progress: Callable[[str], None] | None = None,
     **settings: Unpack[RecipeSettings],

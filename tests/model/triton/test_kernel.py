@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from polymerge import Bundle, load_model, merge
 from polymerge.errors import BundleError, ModelError
-from polymerge.method.codes import CODES, code_of
+from polymerge.method.codes import PLAIN, code_of
 from polymerge.model.assignment import Assignment
 from polymerge.model.linear import MixedLinear
 from polymerge.model.residual import add_mixed, mixed_ratio
@@ -75,7 +75,7 @@ def inputs(rows: int, out_features: int, in_features: int, dtype: torch.dtype) -
     return normal(rows, out_features).to(DEVICE, dtype), normal(rows, in_features).to(DEVICE, dtype)
 
 
-@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("code", PLAIN)
 @pytest.mark.parametrize("experts", [*BATCHES, [{"e0": 1.0, "e2": 3.0}, "e1", {"e1": 1.0, "average": 1.0}]])
 def test_the_plain_sum_is_that_of_dense_matrices(code: str, experts: list[Any]) -> None:
     residuals, dense = residuals_of(code, 37, 21)
@@ -93,7 +93,7 @@ def test_the_plain_sum_is_that_of_dense_matrices(code: str, experts: list[Any]) 
 
 @pytest.mark.parametrize("shape", [(48, 80), (33, 301), (5, 7)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("code", PLAIN)
 def test_the_kernel_gives_the_plain_sum(kernel: Any, code: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     residuals, _ = residuals_of(code, *shape)
     for experts in BATCHES:
