@@ -86,7 +86,7 @@ def export_peft(bundle: Bundle | str | Path, expert: str, output: str | Path, *,
 def _write_adapter(bundle: Bundle, expert: str, staged: Path) -> dict[str, Any]:
     """The adapter's weights as PEFT reads them. Returns its configuration."""
     file = bundle.expert_file(expert)
-    if bundle.code.peft_readable:
+    if bundle.code.peft_readable and not any(expert in layer.borrowed for layer in bundle.manifest.layers):
         check_free_space(staged, file.stat().st_size)
         with disk_errors(staged):
             shutil.copyfile(file, staged / ADAPTER_FILE)

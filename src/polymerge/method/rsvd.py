@@ -77,6 +77,22 @@ def rsvd(
     return basis @ vectors, vectors.T @ small
 
 
+def numerical_rank(values: Tensor, norm: float, shape: tuple[int, int]) -> int:
+    """How many singular values of a difference of two matrices are more than the rounding of these in float32.
+
+    Rounding is white noise of about a third of a unit in the last place. Its largest singular value is its standard
+    deviation times (sqrt(m) + sqrt(n)) (Marchenko and Pastur), so that eps ||W||_F (1 / sqrt(m) + 1 / sqrt(n)) is twice
+    what the roundings of both make.
+
+    Args:
+        values: singular values, the largest first.
+        norm: ||W||_F of the matrices.
+        shape: (m, n).
+    """
+    noise = torch.finfo(torch.float32).eps * norm * sum(size**-0.5 for size in shape)
+    return int((values > noise).sum())
+
+
 def _conditioned(columns: Tensor) -> Tensor:
     """Other columns with the same span, far from dependent. [n, l] -> [n, l]
 

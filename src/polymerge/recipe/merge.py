@@ -22,6 +22,8 @@ from .rates import PUBLISHED_RATE, Rates
 from .response import StageSettings, ThinkerSettings
 
 KeepOrAverage = Literal["keep", "average"]
+# What the stored base of a linear layer is: the model under all its experts' adapters, or the experts' average.
+BaseKind = Literal["adapters", "average"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 CodeName = Annotated[str, AfterValidator(known_code)]
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
@@ -77,6 +79,8 @@ class Recipe(BaseModel):
             folded into the residuals, so that a plain PEFT loader is exact).
         embeddings, lm_head, norms: `keep` each expert's own tensor or `average` them into one. `norms`
             covers every tensor that is neither an embedding, the lm_head nor a linear weight (biases too).
+        adapters: how experts are stored that are LoRA adapters over one model: `exact`, as that very model and the own
+            factors of each, or `average` (published), as their average and residuals from it, as all other experts are.
         align: `permutation` for experts that do not share a base: every expert's neurons and heads are brought into the
             order in which they fit the first expert's best, which changes no expert's function.
         dtype: what the bundle is stored in; by default the sources' own.
@@ -100,6 +104,7 @@ class Recipe(BaseModel):
     embeddings: KeepOrAverage = "keep"
     lm_head: KeepOrAverage = "keep"
     norms: KeepOrAverage = "keep"
+    adapters: Literal["exact", "average"] = "exact"
     align: Literal["permutation"] | None = None
     dtype: DTypeName | None = None
     device: DeviceName = "auto"
