@@ -106,7 +106,7 @@ def test_verify_sees_groups_that_are_not_the_files(originals: dict[str, Original
 
 
 def test_an_older_reader_would_refuse_it_by_its_version(originals: dict[str, Original], tmp_path: Path) -> None:
-    bundle = merged(originals, tmp_path, "plain", "chatml")
+    bundle = merged(originals, tmp_path, "plain", "chatml", compress_rate=0.0)
     data = json.loads((bundle.path / "polymerge.json").read_text())
     assert data["format_version"] > 1 and "persona" not in data["experts"]["plain"]
     (bundle.path / "polymerge.json").write_text(json.dumps(data | {"format_version": 1}))
@@ -154,9 +154,10 @@ def test_how_images_become_numbers_is_each_expert_s_own(verb: str, tmp_path: Pat
     experts = with_processor(make_experts("llama", tmp_path), e2={"image_mean": [0.4, 0.4, 0.4]})
     sources = {name: str(path) for name, path in experts.items()}
     if verb == "merge":
-        bundle = merge({"experts": sources}, tmp_path / "bundle")
+        bundle = merge({"experts": sources, "compress_rate": 0.0}, tmp_path / "bundle")
     else:
-        bundle = merge({"experts": {n: sources[n] for n in ("e0", "e1")}}, tmp_path / "bundle")
+        two = {n: sources[n] for n in ("e0", "e1")}
+        bundle = merge({"experts": two, "compress_rate": 0.0}, tmp_path / "bundle")
         assert bundle.manifest.format_version == 1  # who wrote a file is no difference
         bundle = add_expert(bundle, "e2", experts["e2"]).bundle
     assert [record.persona for record in bundle.manifest.experts.values()] == [(), (), ("processor",)]

@@ -82,12 +82,10 @@ def _check(architecture: str, folder: Path, outcome: Outcome, variants: Sequence
     experts = make_experts(architecture, folder / "experts")
     originals = {name: _plain(path) for name, path in experts.items()}
     inputs = batch(originals["e0"])
-    _check_originals(
-        originals, inputs, lambda: merge({name: str(path) for name, path in experts.items()}, folder / "x")
-    )
+    sources = {name: str(path) for name, path in experts.items()}
+    _check_originals(originals, inputs, outcome, lambda: merge(sources, folder / "refused"))
     for variant in [variant for variant in VARIANTS if variant in variants]:
         outcome.step = f"{variant}: merge"
-        sources = {name: str(path) for name, path in experts.items()}
         bundle = merge({"experts": sources, **VARIANTS[variant]}, folder / variant)
         if variant == "0.95":
             outcome.share = bundle.sizes().total / bundle.sizes().one_model
@@ -98,12 +96,18 @@ def _check(architecture: str, folder: Path, outcome: Outcome, variants: Sequence
         _check_bfloat16(architecture, folder, outcome)
 
 
-def _check_originals(originals: Models, inputs: Mapping[str, torch.Tensor], merged: Callable[[], object]) -> None:
+def _check_originals(
+    originals: Models, inputs: Mapping[str, torch.Tensor], outcome: Outcome, merged: Callable[[], object]
+) -> None:
     """Raises what a model objects to that cannot go on with a text alone, unless `merged` refuses it first."""
     try:
         finite = all(bool(model(**inputs).logits.isfinite().all()) for model in originals.values())
     except Exception:
-        merged()
+        try:
+            merged()
+        except PolymergeError as error:
+            outcome.step = "0: merge"
+            raise error from None
         raise
     if not finite:
         raise ValueError("the tiny model's own logits are not finite")

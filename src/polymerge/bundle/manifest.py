@@ -346,9 +346,9 @@ def version_of(
     vocabulary: int | None = None,
 ) -> FormatVersion:
     """The lowest format version that has all this."""
+    experts = list(experts)
     if any(layer.ranks or layer.borrowed or layer.base != "average" for layer in layers):
         return 5
-    experts = list(experts)
     if any("processor" in record.persona for record in experts):
         return 5
     other_tables = vocabulary or any(record.vocabulary or record.rows for record in experts)
