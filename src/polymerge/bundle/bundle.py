@@ -151,7 +151,8 @@ class Bundle:
         return self.base.read(tensor)
 
     def adapter(self, expert: str, *, coded: Container[str] = ()) -> dict[str, Tensor]:
-        """All tensors of an expert's adapter, keys without PEFT's prefix.
+        """All tensors of an expert's adapter, keys without PEFT's prefix. Tables come whole, but for those with
+        residuals, beside which are the rows that the expert has of its own.
 
         Coded factors come decoded, as `lora_A.weight` and `lora_B.weight` in the bundle's dtype.
 
@@ -162,12 +163,12 @@ class Bundle:
             tensors = {adapter_name(key): handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
         for layer in self._tables:
             key = f"{layer.module}.{layer.parameter}"
-            if key in tensors:
+            if key in tensors and not layer.rank:
                 tensors[key] = self.whole_table(expert, layer, tensors[key])
         if self.code.peft_readable:
             return tensors
         dtype = DTYPES[self.manifest.dtype]
-        for layer in self._linear:
+        for layer in self._factored:
             if layer.module in coded:
                 continue
             factors = self.factors(expert, layer, tensors.get)
@@ -178,13 +179,14 @@ class Bundle:
                 tensors |= {f"{layer.module}.lora_A.weight": a.to(dtype), f"{layer.module}.lora_B.weight": b.to(dtype)}
         return tensors
 
-    def whole_table(self, expert: str, layer: BundleLayer, stored: Tensor) -> Tensor:
-        """An expert's table in the bundle's size: where only its own rows are stored, the others are the average's.
+    def whole_table(self, expert: str, layer: BundleLayer, stored: Tensor, others: Tensor | None = None) -> Tensor:
+        """An expert's table in the bundle's size: where only its own rows are stored, the others are those that are
+        given, or the average's.
 
         Raises:
             BundleError: they are not as many as the manifest says.
         """
-        if layer.role != "embedding" or stored.shape[:1] == layer.shape[:1]:
+        if not (layer.rank or layer.role == "embedding") or stored.shape[:1] == layer.shape[:1]:
             return stored
         rows = self.manifest.experts[expert].own_rows
         if len(rows) != len(stored) or stored.shape[1:] != layer.shape[1:] or rows[-1] >= layer.shape[0]:
@@ -192,7 +194,7 @@ class Bundle:
                 f"{self.expert_file(expert)}: {layer.module} has {list(stored.shape)}, and the manifest says "
                 f"{len(rows)} rows of {list(layer.shape)}; copy the bundle again"
             )
-        whole = self.base_tensor(layer.tensor)
+        whole = self.base_tensor(layer.tensor) if others is None else others
         whole[rows] = stored.to(whole.dtype)
         return whole
 
@@ -214,7 +216,7 @@ class Bundle:
             shapes = {adapter_name(key): tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
         if self.code.peft_readable:
             return shapes
-        for layer in self._linear:
+        for layer in self._factored:
             stored = [shapes.pop(f"{layer.module}.{suffix}", None) for suffix in self.code.suffixes]
             if stored[0]:
                 out_features, in_features = layer.matrix_shape
@@ -282,8 +284,8 @@ class Bundle:
         return [layer for layer in self.manifest.layers if layer.table]
 
     @property
-    def _linear(self) -> list[BundleLayer]:
-        return [layer for layer in self.manifest.layers if layer.role == "linear"]
+    def _factored(self) -> list[BundleLayer]:
+        return [layer for layer in self.manifest.layers if layer.role == "linear" or layer.rank]
 
     def stats(self) -> list[dict[str, Any]]:
         """The lines of merge_stats.jsonl."""
@@ -348,6 +350,8 @@ class ExpertReader:
     def _whole(self, layer: BundleLayer) -> Tensor:
         tensor = layer.tensor
         whole = self._get(f"{layer.module}.{layer.parameter}")
+        if whole is not None and layer.rank and layer.role != "linear":
+            return self._bundle.whole_table(self._expert, layer, whole, self._rebuilt(layer)).float()
         if whole is not None:
             whole = self._bundle.whole_table(self._expert, layer, whole) if layer.table else whole
             return whole.float() if whole.is_floating_point() else whole
@@ -358,8 +362,10 @@ class ExpertReader:
         if layer.parameter == "bias":
             difference = self._get(f"{layer.module}.lora_B.bias")
             return base if difference is None else base + difference.float()
-        if layer.role != "linear":
-            return base
+        return self._rebuilt(layer) if layer.role == "linear" or layer.rank else base
+
+    def _rebuilt(self, layer: BundleLayer) -> Tensor:
+        base, tensor = self._bundle.base_tensor(layer.tensor).float(), layer.tensor
         return dense(base, self.ratio(tensor), self.factors(tensor), transposed=layer.transposed)
 
     def ratio(self, tensor: str) -> float:

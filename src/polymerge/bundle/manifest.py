@@ -19,8 +19,8 @@ from ..host import DTYPES
 from ..method.code import Code
 from ..method.codes import PUBLISHED, code_of
 from ..naming import check_expert_names, check_paths
-from ..recipe.merge import CodeName
-from ..recipe.rates import Rates
+from ..recipe.merge import EMBEDDING_RATE, CodeName, Table
+from ..recipe.rates import NamedRates, Rates
 from ..sources.persona import Group
 from ..sources.slices import Slice
 from .files import FileEntry
@@ -29,8 +29,9 @@ from .versioned import read_versioned
 FORMAT = "polymerge-bundle"
 # Version 1 holds residuals as published; version 2 differs only in that they have a code; version 3 in that experts
 # have personas, tensors dtypes, or layers compress rates of their own; version 4 in that tensors are stored with others
-# in one, or that experts have other rows or tokens in their tables.
-FormatVersion = Literal[1, 2, 3, 4]
+# in one, or that experts have other rows or tokens in their tables; version 5 in that embeddings and heads may have
+# residuals.
+FormatVersion = Literal[1, 2, 3, 4, 5]
 MANIFEST = "polymerge.json"
 STATS = "merge_stats.jsonl"
 # PEFT's name for an adapter's weights. What an expert's file is called in a bundle says its code.
@@ -48,12 +49,18 @@ class Method(_Strict):
     compress_rate: Rates
     code: CodeName = PUBLISHED
     scale: Literal["per_expert", "shared"]
-    embeddings: Literal["keep", "average"]
-    lm_head: Literal["keep", "average"]
+    embeddings: Table
+    lm_head: Table
+    embedding_rate: NamedRates = EMBEDDING_RATE
     norms: Literal["keep", "average"]
     n_oversamples: int
     n_iter: int
     seed: int
+
+    @property
+    def compresses_tables(self) -> bool:
+        """Whether embeddings or heads may have residuals."""
+        return "compress" in (self.embeddings, self.lm_head)
 
 
 class ExpertRecord(_Strict):
@@ -98,7 +105,8 @@ class BundleLayer(_Strict):
     Attributes:
         shape: as stored.
         rank: of the residuals; 0 for a tensor that has none.
-        mean_scale: s̄, the mean Frobenius norm of the experts' tensors, for linear weights.
+        mean_scale: s̄, the mean Frobenius norm of the experts' tensors, for what is stored against the base; None for
+            tables in which experts have other rows, whose experts all have the ratio 1.
         dtype: of its own; None where it is the bundle's.
         slice: where it lies, of a matrix that the base stores in one tensor with others.
         table: has a row a token, and experts have other rows or tokens.
@@ -126,6 +134,8 @@ class BundleLayer(_Strict):
     def _linear_is_a_matrix(self) -> BundleLayer:
         if self.role == "linear" and (len(self.shape) != 2 or self.mean_scale is None):
             raise ValueError(f"{self.tensor!r} is no matrix with a scale, as a linear weight is")
+        if self.rank and (len(self.shape) != 2 or self.role not in ("linear", "embedding", "lm_head")):
+            raise ValueError(f"{self.tensor!r} is no matrix, but has residuals")
         if self.slice and not _lies_in(self, self.slice):
             raise ValueError(f"{self.tensor!r} is no matrix of {self.slice.tensor!r}")
         return self
@@ -170,7 +180,9 @@ class Manifest(_Strict):
         data = self.model_dump(mode="json")
         if self.format_version == 1:
             del data["method"]["code"]  # which readers of version 1 alone do not know
-        for name, record in data["experts"].items():  # nor what was added since
+        if not self.method.compresses_tables:  # nor what was added since
+            del data["method"]["embedding_rate"]
+        for name, record in data["experts"].items():
             data["experts"][name] = {key: value for key, value in record.items() if value not in (None, [])}
         if self.vocabulary is None:
             del data["vocabulary"]
@@ -281,6 +293,8 @@ def version_of(
     vocabulary: int | None = None,
 ) -> FormatVersion:
     """The lowest format version that has all this."""
+    if method.compresses_tables:
+        return 5
     experts = list(experts)
     other_tables = vocabulary or any(record.vocabulary or record.rows for record in experts)
     if other_tables or any(layer.slice for layer in layers):

@@ -68,8 +68,8 @@ def layout_of_experts(experts: Sequence[str], tasks: Sequence[TensorTask], code:
 def _keys_of(task: TensorTask, code: Code, biases: bool) -> Iterator[str]:
     """All that an expert's file may hold for a tensor: its own, its factors, and what PEFT wants beside a bias."""
     record = task.record
-    if task.treatment != "low_rank":
+    if task.treatment != "low_rank" or task.tables:
         yield f"{record.module}.{record.parameter}"
-    if record.role == "linear":
+    if task.against_base:
         pair = BIASED_PAIR if biases else ()
         yield from (f"{record.module}.{suffix}" for suffix in dict.fromkeys((*code.suffixes, *pair)))
