@@ -101,7 +101,7 @@ def average_problems(
             continue
         base, sources = bundle.base_tensor(task.name).double(), dict(zip(tasks, row, strict=True))
         read = functools.partial(_read, checkpoints, sources)
-        if tables and not task.as_difference and tables.holds(task.record.role, task.shape):
+        if tables and bundle.layers[task.name].table:
             mean = mean_of_tables(tables, read).double()
         else:
             mean = _mean(task, base, list(tasks), read)

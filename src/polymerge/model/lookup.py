@@ -1,9 +1,9 @@
 """A table with a row a token whose every row of a batch has its own expert: rho_i W̄[ids] + B_i[ids] A_i looked up, and
 rho_i (W̄ x) + B_i (A_i x) where it is the head.
 
-One `MixedTable` holds the average's table and the factors of all experts, once for an embedding and the head that is tied
-to it. No expert's table is ever made whole. `MixedEmbedding` takes the place of a lookup's forward and `MixedHead` of the
-head. Knows one table; which modules look up and which multiply is `polymerge.model.placing`'s.
+One `MixedTable` holds the average's table and the factors of all experts, once for an embedding and the head that is
+tied to it. No expert's table is ever made whole. `MixedEmbedding` takes the place of a lookup's forward and `MixedHead`
+of the head. Knows one table; which modules look up and which multiply is `polymerge.model.placing`'s.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class OwnRows(NamedTuple):
 
 
 class MixedTable(MixedLinear):
-    """W̄ [V, H] with the factors B_i [V, r] and A_i [r, H] of all experts. Arguments as MixedLinear's, without biases, and:
+    """W̄ [V, H] with the factors B_i [V, r] and A_i [r, H] of all experts. Arguments as MixedLinear's, no biases, and:
 
     Args:
         own: every expert's own rows, or None. Experts that have some are in no mixture.
@@ -54,7 +54,8 @@ class MixedTable(MixedLinear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> MixedTable:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.own = {n: OwnRows(rows.numbers.to(fn(rows.values).device), fn(rows.values)) for n, rows in self.own.items()}
+        values = {number: fn(rows.values) for number, rows in self.own.items()}
+        self.own = {n: OwnRows(self.own[n].numbers.to(moved.device), moved) for n, moved in values.items()}
         return self
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -118,9 +119,9 @@ class MixedHead(ExpertLinear):
 
 
 class MixedEmbedding(nn.Module):
-    """Takes the place of the forward of a module that looks rows up. Whatever else it does with them (scale, project) it
-    does: it is given a table of the rows that were asked for, each its expert's, and their numbers in the place of the
-    ids.
+    """Takes the place of the forward of a module that looks rows up. Whatever else it does with them (scale, project)
+    it does: it is given a table of the rows that were asked for, each its expert's, and their numbers in the place of
+    the ids.
 
     Args:
         inner: stays the caller's; it is no part of this one.
@@ -135,7 +136,7 @@ class MixedEmbedding(nn.Module):
         take_forward(inner, self.forward)
 
     @staticmethod
-    def fits(inner: nn.Module) -> bool:
+    def fits(inner: Any) -> bool:
         """Tries whether a module gives what it gives from a table of the rows that it is asked for."""
         if [name for name, _ in inner.named_parameters(recurse=False)] != ["weight"] or inner.weight.dim() != 2:
             return False
@@ -167,8 +168,8 @@ def _with_rows(inner: Any, forward: Any, rows: Tensor) -> Any:
     """What a lookup's forward gives for rows of its table [..., H]."""
     table = rows.reshape(-1, rows.shape[-1])
     numbers = torch.arange(len(table), device=rows.device).view(rows.shape[:-1])
-    # An instance attribute is found before nn.Module looks among its parameters. Which row is padding counts in training
-    # alone, and there may be fewer rows than that one's number.
+    # An instance attribute is found before nn.Module looks among its parameters. Which row is padding counts in
+    # training alone, and there may be fewer rows than that one's number.
     before = {"padding_idx": inner.padding_idx} if hasattr(inner, "padding_idx") else {}
     inner.__dict__ |= {"weight": table, **dict.fromkeys(before)}
     try:

@@ -226,10 +226,8 @@ class Placer:
         """What experts have of their own beside the residuals of a table."""
         numbers = [self.bundle.manifest.experts[expert].own_rows for expert in self.bundle.experts]
         values = self._take(f"{layer.module}.{layer.parameter}")
-        return [
-            OwnRows(torch.tensor(rows, device=value.device), value.to(self.dtype)) if value is not None else None
-            for rows, value in zip(numbers, values, strict=True)
-        ]
+        pairs = zip(numbers, values, strict=True)
+        return [OwnRows(torch.tensor(n).to(v.device), v.to(self.dtype)) if v is not None else None for n, v in pairs]
 
     def _place_own(self) -> None:
         """Whole tensors: by parameter, so that an embedding that is tied to the head changes both."""
