@@ -1,12 +1,12 @@
 """What becomes of embeddings and heads: bytes, and how far each expert is from its original, on held-out prompts.
 
     python benchmarks/embeddings.py                                                   # the demo's three experts
-    python benchmarks/embeddings.py --data ../shared/data --train support,math        # two that moved far, trained here
+    python benchmarks/embeddings.py --train json,shell                                # two that moved far, trained here
+    python benchmarks/embeddings.py --data ../shared/data --train support,math        # on the rows of a folder
     python benchmarks/embeddings.py --experts NAME=FOLDER ... --data ../shared/data   # any experts
 
 One merge for every choice: averaged, compressed at several rates, kept. All else is the same, in one code. Every
-original is run by transformers itself. Experts that are trained are so for 60 steps at a learning rate of 3e-3, and
-cached.
+original is run by transformers itself. Experts that are trained are cached.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from polymerge.demo.train import TrainSettings, fine_tune
 from polymerge.search.examples import Example, read_examples
 from polymerge.search.sweep import Agreement, Reference
 
-FAR = TrainSettings(steps=60, learning_rate=3e-3)
 RATES = (0.98, 0.95, 0.9)
 
 
@@ -99,13 +98,15 @@ def show(choices: list[Choice], console: Console) -> None:
 def chosen_experts(options: argparse.Namespace) -> tuple[dict[str, str], dict[str, list[Example]]]:
     """Expert -> its source, and its held-out requests."""
     sources, limit = named_sources(options), options.limit
-    if options.train:
-        settings = DemoSettings(output=Path(), data=options.data, skills=options.train.split(","), train=FAR)
-        skills = load_skills(settings)
-        sources = {skill.name: str(fine_tune(demo_base(), skill, FAR)) for skill in skills}
     if sources:
         return sources, {name: read_examples(options.data / name / "test.jsonl", limit) for name in sources}
-    skills, sources = demo_experts(demo_base())
+    if options.train:
+        train = TrainSettings(steps=options.steps, learning_rate=options.learning_rate)
+        settings = DemoSettings(output=Path(), data=options.data, skills=options.train.split(","), train=train)
+        skills = load_skills(settings)
+        sources = {skill.name: str(fine_tune(demo_base(), skill, train)) for skill in skills}
+    else:
+        skills, sources = demo_experts(demo_base())
     return sources, {s.name: [Example(e.prompt, e.answer) for e in s.test[:limit]] for s in skills}
 
 
@@ -116,6 +117,8 @@ def main() -> None:
     parser.add_argument(
         "--train", metavar="NAMES", help="train experts for these folders of --data, or take the cached"
     )
+    parser.add_argument("--steps", type=int, default=60, help="of the training")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--code", default="int4")
     parser.add_argument("--rate", type=float, default=0.95, help="of the linear layers")
     parser.add_argument("--rates", default=",".join(map(str, RATES)), help="of embeddings and heads, by commas")
