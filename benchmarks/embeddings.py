@@ -101,7 +101,7 @@ def chosen_experts(options: argparse.Namespace) -> tuple[dict[str, str], dict[st
     if sources:
         return sources, {name: read_examples(options.data / name / "test.jsonl", limit) for name in sources}
     if options.train:
-        train = TrainSettings(steps=options.steps, learning_rate=options.learning_rate)
+        train = TrainSettings(options.steps, options.batch, options.learning_rate)
         settings = DemoSettings(output=Path(), data=options.data, skills=options.train.split(","), train=train)
         skills = load_skills(settings)
         sources = {skill.name: str(fine_tune(demo_base(), skill, train)) for skill in skills}
@@ -118,6 +118,7 @@ def main() -> None:
         "--train", metavar="NAMES", help="train experts for these folders of --data, or take the cached"
     )
     parser.add_argument("--steps", type=int, default=60, help="of the training")
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--code", default="int4")
     parser.add_argument("--rate", type=float, default=0.95, help="of the linear layers")
