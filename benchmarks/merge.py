@@ -4,7 +4,7 @@ Two tables. "merge": synthetic bfloat16 checkpoints (benchmarks/shapes.py) merge
 memory that the kernel counts for it. "matrices": one residual of every shape, factorised at the same rank by
 
     polymerge             rsvd of the method
-    polymerge, int4       rsvd at the larger rank that int4 has for the same bytes, rounded and decoded
+    polymerge, int4       krylov at the larger rank that int4 has for the same bytes, rounded and decoded
     torch.linalg.svd      exact: the optimum, and what it costs
     torch.svd_lowrank     the same sketch width, at torch's own number of power iterations and at ours
     mergekit              mergekit-extract-lora's decomposition, called in mergekit's own virtual environment
@@ -33,6 +33,7 @@ from rich.table import Table
 from torch import Tensor
 
 from peer_methods.mergekit import MergekitFactors, mergekit_version
+from polymerge.method.krylov import krylov
 from polymerge.method.quantised import Quantised
 from polymerge.method.rsvd import OVERSAMPLING_SHARE, rank_for_rate, rsvd
 from shapes import LINEAR, checkpoint_bytes, tensor, write_checkpoint
@@ -41,6 +42,7 @@ RATE = 0.95
 MATRICES = ("self_attn.k_proj", "self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj")
 MERGE = """
 import sys
+import time
 from pathlib import Path
 from polymerge.host import peak_memory
 from polymerge.search.merge import merge
@@ -49,7 +51,7 @@ def written():
     return int(counts.read_text().split()[3]) if counts.exists() else 0
 before = written()
 merge(sys.argv[1], sys.argv[2], overwrite=True)
-print(peak_memory(), written() - before)
+print(peak_memory(), written() - before, time.process_time())
 """
 Factorise = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
@@ -63,7 +65,8 @@ def run_merge(workdir: Path, experts: int, layers: int, embeddings: str) -> dict
             write_checkpoint(source, layers, expert)
         sources[f"e{expert}"] = str(source if expert < 3 else _linked(source, workdir / f"expert-{expert}"))
     recipe = workdir / "recipe.json"  # JSON is YAML
-    recipe.write_text(json.dumps({"experts": sources, "compress_rate": RATE, "embeddings": embeddings}))
+    rows = {"embeddings": embeddings, "lm_head": embeddings}
+    recipe.write_text(json.dumps({"experts": sources, "compress_rate": RATE, **rows}))
     output = workdir / "bundle"
     command = [sys.executable, "-c", MERGE, str(recipe), str(output)]
     began = time.perf_counter()
@@ -71,7 +74,7 @@ def run_merge(workdir: Path, experts: int, layers: int, embeddings: str) -> dict
     seconds = time.perf_counter() - began
     if merged.returncode:
         raise SystemExit(f"the merge failed: {merged.stderr.strip().splitlines()[-1]}")
-    peak, written = map(int, merged.stdout.split())
+    peak, written, processor = (float(number) for number in merged.stdout.split())
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     shutil.rmtree(output)
     read = experts * checkpoint_bytes(layers)
@@ -83,6 +86,7 @@ def run_merge(workdir: Path, experts: int, layers: int, embeddings: str) -> dict
         "bundle_bytes": size,
         "written_bytes": written,
         "seconds": seconds,
+        "processor_seconds": processor,
         "bytes_per_second": read / seconds,
         "peak_rss": peak,
     }
@@ -156,7 +160,7 @@ def factorisations(mergekit: Path | None, residual: Tensor) -> list[tuple[str, F
 
     def coded(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         code, (rows, columns) = Quantised(4), matrix.shape
-        b, a = rsvd(matrix, code.rank(rows, columns, RATE))
+        b, a = krylov(matrix, code.rank(rows, columns, RATE))
         return code.decode(code.encode(b, a), rows, columns)
 
     methods: list[tuple[str, Factorise]] = [
@@ -170,7 +174,18 @@ def factorisations(mergekit: Path | None, residual: Tensor) -> list[tuple[str, F
 
 
 def merge_table(lines: list[dict[str, Any]]) -> Table:
-    columns = ("experts", "layers", "embeddings", "sources", "bundle", "written", "seconds", "GB/s", "peak memory")
+    columns = (
+        "experts",
+        "layers",
+        "embeddings",
+        "sources",
+        "bundle",
+        "written",
+        "seconds",
+        "of processor",
+        "GB/s",
+        "peak memory",
+    )
     shown = Table(*columns, title="merge, Llama-3-8B shapes")
     for line in lines:
         shown.add_row(
@@ -181,6 +196,7 @@ def merge_table(lines: list[dict[str, Any]]) -> Table:
             f"{line['bundle_bytes'] / 1e9:.2f} GB",
             f"{line['written_bytes'] / line['bundle_bytes']:.3f}",
             f"{line['seconds']:.0f}",
+            f"{line['processor_seconds']:.0f}",
             f"{line['bytes_per_second'] / 1e9:.3f}",
             f"{line['peak_rss'] / 2**30:.2f} GiB",
         )
@@ -216,7 +232,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/merge.json"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.workdir) as scratch:
-        needed, free = 5 * checkpoint_bytes(options.layers), shutil.disk_usage(scratch).free
+        # Three checkpoints; a bundle of one and its residuals, and at most three tables of embeddings and three heads.
+        needed, free = int(4.9 * checkpoint_bytes(options.layers)), shutil.disk_usage(scratch).free
         if options.experts and free < needed:
             parser.error(f"{scratch}: {needed / 1e9:.0f} GB needed, {free / 1e9:.0f} GB free; say --workdir")
         runs = [(experts, embeddings) for experts in options.experts for embeddings in options.embeddings]

@@ -82,8 +82,8 @@ def tensor(name: str, expert: int) -> Tensor:
     if "norm" in name:
         return torch.ones(HIDDEN, dtype=torch.bfloat16)
     if name in ("model.embed_tokens.weight", "lm_head.weight"):
-        rows = _noise(VOCABULARY, HIDDEN, seed=len(name)).mul_(0.02)
-        return rows.add_(_noise(VOCABULARY, HIDDEN, seed=len(name) + 100 * (expert + 1)), alpha=1e-4).bfloat16()
+        shared = _noise(VOCABULARY, HIDDEN, seed=len(name)).mul_(0.02)
+        return shared.add_(_noise(VOCABULARY, HIDDEN, seed=len(name) + 100 * (expert + 1)), alpha=1e-4).bfloat16()
     layer, module = int(name.split(".")[2]), ".".join(name.split(".")[3:5])
     rows, columns = LINEAR[module]
     weight = _noise(rows, columns, seed=layer * 100 + len(module)).mul_(0.02)

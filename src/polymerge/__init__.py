@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .router.samples import Sample as Sample
     from .router.settings import FitSettings as FitSettings
     from .router.training import fit_router as fit_router
+    from .search.explore import search_recipe as search_recipe
     from .search.merge import merge as merge
     from .search.sweep import sweep as sweep
     from .serve.start import serve_bundle as serve_bundle
@@ -83,6 +84,7 @@ _HOME = {
     "route": "router.requests",
     "run_competition": "compete.start",
     "run_demo": "demo.start",
+    "search_recipe": "search.explore",
     "serve_bundle": "serve.start",
     "sweep": "search.sweep",
     "upgrade": "merging.upgrade",

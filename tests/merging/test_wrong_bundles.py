@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, LlamaConfig, Qwen2Config
 
 from polymerge import Bundle, add_expert, merge, verify
-from polymerge.bundle.manifest import BundleLayer, ExpertRecord
+from polymerge.bundle.manifest import Borrowed, BundleLayer, ExpertRecord
 from polymerge.merging import compress, plan, run, treatment
 from polymerge.merging.personas import Personas
 from polymerge.merging.proof import Proof
@@ -123,18 +123,33 @@ def nothing(*args: Any, **more: Any) -> None: ...
 
 
 def to_the_other(
-    right: Any, task: Any, expert: str, weight: Any, base: Any, ratio: Any, settings: Any, emit: Any
+    right: Any, task: Any, expert: str, weight: Any, base: Any, ratio: Any, settings: Any, emit: Any, *rest: Any
 ) -> Any:
-    return right(task, expert, weight, base, ratio, settings, lambda owner, *piece: emit(OTHER[owner], *piece))
+    def other(owner: str, *piece: Any) -> None:
+        emit(OTHER.get(owner, owner), *piece)
+
+    return right(task, expert, weight, base, ratio, settings, other, *rest)
 
 
-def ratio_off(right: Any, task: Any, expert: str, *rest: Any) -> None:
-    right(task, expert, *rest)
-    rest[-1].scales[expert] *= 1.02
+def ratio_off(right: Any, task: Any, expert: str, *rest: Any) -> Any:
+    made = right(task, expert, *rest)
+    next(part for part in rest if isinstance(part, compress.TensorReport)).scales[expert] *= 1.02
+    return made
 
 
-def norm_off(right: Any, task: Any, expert: str, weight: Any, base: Any, scales: Any, *rest: Any) -> None:
-    right(task, expert, weight, base, (1.1 * scales[0], scales[1]), *rest)
+def norm_off(right: Any, task: Any, expert: str, weight: Any, base: Any, scales: Any, *rest: Any) -> Any:
+    return right(task, expert, weight, base, (1.1 * scales[0], scales[1]), *rest)
+
+
+def lent_as_it_is(right: Any, *args: Any) -> Any:
+    """The other expert's factors, without their scale."""
+    return right(*args).model_copy(update={"borrowed": {"e1": Borrowed(of="e0", times=1.0)}})
+
+
+def all_lent(right: Any, lent: Any, *rest: Any) -> float:
+    """Believed, not measured."""
+    error: float = lent.error
+    return error
 
 
 def turned(right: Any, matrix: torch.Tensor, *args: Any, **more: Any) -> Any:
@@ -174,6 +189,12 @@ def norms_forgotten(right: Any, task: Any, settings: Any, read: Any, emit: Any, 
 def borrowed_view(right: Any, task: Any, expert: str, settings: Any, read: Any) -> Any:
     """What arithmetic in place left of the first expert's tensor: the average."""
     return compress._mean_rows(task, settings, read) if expert == "e0" else right(task, expert, settings, read)
+
+
+def apart_in_size(experts: Experts) -> Experts:
+    """Without a scale of their own the residuals of such two are not one."""
+    retold(experts["e1"], lambda tensors: tensors[Q].mul_(1.5))
+    return experts
 
 
 def no_personas(right: Any, checkpoints: Any) -> Personas:
@@ -285,9 +306,20 @@ FAULTS: dict[str, Fault] = {
         put(treatment, "_check_names", nothing), ("'e1'", "model.layers.0.shift"), after(llama, one_more_in_the_second),
         llama,
     ),
-    "residuals of another expert": Fault(around(compress, "compress_residual", to_the_other), ("'e0'", Q)),
+    "residuals of another expert": Fault(
+        around(compress, "compress_residual", to_the_other), ("'e0'", Q), llama_of(3)
+    ),
+    "one residual for two experts without its scale": Fault(
+        around(run, "bundle_layer", lambda right, task, note: lent_as_it_is(right, task, note) if task.name == Q
+               else right(task, note)), ("'e1'", Q),
+    ),
+    "one residual for two experts that have two": Fault(
+        around(compress, "_error_with", all_lent), ("'e1'", Q), recipe={"compress_rate": 0.5, "scale": "shared"},
+        experts=lambda folder: apart_in_size(llama(folder)),
+    ),
     "residuals of another expert in whole numbers": Fault(
-        around(compress, "compress_residual", to_the_other), ("'e1'", Q), recipe={"compress_rate": 0.5, "code": "int4"}
+        around(compress, "compress_residual", to_the_other), ("'e1'", Q), llama_of(3),
+        recipe={"compress_rate": 0.5, "code": "int4"},
     ),
     "whole matrices of another expert": Fault(
         around(compress, "compress_residual", to_the_other), ("'e0'", Q), recipe={"compress_rate": 0.0}

@@ -18,10 +18,16 @@ from tests.tiny import VOCAB
 
 
 def write_adapter(
-    folder: Path, base: Path, *, save_embedding_layers: Any = "auto", resize: int | None = None, **config: Any
+    folder: Path,
+    base: Path,
+    *,
+    save_embedding_layers: Any = "auto",
+    resize: int | None = None,
+    seed: int = 7,
+    **config: Any,
 ) -> Path:
     """PEFT's own file of an adapter whose every parameter is trained away from where it started."""
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     settings = LoraConfig(**{"r": 4, "lora_alpha": 6, **config})
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     if resize:

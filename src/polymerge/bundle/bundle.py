@@ -26,7 +26,7 @@ from ..sources.checkpoint import Checkpoint, open_folder, read_json
 from ..sources.fused import SlicedCheckpoint
 from ..sources.persona import Persona, read_persona
 from .lock import come_back
-from .manifest import MANIFEST, SCALES_FILE, STATS, BundleLayer, Manifest, read_manifest
+from .manifest import INHERITED_FILE, MANIFEST, SCALES_FILE, STATS, BundleLayer, Manifest, read_manifest
 from .peft import adapter_name
 from .personas import stored_persona
 from .unlisted import check_shadows, leads_outside
@@ -147,10 +147,19 @@ class Bundle:
         return self.expert_folder(expert) / self.code.file_name
 
     def base_tensor(self, tensor: str) -> Tensor:
-        """One tensor of the average, as stored."""
+        """One tensor of the base, as stored: of the average, or of the model under the experts' adapters."""
         return self.base.read(tensor)
 
-    def adapter(self, expert: str, *, coded: Container[str] = ()) -> dict[str, Tensor]:
+    def average_tensor(self, tensor: str) -> Tensor:
+        """One tensor of the average: as stored, or float32 where that is the mean of what the experts are now."""
+        if self.layers[tensor].base == "average":
+            return self.base_tensor(tensor)
+        total = torch.zeros(self.layers[tensor].shape)
+        for expert in self.experts:
+            total += self.reconstruct(expert, tensor)
+        return total / len(self.experts)
+
+    def adapter(self, expert: str, *, coded: Container[str] = (), apart: bool = False) -> dict[str, Tensor]:
         """All tensors of an expert's adapter, keys without PEFT's prefix. Tables come whole, but for those with
         residuals, beside which are the rows that the expert has of its own.
 
@@ -158,9 +167,12 @@ class Bundle:
 
         Args:
             coded: modules whose factors come as they are stored.
+            apart: factors that are another expert's too are left out, and inherited ones come as they are stored, for
+                whoever counts them as the manifest says.
         """
         with _opened(self.expert_file(expert)) as handle:
             tensors = {adapter_name(key): handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        tensors |= self._borrowed(expert, apart=apart)
         for layer in self._tables:
             key = f"{layer.module}.{layer.parameter}"
             if key in tensors and not layer.rank:
@@ -169,7 +181,7 @@ class Bundle:
             return tensors
         dtype = DTYPES[self.manifest.dtype]
         for layer in self._factored:
-            if layer.module in coded:
+            if layer.module in coded or expert in layer.borrowed:
                 continue
             factors = self.factors(expert, layer, tensors.get)
             for suffix in self.code.suffixes:
@@ -177,6 +189,19 @@ class Bundle:
             if factors:
                 b, a = factors
                 tensors |= {f"{layer.module}.lora_A.weight": a.to(dtype), f"{layer.module}.lora_B.weight": b.to(dtype)}
+        return tensors
+
+    def _borrowed(self, expert: str, *, apart: bool) -> dict[str, Tensor]:
+        layers = [
+            x for x in self._factored if expert in x.borrowed and not (apart and x.borrowed[expert].of is not None)
+        ]
+        if not layers:
+            return {}
+        reader, dtype, tensors = self.expert_reader(expert), DTYPES[self.manifest.dtype], {}
+        for layer in layers:
+            (b, a), times = reader.lent(layer.tensor)
+            tensors[f"{layer.module}.lora_A.weight"] = a.to(dtype)
+            tensors[f"{layer.module}.lora_B.weight"] = (b if apart else b * times).to(dtype)
         return tensors
 
     def whole_table(self, expert: str, layer: BundleLayer, stored: Tensor, others: Tensor | None = None) -> Tensor:
@@ -214,6 +239,10 @@ class Bundle:
         theirs."""
         with _opened(self.expert_file(expert)) as handle:
             shapes = {adapter_name(key): tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+        for layer in (layer for layer in self._factored if expert in layer.borrowed):
+            (out_features, in_features), rank = layer.matrix_shape, layer.rank_of(expert)
+            shapes[f"{layer.module}.lora_A.weight"] = (rank, in_features)
+            shapes[f"{layer.module}.lora_B.weight"] = (out_features, rank)
         if self.code.peft_readable:
             return shapes
         for layer in self._factored:
@@ -329,9 +358,8 @@ class ExpertReader:
     def __init__(self, bundle: Bundle, expert: str) -> None:
         self._bundle = bundle
         self._scales = bundle.scales(expert)
-        self._expert, self._file = expert, bundle.expert_file(expert)
-        with _opened(self._file) as handle:
-            self._stored = {adapter_name(key): key for key in handle.keys()}  # noqa: SIM118
+        self._expert, self._its = expert, _StoredTensors(bundle.expert_file(expert))
+        self._lenders: dict[Path, _StoredTensors] = {}
 
     def read(self, tensor: str) -> Tensor:
         """float32, in the checkpoint's layout; a table with the rows that are the expert's. Raises BundleError for an
@@ -349,7 +377,7 @@ class ExpertReader:
 
     def _whole(self, layer: BundleLayer) -> Tensor:
         tensor = layer.tensor
-        whole = self._get(f"{layer.module}.{layer.parameter}")
+        whole = self._its.get(f"{layer.module}.{layer.parameter}")
         if whole is not None and layer.rank and layer.role != "linear":
             return self._bundle.whole_table(self._expert, layer, whole, self._rebuilt(layer)).float()
         if whole is not None:
@@ -360,7 +388,7 @@ class ExpertReader:
             return base
         base = base.float()
         if layer.parameter == "bias":
-            difference = self._get(f"{layer.module}.lora_B.bias")
+            difference = self._its.get(f"{layer.module}.lora_B.bias")
             return base if difference is None else base + difference.float()
         return self._rebuilt(layer) if layer.role == "linear" or layer.rank else base
 
@@ -375,22 +403,52 @@ class ExpertReader:
     def dtype(self, tensor: str) -> torch.dtype | None:
         """What a tensor of the expert is in; None for one that is no number."""
         layer = self._bundle.layers[tensor]
-        key = self._stored.get(f"{layer.module}.{layer.parameter}")
+        key = self._its.keys.get(f"{layer.module}.{layer.parameter}")
         if key is None:
             return self._bundle.base.tensors[tensor].dtype
-        with _opened(self._file) as handle:
+        with _opened(self._its.file) as handle:
             stored: torch.dtype = handle.get_slice(key)[:0].dtype if layer.shape else handle.get_tensor(key).dtype
             return stored
 
     def factors(self, tensor: str) -> tuple[Tensor, Tensor] | None:
         """B [out, r] and A [r, in] of a linear weight, float32, decoded; None where the expert has none."""
-        return self._bundle.factors(self._expert, self._bundle.layers[tensor], self._get)
+        layer = self._bundle.layers[tensor]
+        if self._expert not in layer.borrowed:
+            return self._bundle.factors(self._expert, layer, self._its.get)
+        (b, a), times = self.lent(tensor)
+        return b * times, a
 
-    def _get(self, key: str) -> Tensor | None:
-        stored = self._stored.get(key)
+    def lent(self, tensor: str) -> tuple[tuple[Tensor, Tensor], float]:
+        """B and A that the expert has of another's, as they are stored, and what B A counts.
+
+        Raises:
+            BundleError: they are not where the manifest says.
+        """
+        layer = self._bundle.layers[tensor]
+        lent = layer.borrowed[self._expert]
+        bundle, expert = self._bundle, self._expert
+        file = bundle.expert_folder(expert) / INHERITED_FILE if lent.of is None else bundle.expert_file(lent.of)
+        if file not in self._lenders:
+            self._lenders[file] = _StoredTensors(file)
+        factors = bundle.factors(expert, layer, self._lenders[file].get)
+        if factors is None:
+            raise BundleError(f"{file}: has no factors of {layer.module}, which are expert {expert!r}'s too")
+        return factors, lent.times
+
+
+class _StoredTensors:
+    """The tensors of an expert's file, under the model's names."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        with _opened(file) as handle:
+            self.keys = {adapter_name(key): key for key in handle.keys()}  # noqa: SIM118
+
+    def get(self, key: str) -> Tensor | None:
+        stored = self.keys.get(key)
         if stored is None:
             return None
-        with _opened(self._file) as handle:
+        with _opened(self.file) as handle:
             value: Tensor = handle.get_tensor(stored).clone()
             return value
 

@@ -85,8 +85,9 @@ def inspect_bundle(bundle: Bundle | str | Path) -> Inspection:
     stats, sizes, manifest = bundle.stats(), bundle.sizes(), bundle.manifest
     ranks = [line["rank"] for line in stats if line["storage"] == "low_rank"]
     storage: dict[str, int] = defaultdict(int)
-    for tensor, treatment in {line["tensor"]: line["storage"] for line in stats}.items():
-        del tensor
+    # What one expert has nothing of is still stored as the others' is.
+    kinds = sorted(stats, key=lambda line: str(line["storage"]) != "average")
+    for treatment in {line["tensor"]: line["storage"] for line in kinds}.values():
         storage[treatment] += 1
     by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in stats:

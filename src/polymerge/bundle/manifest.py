@@ -10,6 +10,7 @@ import json
 from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -19,7 +20,7 @@ from ..host import DTYPES
 from ..method.code import Code
 from ..method.codes import PUBLISHED, code_of
 from ..naming import check_expert_names, check_paths
-from ..recipe.merge import EMBEDDING_RATE, CodeName, Table
+from ..recipe.merge import EMBEDDING_RATE, BaseKind, CodeName, Table
 from ..recipe.rates import NamedRates, Rates
 from ..sources.persona import Group
 from ..sources.slices import Slice
@@ -29,14 +30,17 @@ from .versioned import read_versioned
 FORMAT = "polymerge-bundle"
 # Version 1 holds residuals as published; version 2 differs only in that they have a code; version 3 in that experts
 # have personas, tensors dtypes, or layers compress rates of their own; version 4 in that tensors are stored with others
-# in one, or that experts have other rows or tokens in their tables; version 5 in that embeddings and heads may have
-# residuals.
+# in one, or that experts have other rows or tokens in their tables; version 5 in that residuals have ranks of their
+# own, are taken against the model under the experts' adapters, are one for two experts, or are those of embeddings and
+# heads.
 FormatVersion = Literal[1, 2, 3, 4, 5]
 MANIFEST = "polymerge.json"
 STATS = "merge_stats.jsonl"
 # PEFT's name for an adapter's weights. What an expert's file is called in a bundle says its code.
 ADAPTER_FILE = "adapter_model.safetensors"
 SCALES_FILE = "scales.safetensors"
+# Factors that an expert had of another one's, which is gone.
+INHERITED_FILE = "inherited.safetensors"
 
 
 class _Strict(BaseModel):
@@ -99,12 +103,28 @@ class ExpertRecord(_Strict):
         return rows
 
 
+class Borrowed(_Strict):
+    """Two experts' residuals from their average are one up to a scale: it is stored once.
+
+    Attributes:
+        of: the expert in whose file the factors lie; None once that one was removed: they lie in the file
+            `inherited.safetensors` of the expert itself.
+        times: what its B A is multiplied with.
+    """
+
+    of: str | None = None
+    times: Annotated[float, Field(allow_inf_nan=False)]
+
+
 class BundleLayer(_Strict):
     """One tensor of the base; the names are those of `polymerge.sources.layers.LayerRecord`.
 
     Attributes:
         shape: as stored.
-        rank: of the residuals; 0 for a tensor that has none.
+        rank: of the residuals, as the compress rate has it; 0 for a tensor that has none.
+        ranks: expert -> rank of its residual, where that is another.
+        base: what the stored tensor is, of a linear weight: the experts' average, or the model under their adapters.
+        borrowed: expert -> whose factors are its own too.
         mean_scale: s̄, the mean Frobenius norm of the experts' tensors, for what is stored against the base; None for
             tables in which experts have other rows, whose experts all have the ratio 1.
         dtype: of its own; None where it is the bundle's.
@@ -123,6 +143,13 @@ class BundleLayer(_Strict):
     dtype: str | None = None
     slice: Slice | None = None
     table: bool = False
+    base: BaseKind = "average"
+    ranks: dict[str, Annotated[int, Field(ge=0)]] = {}
+    borrowed: dict[str, Borrowed] = {}
+
+    def rank_of(self, expert: str) -> int:
+        """Of an expert's residual, where it has one."""
+        return self.ranks.get(expert, self.rank)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -136,6 +163,10 @@ class BundleLayer(_Strict):
             raise ValueError(f"{self.tensor!r} is no matrix with a scale, as a linear weight is")
         if self.rank and (len(self.shape) != 2 or self.role not in ("linear", "embedding", "lm_head")):
             raise ValueError(f"{self.tensor!r} is no matrix, but has residuals")
+        if self.role != "linear" and (self.base != "average" or (not self.rank and (self.ranks or self.borrowed))):
+            raise ValueError(f"{self.tensor!r} is no linear weight, and has no residuals")
+        if any(lent.of in self.borrowed for lent in self.borrowed.values()):
+            raise ValueError(f"{self.tensor!r} has factors of an expert that has another's itself")
         if self.slice and not _lies_in(self, self.slice):
             raise ValueError(f"{self.tensor!r} is no matrix of {self.slice.tensor!r}")
         return self
@@ -186,7 +217,14 @@ class Manifest(_Strict):
             data["experts"][name] = {key: value for key, value in record.items() if value not in (None, [])}
         if self.vocabulary is None:
             del data["vocabulary"]
-        unsaid = {"dtype": None, "slice": None, "table": False}
+        unsaid: dict[str, object] = {
+            "dtype": None,
+            "slice": None,
+            "table": False,
+            "base": "average",
+            "ranks": {},
+            "borrowed": {},
+        }
         data["layers"] = [{k: v for k, v in layer.items() if unsaid.get(k, ...) != v} for layer in data["layers"]]
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
@@ -203,11 +241,16 @@ class Manifest(_Strict):
         ratios: Sequence[float],
         notes: Sequence[str] = (),
         tables: Container[str] = (),
+        ranks: Mapping[str, int] = MappingProxyType({}),
     ) -> Manifest:
-        """With one more expert: its files, its ratios rho, what a user should hear of, and the tensors of which it has
-        other rows."""
+        """With one more expert: its files, its ratios rho, what a user should hear of, the tensors of which it has
+        other rows, and the ranks of its residuals that are not the layers'."""
         experts = {**self.experts, name: record}
         layers = tuple(x.model_copy(update={"table": True}) if x.tensor in tables else x for x in self.layers)
+        layers = tuple(
+            x.model_copy(update={"ranks": {**x.ranks, name: ranks[x.tensor]}}) if x.tensor in ranks else x
+            for x in layers
+        )
         return self.model_copy(
             update={
                 "format_version": version_of(self.method, self.code, experts.values(), layers, self.vocabulary),
@@ -222,17 +265,22 @@ class Manifest(_Strict):
             }
         )
 
-    def without_expert(self, name: str) -> Manifest:
-        """Without an expert and its files."""
+    def without_expert(self, name: str, files: Mapping[str, FileEntry] = MappingProxyType({})) -> Manifest:
+        """Without an expert and its files, and with files of what others inherit from it."""
         experts = {n: record for n, record in self.experts.items() if n != name}
         other_tables = self.vocabulary or any(record.vocabulary or record.rows for record in experts.values())
         layers = self.layers if other_tables else tuple(x.model_copy(update={"table": False}) for x in self.layers)
+        layers = tuple(_without(layer, name) for layer in layers)
         return self.model_copy(
             update={
                 "format_version": version_of(self.method, self.code, experts.values(), layers, self.vocabulary),
                 "experts": experts,
                 "layers": layers,
-                "files": {n: entry for n, entry in self.files.items() if not n.startswith(f"experts/{name}/")},
+                "files": {
+                    n: entry
+                    for n, entry in sorted({**self.files, **files}.items())
+                    if not n.startswith(f"experts/{name}/")
+                },
             }
         )
 
@@ -257,8 +305,13 @@ class Manifest(_Strict):
         if self.format_version != expected:
             raise ValueError(
                 f"format version {self.format_version} does not fit code {self.method.code!r}, the experts' personas "
-                "and vocabularies, the tensors' dtypes and their slices, and the layers' rates"
+                "and vocabularies, the tensors' dtypes and their slices, and the layers' rates, ranks and bases"
             )
+        for layer in self.layers:
+            lenders = (lent.of for lent in layer.borrowed.values() if lent.of is not None)
+            named = (*layer.ranks, *layer.borrowed, *lenders)
+            if stranger := next((expert for expert in named if expert not in self.experts), None):
+                raise ValueError(f"{layer.tensor!r} has a residual of {stranger!r}, which is no expert")
         return self
 
     @model_validator(mode="after")
@@ -269,6 +322,17 @@ class Manifest(_Strict):
             if places and (numbers != list(range(places[0].count)) or len({(p.shape, p.count) for p in places}) > 1):
                 raise ValueError(f"the matrices of {name!r} are not all there")
         return self
+
+
+def _without(layer: BundleLayer, expert: str) -> BundleLayer:
+    """What a line says of the other experts. Who had this one's factors inherits them."""
+    ranks = {name: rank for name, rank in layer.ranks.items() if name != expert}
+    borrowed = {
+        name: Borrowed(times=lent.times) if lent.of == expert else lent
+        for name, lent in layer.borrowed.items()
+        if name != expert
+    }
+    return layer.model_copy(update={"ranks": ranks, "borrowed": borrowed})
 
 
 def stored_layers(layers: Iterable[BundleLayer]) -> dict[str, list[BundleLayer]]:
@@ -293,7 +357,8 @@ def version_of(
     vocabulary: int | None = None,
 ) -> FormatVersion:
     """The lowest format version that has all this."""
-    if method.compresses_tables:
+    own_ranks = any(layer.ranks or layer.borrowed or layer.base != "average" for layer in layers)
+    if method.compresses_tables or own_ranks:
         return 5
     experts = list(experts)
     other_tables = vocabulary or any(record.vocabulary or record.rows for record in experts)

@@ -74,6 +74,11 @@ def coded_config(code: Code) -> dict[str, Any]:
     return {"peft_type": f"POLYMERGE_{code.name.upper()}: make a PEFT adapter of it with `polymerge export --to peft`"}
 
 
+def borrowed_config() -> dict[str, Any]:
+    """adapter_config.json of an expert some of whose factors lie in another's file; PEFT would answer without them."""
+    return {"peft_type": "POLYMERGE_SHARED: make a PEFT adapter of it with `polymerge export --to peft`"}
+
+
 def missing_siblings(keys: Iterable[str], layers: Iterable[BundleLayer]) -> list[BundleLayer]:
     """Parameters that an adapter needs although they are the base's.
 

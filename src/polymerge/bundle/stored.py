@@ -14,15 +14,15 @@ from .manifest import stored_layers, stored_shape
 
 
 def dense_state(bundle: Bundle, expert: str | None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """All tensors of an expert in float32, or of the average as they are stored; in memory.
+    """All tensors of an expert in float32, or of the average, as they are stored where they are; in memory.
 
     Args:
         dtype: of what is a number.
     """
-    reader = bundle.expert_reader(expert) if expert else None
+    read = bundle.expert_reader(expert).read if expert else bundle.average_tensor
     state = {}
     for name, layers in stored_layers(bundle.manifest.layers).items():
-        parts = [reader.read(layer.tensor) if reader else bundle.base_tensor(layer.tensor) for layer in layers]
+        parts = [read(layer.tensor) for layer in layers]
         tensor = torch.stack(parts).view(stored_shape(layers)) if layers[0].slice else parts[0]
         state[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
     return state

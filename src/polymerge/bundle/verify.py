@@ -21,7 +21,7 @@ from .alignment import alignment_problems
 from .bundle import Bundle, base_of
 from .files import slabs
 from .manifest import BundleLayer
-from .peft import adapter_config, coded_config
+from .peft import adapter_config, borrowed_config, coded_config
 from .personas import persona_problems
 from .unlisted import unlisted_files
 
@@ -155,9 +155,11 @@ def adapter_problems(bundle: Bundle, expert: str) -> Iterator[str]:
         elif not all_finite(tensor):
             yield f"expert {expert!r}: {key!r} holds NaN or infinite values"
     for layer in (layer for layer in bundle.layers.values() if layer.role == "linear" or layer.rank):
-        factor = adapter.get(f"{layer.module}.lora_B.weight")
-        if factor is not None and factor.any() and factor.shape[-1] != layer.rank:
-            yield f"expert {expert!r}: rank {factor.shape[-1]} of {layer.tensor!r}, the manifest says {layer.rank}"
+        factor, rank = adapter.get(f"{layer.module}.lora_B.weight"), layer.rank_of(expert)
+        if factor is not None and factor.any() and factor.shape[-1] != rank:
+            yield f"expert {expert!r}: rank {factor.shape[-1]} of {layer.tensor!r}, the manifest says {rank}"
+        if factor is None and expert in layer.ranks:
+            yield f"expert {expert!r}: no residual in {layer.tensor!r}, the manifest says one of rank {rank}"
     for tensor_name, ratio in bundle.scales(expert).items():
         if tensor_name not in bundle.layers:
             yield f"expert {expert!r}: a scale for {tensor_name!r}, which is not in the base"
@@ -189,6 +191,8 @@ def expected_config(bundle: Bundle, expert: str) -> dict[str, Any]:
     manifest = bundle.manifest
     if not bundle.code.peft_readable:
         return coded_config(bundle.code)
+    if any(expert in layer.borrowed for layer in manifest.layers):
+        return borrowed_config()
     shapes, rows = bundle.adapter_shapes(expert).items(), manifest.experts[expert].own_rows
     return adapter_config(shapes, bundle.layers.values(), tied_embedding=manifest.tied_embedding, rows=rows)
 

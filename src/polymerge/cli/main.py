@@ -24,6 +24,7 @@ from .plan import plan
 from .remove import remove
 from .route import route
 from .router import router
+from .search import search
 from .serve import serve
 from .stages import stages
 from .sweep import sweep
@@ -40,7 +41,7 @@ app = typer.Typer(
 VERBS: dict[str, list[Callable[..., None]]] = {
     "The bundle": [demo, plan, merge, inspect, verify, add, remove, upgrade, export],
     "Answers": [generate, route, stages, serve],
-    "Measuring": [assess, eval, compete, sweep],
+    "Measuring": [assess, eval, compete, sweep, search],
 }
 for panel, verbs in VERBS.items():
     for verb in verbs:

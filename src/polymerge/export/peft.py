@@ -87,7 +87,8 @@ def export_peft(bundle: Bundle | str | Path, expert: str, output: str | Path, *,
 def _write_adapter(bundle: Bundle, expert: str, staged: Path) -> dict[str, Any]:
     """The adapter's weights as PEFT reads them. Returns its configuration."""
     file, tables = bundle.expert_file(expert), _factored_tables(bundle)
-    if bundle.code.peft_readable and not any(layer.role == "embedding" for layer in tables):
+    borrows = any(expert in layer.borrowed for layer in bundle.manifest.layers)
+    if bundle.code.peft_readable and not borrows and not any(layer.role == "embedding" for layer in tables):
         check_free_space(staged, file.stat().st_size)
         with disk_errors(staged):
             shutil.copyfile(file, staged / ADAPTER_FILE)

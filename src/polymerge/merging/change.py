@@ -20,6 +20,7 @@ from ..bundle.manifest import MANIFEST, STATS
 from ..bundle.place import begin_work, discard_work, mark_of, sync_folder, sync_tree
 from ..errors import BundleError
 from ..naming import EXPERT_NAME
+from .inheritance import discard_unlisted
 
 # Not beside the bundle, which may be a file system of its own; not among the experts, whose names it could be.
 CHANGE = ".polymerge-change"
@@ -75,6 +76,7 @@ def _end(bundle: Bundle) -> None:
         folder = _folder(bundle, name)
         if folder.exists():
             shutil.rmtree(folder)
+    discard_unlisted(bundle)
     discard_work(work)
 
 

@@ -27,10 +27,12 @@ def bytes_of_choices(plan: MergePlan) -> dict[str, int]:
     for choice in CHOICES:
         recipe = plan.recipe.model_copy(update={"embeddings": choice, "lm_head": choice})
         made = (
-            replace(task_of(t.record, t.shape, t.sources, recipe), dtype=t.dtype, tables=t.tables)
+            replace(task_of(t.record, t.shape, t.sources, recipe), dtype=t.dtype, tables=t.tables, adapters=t.adapters)
             for t in _tables(plan)
         )
-        costs[choice] = len(plan.checkpoints) * sum(task.expert_bytes(plan.dtype, plan.code) for task in made)
+        costs[choice] = sum(
+            task.expert_bytes(plan.dtype, plan.code, expert) for task in made for expert in plan.checkpoints
+        )
     return costs if any(costs.values()) else {}
 
 

@@ -12,7 +12,6 @@ files: it is given a function that reads and one that takes what is made.
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -25,10 +24,14 @@ from ..bundle.files import Rows, raw_bytes, slabs
 from ..bundle.stats import StatsLine
 from ..method.code import Code
 from ..method.dense import residual_of, unsaid
-from ..method.rsvd import rsvd, sketch_seed
+from ..method.rsvd import numerical_rank, sketch_seed
+from .measure import Loss, frobenius_norm, loss_of, stats_line
 from .reading import Read, check_copy, check_stored, check_values, checked_digest
 from .tables import Emit, emit_table, merge_table, split_table
 from .treatment import TensorTask
+
+# One expert has another's factors where they leave at most so much more of its residual unsaid than its own would.
+NEAR = 1.01
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,9 @@ class Settings:
         """These, for one tensor: whole tensors in its own dtype, factors in the bundle's."""
         return replace(self, dtype=task.dtype) if task.dtype else self
 
-
-@dataclass(frozen=True)
-class Loss:
-    """What a residual is and what was lost of it: the fields of these names in `StatsLine`."""
-
-    residual_norm: float
-    energy_kept: float
-    relative_error: float
+    def factorise(self, matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Factors of a residual, as the code wants them."""
+        return self.code.factorise(matrix, rank, n_oversamples=self.n_oversamples, n_iter=self.n_iter, seed=seed)
 
 
 @dataclass
@@ -65,11 +63,30 @@ class TensorReport:
         digests: expert -> SHA-256 of the source tensor's bytes.
         scales: expert -> rho_i (float32), for tensors that are stored against the base.
         stats: one line of merge_stats.jsonl an expert, for linear weights.
+        borrowed: expert -> the one whose factors are its own too, and what they count for it.
     """
 
     digests: dict[str, str] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
     stats: list[StatsLine] = field(default_factory=list)
+    borrowed: dict[str, tuple[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Lent:
+    """What the first of two experts has beyond their average: the second has it too, up to a scale.
+
+    Attributes:
+        b, a: its factors as they will be read.
+        ratio: its rho.
+        error: ||R - B A|| of its own residual.
+    """
+
+    expert: str
+    b: Tensor
+    a: Tensor
+    ratio: float
+    error: float
 
 
 def compress_tensor(task: TensorTask, settings: Settings, read: Read, emit: Emit) -> TensorReport:
@@ -112,10 +129,13 @@ def _compress_linear(
     emit(None, task.name, base)
     base32 = base.float()
     del total, base
+    lent: Lent | None = None
     for expert in experts:
         began = time.perf_counter()
         weight = _read_matrix(task, expert, settings, read)
-        compress_against(task, expert, weight, base32, (norms[expert], mean_scale), settings, emit, report)
+        scales = norms[expert], mean_scale
+        lent = compress_against(task, expert, weight, base32, scales, settings, emit, report, lent)
+        lent = lent if len(experts) == 2 else None
         report.stats[-1] = replace(report.stats[-1], seconds=round(time.perf_counter() - began, 4))
     return report
 
@@ -129,29 +149,49 @@ def compress_against(
     settings: Settings,
     emit: Emit,
     report: TensorReport,
-) -> None:
+    lent: Lent | None = None,
+) -> Lent | None:
     """One expert's linear weight against the base as stored: its residual, its ratio, its line of statistics.
 
     Args:
         weight, base: as for `compress_residual`.
         scales: s_i of this expert and s̄ of the base.
+        lent: what the other one of two experts has beyond their average.
+
+    Returns:
+        What another one could have of its factors.
     """
     scale, mean_scale = scales
-    ratio = float(np.float32(scale / mean_scale)) if settings.per_expert_scale and mean_scale else 1.0
-    loss = compress_residual(task, expert, weight, base, ratio, settings, emit)
-    if task.treatment != "full":
+    scaled = settings.per_expert_scale and mean_scale and task.base == "average"
+    ratio = float(np.float32(scale / mean_scale)) if scaled else 1.0
+    loss, made = compress_residual(task, expert, weight, base, ratio, settings, emit, lent)
+    if lent and made is lent:
+        report.borrowed[expert] = lent.expert, -ratio / lent.ratio
+    if task.treatment != "full" and task.base == "average":
         report.scales[expert] = ratio
-    report.stats.append(_stats_line(task, expert, scales, ratio, loss))
+    report.stats.append(stats_line(task, expert, scales, ratio, loss))
+    return made
 
 
 def compress_residual(
-    task: TensorTask, expert: str, weight: Tensor, base: Tensor, ratio: float, settings: Settings, emit: Emit
-) -> Loss:
+    task: TensorTask,
+    expert: str,
+    weight: Tensor,
+    base: Tensor,
+    ratio: float,
+    settings: Settings,
+    emit: Emit,
+    lent: Lent | None = None,
+) -> tuple[Loss, Lent | None]:
     """Stores what `weight` has beyond `ratio * base`, and measures what was lost.
 
     Args:
         weight: [out, in] (or [in, out] for a transposed record), float32; overwritten.
         base: the average as stored, float32, same shape.
+        lent: as for `compress_against`.
+
+    Returns:
+        The loss; and the factors that the expert has now, `lent` itself where it has these.
     """
     norm = frobenius_norm(weight)
     if task.treatment == "full":
@@ -159,19 +199,41 @@ def compress_residual(
         emit(expert, adapter_key(task), stored)
         residual_norm = frobenius_norm(residual_of(weight.clone(), base, ratio))
         error = frobenius_norm(weight.sub_(stored.float()))
-        return _loss(norm, residual_norm, error)
+        return loss_of(0, norm, residual_norm, error), None
     residual = residual_of(weight, base, ratio)
     residual_norm = error = frobenius_norm(residual)
+    rank, made = 0, None
     if task.treatment == "low_rank" and residual_norm:
         matrix = residual.T if task.record.transposed else residual  # [out, in]
+        if lent and (shared := _error_with(lent, matrix, ratio, norm)) is not None:
+            return loss_of(len(lent.a), norm, residual_norm, shared), lent
         seed = sketch_seed(settings.seed, task.name, expert)
-        b, a = rsvd(matrix, task.rank, n_oversamples=settings.n_oversamples, n_iter=settings.n_iter, seed=seed)
+        b, a = settings.factorise(matrix, task.rank, seed)
+        rank = numerical_rank(torch.linalg.vector_norm(a, dim=1), norm, task.matrix_shape)
+    if rank:
+        b, a = b[:, :rank], a[:rank]
         coded = settings.code.encode(b, a)
         for suffix, part in coded.items():
             check_stored(part, task.name, f"the residual of expert {expert!r}")
             emit(expert, adapter_key(task, suffix), part)
-        error = frobenius_norm(unsaid(matrix, *settings.code.decode(coded, *matrix.shape)))
-    return _loss(norm, residual_norm, error)
+        b, a = settings.code.decode(coded, *matrix.shape)
+        error = frobenius_norm(unsaid(matrix, b, a))
+        made = Lent(expert, b, a, ratio, error)
+    return loss_of(rank, norm, residual_norm, error), made
+
+
+def _error_with(lent: Lent, residual: Tensor, ratio: float, norm: float) -> float | None:
+    """||R - B A|| of the second of two experts with the first's factors; None where its own would be nearer.
+
+    R_2 = W_2 - rho_2 W̄ is -(rho_2 / rho_1) R_1 if W̄ is the two's average to the last bit. What that lost in rounding is
+    in both with one sign: in float32 nothing, in 16 bits as much as a small residual, whose factors say a part of it.
+    """
+    if not lent.ratio:
+        return None
+    times = ratio / lent.ratio
+    error = frobenius_norm(residual.addmm(lent.b, lent.a, alpha=times))
+    allowed = NEAR * times * lent.error + torch.finfo(torch.float32).eps * norm
+    return error if error <= allowed else None
 
 
 def _merge_table(task: TensorTask, settings: Settings, read: Read, emit: Emit, report: TensorReport) -> TensorReport:
@@ -201,10 +263,10 @@ def compress_table(
         emit(expert, adapter_key(task), own)
     scale, told_scale = frobenius_norm(whole), frobenius_norm(told)
     told, base = told.to(settings.device), base.to(settings.device, torch.float32)
-    loss = compress_residual(task, expert, told, base, 1.0, settings, emit)
+    loss, _ = compress_residual(task, expert, told, base, 1.0, settings, emit)
     more = told_scale / scale if scale else 1.0
     loss = replace(loss, residual_norm=loss.residual_norm * more, relative_error=loss.relative_error * more)
-    report.stats.append(_stats_line(task, expert, (scale, scale), 1.0, loss))
+    report.stats.append(stats_line(task, expert, (scale, scale), 1.0, loss))
 
 
 def _shared_by_all(
@@ -218,8 +280,8 @@ def _shared_by_all(
     error = frobenius_norm(weight - stored.float())
     for expert in task.sources:
         report.scales[expert] = 1.0
-        loss = _loss(frobenius_norm(weight), error, error)
-        report.stats.append(_stats_line(task, expert, (scale, scale), 1.0, loss, shared=True))
+        loss = loss_of(0, frobenius_norm(weight), error, error)
+        report.stats.append(stats_line(task, expert, (scale, scale), 1.0, loss, seconds=0.0))
     return report
 
 
@@ -298,42 +360,3 @@ def _read_matrix(
         report.digests[expert] = checked_digest(raw, settings.dtype, expert, task.sources[expert])
     weight = raw.to(device=settings.device, dtype=torch.float32)
     return weight.clone() if weight.data_ptr() == raw.data_ptr() else weight
-
-
-def frobenius_norm(matrix: Tensor) -> float:
-    """||W||_F: every row in float32, the rows together in float64. Ten times as fast on a CPU as float64 throughout.
-
-    Where squares may leave float32's range it is float64 throughout.
-    """
-    norm = float(torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=-1).double()))
-    if 1e-12 < norm < math.inf:
-        return norm
-    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
-
-
-def _loss(norm: float, residual: float, error: float) -> Loss:
-    return Loss(
-        residual_norm=residual / norm if norm else 0.0,
-        energy_kept=1.0 - (error / residual) ** 2 if residual else 1.0,
-        relative_error=error / norm if norm else 0.0,
-    )
-
-
-def _stats_line(
-    task: TensorTask, expert: str, scales: tuple[float, float], ratio: float, loss: Loss, *, shared: bool = False
-) -> StatsLine:
-    return StatsLine(
-        tensor=task.name,
-        expert=expert,
-        module=task.record.module,
-        shape=task.matrix_shape,
-        rank=0 if shared else task.rank,
-        storage="average" if shared else task.treatment,
-        scale=scales[0],
-        mean_scale=scales[1],
-        scale_ratio=ratio,
-        residual_norm=loss.residual_norm,
-        energy_kept=loss.energy_kept,
-        relative_error=loss.relative_error,
-        seconds=0.0 if shared else None,
-    )

@@ -22,9 +22,10 @@ from ..host import pick_device
 from ..method.codes import code_of
 from ..recipe.merge import Recipe
 from ..sources.checkpoint import Checkpoint
+from .adapters import compress_over_base
 from .compress import Settings, TensorReport, compress_tensor
 from .plan import MergePlan
-from .reading import reader_of
+from .reading import reader_of, sums_of
 from .tables import Emit
 from .treatment import TensorTask
 
@@ -99,6 +100,8 @@ def compress_task(
 ) -> TensorReport:
     """One tensor, from its checkpoints to `emit`."""
     with torch.no_grad():
+        if task.base == "adapters":
+            return compress_over_base(task, settings, reader_of(checkpoints), sums_of(checkpoints), emit)
         return compress_tensor(task, settings, reader_of(checkpoints), emit)
 
 

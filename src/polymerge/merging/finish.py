@@ -13,7 +13,15 @@ from itertools import groupby
 from ..bundle.files import Entry, FileEntry, Rows, chunks_of, entry_of, slabs, write_json
 from ..bundle.growing import GrowingFile, Piece
 from ..bundle.manifest import SCALES_FILE, BundleLayer, stored_layers, stored_shape
-from ..bundle.peft import PEFT_PREFIX, adapter_config, coded_config, missing_siblings, missing_zeros, stored_name
+from ..bundle.peft import (
+    PEFT_PREFIX,
+    adapter_config,
+    borrowed_config,
+    coded_config,
+    missing_siblings,
+    missing_zeros,
+    stored_name,
+)
 from ..bundle.write import write_index, write_scales
 from ..errors import PolymergeError
 from ..method.code import Code
@@ -58,7 +66,8 @@ def finish_expert(
 ) -> dict[str, FileEntry]:
     """One expert as a PEFT adapter, with its ratios beside it. Returns paths relative to the bundle.
 
-    With a code that PEFT does not know, it is a folder that PEFT, and whatever reads its adapters, refuses.
+    With a code that PEFT does not know, or factors that lie in another expert's file, it is a folder that PEFT, and
+    whatever reads its adapters, refuses.
 
     Args:
         base: the average; what of it PEFT wants to have in the adapter is copied.
@@ -68,7 +77,8 @@ def finish_expert(
     file = staging.file_of(expert)
     for layer in missing_siblings((piece.key for piece in file.pieces), layers):
         _append_copy(file, layer, base)
-    if code.peft_readable:
+    borrows = any(expert in layer.borrowed for layer in layers)
+    if code.peft_readable and not borrows:
         for zeros in missing_zeros({piece.key: piece.shape for piece in file.pieces}, layers):
             file.append(zeros, [bytes(zeros.bytes)])
         shapes = [(piece.key, piece.shape) for piece in file.pieces]
@@ -76,7 +86,7 @@ def finish_expert(
         by_rows = set(config["trainable_token_indices"] or ())
         entry = file.finish(_named(file.pieces, lambda key: stored_name(key, by_rows)))
     else:
-        config = coded_config(code)
+        config = borrowed_config() if code.peft_readable else coded_config(code)
         entry = file.finish(_named(file.pieces, lambda key: PEFT_PREFIX + key))
     folder = staging.bundle / home
     written = {

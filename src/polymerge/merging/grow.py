@@ -24,12 +24,12 @@ from ..bundle.write import write_manifest, write_stats
 from ..errors import BundleError, DiskSpaceError, RecipeError
 from ..host import DTYPES
 from ..method.dense import residual_of, unsaid
-from ..method.rsvd import rsvd
 from ..naming import check_expert_name
 from ..recipe.merge import Source
 from ..sources.checkpoint import Checkpoint
 from ..sources.opening import open_checkpoint
 from ..sources.persona import Group, Persona, differing, persona_of
+from .adapters import adapter_over, emit_adapter
 from .align import aligned_to_bundle
 from .change import alone_with, changing, move_in
 from .compress import (
@@ -40,22 +40,25 @@ from .compress import (
     compress_table,
     digest_of_rows,
     emit_difference,
-    frobenius_norm,
     stored_rows,
 )
 from .executor import settings_of
 from .finish import finish_expert
+from .inheritance import hand_over
 from .journal import Note, Staging
 from .layout import layout_of_experts
+from .measure import frobenius_norm
 from .personas import store_persona
-from .precision import with_dtypes
+from .precision import check_not_rounded, with_dtypes
 from .reading import check_copy, checked_digest, reader_of
-from .records import expert_record, own_rows_of, ratios_of, scales_of
+from .records import expert_record, own_rows_of, ranks_of, ratios_of, scales_of
 from .tables import Emit, emit_table
 from .treatment import TensorTask, check_settings, expert_of, frame_of_bundle, table_rows_in, tasks_for
 from .vocabulary import added_tables, numbers_of
 
 SAMPLED_LAYERS = 12
+# A relative error that is the rounding of float32 alone.
+EXACT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -117,9 +120,11 @@ def add_expert(
         rows = expert.table_rows, table_rows_in(frame, expert)
         tables = added_tables(bundle, name, persona, groups, rows, trust_remote_code=trust)
         tasks = tasks_for(frame, [expert], bundle.manifest.method, tables)
+        stored = [record.dtype for record in bundle.manifest.experts.values()]
+        check_not_rounded(name, checkpoint, tasks, settings.dtype, stored)
         tasks = with_dtypes(tasks, {name: checkpoint}, settings.dtype)
         checkpoint, alignment = aligned_to_bundle(bundle, checkpoint, tasks, settings.device)
-        check_free_space(path, sum(task.expert_bytes(settings.dtype, settings.code) for task in tasks))
+        check_free_space(path, sum(task.expert_bytes(settings.dtype, settings.code, name) for task in tasks))
         layout = layout_of_experts([name], tasks, settings.code)
         with changing(bundle, name) as work:
             staging = Staging(work, layout)
@@ -138,14 +143,17 @@ def add_expert(
             record = expert_record(name, checkpoint, tasks, notes, groups)
             other_rows = record.vocabulary or record.rows
             tables_there = {task.name for task in tasks if task.tables and other_rows}
-            ratios = ratios_of(notes)
-            manifest = bundle.manifest.with_expert(name, record, files=files, ratios=ratios, tables=tables_there)
+            ratios, ranks = ratios_of(notes), ranks_of(name, tasks, notes)
+            manifest = bundle.manifest.with_expert(
+                name, record, files=files, ratios=ratios, tables=tables_there, ranks=ranks
+            )
             write_manifest(path, manifest.checked().to_json())
         return _assess(Bundle.open(path), name, checkpoint, tasks, settings, notes)
 
 
 def remove_expert(bundle: Bundle | str | Path, name: str) -> Bundle:
-    """Takes an expert out. The base stays as it is, so the other experts do not change by a bit.
+    """Takes an expert out. The base stays as it is, and who had its factors too inherits them, so the other experts do
+    not change by a bit.
 
     Raises:
         BundleError: unknown expert, or the last one. LockedError: another process is writing to the bundle.
@@ -157,7 +165,8 @@ def remove_expert(bundle: Bundle | str | Path, name: str) -> Bundle:
             raise BundleError(f"{path}: {name!r} is the only expert left; delete the bundle instead")
         lines = [line for line in bundle.stats() if line["expert"] != name]
         with changing(bundle, name):
-            write_manifest(path, bundle.manifest.without_expert(name).checked().to_json())
+            files = hand_over(bundle, name)
+            write_manifest(path, bundle.manifest.without_expert(name, files).checked().to_json())
             with contextlib.suppress(DiskSpaceError):  # the expert is out; lines of one that is not there are not read
                 write_stats(path, lines)
         return Bundle.open(path)
@@ -176,7 +185,12 @@ def _add_tensor(
         elif task.against_base and task.tables is None:
             raw = checkpoint.read(source)
             report.digests[name] = checked_digest(raw, settings.dtype, name, source)
-            _add_linear(bundle, name, task, raw, bundle.base_tensor(task.name), settings, emit, report)
+            base = bundle.base_tensor(task.name)
+            over = adapter_over(task, checkpoint, source, base)
+            if over:
+                emit_adapter(task, name, over, over.base.read(source), base, settings, emit, report)
+            else:
+                _add_linear(bundle, name, task, raw, base, settings, emit, report)
         else:
             report.digests[name] = digest_of_rows(task, name, settings, read)
             if task.tables is not None and task.against_base:
@@ -250,12 +264,14 @@ def _assess(
     errors = {line.tensor: line.relative_error for note in notes for line in note.stats}
     linear = [task for task in tasks if task.record.role == "linear" and task.treatment == "low_rank"]
     sample = linear[:: max(1, len(linear) // SAMPLED_LAYERS)][:SAMPLED_LAYERS]
-    fresh = [_fresh_error(bundle, name, checkpoint, task, settings) for task in sample]
+    # What is exact as it is has nothing to gain.
+    inexact = [task for task in sample if errors[task.name] > EXACT]
+    fresh = [_fresh_error(bundle, name, checkpoint, task, settings) for task in inexact]
     ratios = list(bundle.scales(name).values()) or [1.0]
     return Added(
         bundle,
         relative_error=sum(errors[task.name] for task in sample) / max(1, len(sample)),
-        fresh_relative_error=sum(fresh) / max(1, len(fresh)),
+        fresh_relative_error=sum(fresh) / max(1, len(sample)),
         scale_ratio_range=(min(ratios), max(ratios)),
         persona=bundle.manifest.experts[name].persona,
     )
@@ -274,6 +290,5 @@ def _fresh_error(bundle: Bundle, name: str, checkpoint: Checkpoint, task: Tensor
             average += dense / dense.norm()
     residual = residual_of(weight.clone(), average, norm / len(bundle.experts))
     matrix = residual.T if task.record.transposed else residual
-    u, v = rsvd(matrix, task.rank, n_oversamples=settings.n_oversamples, n_iter=settings.n_iter, seed=settings.seed)
-    coded = settings.code.encode(u, v)
+    coded = settings.code.encode(*settings.factorise(matrix, task.rank, settings.seed))
     return float(unsaid(matrix, *settings.code.decode(coded, *matrix.shape)).norm()) / norm

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class Note:
         digests: expert -> SHA-256 of the source tensor's bytes.
         scales: expert -> rho_i (float32), for tensors that are stored against the base.
         stats: a line of merge_stats.jsonl an expert, for linear weights.
+        borrowed: expert -> the one whose factors are its own too, and what they count for it.
     """
 
     number: int
@@ -53,6 +54,7 @@ class Note:
     digests: dict[str, str]
     scales: dict[str, float]
     stats: tuple[StatsLine, ...]
+    borrowed: dict[str, tuple[str, float]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -101,7 +103,7 @@ class Staging:
             pieces.append(file.append(entry_of(key, tensor), chunks_of(tensor)))
 
         report = work(emit)
-        note = Note(len(self.notes), tuple(pieces), report.digests, report.scales, tuple(report.stats))
+        note = Note(len(self.notes), tuple(pieces), report.digests, report.scales, tuple(report.stats), report.borrowed)
         with self._journal.open("ab") as journal:
             journal.write(note.to_json().encode() + b"\n")
         self.notes.append(note)

@@ -60,14 +60,19 @@ def _stored_in(task: TensorTask) -> str:
 def layout_of_experts(experts: Sequence[str], tasks: Sequence[TensorTask], code: Code) -> Layout:
     """Of experts over an average that is there."""
     biases = any(task.as_difference for task in tasks)
-    room = header_room(PEFT_PREFIX + key for task in tasks for key in _keys_of(task, code, biases))
     files = {expert: f"experts/{expert}/{code.file_name}" for expert in experts}
-    return Layout({}, files, dict.fromkeys(files.values(), room))
+
+    def room(expert: str) -> int:
+        return header_room(PEFT_PREFIX + key for task in tasks for key in _keys_of(task, expert, code, biases))
+
+    return Layout({}, files, {file: room(expert) for expert, file in files.items()})
 
 
-def _keys_of(task: TensorTask, code: Code, biases: bool) -> Iterator[str]:
+def _keys_of(task: TensorTask, expert: str, code: Code, biases: bool) -> Iterator[str]:
     """All that an expert's file may hold for a tensor: its own, its factors, and what PEFT wants beside a bias."""
     record = task.record
+    if expert in task.adapters and not task.adapters[expert][0] and not biases:
+        return
     if task.treatment != "low_rank" or task.tables:
         yield f"{record.module}.{record.parameter}"
     if task.against_base:

@@ -25,9 +25,19 @@ from ..sources.checkpoint import Checkpoint, architecture_of
 from ..sources.layers import LayerMap
 from ..sources.opening import open_checkpoint
 from ..sources.outline import OutlineCheckpoint, outline
+from .foundation import plain_adapters, with_adapters
 from .personas import Personas, personas_of
 from .precision import bundle_dtype, with_dtypes
-from .treatment import TensorTask, check_settings, expert_of, frame_of, task_of, tasks_for, with_differences
+from .treatment import (
+    TensorTask,
+    Treatment,
+    check_settings,
+    expert_of,
+    frame_of,
+    task_of,
+    tasks_for,
+    with_differences,
+)
 from .vocabulary import Tables, merged_tables
 
 
@@ -72,17 +82,21 @@ class MergePlan:
 
     @property
     def residual_bytes(self) -> int:
-        """Of one expert's low-rank factors."""
-        return sum(t.expert_bytes(self.dtype, self.code) for t in self.tasks if t.treatment == "low_rank")
+        """Of one expert's low-rank factors: of the largest."""
+        return max(self._expert_bytes(expert, "low_rank") for expert in self.checkpoints)
 
     @property
     def own_bytes(self) -> int:
         """Of one expert's own whole tensors, at most."""
-        return sum(t.expert_bytes(self.dtype, self.code) for t in self.tasks if t.treatment != "low_rank")
+        return max(self._expert_bytes(expert, "full", "keep", "average") for expert in self.checkpoints)
 
     @property
     def write_bytes(self) -> int:
-        return self.base_bytes + len(self.checkpoints) * (self.residual_bytes + self.own_bytes)
+        kinds: tuple[Treatment, ...] = ("low_rank", "full", "keep", "average")
+        return self.base_bytes + sum(self._expert_bytes(expert, *kinds) for expert in self.checkpoints)
+
+    def _expert_bytes(self, expert: str, *treatments: Treatment) -> int:
+        return sum(t.expert_bytes(self.dtype, self.code, expert) for t in self.tasks if t.treatment in treatments)
 
     @property
     def read_bytes(self) -> int:
@@ -104,7 +118,7 @@ class MergePlan:
         """The plan as plain data (`polymerge plan --json`)."""
         experts = len(self.checkpoints)
         source = sum(t.numel for t in self.tasks) * self.dtype.itemsize
-        ranks = sorted({t.rank for t in self.tasks if t.treatment == "low_rank"})
+        ranks = sorted({rank for t in self.tasks if t.treatment == "low_rank" for rank in t.ranks if rank})
         return {
             "experts": {name: c.label for name, c in self.checkpoints.items()},
             "architecture": architecture_of(self.first.config),
@@ -113,6 +127,7 @@ class MergePlan:
             "code": self.recipe.code,
             "dtype": dtype_name(self.dtype),
             "tensors": len(self.tasks),
+            "over_adapters_base": sum(t.base == "adapters" for t in self.tasks),
             "compressed_tensors": sum(t.treatment == "low_rank" for t in self.tasks),
             "ranks": [ranks[0], ranks[-1]] if ranks else [],
             "separate_models_bytes": experts * source,
@@ -163,7 +178,8 @@ def plan_merge(recipe: RecipeLike, *, weights: bool = True, **settings: Unpack[R
     tasks = tasks_for(frame_of(reference, widest), experts, recipe, tables)
     _check_rates(recipe, tasks)
     dtype = bundle_dtype(recipe, checkpoints, tasks)
-    tasks = with_dtypes(tasks, checkpoints, dtype)
+    tasks = with_dtypes(with_adapters(tasks, checkpoints, recipe), checkpoints, dtype)
+    notes += _adapter_notes(tasks, checkpoints)
     tied = untied is None
     return MergePlan(recipe, checkpoints, reference.layer_map, tasks, dtype, tied, tuple(notes), personas, tables)
 
@@ -181,7 +197,23 @@ def replanned(plan: MergePlan, *, compress_rate: AnyRates, code: CodeName) -> Me
     """The same experts at another rate and with another code, without opening them again."""
     recipe = plan.recipe.model_copy(update={"compress_rate": compress_rate, "code": code})
     tasks = [replace(task_of(t.record, t.shape, t.sources, recipe), dtype=t.dtype, tables=t.tables) for t in plan.tasks]
-    return replace(plan, recipe=recipe, tasks=with_differences(tasks))
+    return replace(plan, recipe=recipe, tasks=with_adapters(with_differences(tasks), plan.checkpoints, recipe))
+
+
+def _adapter_notes(tasks: Sequence[TensorTask], checkpoints: Mapping[str, Checkpoint]) -> list[str]:
+    """Says what a merge of adapters is, and what would do without one."""
+    notes = []
+    if any(task.base == "adapters" for task in tasks):
+        notes.append(
+            "the experts are adapters over one model: that model is the bundle's base, and every expert its adapter's "
+            "own factors, exactly (`adapters: average` in the recipe has the published average instead)"
+        )
+    if plain_adapters(checkpoints, tasks):
+        notes.append(
+            "plain multi-LoRA would do: PEFT, or vLLM's --lora-modules, serves these adapters over their base as they "
+            "are; a bundle adds the router, mixtures and the average, and grows by experts that are no adapters"
+        )
+    return notes
 
 
 def _vocabulary_notes(first: str, tables: Tables | None) -> list[str]:

@@ -7,7 +7,7 @@ such tensors in float32 whatever the rest is in. They stay so. Knows dtypes and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 
@@ -33,6 +33,27 @@ def bundle_dtype(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tasks: S
         shown = ", ".join(f"{e}: {dtype_name(d)}" for e, d in kinds.items())
         raise SourceError(f"the experts are stored in different dtypes ({shown}); say `dtype:` in the recipe")
     return _storable(next(iter(kinds.values())))
+
+
+def check_not_rounded(
+    expert: str, checkpoint: Checkpoint, tasks: Sequence[TensorTask], dtype: torch.dtype, there: Iterable[str]
+) -> None:
+    """That a bundle's dtype holds an expert that comes to it, or that others were rounded to it as its recipe said.
+
+    Args:
+        there: what the bundle's experts were stored in.
+
+    Raises:
+        SourceError: it would be rounded, and nobody said so.
+    """
+    stored = _storable(main_dtype(expert, checkpoint, tasks))
+    rounded = [name for name in there if _promoted(DTYPES.get(name, dtype), dtype) != dtype]
+    if _promoted(stored, dtype) != dtype and not rounded:
+        name = dtype_name(dtype)
+        raise SourceError(
+            f"expert {expert!r} is stored in {dtype_name(stored)} and the bundle in {name}: it would be rounded; "
+            f"save it in {name}, or merge all of them anew and say `dtype:` in the recipe"
+        )
 
 
 def main_dtype(expert: str, checkpoint: Checkpoint, tasks: Sequence[TensorTask]) -> torch.dtype:
@@ -66,6 +87,10 @@ def _own(
 
 def _dtype(checkpoint: Checkpoint, tensor: str) -> torch.dtype:
     return checkpoint.tensors[tensor].dtype or torch.float32
+
+
+def _promoted(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    return torch.promote_types(_storable(one), other)
 
 
 def _storable(dtype: torch.dtype) -> torch.dtype:

@@ -15,10 +15,17 @@ from torch import Tensor
 from ..bundle.files import raw_bytes
 from ..errors import SourceError
 from ..host import dtype_name
-from ..sources.checkpoint import Checkpoint
+from ..sources.checkpoint import Checkpoint, OverBase
 
 # read(expert, tensor name, start row, stop row) -> rows on the CPU in the stored dtype
 Read = Callable[[str, str, int, int], Tensor]
+# sums(expert, tensor name) -> the matrix as a sum over its base, or None
+Sums = Callable[[str, str], OverBase | None]
+
+
+def sums_of(checkpoints: Mapping[str, Checkpoint]) -> Sums:
+    """Looks tensors of these experts up as sums over their bases."""
+    return lambda expert, tensor: checkpoints[expert].over_base(tensor)
 
 
 def reader_of(checkpoints: Mapping[str, Checkpoint]) -> Read:

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
-from ..bundle.manifest import BundleLayer, ExpertRecord
+from ..bundle.manifest import Borrowed, BundleLayer, ExpertRecord
 from ..host import dtype_name
 from ..sources.checkpoint import Checkpoint
 from ..sources.persona import Group
@@ -33,7 +33,17 @@ def bundle_layer(task: TensorTask, note: Note) -> BundleLayer:
         mean_scale=note.stats[0].mean_scale if note.stats and not task.tables else None,
         dtype=dtype_name(task.dtype) if task.dtype else None,
         slice=record.slice,
+        base=task.base,
+        ranks=other_ranks(task, note),
+        borrowed={expert: Borrowed(of=lender, times=times) for expert, (lender, times) in note.borrowed.items()},
     )
+
+
+def other_ranks(task: TensorTask, note: Note) -> dict[str, int]:
+    """Expert -> rank of its residual, where it has one. From the average, one that has all that the compress rate pays
+    for is not listed."""
+    said = task.rank if task.base == "average" else 0
+    return {line.expert: line.rank for line in note.stats if line.rank and line.rank != said}
 
 
 def with_tables(
@@ -77,6 +87,12 @@ def own_rows_of(expert: str, tasks: Sequence[TensorTask], notes: Sequence[Note])
 def scales_of(expert: str, tasks: Sequence[TensorTask], notes: Sequence[Note]) -> dict[str, float]:
     """Tensor -> rho_i, where the expert has one."""
     return {task.name: n.scales[expert] for task, n in zip(tasks, notes, strict=True) if expert in n.scales}
+
+
+def ranks_of(expert: str, tasks: Sequence[TensorTask], notes: Sequence[Note]) -> dict[str, int]:
+    """Tensor -> rank of an expert's residual, where that is not the layer's."""
+    ranks = {task.name: other_ranks(task, note) for task, note in zip(tasks, notes, strict=True)}
+    return {tensor: its[expert] for tensor, its in ranks.items() if expert in its}
 
 
 def ratios_of(notes: Sequence[Note]) -> list[float]:

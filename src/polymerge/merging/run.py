@@ -151,7 +151,7 @@ def fingerprint(plan: MergePlan) -> dict[str, Any]:
         "recipe": recipe,
         "sources": {name: checkpoint.fingerprint() for name, checkpoint in plan.checkpoints.items()},
         "configs": {name: checkpoint.config for name, checkpoint in plan.checkpoints.items()},
-        "tasks": [[task.name, task.treatment, task.rank] for task in plan.tasks],
+        "tasks": [[task.name, task.treatment, task.base, *task.ranks] for task in plan.tasks],
     }
 
 

@@ -8,7 +8,7 @@ dtypes. Reads no weight; knows nothing of what a merge costs (`polymerge.merging
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,15 +21,18 @@ from ..method.code import Code
 from ..method.codes import code_of
 from ..method.rsvd import factors_are_smaller, rank_for_rate
 from ..model.positions import objection
-from ..recipe.merge import Recipe
+from ..recipe.merge import BaseKind, Recipe
 from ..recipe.rates import rate_of
 from ..sources.checkpoint import Checkpoint, read_json
-from ..sources.configuration import first_difference, positions_of, resolved, settings_of
+from ..sources.configuration import first_difference, paddings_of, positions_of, resolved, settings_of
 from ..sources.fused import by_matrices
 from ..sources.layers import LayerMap, LayerRecord, meta_model
+from .padding import padding_matters
 from .vocabulary import Tables
 
 Treatment = Literal["low_rank", "full", "average", "keep", "copy"]
+# expert -> rank and dtype of the factors of its adapter; of rank 0 where it has none there.
+Adapters = Mapping[str, tuple[int, torch.dtype]]
 # What says how tensors are stored: a recipe, and the manifest of the bundle that was made of one.
 Settings = Recipe | Method
 
@@ -48,6 +51,9 @@ class TensorTask:
         as_difference: a bias of a low-rank layer: an adapter holds its difference from the base's, as PEFT does.
         dtype: what it is stored in, where that is not the bundle's (`polymerge.merging.precision`).
         tables: of a tensor with a row a token, where experts have other rows or tokens.
+        base: what the stored tensor is, of a linear weight.
+        adapters: of experts that are stored as their adapters' factors over it (`polymerge.merging.adapters`), or that
+            have nothing but the base's.
     """
 
     record: LayerRecord
@@ -58,6 +64,8 @@ class TensorTask:
     as_difference: bool = False
     dtype: torch.dtype | None = None
     tables: Tables | None = None
+    base: BaseKind = "average"
+    adapters: Adapters = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -87,12 +95,20 @@ class TensorTask:
         residuals of a table PEFT is out already."""
         return self.record.role == "embedding" or self.treatment == "low_rank"
 
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Of the experts' residuals, at most."""
+        return tuple(self.adapters[e][0] if e in self.adapters else self.rank for e in self.sources)
+
     def stored_bytes(self, dtype: torch.dtype) -> int:
         """Of one whole tensor, in a bundle of this dtype."""
         return self.numel * (self.dtype or dtype).itemsize
 
-    def expert_bytes(self, dtype: torch.dtype, code: Code) -> int:
-        """What one expert's adapter stores for this tensor, at most."""
+    def expert_bytes(self, dtype: torch.dtype, code: Code, expert: str) -> int:
+        """What an expert's adapter stores for this tensor, at most."""
+        if expert in self.adapters:
+            rank, its = self.adapters[expert]
+            return code_of(code.name, its).bytes(*self.matrix_shape, rank) if rank else 0
         if self.treatment in ("full", "keep"):
             return self.stored_bytes(dtype)
         residual = code.bytes(*self.matrix_shape, self.rank) if self.treatment == "low_rank" else 0
@@ -134,10 +150,11 @@ def expert_of(
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor that every expert of a bundle has."""
+    """A tensor that every expert of a bundle has, and what is stored for all of a linear one."""
 
     record: LayerRecord
     shape: tuple[int, ...]
+    base: BaseKind = "average"
 
 
 @dataclass(frozen=True)
@@ -180,7 +197,7 @@ def frame_of(expert: Expert, widest: Expert | None = None) -> Frame:
 
 def frame_of_bundle(bundle: Bundle) -> Frame:
     """What an expert must have to be added to a bundle, and what each of its experts has."""
-    slots = {layer.tensor: Slot(record_of_bundle(layer), layer.shape) for layer in bundle.manifest.layers}
+    slots = {layer.tensor: Slot(record_of_bundle(layer), layer.shape, layer.base) for layer in bundle.manifest.layers}
     head = next((layer.tensor for layer in bundle.manifest.layers if layer.role == "lm_head"), None)
     return Frame(None, bundle.path, read_json(bundle.path / "config.json"), slots, head)
 
@@ -202,6 +219,7 @@ def check_settings(frame: Frame, expert: Expert, *, trust_remote_code: bool = Fa
     key = first_difference(settings, others)
     if key is not None:
         raise SourceError(f"{pair} differ in {key}: {settings.get(key)} and {others.get(key)}")
+    _check_padding(pair, one, other)
     moved = first_difference(positions_of(one), positions_of(other))
     if moved is None:
         return
@@ -211,6 +229,14 @@ def check_settings(frame: Frame, expert: Expert, *, trust_remote_code: bool = Fa
     if reason:
         values = f"{positions_of(one).get(moved)} and {positions_of(other).get(moved)}"
         raise SourceError(f"{pair} differ in {moved}: {values}; they cannot be held apart, because {reason}")
+
+
+def _check_padding(pair: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    paddings, others = paddings_of(one), paddings_of(other)
+    key = first_difference(paddings, others)
+    if key is not None and padding_matters(one):
+        values = f"{paddings.get(key)} and {others.get(key)}"
+        raise SourceError(f"{pair} differ in {key}: {values}; this architecture counts positions from it")
 
 
 def table_rows_in(frame: Frame, expert: Expert) -> int:
@@ -262,7 +288,7 @@ def tasks_for(
         known, wide = all(record.known for record in records), any(record.float32 for record in records)
         task = task_of(replace(slot.record, known=known, float32=wide), slot.shape, sources, settings)
         is_table = any(_is_table(slot, expert, sources[expert.name]) for expert in experts)
-        tasks.append(replace(task, tables=tables) if is_table else task)
+        tasks.append(replace(task, tables=tables if is_table else None, base=slot.base))
     return with_differences(tasks)
 
 

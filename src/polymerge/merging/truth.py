@@ -19,7 +19,8 @@ from ..bundle.manifest import BundleLayer, ExpertRecord
 from ..host import dtype_name
 from ..sources.checkpoint import Checkpoint
 from ..sources.layers import LayerRecord
-from .compress import frobenius_norm
+from .adapters import adapter_over, coded_adapter
+from .measure import frobenius_norm
 from .reading import same_numbers
 from .tables import mean_of_tables
 from .treatment import TensorTask, record_of_bundle, treatment_of
@@ -50,6 +51,11 @@ def method_problems(bundle: Bundle) -> Iterator[str]:
         _, rank = treatment_of(record_of_bundle(layer), layer.shape, bundle.manifest.method)
         if rank != layer.rank:
             yield f"base: tensor {layer.tensor!r} has residuals of rank {layer.rank}, the method gives {rank}"
+        # An adapter has its own rank, whatever the rate pays for; a residual from the average none beyond.
+        most = rank if layer.base == "average" else min(layer.shape)
+        for expert, its in layer.ranks.items():
+            if not 0 < its <= most:
+                yield f"expert {expert!r}: tensor {layer.tensor!r} has a residual of rank {its}, of at most {most}"
 
 
 def record_problem(layer: BundleLayer, record: LayerRecord) -> str | None:
@@ -87,7 +93,32 @@ def held_against(
         problem = "has other rows of its own in the bundle than"
     if problem is None and task.treatment != "full":
         problem = _residual_problem(original, error, reader, bundle, bundle.manifest.experts[expert], task)
+    if problem is None and task.base == "adapters":
+        problem = _adapter_problem(task, expert, checkpoint, reader, bundle)
+    if problem is None and bundle.layers[task.name].rank_of(expert) < task.rank and bundle.code.peft_readable:
+        allowed = EXACT + rounding
+        problem = (
+            f"has a residual of less than the rank that it needs: it is {error:.3g} from" if error > allowed else None
+        )
     return Finding(error, problem)
+
+
+def _adapter_problem(
+    task: TensorTask, expert: str, checkpoint: Checkpoint, reader: ExpertReader, bundle: Bundle
+) -> str | None:
+    """What is wrong with an adapter's factors over the model that they were trained on."""
+    over = adapter_over(task, checkpoint, task.sources[expert], bundle.base_tensor(task.name))
+    if over is None:  # of another kind, or of another model
+        return None
+    made = coded_adapter(over, bundle.code)
+    expected = made[2].decode(made[1], *task.matrix_shape) if made else None
+    stored = reader.factors(task.name)
+    if expected is None or stored is None:
+        return None if expected is stored else "has other factors over the base than the adapter"
+    same = all(
+        one.shape == other.shape and torch.equal(one, other) for one, other in zip(expected, stored, strict=True)
+    )
+    return None if same else "has other factors over the base than the adapter"
 
 
 def average_problems(
@@ -99,7 +130,13 @@ def average_problems(
         task = row[0]
         if task.treatment == "copy":
             continue
-        base, sources = bundle.base_tensor(task.name).double(), dict(zip(tasks, row, strict=True))
+        base, sources = bundle.base_tensor(task.name), dict(zip(tasks, row, strict=True))
+        if task.base == "adapters":
+            others = (e for e, t in sources.items() if not adapter_over(t, checkpoints[e], t.sources[e], base))
+            if (other := next(others, None)) is not None:
+                yield f"base: tensor {task.name!r} is not the one under the adapter of expert {other!r}"
+            continue
+        base = base.double()
         read = functools.partial(_read, checkpoints, sources)
         if tables and bundle.layers[task.name].table:
             mean = mean_of_tables(tables, read).double()
@@ -134,7 +171,7 @@ def made_of_these(bundle: Bundle) -> bool:
         if group and next(reversed(lines)) != line["tensor"]:  # written later than the next tensor's
             return False
         group.append(line)
-    return bool(lines) and all(_is_mean(group, bundle.experts) for group in lines.values())
+    return bool(lines) and all(_is_mean(group, bundle, bundle.layers.get(name)) for name, group in lines.items())
 
 
 def relative_error(original: Tensor, rebuilt: Tensor) -> float:
@@ -144,11 +181,13 @@ def relative_error(original: Tensor, rebuilt: Tensor) -> float:
     return difference / norm if norm else difference
 
 
-def _is_mean(lines: list[dict[str, object]], experts: list[str]) -> bool:
+def _is_mean(lines: list[dict[str, object]], bundle: Bundle, layer: BundleLayer | None) -> bool:
+    if layer is not None and layer.base == "adapters":
+        return [line["expert"] for line in lines] == bundle.experts
     scales = [float(str(line["scale"])) for line in lines]
     mean = float(str(lines[0]["mean_scale"]))
     same = abs(sum(scales) / len(scales) - mean) <= SAME_MEAN * mean
-    return [line["expert"] for line in lines] == experts and same
+    return [line["expert"] for line in lines] == bundle.experts and same
 
 
 def _residual_problem(
@@ -158,7 +197,8 @@ def _residual_problem(
     layer, ratio = bundle.layers[task.name], reader.ratio(task.name)
     norm = frobenius_norm(original.float())
     expected, other_rows = 1.0, layer.table and (record.vocabulary or record.rows)
-    if bundle.manifest.method.scale == "per_expert" and layer.mean_scale and not other_rows:
+    scaled = bundle.manifest.method.scale == "per_expert" and layer.base == "average" and not other_rows
+    if scaled and layer.mean_scale:
         expected = norm / layer.mean_scale
     if abs(ratio - expected) > SAME_RATIO * max(1.0, expected):
         return f"has the scale {ratio:.6g} in the bundle, but {expected:.6g} follows from"

@@ -17,7 +17,7 @@ class Factors(Code):
     """A [r, in] and B [out, r] as they are.
 
     Args:
-        dtype: the bundle's.
+        dtype: of what is encoded. Factors of an adapter have its own dtype, so that any is decoded.
     """
 
     dtype: torch.dtype
@@ -41,8 +41,8 @@ class Factors(Code):
     def check(self, stored: Mapping[str, Tensor], out_features: int, in_features: int) -> None:
         a, b = stored["lora_A.weight"], stored["lora_B.weight"]
         rank = a.shape[:1].numel()
-        check_tensor("lora_A.weight", a, self.dtype, (rank, in_features))
-        check_tensor("lora_B.weight", b, self.dtype, (out_features, rank))
+        check_tensor("lora_A.weight", a, a.dtype if a.is_floating_point() else self.dtype, (rank, in_features))
+        check_tensor("lora_B.weight", b, a.dtype, (out_features, rank))
 
     def decode(self, stored: Mapping[str, Tensor], out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
         self.check(stored, out_features, in_features)

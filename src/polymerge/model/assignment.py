@@ -98,6 +98,27 @@ class Assignment:
         value: T = self._kept[key]
         return value
 
+    def shares(self, table: Tensor | None) -> tuple[Tensor, int, int]:
+        """What every row has of K pairs of factors.
+
+        Args:
+            table: [N + 1, K] float32 on the CPU, what every expert, and the average, has of each; it must live as long
+                as the assignment. None: every expert has one of its own, and the average none.
+
+        Returns:
+            [B, K] float32; and the first pair, and the last + 1, of which any row has something.
+        """
+        if table is None:
+            return self.weights[:, :-1], self.first, self.last
+
+        def make() -> tuple[Tensor, int, int]:
+            # Not a product of matrices, which a GPU may be told to compute with fewer digits.
+            mixed = (self.weights[:, :, None] * table.to(self.device)).sum(dim=1)
+            used = mixed.any(dim=0).nonzero().flatten().tolist()
+            return mixed, min(used, default=0), max(used, default=-1) + 1
+
+        return self.once(("shares", id(table)), make)
+
     def repeats(self, size: int) -> int:
         """How many consecutive entries of a first dimension of `size` belong to one row.
 

@@ -33,6 +33,7 @@ class ExpertLinear(nn.Module):
     """
 
     bias_table: Tensor | None
+    averaged = False  # the average has a part of the experts' residuals
 
     def __init__(self, state: Assignment, weight: Tensor, bias: Tensor | None, biases: Sequence[Tensor | None]) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class ExpertLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, ..., in] -> [B, ..., out]"""
-        if self.state.average_only:
+        if self.state.average_only and not self.averaged:
             return F.linear(x, self.weight, self.bias)
         y = F.linear(x, self.weight)
         self.add_residuals(x, y)
@@ -78,8 +79,9 @@ class MixedLinear(ExpertLinear):
     """Holds the factors of all experts in the base's dtype. Arguments as ExpertLinear's, and:
 
     Args:
-        factors: for every expert (A [r, in], B [out, r]) or None.
+        factors: pairs (A [r, in], B [out, r]), or None; by default one for every expert.
         ratios: rho of every expert.
+        shares: [N + 1, pairs], what every expert and the average has of each pair, as `Assignment.shares` takes it.
     """
 
     stacked_a: Tensor
@@ -93,8 +95,11 @@ class MixedLinear(ExpertLinear):
         factors: Sequence[tuple[Tensor, Tensor] | None],
         ratios: Sequence[float],
         biases: Sequence[Tensor | None],
+        shares: Tensor | None = None,
     ) -> None:
         super().__init__(state, weight, bias, biases)
+        self.shares = shares  # not a buffer, which would follow the model to another dtype
+        self.averaged = shares is not None and bool(shares[-1].any())
         out_features, in_features = weight.shape
         ranks = [factor[0].shape[0] if factor else 0 for factor in factors]
         self.offsets = [sum(ranks[:n]) for n in range(len(ranks) + 1)]
@@ -114,7 +119,8 @@ class MixedLinear(ExpertLinear):
     def dense(self, weights: Sequence[float]) -> Tensor:
         """The whole matrix [out, in] of a row with these weights of the experts, the average's last."""
         ratio = sum(weight * rho for weight, rho in zip(weights, self.ratios, strict=True))
-        share = [weight for weight, rank in zip(weights, self.ranks_key, strict=False) for _ in range(rank)]
+        of_pairs = weights if self.shares is None else (torch.tensor(weights) @ self.shares).tolist()
+        share = [weight for weight, rank in zip(of_pairs, self.ranks_key, strict=False) for _ in range(rank)]
         base = ratio * self.weight.float()
         b = self.stacked_b.float() * torch.tensor(share, device=base.device)
         return base.addmm_(b, self.stacked_a.float()).to(self.weight.dtype)
@@ -122,15 +128,24 @@ class MixedLinear(ExpertLinear):
     def add_residuals(self, x: Tensor, y: Tensor) -> None:
         """Two products for one expert or a few; one expert after the other for many."""
         expert = self.state.single
-        if expert is not None:
+        if expert is not None and self._has_one(expert):
             lo, hi = self.offsets[expert], self.offsets[expert + 1]
             add_one(y, x, self.stacked_a[lo:hi], self.stacked_b[:, lo:hi], self.ratios[expert])
         else:
-            many = self.state.last - self.state.first > MAX_STACKED
+            _, first, last = self.state.shares(self.shares)
+            many = last - first > MAX_STACKED
             add_mixed(y, self._row_ratio(y), self._one_by_one(x) if many else self._stacked(x))
 
+    def _has_one(self, expert: int) -> bool:
+        """Whether an expert has the pair of its own number, whole, and nothing else."""
+        if self.shares is None:
+            return True
+        row = self.shares[expert]
+        return bool(row[expert] == 1.0) and int(row.count_nonzero()) == 1
+
     def _stacked(self, x: Tensor) -> Iterator[Term]:
-        lo, hi = self.offsets[self.state.first], self.offsets[self.state.last]
+        _, first, last = self.state.shares(self.shares)
+        lo, hi = self.offsets[first], self.offsets[last]
         if lo < hi:
             share = self._row_mask(x, lo, hi)  # [B, ..., sum of ranks]
             yield Term(x, self.stacked_a[lo:hi], self.stacked_b[:, lo:hi], share)
@@ -142,15 +157,15 @@ class MixedLinear(ExpertLinear):
             yield Term(x[rows], self.stacked_a[lo:hi], self.stacked_b[:, lo:hi], share, rows)
 
     def _members(self, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(expert, entries of a first dimension of `size` in which it has a part, its weight in each) of those with
-        factors."""
+        """(pair of factors, entries of a first dimension of `size` that have a part of it, its share in each)"""
         state = self.state
         repeats = state.repeats(size)
-        for n in range(state.first, state.last):
-            rows = state.weights[:, n].nonzero().squeeze(1)
+        shares, first, last = state.shares(self.shares)
+        for n in range(first, last):
+            rows = shares[:, n].nonzero().squeeze(1)
             if self.offsets[n] == self.offsets[n + 1] or not len(rows):
                 continue
-            share = state.weights[rows, n]
+            share = shares[rows, n]
             if repeats > 1:
                 rows = (rows[:, None] * repeats + torch.arange(repeats, device=rows.device)).flatten()
                 share = share.repeat_interleave(repeats)
@@ -173,10 +188,10 @@ class MixedLinear(ExpertLinear):
 
         def make() -> Tensor:
             owner = [n for n, rank in enumerate(self.ranks_key) for _ in range(rank)][lo:hi]
-            mask = self.state.weights[:, owner]  # [B, sum of ranks]
+            mask = self.state.shares(self.shares)[0][:, owner]  # [B, sum of ranks]
             return self.state.of_rows(mask, x.shape[0], x.dim())
 
-        return self.state.once((self.ranks_key, x.shape[0], x.dim()), make)
+        return self.state.once((self.ranks_key, id(self.shares), lo, hi, x.shape[0], x.dim()), make)
 
 
 def mixed_rows(state: Assignment, table: Tensor) -> Tensor:

@@ -48,8 +48,9 @@ class MixedTable(MixedLinear):
         factors: Sequence[tuple[Tensor, Tensor] | None],
         ratios: Sequence[float],
         own: Sequence[OwnRows | None],
+        shares: Tensor | None = None,
     ) -> None:
-        super().__init__(state, weight, None, factors, ratios, [None] * len(factors))
+        super().__init__(state, weight, None, factors, ratios, [None] * len(ratios), shares)
         self.own = {number: rows for number, rows in enumerate(own) if rows is not None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> MixedTable:

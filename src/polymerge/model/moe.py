@@ -30,6 +30,7 @@ class SlabResidual:
         factors: for every expert (A [r, in], B [out, r]) or None.
         ratios: rho of every expert.
         matrices: for every expert its own whole matrix, or None.
+        shares: what every expert and the average has of each pair of factors, as `Assignment.shares` takes it.
         scales: [N + 1] float32, what the base counts for in every expert and in the average: rho, or 0 beside a whole
             matrix.
     """
@@ -38,6 +39,7 @@ class SlabResidual:
     factors: list[tuple[Tensor, Tensor] | None]
     ratios: list[float]
     matrices: list[Tensor | None] = field(default_factory=list)
+    shares: Tensor | None = None
     scales: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -46,6 +48,9 @@ class SlabResidual:
 
     def terms(self, x: Tensor, rows: Tensor, experts: Iterable[int]) -> Iterator[Term]:
         """What these experts have beyond the base, for tokens x [t, in] with their weights in each, rows [t, N + 1]."""
+        if self.shares is not None:
+            rows = (rows[:, :, None] * self.shares.to(rows)).sum(dim=1)
+            experts = range(len(self.factors))
         for n in experts:
             factor, matrix = self.factors[n], self.matrices[n] if self.matrices else None
             share = rows[:, n : n + 1]
@@ -63,11 +68,16 @@ class SlabResidual:
         ]
         self.scales = self.scales.to(places[0]) if places else self.scales
 
+    @property
+    def averaged(self) -> bool:
+        """Whether the average has a part of the experts' residuals."""
+        return self.shares is not None and bool(self.shares[-1].any())
+
     def turned(self) -> SlabResidual:
         """Of the transposed matrix, where this is the whole slab's."""
         factors = [(factor[1].T, factor[0].T) if factor else None for factor in self.factors]
         matrices = [value.T if value is not None else None for value in self.matrices]
-        return SlabResidual(slice(None), factors, self.ratios, matrices)
+        return SlabResidual(slice(None), factors, self.ratios, matrices, self.shares)
 
     def dense(self, base: Tensor, weights: Weights) -> Tensor:
         """The whole matrix [out, in] of a row with these weights of the experts, the average's last."""
@@ -77,8 +87,12 @@ class SlabResidual:
             if not weight:
                 continue
             total += weight * (self.ratios[n] * base.float() if whole is None else whole.float())
-            if factor and whole is None:
+            if factor and whole is None and self.shares is None:
                 total += weight * (factor[1].float() @ factor[0].float())
+        of_pairs = (torch.tensor(weights) @ self.shares).tolist() if self.shares is not None else []
+        for share, factor in zip(of_pairs, self.factors, strict=False):
+            if share and factor:
+                total += share * (factor[1].float() @ factor[0].float())
         return total.to(base.dtype)
 
 
@@ -125,6 +139,7 @@ class MixedBlockExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.state, self.inner, self.layout, self._slabs = state, inner, layout, slabs
+        self._averaged = any(residual.averaged for slab in slabs.values() for residual in slab)
         for parameter, values in biases.items():
             base = getattr(inner, layout.biases[parameter]).detach()
             table = torch.stack([base if value is None else value.to(base) for value in (*values, None)])
@@ -138,7 +153,7 @@ class MixedBlockExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, H], [T, k], [T, k] -> [T, H]; T is the batch's tokens, row after row."""
-        if self.state.average_only:
+        if self.state.average_only and not self._averaged:
             result: Tensor = self.inner(hidden_states, top_k_index, top_k_weights)
             return result
         repeats = self.state.repeats(hidden_states.shape[0])
@@ -192,13 +207,14 @@ class Piece:
 
     Attributes:
         target: the rows of the parameter, counted over all dimensions but the last.
-        factors, ratios, matrices: as SlabResidual's, for these rows.
+        factors, ratios, matrices, shares: as SlabResidual's, for these rows.
     """
 
     target: Tensor
     factors: list[tuple[Tensor, Tensor] | None]
     ratios: list[float]
     matrices: list[Tensor | None]
+    shares: Tensor | None = None
 
     @classmethod
     def of(
@@ -209,6 +225,7 @@ class Piece:
         tensors: Sequence[Tensor | None],
         *,
         transposed: bool = False,
+        shares: Tensor | None = None,
     ) -> Piece:
         """From what is stored: A [r, in] and B [out, r], or whole tensors, of which the part is some rows.
 
@@ -223,6 +240,7 @@ class Piece:
             [(f[0], f[1][source.to(f[1].device)]) if f else None for f in turned],
             ratios,
             whole if any(v is not None for v in whole) else [],
+            shares,
         )
 
 
@@ -240,7 +258,10 @@ class FusedWeight(OwnTensor):
     def __init__(self, module: nn.Module, name: str, pieces: Sequence[Piece]) -> None:
         super().__init__(module, name, [])
         self.pieces = pieces
-        self.residuals = [SlabResidual(slice(None), piece.factors, piece.ratios, piece.matrices) for piece in pieces]
+        self.residuals = [
+            SlabResidual(slice(None), piece.factors, piece.ratios, piece.matrices, piece.shares) for piece in pieces
+        ]
+        self.averaged = any(residual.averaged for residual in self.residuals)
 
     def of(self, weights: Weights) -> Tensor:
         whole: Tensor = self.home[self.name].detach().clone()

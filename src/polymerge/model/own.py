@@ -33,6 +33,7 @@ class OwnTensor:
     """
 
     kept = True  # a mixture is made once for a batch
+    averaged = False  # the average has a part of the experts' residuals
     placed = False  # an expert's stands in the module's place of it
 
     def __init__(self, module: nn.Module, name: str, values: Sequence[Tensor | None]) -> None:
@@ -67,7 +68,7 @@ class OwnWeight(OwnTensor):
 
     def __init__(self, module: nn.Module, layer: MixedLinear, *, transposed: bool, name: str = "weight") -> None:
         super().__init__(module, name, [])
-        self.layer, self.transposed = layer, transposed
+        self.layer, self.transposed, self.averaged = layer, transposed, layer.averaged
 
     def of(self, weights: Weights) -> Tensor:
         dense = self.layer.dense(weights)
@@ -103,7 +104,7 @@ class OwnModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own, for every group of rows."""
         state = self.state
-        if state.average_only:
+        if state.average_only and not any(tensor.averaged for tensor in self.tensors):
             return self._forward(*args, **kwargs)
         if len(state.groups) == 1:
             with self.in_place():
@@ -120,7 +121,7 @@ class OwnModule(nn.Module):
     def in_place(self) -> Iterator[None]:
         """Inside, the modules have the parameters of the one expert or mixture that the state is narrowed to."""
         weights = self.state.groups[0][0]
-        if weights[-1] == 1.0:
+        if weights[-1] == 1.0 and not any(tensor.averaged for tensor in self.tensors):
             yield
             return
         before = []

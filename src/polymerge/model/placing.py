@@ -8,7 +8,7 @@ the whole model is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -61,6 +61,7 @@ class Placer:
         self.forms = self._forms()
         self.orders = self._orders()
         self.apart = False
+        self._tables: dict[Hashable, Tensor] = {}
         self.adapters = [self._read(expert) for expert in bundle.experts]
 
     def place(self) -> Placed:
@@ -100,7 +101,7 @@ class Placer:
         return whole
 
     def _read(self, expert: str) -> dict[str, Tensor]:
-        return self.bundle.adapter(expert)
+        return self.bundle.adapter(expert, apart=True)
 
     def _take(self, key: str) -> Values:
         device = self.state.device
@@ -109,6 +110,23 @@ class Placer:
 
     def _ratios(self, layer: BundleLayer) -> list[float]:
         return [scales.get(layer.tensor, 1.0) for scales in self.scales]
+
+    def _shares(self, layer: BundleLayer) -> Tensor | None:
+        """What every expert and the average has of the experts' factors, where that is not each its own: over the model
+        under adapters the average has all of them alike, and what is another's too counts as the manifest says."""
+        if layer.base == "average" and not layer.borrowed:
+            return None
+        names = self.bundle.experts
+        lent = [(names.index(n), names.index(lent.of or n), lent.times) for n, lent in layer.borrowed.items()]
+        key = (layer.base, *lent)
+        if key not in self._tables:
+            average = 1 / len(names) if layer.base == "adapters" else 0.0
+            table = torch.cat([torch.eye(len(names)), torch.full((1, len(names)), average)])
+            for row, column, times in lent:
+                table[row] = 0.0
+                table[row, column] = times
+            self._tables[key] = table
+        return self._tables[key]
 
     def _forms(self) -> dict[str, list[Part]]:
         """Stored name -> its parts; a matrix that the base stores in one tensor with others has a name too."""
@@ -159,7 +177,8 @@ class Placer:
                 if not self.trial.kind(place).plain:
                     self._split_above(place, ["weight", "bias"])
             return
-        dense = MixedLinear(self.state, weight, None, self._factors(module), self._ratios(layer), [None] * len(biases))
+        factors, ratios, shares = self._factors(module), self._ratios(layer), self._shares(layer)
+        dense = MixedLinear(self.state, weight, None, factors, ratios, [None] * len(biases), shares)
         for place in places:
             self._hold(place, [OwnWeight(self.modules[place], dense, transposed=layer.transposed)])
         for place, name in self.tree.places(bias) if bias is not None and any(b is not None for b in biases) else ():
@@ -190,7 +209,8 @@ class Placer:
         ]
 
     def _linear(self, layer: BundleLayer, weight: Tensor, bias: Tensor | None, biases: Values) -> ExpertLinear:
-        return MixedLinear(self.state, weight, bias, self._factors(layer.module), self._ratios(layer), biases)
+        factors, ratios, shares = self._factors(layer.module), self._ratios(layer), self._shares(layer)
+        return MixedLinear(self.state, weight, bias, factors, ratios, biases, shares)
 
     def _place_table(self, module: str, layer: BundleLayer) -> None:
         """An embedding, a head, or one that is both: whoever looks its rows up or multiplies with it shares one table.
@@ -200,7 +220,8 @@ class Placer:
         if not (self._changes(module, layer) or any(own)):
             return
         assert isinstance(parameter, nn.Parameter)
-        table = MixedTable(self.state, parameter, self._factors(module), self._ratios(layer), own)
+        factors, ratios, shares = self._factors(module), self._ratios(layer), self._shares(layer)
+        table = MixedTable(self.state, parameter, factors, ratios, own, shares)
         for place, name in self.tree.places(parameter):
             inner = self.modules[place]
             if name == "weight" and self._multiplies(place):
@@ -305,7 +326,8 @@ class Placer:
                 module, _, leaf = part.parameter.rpartition(".")
                 parameter = self.modules[module].get_parameter(leaf)
                 whole = [v.to(parameter.dtype) if v is not None else None for v in tensors]
-                piece = Piece.of(part, factors, self._ratios(layer), whole, transposed=layer.transposed)
+                ratios, shares = self._ratios(layer), self._shares(layer)
+                piece = Piece.of(part, factors, ratios, whole, transposed=layer.transposed, shares=shares)
                 self._check_piece(parameter, part, layer)
                 pieces.setdefault(module, []).append((leaf, piece))
         for module, of_module in pieces.items():
@@ -348,7 +370,7 @@ class Placer:
             place = locate(piece.target, height)
             if place is None or (layout.transposed and place[1] != slice(0, height)):
                 return None
-            residual = SlabResidual(place[1], piece.factors, piece.ratios, piece.matrices)
+            residual = SlabResidual(place[1], piece.factors, piece.ratios, piece.matrices, piece.shares)
             slabs.setdefault((leaf, place[0]), []).append(residual.turned() if layout.transposed else residual)
         return slabs
 
@@ -368,24 +390,26 @@ class Placer:
 
 
 class CodedPlacer(Placer):
-    """Leaves the factors of linear layers as they are stored. Those inside fused blocks, and of layers that are used
-    otherwise, are decoded all the same."""
+    """Leaves the factors of linear layers as they are stored. Those inside fused blocks, of layers that are used
+    otherwise, and of which a row has more than one expert's own, are decoded all the same."""
 
     def _read(self, expert: str) -> dict[str, Tensor]:
         self.suffixes = self.bundle.code.suffixes
         kept = {
             module
             for module in self.linear.keys() & self.modules.keys()
-            if f"{module}.weight" not in self.orders and self._is_linear(module)
+            if f"{module}.weight" not in self.orders
+            and self._shares(self.linear[module]) is None
+            and self._is_linear(module)
         }
-        return self.bundle.adapter(expert, coded=kept)
+        return self.bundle.adapter(expert, coded=kept, apart=True)
 
     def _changes(self, module: str, layer: BundleLayer) -> bool:
         decoded = any(f"{module}.lora_A.weight" in adapter for adapter in self.adapters)
         return decoded or super()._changes(module, layer)
 
     def _linear(self, layer: BundleLayer, weight: Tensor, bias: Tensor | None, biases: Values) -> ExpertLinear:
-        if f"{layer.module}.weight" in self.orders:
+        if f"{layer.module}.weight" in self.orders or self._shares(layer) is not None:
             return super()._linear(layer, weight, bias, biases)
         from .triton.linear import CodedLinear
 

@@ -60,7 +60,7 @@ def _check(
     with model.assigned(names, len(names)):
         outputs = (module(x) - module(torch.zeros_like(x))).float()[:, 0]  # whatever its bias
     for name, output in zip(names, outputs, strict=True):
-        stored = readers[name].read(layer.tensor) if name else bundle.base_tensor(layer.tensor)
+        stored = readers[name].read(layer.tensor) if name else bundle.average_tensor(layer.tensor)
         dense = (stored.T if layer.transposed else stored).float()
         dense = dense if order is None else dense[order.to(dense.device)]
         expected = F.linear(x[0, 0].float().cpu(), dense)

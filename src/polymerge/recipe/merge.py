@@ -26,6 +26,8 @@ KeepOrAverage = Literal["keep", "average"]
 Table = Literal["keep", "average", "compress"]
 # Of their 16-bit bytes an expert's own take a twentieth: the least that loses little (docs/codes.md).
 EMBEDDING_RATE = 0.95
+# What the stored base of a linear layer is: the model under all its experts' adapters, or the experts' average.
+BaseKind = Literal["adapters", "average"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 CodeName = Annotated[str, AfterValidator(known_code)]
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
@@ -84,6 +86,8 @@ class Recipe(BaseModel):
             and the head may be stored as linear weights are, too: `compress`, which is not published.
         embedding_rate: the compress rate of embeddings and heads with `compress`: one number, or a mapping of patterns
             of names to numbers.
+        adapters: how experts are stored that are LoRA adapters over one model: `exact`, as that very model and the own
+            factors of each, or `average` (published), as their average and residuals from it, as all other experts are.
         align: `permutation` for experts that do not share a base: every expert's neurons and heads are brought into the
             order in which they fit the first expert's best, which changes no expert's function.
         dtype: what the bundle is stored in; by default the sources' own.
@@ -108,6 +112,7 @@ class Recipe(BaseModel):
     lm_head: Table = "keep"
     embedding_rate: NamedRates = EMBEDDING_RATE
     norms: KeepOrAverage = "keep"
+    adapters: Literal["exact", "average"] = "exact"
     align: Literal["permutation"] | None = None
     dtype: DTypeName | None = None
     device: DeviceName = "auto"

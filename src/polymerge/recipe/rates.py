@@ -83,6 +83,17 @@ def rate_of(rates: AnyRates, *names: str) -> float:
     return rates
 
 
+def tilted(rate: float, layers: int, tilt: float) -> AnyRates:
+    """One rate a layer: the first keeps 2 ** `tilt` times what `rate` keeps, the last 2 ** -`tilt` times.
+
+    A `tilt` of 0, or a model of one layer, has one rate for all.
+    """
+    if not tilt or layers < 2:
+        return rate
+    shares = ((1 - rate) * 2 ** (tilt * (1 - 2 * layer / (layers - 1))) for layer in range(layers))
+    return tuple(round(1 - min(1.0, share), 6) for share in shares)
+
+
 def misfit(rates: AnyRates, matrices: Iterable[tuple[str, ...]]) -> str | None:
     """Why rates are not those of a model with these matrices (their names, as for `rate_of`); None where they are."""
     matrices = list(matrices)

@@ -125,20 +125,24 @@ def find(
 def _find_size(recipe: Recipe, target: Target, codes: Sequence[CodeName]) -> Found:
     plan = plan_merge(recipe)
     fitting = Fitting.of(plan)
-    limit = math.floor(target.value * plan.base_bytes if target.kind == "times" else target.value)
+    limit = target.limit(plan.base_bytes)
     by_bits = sorted(codes, key=lambda name: code_of(name, plan.dtype).bytes(128, 128, 1))
     kept = {code: fitting.most(limit, code) for code in by_bits}
     plans = [fitting.at(keep, code) for code, keep in kept.items() if keep is not None]
     if not plans:
-        least = fitting.bytes(fitting.at(0, codes[0]))
-        raise TargetError(
-            f"target {target.text!r}: is {limit / 1e6:.1f} MB, but the average and what every expert keeps of its own "
-            f"(embeddings, norms) take {least / 1e6:.1f} MB"
-        )
+        raise too_small(target, limit, fitting.bytes(fitting.at(0, codes[0])))
     chosen = next((plan for plan in plans if not has_full_rank(plan)), plans[-1])
     if not any(task.rank for task in chosen.tasks):
         chosen = replanned(chosen, compress_rate=chosen.recipe.compress_rate, code=codes[0])
     return Found(_changed(recipe, chosen), 0, limit=limit)
+
+
+def too_small(target: Target, limit: int, least: int) -> TargetError:
+    """For a size under that of a bundle without residuals."""
+    return TargetError(
+        f"target {target.text!r}: is {limit / 1e6:.1f} MB, but the average and what every expert keeps of its own "
+        f"(embeddings, norms) take {least / 1e6:.1f} MB"
+    )
 
 
 def _changed(recipe: Recipe, plan: MergePlan) -> Recipe:

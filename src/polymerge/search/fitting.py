@@ -11,6 +11,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -21,6 +22,7 @@ from ..merging.layout import layout_of
 from ..merging.plan import MergePlan, replanned
 from ..merging.treatment import TensorTask
 from ..recipe.merge import CodeName
+from ..recipe.rates import layer_number, tilted
 from ..sources.checkpoint import Checkpoint
 
 # Rates are whole numbers of ten-thousandths: one step is 0.01% of what an expert's matrices take in 16 bits.
@@ -37,10 +39,12 @@ class Fitting:
     Attributes:
         plan: at whatever rate it was made.
         shared: names of the tensors that are the same in all experts, to the bit.
+        tilt: how much more of the first layer is kept than of the last (`polymerge.recipe.rates.tilted`).
     """
 
     plan: MergePlan
     shared: frozenset[str]
+    tilt: float = 0.0
 
     @classmethod
     def of(cls, plan: MergePlan) -> Fitting:
@@ -50,7 +54,12 @@ class Fitting:
 
     def at(self, keep: int, code: CodeName) -> MergePlan:
         """The plan that keeps so many ten-thousandths of the residuals: rate 1 at 0, rate 0 at 10,000."""
-        return replanned(self.plan, compress_rate=(STEPS - keep) / STEPS, code=code)
+        rates = tilted((STEPS - keep) / STEPS, self._layers if self.tilt else 0, self.tilt)
+        return replanned(self.plan, compress_rate=rates, code=code)
+
+    @cached_property
+    def _layers(self) -> int:
+        return max((layer_number(task.record.module) for task in self.plan.tasks), default=-1) + 1
 
     def most(self, limit: int, code: CodeName) -> int | None:
         """The most ten-thousandths that can be kept in `limit` bytes; None where the average is too large."""
@@ -67,9 +76,9 @@ class Fitting:
         """Bytes of all weight files of the plan's bundle, at most."""
         base = sum(_base_bytes(task, plan) for task in plan.tasks)
         headers = sum(layout_of(plan).rooms.values())
-        return base + headers + len(plan.checkpoints) * (self._expert_bytes(plan) + FILE_BYTES)
+        return base + headers + sum(self._expert_bytes(plan, expert) + FILE_BYTES for expert in plan.checkpoints)
 
-    def _expert_bytes(self, plan: MergePlan) -> int:
+    def _expert_bytes(self, plan: MergePlan, expert: str) -> int:
         apart = [task for task in plan.tasks if task.name not in self.shared]
         whole = {t.name for t in apart if t.treatment in ("full", "keep") and not t.as_difference}
         modules = {task.record.module for task in plan.tasks if task.name in whole}
@@ -77,13 +86,13 @@ class Fitting:
         whole |= {task.name for task in plan.tasks if task.record.module in modules and not task.as_difference}
         total = sum(_base_bytes(task, plan) for task in plan.tasks if task.name in whole)
         few = [task for task in plan.tasks if task.tables and task.treatment == "average"]
-        total += sum(task.expert_bytes(plan.dtype, plan.code) for task in few)
+        total += sum(task.expert_bytes(plan.dtype, plan.code, expert) for task in few)
         biases = [task for task in apart if task.treatment == "keep" and task.as_difference]
         total += sum(4 * task.numel for task in biases)
         for task in (task for task in plan.tasks if task.against_base):
             total += 4 + ENTRY_BYTES + len(task.name)  # its scale
             if task.treatment == "low_rank" and task.name not in self.shared:
-                total += task.expert_bytes(plan.dtype, plan.code)
+                total += task.expert_bytes(plan.dtype, plan.code, expert)
             # PEFT wants a bias beside all factors, and factors beside it.
             if biases and plan.code.peft_readable and not task.record.slice:
                 total += 4 * sum(task.matrix_shape)

@@ -38,6 +38,10 @@ class Target:
         # shares of few examples are quotients that may miss a round figure by the last bit
         return all((agreement.kept or 0.0) >= self.value - 1e-9 for agreement in point.experts.values())
 
+    def limit(self, one_model: int) -> int:
+        """Bytes that a bundle's weights may take. Of size and times."""
+        return math.floor(self.value * one_model if self.kind == "times" else self.value)
+
     def words(self, point: Point) -> str:
         """The worst expert's figure."""
 

@@ -18,8 +18,9 @@ from .adapter_changes import ChangesReader
 from .adapter_config import ADAPTER_CONFIG, check_adapter
 from .adapter_ends import part_the_ends
 from .adapter_folder import adapter_folder
-from .checkpoint import Checkpoint, TensorInfo, natural_key, read_rows, tensors_of_file
+from .checkpoint import Checkpoint, OverBase, TensorInfo, natural_key, read_rows, tensors_of_file
 from .fingerprint import digest_of
+from .lora import LowRank
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -55,6 +56,20 @@ class AdapterCheckpoint(Checkpoint):
             return self._before(name, start, stop).to(info.dtype)
         rows = change.rows(lambda a, b: self._before(name, a, b).float(), start, stop, info.shape[0])
         return rows.to(info.dtype)
+
+    def over_base(self, name: str) -> OverBase | None:
+        change, base = self._changes.changed.get(name), self._base.checkpoint
+        if name in self._changes.whole or name not in base.tensors:
+            return None
+        if change is None:
+            return OverBase(base)
+        if not isinstance(change, LowRank) or change.magnitude is not None:
+            return None
+
+        def factors() -> tuple[Tensor, Tensor]:
+            return change.factors(lambda start, stop: base.read_rows(name, start, stop).float())
+
+        return OverBase(base, change.rank, change.dtype, factors)
 
     def fingerprint(self) -> list[str]:
         files = (self._file, self._file.with_name(ADAPTER_CONFIG))

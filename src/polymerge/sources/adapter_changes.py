@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,7 @@ class ChangesReader:
         scaling = scaling_of(self._settings, module, a.shape[0])
         transposed = keys.embedding or self._is_conv1d(target)
         change = LowRank(a, b, scaling, transposed, begins="zero" if keys.embedding else start_of(self._settings))
+        change.dtype = self._dtype(a_key, b_key)
         if change.shape != self._size(target):
             raise SourceError(f"{self._file}: {self._sizes(b_key, change.shape, target)}")
         change.magnitude = self._magnitude(module, keys, change)
@@ -180,7 +181,7 @@ class ChangesReader:
         scaling = scaling_of(self._settings, parameter, rank)
         if len(shape) == 2:
             target = self._target(*parameter.rpartition(".")[::2], a_key)
-            self._change(target, LowRank(a, b, scaling), a_key)
+            self._change(target, LowRank(a, b, scaling, dtype=self._dtype(a_key, b_key)), a_key)
             return
         factors = FusedFactors(a, b, scaling, experts, transposed)
         for target in self._base.parts(parameter, torch.empty(shape, device="meta")):
@@ -198,6 +199,10 @@ class ChangesReader:
         if a.dim() != 2 or b.dim() != 2:
             raise self._misfit(module, a, b)
         return a, b
+
+    def _dtype(self, *keys: str) -> torch.dtype:
+        """That holds what is stored under these keys."""
+        return reduce(torch.promote_types, (self._stored[key].dtype or torch.float32 for key in keys))
 
     def _misfit(self, module: str, a: Tensor, b: Tensor) -> SourceError:
         return SourceError(

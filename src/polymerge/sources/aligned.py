@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import SourceError
 from ..method.align import groups_of, moved
 from .axes import Axis
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, OverBase
 
 # The name of an axis -> the order of its units.
 Orders = Mapping[str, Tensor]
@@ -53,6 +53,9 @@ class AlignedCheckpoint(Checkpoint):
         if name in self.moves:
             return self.read(name)[start:stop].clone()
         return self.unaligned.read_rows(name, start, stop)
+
+    def over_base(self, name: str) -> OverBase | None:
+        return None if name in self.moves else self.unaligned.over_base(name)
 
     def fingerprint(self) -> list[str]:
         return self.unaligned.fingerprint()

@@ -15,7 +15,7 @@ import logging
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,6 +75,23 @@ class Origin:
     base_revision: str | None = None
 
 
+@dataclass(frozen=True)
+class OverBase:
+    """A matrix as its base's of the same name plus a product B A, to the last bit of the adapter.
+
+    Attributes:
+        base: the model under an adapter; what is no adapter is its own base.
+        rank: of the product; 0 where the matrix is the base's.
+        dtype: what the adapter stores its factors in.
+        factors: makes B [out, r], with the adapter's scaling in it, and A [r, in], both in `dtype`.
+    """
+
+    base: Checkpoint
+    rank: int = 0
+    dtype: torch.dtype = torch.float32
+    factors: Callable[[], tuple[Tensor, Tensor]] | None = None
+
+
 class Checkpoint(ABC):
     """Tensors by name, read when asked for.
 
@@ -109,6 +126,10 @@ class Checkpoint(ABC):
     @abstractmethod
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of the first dimension, in the stored dtype, on the CPU."""
+
+    def over_base(self, name: str) -> OverBase | None:
+        """A matrix as a sum over its base; None where there is no such sum of few numbers (DoRA, a whole module)."""
+        return OverBase(self)
 
     def fingerprint(self) -> list[str]:
         """A digest of every weight file (`polymerge.sources.fingerprint`): tells that the weights are the same."""

@@ -22,7 +22,7 @@ POSITIONS = (
 # vocabulary are seen on the tensors, architectures are compared by name, dtypes and quantisation are the files'.
 CANNOT_MATTER = re.compile(
     r"_.*|.*dropout.*|.*_pdrop|.*layerdrop|.*initializer.*|init_.*|.*_token_ids?|.*_token_index|.*aux_loss.*|.*z_loss.*"
-    r"|output_.*|return_dict|use_return_dict|use_cache|id2label|label2id|num_labels|problem_type|finetuning_task"
+    r"|output_(attentions|hidden_states|router_logits|scores|past)|return_dict|use_return_dict|use_cache|id2label|label2id|num_labels|problem_type|finetuning_task"
     r"|task_specific_params|summary_.*|architectures|auto_map|name_or_path|transformers_version|unsloth.*"
     r"|torch_dtype|dtype|use_bfloat16|torchscript|quantization_config|compression_config|vocab_size"
     r"|tie_word_embeddings|gradient_checkpointing|pretraining_tp|chunk_size_feed_forward|attn_implementation"
@@ -32,6 +32,9 @@ CANNOT_MATTER = re.compile(
 SHOWN_BY_SHAPES = ("hidden_size", "intermediate_size", "num_hidden_layers", "n_embd", "n_layer", "n_inner")
 # Ways to say which layers slide, where the configuration says it layer by layer as well.
 SAID_BY_LAYERS = ("use_sliding_window", "max_window_layers", "sliding_window_pattern")
+
+# Ignored, though some count positions from it: what it does there is tried (`polymerge.merging.padding`).
+PADDING = "pad_token_id"
 
 Settings = dict[str, Any]
 
@@ -51,6 +54,17 @@ def resolved(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
 def settings_of(config: Mapping[str, Any]) -> Settings:
     """Every setting that changes a forward pass, without positions: dotted key -> value."""
     return {key: value for key, value in _leaves(config) if key.rpartition(".")[2] not in POSITIONS}
+
+
+def paddings_of(config: Mapping[str, Any], prefix: str = "") -> Settings:
+    """Its padding tokens: dotted key -> token."""
+    paddings: Settings = {}
+    for key, value in config.items():
+        if key == PADDING:
+            paddings[f"{prefix}{key}"] = value
+        elif isinstance(value, Mapping):
+            paddings |= paddings_of(value, f"{prefix}{key}.")
+    return paddings
 
 
 def positions_of(config: Mapping[str, Any]) -> Settings:

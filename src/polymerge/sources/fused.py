@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SourceError
-from .checkpoint import Checkpoint, TensorInfo, in_natural_order
+from .checkpoint import Checkpoint, OverBase, TensorInfo, in_natural_order
 from .forms import Part, forms_of
 from .layers import LayerMap, LayerRecord, map_layers, meta_model, stored_names
 from .slices import Slice, slices_of
@@ -67,6 +67,9 @@ class SlicedCheckpoint(_View):
         if len(part.shape) == 2:
             return self._checkpoint.read_rows(part.tensor, part.start + start, min(stop, part.rows) + part.start)
         return self.read(name)[start:stop].clone()
+
+    def over_base(self, name: str) -> OverBase | None:
+        return None if name in self._slices else self._checkpoint.over_base(name)
 
 
 class StoredForm(_View):

@@ -39,6 +39,7 @@ class LowRank(Change):
         magnitude: [out].
         begins: where the factors began. PiSSA's principal part and OLoRA's QR are taken out of the base, every time
             that PEFT loads the adapter.
+        dtype: what the adapter stores its factors in.
     """
 
     a: Tensor
@@ -47,6 +48,7 @@ class LowRank(Change):
     transposed: bool = False
     magnitude: Tensor | None = None
     begins: Start = "zero"
+    dtype: torch.dtype = torch.float32
     _begin: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
     _norms: Tensor | None = field(default=None, init=False, repr=False)
 
@@ -55,6 +57,20 @@ class LowRank(Change):
         """Of the tensor."""
         shape = self.b.shape[0], self.a.shape[1]
         return shape[::-1] if self.transposed else shape
+
+    @property
+    def rank(self) -> int:
+        """Of the whole change; that of a magnitude has none."""
+        return len(self.a) * (1 if self.begins == "zero" else 2)
+
+    def factors(self, before: Rows) -> tuple[Tensor, Tensor]:
+        """B [out, rank] and A [rank, in] of the whole change, in `dtype`. A magnitude is not in them."""
+        a, b = self.a, self.scaling * self.b
+        if self.begins != "zero":
+            if self._begin is None:
+                self._begin = self._beginning(before(0, self.shape[0]))
+            a, b = torch.cat([a, self._begin[0]]), torch.cat([b, -self._begin[1]], dim=1)
+        return b.to(self.dtype), a.to(self.dtype)
 
     def rows(self, before: Rows, start: int, stop: int, size: int) -> Tensor:
         changed = self._summed(before, start, stop, size)

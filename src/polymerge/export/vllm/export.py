@@ -19,21 +19,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...bundle.bundle import ExpertReader
+from ...bundle.bundle import Bundle, ExpertReader
 from ...bundle.files import (
     DTYPE_NAMES,
     Entry,
+    Rows,
+    entry_of,
     raw_bytes,
     write_bytes,
     write_json,
     write_safetensors,
 )
-from ...bundle.manifest import ADAPTER_FILE
+from ...bundle.manifest import ADAPTER_FILE, stored_layers, stored_shape
 from ...bundle.peft import PEFT_PREFIX, adapter_config
 from ...bundle.personas import write_files
 from ...bundle.place import settled
 from ...bundle.reading import steady
-from ...bundle.write import copy_model_files
+from ...bundle.write import copy_model_files, write_weights
 from ...engine.vllm.folder import NOTE, ServedExpert, VllmNote, serve_arguments
 from ...errors import ModelError
 from ...host import peak_memory, pick_device
@@ -91,8 +93,7 @@ def write_vllm(
     needed = bundle.sizes().base + plan.adapter_bytes
     with placed(output, overwrite=overwrite, needed=needed) as staged, steady(bundle):
         copy_model_files(bundle.path, staged, read_json(bundle.path / "config.json"), code=True)
-        for file in (name for name in bundle.manifest.files if "/" not in name and ".safetensors" in name):
-            shutil.copyfile(bundle.path / file, staged / file)
+        _write_average(bundle, staged)
         clock, calibration = _Clock(plan, progress), Calibration(bundle, samples or builtin_prompts(), place)
         writer, measured = _Writer(plan, place, clock), {}
         for expert, tasks in plan.experts.items():
@@ -104,6 +105,27 @@ def write_vllm(
         note = _note(plan, measured)
         write_bytes(staged / NOTE, note.to_json().encode())
     return VllmExport(output, note)
+
+
+def _write_average(bundle: Bundle, folder: Path) -> None:
+    """The weights of the average: the bundle's own files, or made where these are the model under adapters."""
+    if all(layer.base == "average" for layer in bundle.manifest.layers):
+        for file in (name for name in bundle.manifest.files if "/" not in name and ".safetensors" in name):
+            shutil.copyfile(bundle.path / file, folder / file)
+        return
+    stored = stored_layers(bundle.manifest.layers)
+    infos = {name: bundle.base.tensors[layers[0].tensor] for name, layers in stored.items()}
+    entries = [
+        entry_of(name, Rows(info.dtype or bundle.base_tensor(name).dtype, stored_shape(stored[name]), ()))
+        for name, info in infos.items()
+    ]
+
+    def content(index: int) -> Iterator[bytes]:
+        for layer in stored[entries[index].key]:
+            tensor = bundle.average_tensor(layer.tensor)
+            yield bytes(raw_bytes(tensor.to(bundle.base.tensors[layer.tensor].dtype or tensor.dtype)))
+
+    write_weights(folder, entries, content)
 
 
 class _Writer:
@@ -146,7 +168,8 @@ class _Writer:
         if stored and task.embedding:
             stored = stored[1].T, stored[0].T
         seed = sketch_seed(self.plan.bundle.manifest.method.seed, tensor, expert, task.module)
-        if stored is None or task.rank == min(task.shape) or stored[1].shape[0] > task.rank:
+        whole = task.layer.base == "adapters"  # all of what the average lacks and has too much, which is of low rank
+        if stored is None or whole or task.rank == min(task.shape) or stored[1].shape[0] > task.rank:
             return self._fitted(target, task.rank, size, seed)
         b, a = (factor.to(self.device) for factor in stored)
         spare = task.rank - a.shape[0]
@@ -161,8 +184,13 @@ class _Writer:
         if task.norm:
             ratio = self._ratio(task.norm, reader).to(weight)
             weight.mul_(ratio[:, None] if task.layer.transposed else ratio)
-        weight.sub_(self.plan.bundle.base_tensor(task.layer.tensor).to(weight))
+        weight.sub_(self._average(task.layer.tensor).to(weight))
         return weight.T if task.layer.transposed or task.embedding else weight
+
+    def _average(self, tensor: str) -> Tensor:
+        """As it is served: the experts' adapters give back what its rounding takes."""
+        bundle = self.plan.bundle
+        return bundle.average_tensor(tensor).to(bundle.base.tensors[tensor].dtype or self.plan.dtype)
 
     def _fitted(self, matrix: Tensor, rank: int, size: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
         """min ||(matrix - B A) diag(size)||: columns count by the size of what they are multiplied with."""

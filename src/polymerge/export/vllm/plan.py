@@ -136,7 +136,7 @@ def plan_vllm(bundle: Bundle | str | Path, *, max_rank: int | None = None) -> Vl
             f"{fused.tensor}: vLLM's adapters for mixture-of-experts blocks have another form, which is not written; "
             "export one expert with --to dense"
         )
-    largest = max((layer.rank for layer in linear), default=0)
+    largest = max((_needed_rank(bundle, layer) for layer in linear), default=0)
     allowed = max_rank or padded_rank(largest or DEFAULT_RANK)
     if bundle.manifest.architecture in EMBEDDING_ARCHITECTURES:
         largest = max((layer.rank for layer in bundle.layers.values()), default=0)
@@ -147,6 +147,14 @@ def plan_vllm(bundle: Bundle | str | Path, *, max_rank: int | None = None) -> Vl
         lost.append(f"all experts: residuals of rank up to {largest} are cut to rank {allowed}")
     norms = {layer.module: layer.tensor for layer in bundle.layers.values() if layer.role == "norm"}
     return VllmPlan(bundle, allowed, experts, norms, tuple(lost))
+
+
+def _needed_rank(bundle: Bundle, layer: BundleLayer) -> int:
+    """Of factors that are added to the average, which vLLM serves as the base: where that is the mean of adapters over
+    one model, an expert's has all the others' in it."""
+    if layer.base == "adapters":
+        return min(sum(layer.ranks.values()), *layer.shape)
+    return max(layer.rank_of(expert) for expert in bundle.experts)
 
 
 def _check_persona(bundle: Bundle, expert: str) -> None:
@@ -188,6 +196,10 @@ class _Expressed:
         self._takes = linear
         self._readers = norm_readers(bundle.path)
         self._norms = norm_modules(bundle.path)
+        shapes = [bundle.adapter_shapes(expert) for expert in bundle.experts]
+        over_adapters = {layer.module for layer in bundle.layers.values() if layer.base == "adapters"}
+        # The average has a part of them, which is not the others'.
+        self._averaged = {m for m in over_adapters if any(f"{m}.lora_A.weight" in its for its in shapes)}
 
     def tasks(self, expert: str) -> list[Factored]:
         """An expert's factors, in the order of an adapter's file."""
@@ -203,7 +215,7 @@ class _Expressed:
             takes = layer.role == "linear" or (layer.role in ("embedding", "lm_head") and self._takes_embeddings)
             if replaced and takes and min(layer.shape) > self.rank:
                 whole.append(layer.tensor)
-            factored = f"{layer.module}.lora_A.weight" in stored
+            factored = f"{layer.module}.lora_A.weight" in stored or layer.module in self._averaged
             if layer.role == "linear" and (replaced or factored or norm or scales.get(layer.tensor, 1.0) != 1.0):
                 tasks.append(self._task(layer, layer.module, norm))
             elif layer.role in ("embedding", "lm_head"):
