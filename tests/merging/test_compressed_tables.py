@@ -80,7 +80,7 @@ def test_rates_by_name_and_no_list(tmp_path: Path) -> None:
 
 
 def test_who_does_not_compress_them_has_the_bytes_of_before(tmp_path: Path) -> None:
-    bundle = merge({"experts": sources(make_experts("llama", tmp_path, count=2))}, tmp_path / "b")
+    bundle = merge({"experts": sources(make_experts("llama", tmp_path, count=3))}, tmp_path / "b")
     text = (bundle.path / "polymerge.json").read_text()
     assert "embedding_rate" not in text and read_manifest(bundle.path).format_version == 1
 
@@ -130,7 +130,7 @@ def check_own_rows(bundle: Bundle, originals: dict[str, Original]) -> None:
 
 
 def test_what_each_choice_costs_is_what_it_takes(tmp_path: Path) -> None:
-    experts = sources(make_experts("llama", tmp_path, count=2))
+    experts = sources(make_experts("llama", tmp_path))
     plan = plan_merge({"experts": experts, **COMPRESS, "embeddings": "average", "lm_head": "average", "code": "int4"})
     costs = bytes_of_choices(plan)
     taken: dict[str, int] = {}
