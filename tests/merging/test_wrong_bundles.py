@@ -322,6 +322,14 @@ FAULTS: dict[str, Fault] = {
         around(compress, "compress_residual", to_the_other), ("'e1'", Q), llama_of(3),
         recipe={"compress_rate": 0.5, "code": "int4"},
     ),
+    "residuals of another expert in a table": Fault(
+        around(compress, "compress_residual", to_the_other), ("'e0'", HEAD),
+        recipe={"compress_rate": 0.5, "lm_head": "compress", "embedding_rate": 0.5},
+    ),
+    "a table's ratio that is not the norm's": Fault(
+        around(compress, "compress_against", norm_off), ("'e1'", "embed_tokens", "the scale"),
+        recipe={"compress_rate": 0.5, "embeddings": "compress", "embedding_rate": 0.5},
+    ),
     "whole matrices of another expert": Fault(
         around(compress, "compress_residual", to_the_other), ("'e0'", Q), recipe={"compress_rate": 0.0}
     ),

@@ -160,7 +160,8 @@ class Bundle:
         return total / len(self.experts)
 
     def adapter(self, expert: str, *, coded: Container[str] = (), apart: bool = False) -> dict[str, Tensor]:
-        """All tensors of an expert's adapter, keys without PEFT's prefix.
+        """All tensors of an expert's adapter, keys without PEFT's prefix. Tables come whole, but for those with
+        residuals, beside which are the rows that the expert has of its own.
 
         Coded factors come decoded, as `lora_A.weight` and `lora_B.weight` in the bundle's dtype.
 
@@ -174,12 +175,12 @@ class Bundle:
         tensors |= self._borrowed(expert, apart=apart)
         for layer in self._tables:
             key = f"{layer.module}.{layer.parameter}"
-            if key in tensors:
+            if key in tensors and not layer.rank:
                 tensors[key] = self.whole_table(expert, layer, tensors[key])
         if self.code.peft_readable:
             return tensors
         dtype = DTYPES[self.manifest.dtype]
-        for layer in self._linear:
+        for layer in self._factored:
             if layer.module in coded or expert in layer.borrowed:
                 continue
             factors = self.factors(expert, layer, tensors.get)
@@ -191,7 +192,9 @@ class Bundle:
         return tensors
 
     def _borrowed(self, expert: str, *, apart: bool) -> dict[str, Tensor]:
-        layers = [x for x in self._linear if expert in x.borrowed and not (apart and x.borrowed[expert].of is not None)]
+        layers = [
+            x for x in self._factored if expert in x.borrowed and not (apart and x.borrowed[expert].of is not None)
+        ]
         if not layers:
             return {}
         reader, dtype, tensors = self.expert_reader(expert), DTYPES[self.manifest.dtype], {}
@@ -201,13 +204,14 @@ class Bundle:
             tensors[f"{layer.module}.lora_B.weight"] = (b if apart else b * times).to(dtype)
         return tensors
 
-    def whole_table(self, expert: str, layer: BundleLayer, stored: Tensor) -> Tensor:
-        """An expert's table in the bundle's size: where only its own rows are stored, the others are the average's.
+    def whole_table(self, expert: str, layer: BundleLayer, stored: Tensor, others: Tensor | None = None) -> Tensor:
+        """An expert's table in the bundle's size: where only its own rows are stored, the others are those that are
+        given, or the average's.
 
         Raises:
             BundleError: they are not as many as the manifest says.
         """
-        if layer.role != "embedding" or stored.shape[:1] == layer.shape[:1]:
+        if not (layer.rank or layer.role == "embedding") or stored.shape[:1] == layer.shape[:1]:
             return stored
         rows = self.manifest.experts[expert].own_rows
         if len(rows) != len(stored) or stored.shape[1:] != layer.shape[1:] or rows[-1] >= layer.shape[0]:
@@ -215,7 +219,7 @@ class Bundle:
                 f"{self.expert_file(expert)}: {layer.module} has {list(stored.shape)}, and the manifest says "
                 f"{len(rows)} rows of {list(layer.shape)}; copy the bundle again"
             )
-        whole = self.base_tensor(layer.tensor)
+        whole = self.base_tensor(layer.tensor) if others is None else others
         whole[rows] = stored.to(whole.dtype)
         return whole
 
@@ -235,13 +239,13 @@ class Bundle:
         theirs."""
         with _opened(self.expert_file(expert)) as handle:
             shapes = {adapter_name(key): tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
-        for layer in (layer for layer in self._linear if expert in layer.borrowed):
+        for layer in (layer for layer in self._factored if expert in layer.borrowed):
             (out_features, in_features), rank = layer.matrix_shape, layer.rank_of(expert)
             shapes[f"{layer.module}.lora_A.weight"] = (rank, in_features)
             shapes[f"{layer.module}.lora_B.weight"] = (out_features, rank)
         if self.code.peft_readable:
             return shapes
-        for layer in self._linear:
+        for layer in self._factored:
             stored = [shapes.pop(f"{layer.module}.{suffix}", None) for suffix in self.code.suffixes]
             if stored[0]:
                 out_features, in_features = layer.matrix_shape
@@ -314,8 +318,8 @@ class Bundle:
         return [layer for layer in self.manifest.layers if layer.table]
 
     @property
-    def _linear(self) -> list[BundleLayer]:
-        return [layer for layer in self.manifest.layers if layer.role == "linear"]
+    def _factored(self) -> list[BundleLayer]:
+        return [layer for layer in self.manifest.layers if layer.role == "linear" or layer.rank]
 
     def stats(self) -> list[dict[str, Any]]:
         """The lines of merge_stats.jsonl."""
@@ -379,6 +383,8 @@ class ExpertReader:
     def _whole(self, layer: BundleLayer) -> Tensor:
         tensor = layer.tensor
         whole = self._its.get(f"{layer.module}.{layer.parameter}")
+        if whole is not None and layer.rank and layer.role != "linear":
+            return self._bundle.whole_table(self._expert, layer, whole, self._rebuilt(layer)).float()
         if whole is not None:
             whole = self._bundle.whole_table(self._expert, layer, whole) if layer.table else whole
             return whole.float() if whole.is_floating_point() else whole
@@ -389,8 +395,10 @@ class ExpertReader:
         if layer.parameter == "bias":
             difference = self._its.get(f"{layer.module}.lora_B.bias")
             return base if difference is None else base + difference.float()
-        if layer.role != "linear":
-            return base
+        return self._rebuilt(layer) if layer.role == "linear" or layer.rank else base
+
+    def _rebuilt(self, layer: BundleLayer) -> Tensor:
+        base, tensor = self._bundle.base_tensor(layer.tensor).float(), layer.tensor
         return dense(base, self.ratio(tensor), self.factors(tensor), transposed=layer.transposed)
 
     def ratio(self, tensor: str) -> float:

@@ -20,8 +20,8 @@ from ..host import DTYPES
 from ..method.code import Code
 from ..method.codes import PUBLISHED, code_of
 from ..naming import check_expert_names, check_paths
-from ..recipe.merge import BaseKind, CodeName
-from ..recipe.rates import Rates
+from ..recipe.merge import EMBEDDING_RATE, BaseKind, CodeName, Table
+from ..recipe.rates import NamedRates, Rates
 from ..sources.persona import Group
 from ..sources.slices import Slice
 from .files import FileEntry
@@ -31,8 +31,8 @@ FORMAT = "polymerge-bundle"
 # Version 1 holds residuals as published; version 2 differs only in that they have a code; version 3 in that experts
 # have personas, tensors dtypes, or layers compress rates of their own; version 4 in that tensors are stored with others
 # in one, or that experts have other rows or tokens in their tables; version 5 in that residuals have ranks of their
-# own, are taken against the model under the experts' adapters, or are one for two experts, or that experts have
-# processors of their own.
+# own, are taken against the model under the experts' adapters, are one for two experts, or are those of embeddings and
+# heads, or that experts have processors of their own.
 FormatVersion = Literal[1, 2, 3, 4, 5]
 MANIFEST = "polymerge.json"
 STATS = "merge_stats.jsonl"
@@ -53,12 +53,18 @@ class Method(_Strict):
     compress_rate: Rates
     code: CodeName = PUBLISHED
     scale: Literal["per_expert", "shared"]
-    embeddings: Literal["keep", "average"]
-    lm_head: Literal["keep", "average"]
+    embeddings: Table
+    lm_head: Table
+    embedding_rate: NamedRates = EMBEDDING_RATE
     norms: Literal["keep", "average"]
     n_oversamples: int
     n_iter: int
     seed: int
+
+    @property
+    def compresses_tables(self) -> bool:
+        """Whether embeddings or heads may have residuals."""
+        return "compress" in (self.embeddings, self.lm_head)
 
 
 class ExpertRecord(_Strict):
@@ -119,7 +125,8 @@ class BundleLayer(_Strict):
         ranks: expert -> rank of its residual, where that is another.
         base: what the stored tensor is, of a linear weight: the experts' average, or the model under their adapters.
         borrowed: expert -> whose factors are its own too.
-        mean_scale: s̄, the mean Frobenius norm of the experts' tensors, for linear weights.
+        mean_scale: s̄, the mean Frobenius norm of the experts' tensors, for what is stored against the base; None for
+            tables in which experts have other rows, whose experts all have the ratio 1.
         dtype: of its own; None where it is the bundle's.
         slice: where it lies, of a matrix that the base stores in one tensor with others.
         table: has a row a token, and experts have other rows or tokens.
@@ -154,7 +161,9 @@ class BundleLayer(_Strict):
     def _linear_is_a_matrix(self) -> BundleLayer:
         if self.role == "linear" and (len(self.shape) != 2 or self.mean_scale is None):
             raise ValueError(f"{self.tensor!r} is no matrix with a scale, as a linear weight is")
-        if self.role != "linear" and (self.base != "average" or self.ranks or self.borrowed):
+        if self.rank and (len(self.shape) != 2 or self.role not in ("linear", "embedding", "lm_head")):
+            raise ValueError(f"{self.tensor!r} is no matrix, but has residuals")
+        if self.role != "linear" and (self.base != "average" or (not self.rank and (self.ranks or self.borrowed))):
             raise ValueError(f"{self.tensor!r} is no linear weight, and has no residuals")
         if any(lent.of in self.borrowed for lent in self.borrowed.values()):
             raise ValueError(f"{self.tensor!r} has factors of an expert that has another's itself")
@@ -202,7 +211,9 @@ class Manifest(_Strict):
         data = self.model_dump(mode="json")
         if self.format_version == 1:
             del data["method"]["code"]  # which readers of version 1 alone do not know
-        for name, record in data["experts"].items():  # nor what was added since
+        if not self.method.compresses_tables:  # nor what was added since
+            del data["method"]["embedding_rate"]
+        for name, record in data["experts"].items():
             data["experts"][name] = {key: value for key, value in record.items() if value not in (None, [])}
         if self.vocabulary is None:
             del data["vocabulary"]
@@ -347,7 +358,8 @@ def version_of(
 ) -> FormatVersion:
     """The lowest format version that has all this."""
     experts = list(experts)
-    if any(layer.ranks or layer.borrowed or layer.base != "average" for layer in layers):
+    own_ranks = any(layer.ranks or layer.borrowed or layer.base != "average" for layer in layers)
+    if method.compresses_tables or own_ranks:
         return 5
     if any("processor" in record.persona for record in experts):
         return 5

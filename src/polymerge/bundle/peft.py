@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ..method.code import Code
 from ..sources.checkpoint import natural_key
 from .files import Entry
@@ -22,7 +24,8 @@ TIED_ROWS = ".token_adapter.trainable_tokens_delta"
 BIASED_PAIR = ("lora_A.weight", "lora_B.weight", "lora_B.bias")
 # What PEFT would take for an adapter and read in part says a type of its own.
 WHOLE_BLOCKS, SLICED_BLOCKS = "POLYMERGE_WHOLE_BLOCKS", "POLYMERGE_SLICED_BLOCKS"
-_FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
+FACTORED_TABLES = "POLYMERGE_TABLES: make a PEFT adapter of it with `polymerge export --to peft`"
+_FACTOR = re.compile(r"(.+)\.(?:lora_([AB])\.weight|lora_embedding_([AB]))")
 
 
 def adapter_name(stored: str) -> str:
@@ -39,6 +42,27 @@ def stored_name(name: str, by_rows: Container[str]) -> str:
     """
     module = name.removesuffix(".weight")
     return PEFT_PREFIX + (module + TIED_ROWS if module in by_rows and module != name else name)
+
+
+def as_peft(
+    tensors: Mapping[str, Tensor], layers: Iterable[BundleLayer], *, tied: tuple[str, str] | None
+) -> dict[str, Tensor]:
+    """An adapter's tensors (names of the model) with the factors of embeddings as PEFT has them: `lora_embedding_A`
+    [r, V] and `lora_embedding_B` [H, r]. It takes none for two modules, so a head that is tied to an embedding gets the
+    same pair as a linear layer has it.
+
+    Args:
+        tied: modules of an embedding and of the head that it is, if any.
+    """
+    renamed = dict(tensors)
+    for layer in (layer for layer in layers if layer.rank and layer.role == "embedding"):
+        a, b = (renamed.pop(f"{layer.module}.lora_{factor}.weight", None) for factor in "AB")
+        if a is None or b is None:
+            continue
+        renamed |= {f"{layer.module}.lora_embedding_A": b.T, f"{layer.module}.lora_embedding_B": a.T}
+        if tied and tied[0] == layer.module:
+            renamed |= {f"{tied[1]}.lora_A.weight": a, f"{tied[1]}.lora_B.weight": b}
+    return renamed
 
 
 def coded_config(code: Code) -> dict[str, Any]:
@@ -64,7 +88,8 @@ def missing_siblings(keys: Iterable[str], layers: Iterable[BundleLayer]) -> list
     have = set(keys)
     layers = list(layers)
     whole = {layer.module for layer in layers if f"{layer.module}.{layer.parameter}" in have}
-    return [layer for layer in layers if layer.module in whole and f"{layer.module}.{layer.parameter}" not in have]
+    missing = (layer for layer in layers if layer.module in whole and not layer.rank)
+    return [layer for layer in missing if f"{layer.module}.{layer.parameter}" not in have]
 
 
 def adapter_config(
@@ -86,12 +111,14 @@ def adapter_config(
     tables = {layer.module: layer.shape[0] for layer in layers if layer.role == "embedding"}
     ranks: dict[str, int] = {}
     whole: set[str] = set()
+    looked_up: set[str] = set()
     tokens: dict[str, list[int]] = {}
     lora_bias = False
     for name, shape in sorted(tensors, key=lambda tensor: natural_key(tensor[0])):
         factor = _FACTOR.fullmatch(name)
         if factor:
-            ranks[factor[1]] = shape[0] if factor[2] == "A" else shape[1]
+            ranks[factor[1]] = shape[0] if (factor[2] or factor[3]) == "A" else shape[1]
+            looked_up |= {factor[1]} if factor[3] else set()
         elif name.endswith(".lora_B.bias"):
             lora_bias = True
         elif tied_embedding and name == f"{tied_embedding}.weight" and shape[0] == tables.get(tied_embedding, shape[0]):
@@ -104,9 +131,11 @@ def adapter_config(
     fused = {m: r for m, r in ranks.items() if m in by_module and is_fused(by_module[m])}
     # transformers 5 holds a mixture's matrices in one parameter, for which PEFT takes the general rank alone.
     rank = next(iter(fused.values()), None) or (Counter(ranks.values()).most_common(1)[0][0] if ranks else 1)
+    rows_too = {layer.module for layer in layers if layer.rank} & (whole | tokens.keys())
+    beyond = rows_too or (tables.keys() & ranks.keys()) - looked_up
     pattern = {re.escape(module): r for module, r in ranks.items() if r != rank}
     return {
-        "peft_type": _peft_type(whole, ranks, by_module),
+        "peft_type": FACTORED_TABLES if beyond else _peft_type(whole, ranks, by_module),
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
         "inference_mode": True,
@@ -159,7 +188,8 @@ def missing_zeros(shapes: Mapping[str, Sequence[int]], layers: Iterable[BundleLa
     way round a bias needs a factor pair.
     """
     needed = []
-    for layer in (layer for layer in layers if layer.role == "linear" and not layer.slice):
+    taken = (x for x in layers if x.role == "linear" or (x.role == "lm_head" and x.rank))
+    for layer in (layer for layer in taken if not layer.slice):
         rows, columns = layer.matrix_shape
         a, b, bias = (f"{layer.module}.{part}" for part in BIASED_PAIR)
         if a in shapes and bias not in shapes:

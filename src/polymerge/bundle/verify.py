@@ -146,7 +146,7 @@ def adapter_problems(bundle: Bundle, expert: str) -> Iterator[str]:
         return
     allowed: dict[str, tuple[int, ...] | None] = {}
     for layer in bundle.layers.values():
-        allowed |= _allowed_keys(layer, adapter)
+        allowed |= _allowed_keys(layer, adapter, len(bundle.manifest.experts[expert].own_rows))
     for key, tensor in adapter.items():
         if key not in allowed:
             yield f"expert {expert!r}: {key!r} belongs to no tensor of the base"
@@ -154,7 +154,7 @@ def adapter_problems(bundle: Bundle, expert: str) -> Iterator[str]:
             yield f"expert {expert!r}: {key!r} is {list(tensor.shape)}, expected {list(allowed[key] or ())}"
         elif not all_finite(tensor):
             yield f"expert {expert!r}: {key!r} holds NaN or infinite values"
-    for layer in (layer for layer in bundle.layers.values() if layer.role == "linear"):
+    for layer in (layer for layer in bundle.layers.values() if layer.role == "linear" or layer.rank):
         factor, rank = adapter.get(f"{layer.module}.lora_B.weight"), layer.rank_of(expert)
         if factor is not None and factor.any() and factor.shape[-1] != rank:
             yield f"expert {expert!r}: rank {factor.shape[-1]} of {layer.tensor!r}, the manifest says {rank}"
@@ -197,9 +197,14 @@ def expected_config(bundle: Bundle, expert: str) -> dict[str, Any]:
     return adapter_config(shapes, bundle.layers.values(), tied_embedding=manifest.tied_embedding, rows=rows)
 
 
-def _allowed_keys(layer: BundleLayer, adapter: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...] | None]:
-    keys: dict[str, tuple[int, ...] | None] = {f"{layer.module}.{layer.parameter}": layer.shape}
-    if layer.role == "linear":
+def _allowed_keys(
+    layer: BundleLayer, adapter: Mapping[str, torch.Tensor], own_rows: int
+) -> dict[str, tuple[int, ...] | None]:
+    own = f"{layer.module}.{layer.parameter}"
+    keys: dict[str, tuple[int, ...] | None] = {own: layer.shape}
+    if layer.rank and layer.role != "linear":  # beside residuals an expert has its own rows at most
+        keys = {own: (own_rows, *layer.shape[1:])} if layer.table and own_rows else {}
+    if layer.role == "linear" or layer.rank:
         rows, columns = layer.shape[::-1] if layer.transposed else layer.shape
         a = adapter.get(f"{layer.module}.lora_A.weight")
         rank = a.shape[0] if a is not None else layer.rank

@@ -12,6 +12,7 @@ from .words import (
     Code,
     CompressRate,
     DType,
+    EmbeddingRate,
     Embeddings,
     LmHead,
     Norms,
@@ -37,6 +38,7 @@ def merge(
     dtype: DType = None,
     embeddings: Embeddings = None,
     lm_head: LmHead = None,
+    embedding_rate: EmbeddingRate = None,
     norms: Norms = None,
     align: Align = None,
     target: Annotated[
@@ -65,13 +67,15 @@ def merge(
 ) -> None:
     """Merge the recipe's experts into one bundle."""
     from ..search.merge import merge as run
-    from .console import err, hush_libraries, merge_progress, print_json
+    from .console import err, hush_libraries, merge_progress, out, print_json
 
     if target is not None:
         hush_libraries()
     searched: list[Found] = []
+    plans: list[MergePlan] = []
 
     def notes(plan: MergePlan) -> None:
+        plans.append(plan)
         for note in (*plan.notes, *plan.personas.hints):
             if not quiet:
                 err.print(f"note: {note}", markup=False)
@@ -80,11 +84,12 @@ def merge(
         if not (quiet or as_json):
             err.print(text, markup=False, soft_wrap=True)
 
-    kept = {
+    kept: dict[str, Any] = {
         "scale": scale,
         "dtype": dtype,
         "embeddings": embeddings,
         "lm_head": lm_head,
+        "embedding_rate": embedding_rate,
         "norms": norms,
         "align": align,
     }
@@ -101,6 +106,8 @@ def merge(
     elif not quiet:
         options = [f"--{key.replace('_', '-')} {value}" for key, value in kept.items() if value is not None]
         _print(bundle, output, searched, " ".join([*recipe, "-o", str(output), *options]))
+        _print_embeddings(plans[-1], bundle)
+        out.print(f"next: polymerge inspect {output}", markup=False)
 
 
 def _data(bundle: Bundle, output: Path, searched: list[Found]) -> dict[str, Any]:
@@ -127,4 +134,17 @@ def _print(bundle: Bundle, output: Path, searched: list[Found], words: str) -> N
     for chosen in searched:
         at = f"--compress-rate {in_words(chosen.recipe.compress_rate)} --code {chosen.recipe.code}"
         out.print(f"repeat: polymerge merge {words} {at}", markup=False, soft_wrap=True)
-    out.print(f"next: polymerge inspect {output}", markup=False)
+
+
+def _print_embeddings(plan: MergePlan, bundle: Bundle) -> None:
+    """What embeddings and heads cost, and how far those are from the experts' own that were averaged."""
+    from ..merging.choices import averaged, bytes_of_choices, moved
+    from .console import say
+    from .plan import embedding_costs
+
+    costs = bytes_of_choices(plan)
+    if costs:
+        say(f"embeddings and heads of all experts: {embedding_costs(costs, plan.recipe.embedding_rate)}")
+    if averaged(plan):
+        apart = ", ".join(f"{expert} {share:.2g}" for expert, share in moved(plan, bundle).items())
+        say(f"averaged: they are from each expert's own, as a share of its norm: {apart}")

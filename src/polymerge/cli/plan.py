@@ -6,10 +6,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .words import Align, Code, CompressRate, DType, Embeddings, LmHead, Norms, RecipeOrExperts, Scale, read_recipe
+from .words import (
+    Align,
+    Code,
+    CompressRate,
+    DType,
+    EmbeddingRate,
+    Embeddings,
+    LmHead,
+    Norms,
+    RecipeOrExperts,
+    Scale,
+    read_recipe,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ..merging.footprint import Footprint
+    from ..recipe.rates import AnyRates
 
 
 def plan(
@@ -20,6 +35,7 @@ def plan(
     dtype: DType = None,
     embeddings: Embeddings = None,
     lm_head: LmHead = None,
+    embedding_rate: EmbeddingRate = None,
     norms: Norms = None,
     align: Align = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -27,17 +43,18 @@ def plan(
     """Say what a merge will write, read and need in memory, without reading a weight."""
     from rich.markup import escape
 
+    from ..merging.choices import averaged, bytes_of_choices
     from ..merging.footprint import footprint
     from ..merging.plan import plan_merge
     from ..recipe.rates import in_words
-    from .console import out, print_json, size
+    from .console import out, print_json, say, size
 
     planned = plan_merge(
         read_recipe(recipe), weights=False, compress_rate=compress_rate, code=code, scale=scale, dtype=dtype,
-        embeddings=embeddings, lm_head=lm_head, norms=norms, align=align,
+        embeddings=embeddings, lm_head=lm_head, embedding_rate=embedding_rate, norms=norms, align=align,
     )  # fmt: skip
-    needs = footprint(planned)
-    summary = planned.summary() | {"answering": needs.to_json()}
+    needs, costs = footprint(planned), bytes_of_choices(planned)
+    summary = planned.summary() | {"embedding_bytes": costs, "answering": needs.to_json()}
     if as_json:
         print_json(summary)
         return
@@ -60,12 +77,25 @@ def plan(
     out.print(f"  average    {size(summary['base_bytes'])}")
     out.print(f"  an expert  {size(summary['residual_bytes_per_expert'])} of residuals ({summary['code']})", end="")
     out.print(f", {size(summary['own_bytes_per_expert'])} of its own tensors (embeddings, norms ...)")
+    if costs:
+        say(f"embeddings   of all experts, with the head: {embedding_costs(costs, planned.recipe.embedding_rate)}")
+    if averaged(planned):
+        say("             averaged: experts that moved far lose most by it; the end of a merge says how far they did")
     out.print(f"disk         {size(2 * written)} while it runs")
     out.print(f"reads        {size(summary['read_bytes'])}")
     out.print(f"memory       about {size(summary['memory_bytes'])} beside the program itself")
     _print_footprint(needs)
     for note in summary["notes"]:
         out.print(f"note: {note}", markup=False)
+
+
+def embedding_costs(costs: Mapping[str, int], rates: AnyRates) -> str:
+    """Bytes of embeddings and heads under every choice, in words."""
+    from ..recipe.rates import in_words
+    from .console import size
+
+    at = {"compress": f" at {in_words(rates)}"}
+    return ", ".join(f"{choice}{at.get(choice, '')} {size(count)}" for choice, count in costs.items())
 
 
 def _print_footprint(needs: Footprint) -> None:

@@ -11,6 +11,7 @@ from ..method.codes import PLAIN
 from .words import (
     Align,
     DType,
+    EmbeddingRate,
     Embeddings,
     LmHead,
     Norms,
@@ -33,6 +34,7 @@ def sweep(
     dtype: DType = None,
     embeddings: Embeddings = None,
     lm_head: LmHead = None,
+    embedding_rate: EmbeddingRate = None,
     norms: Norms = None,
     align: Align = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the table.")] = False,
@@ -56,7 +58,7 @@ def sweep(
     points = run(
         read_recipe(recipe), read_pairs(prompts, "NAME=FILE"), output, rates=read_numbers(rates, "--rates"),
         codes=codes.split(","), limit=limit, progress=say, scale=scale, dtype=dtype, embeddings=embeddings,
-        lm_head=lm_head, norms=norms, align=align,
+        lm_head=lm_head, embedding_rate=embedding_rate, norms=norms, align=align,
     )  # fmt: skip
     plain = [to_json(point, points) for point in points]
     page = write_sweep(plain, output / "sweep.html", footer=f"polymerge sweep {' '.join(recipe)}")

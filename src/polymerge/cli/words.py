@@ -23,8 +23,11 @@ CompressRate = Annotated[
 Code = Annotated[str | None, typer.Option(help="Of the residuals: factors, int8, int4, entropy, over the recipe's.")]
 Scale = Annotated[str | None, typer.Option(help="per_expert or shared, over the recipe's.")]
 DType = Annotated[str | None, typer.Option(help="Of the bundle: float32, bfloat16 or float16, over the recipe's.")]
-Embeddings = Annotated[str | None, typer.Option(help="keep or average, over the recipe's.")]
-LmHead = Annotated[str | None, typer.Option(help="keep or average, over the recipe's.")]
+Embeddings = Annotated[str | None, typer.Option(help="keep, average or compress, over the recipe's.")]
+LmHead = Annotated[str | None, typer.Option(help="keep, average or compress, over the recipe's.")]
+EmbeddingRate = Annotated[
+    float | None, typer.Option(help="Compress rate of embeddings and heads with compress, over the recipe's.")
+]
 Align = Annotated[str | None, typer.Option(help="permutation, for experts that share no base, over the recipe's.")]
 Norms = Annotated[str | None, typer.Option(help="keep or average, over the recipe's; biases count as norms.")]
 

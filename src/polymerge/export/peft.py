@@ -11,13 +11,14 @@ import torch
 
 from ..bundle.bundle import Bundle
 from ..bundle.files import check_free_space, disk_errors, entry_of, raw_bytes, write_json, write_safetensors
-from ..bundle.manifest import ADAPTER_FILE
-from ..bundle.peft import SLICED_BLOCKS, adapter_config, missing_zeros, stored_name
+from ..bundle.manifest import ADAPTER_FILE, BundleLayer
+from ..bundle.peft import SLICED_BLOCKS, adapter_config, as_peft, missing_zeros, stored_name
 from ..bundle.personas import write_files
 from ..bundle.place import settled
 from ..bundle.reading import steady
 from ..errors import ModelError
 from ..sources.checkpoint import natural_key, read_json
+from ..sources.layers import meta_model
 from .place import placed
 
 
@@ -57,6 +58,7 @@ def export_peft(bundle: Bundle | str | Path, expert: str, output: str | Path, *,
             f"expert {expert!r}: its vocabulary has {rows} tokens, and the average, over which PEFT would run it, "
             f"{bundle.table_rows}, so that it could answer with others' tokens; export it with --to dense"
         )
+    _check_tables(bundle, expert)
     with placed(output, overwrite=overwrite) as staged, steady(bundle):
         config = _write_adapter(bundle, expert, staged)
         if config["peft_type"] == SLICED_BLOCKS:
@@ -85,14 +87,15 @@ def export_peft(bundle: Bundle | str | Path, expert: str, output: str | Path, *,
 
 def _write_adapter(bundle: Bundle, expert: str, staged: Path) -> dict[str, Any]:
     """The adapter's weights as PEFT reads them. Returns its configuration."""
-    file = bundle.expert_file(expert)
-    if bundle.code.peft_readable and not any(expert in layer.borrowed for layer in bundle.manifest.layers):
+    file, tables = bundle.expert_file(expert), _factored_tables(bundle)
+    borrows = any(expert in layer.borrowed for layer in bundle.manifest.layers)
+    if bundle.code.peft_readable and not borrows and not any(layer.role == "embedding" for layer in tables):
         check_free_space(staged, file.stat().st_size)
         with disk_errors(staged):
             shutil.copyfile(file, staged / ADAPTER_FILE)
         return read_json(file.with_name("adapter_config.json"))
-    tensors = bundle.adapter(expert)
     layers, tied = list(bundle.layers.values()), bundle.manifest.tied_embedding
+    tensors = as_peft(bundle.adapter(expert), layers, tied=(tied, _head_of(bundle)) if tied and tables else None)
     entries = [entry_of(key, tensor) for key, tensor in tensors.items()]
     entries += missing_zeros({entry.key: entry.shape for entry in entries}, layers)
     entries.sort(key=lambda entry: natural_key(entry.key))
@@ -103,6 +106,41 @@ def _write_adapter(bundle: Bundle, expert: str, staged: Path) -> dict[str, Any]:
     named = [entry._replace(key=stored_name(entry.key, by_rows)) for entry in entries]
     write_safetensors(staged / ADAPTER_FILE, named, contents)
     return config
+
+
+def _factored_tables(bundle: Bundle) -> list[BundleLayer]:
+    return [layer for layer in bundle.layers.values() if layer.rank and layer.role != "linear"]
+
+
+def _check_tables(bundle: Bundle, expert: str) -> None:
+    """Raises ModelError for what PEFT has no place for beside the residuals of an embedding or a head."""
+    tables = _factored_tables(bundle)
+    stored = bundle.adapter_shapes(expert)
+    rows = next((x.tensor for x in tables if f"{x.module}.{x.parameter}" in stored), None)
+    if rows is not None:
+        raise ModelError(
+            f"expert {expert!r}: PEFT has no place for rows of its own beside the residual of {rows!r}; "
+            "export it with --to dense"
+        )
+    embedding = next((layer.tensor for layer in tables if layer.role == "embedding"), None)
+    if embedding is not None and any(key.endswith(".lora_B.bias") for key in stored):
+        raise ModelError(
+            f"expert {expert!r}: PEFT has no place for biases beside the residual of {embedding!r}; merge with "
+            "`embeddings: average`, or export it with --to dense"
+        )
+
+
+def _head_of(bundle: Bundle) -> str:
+    """The module of the output head."""
+    model: Any = meta_model(bundle.path)
+    head = model.get_output_embeddings() if model is not None else None
+    names: list[str] = [name for name, module in model.named_modules() if module is head] if head is not None else []
+    if not names:
+        raise ModelError(
+            f"{bundle.path}: transformers does not know its output head, to which PEFT wants the residual of the "
+            "embedding too; export with --to dense"
+        )
+    return names[0]
 
 
 def _cost_of_dropping_ratios(bundle: Bundle, expert: str) -> tuple[float, str | None]:

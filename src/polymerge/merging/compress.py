@@ -27,7 +27,7 @@ from ..method.dense import residual_of, unsaid
 from ..method.rsvd import numerical_rank, sketch_seed
 from .measure import Loss, frobenius_norm, loss_of, stats_line
 from .reading import Read, check_copy, check_stored, check_values, checked_digest
-from .tables import Emit, merge_table
+from .tables import Emit, emit_table, merge_table, split_table
 from .treatment import TensorTask
 
 # One expert has another's factors where they leave at most so much more of its residual unsaid than its own would.
@@ -100,9 +100,8 @@ def compress_tensor(task: TensorTask, settings: Settings, read: Read, emit: Emit
     if task.treatment == "copy":
         return _copy(task, read, emit, report)
     if task.tables is not None:
-        report.digests = merge_table(task, settings.dtype, read, emit)
-        return report
-    if task.record.role != "linear":
+        return _merge_table(task, settings, read, emit, report)
+    if not task.against_base:
         return _keep_or_average(task, settings, read, emit, report)
     return _compress_linear(task, settings, read, emit, report)
 
@@ -235,6 +234,39 @@ def _error_with(lent: Lent, residual: Tensor, ratio: float, norm: float) -> floa
     error = frobenius_norm(residual.addmm(lent.b, lent.a, alpha=times))
     allowed = NEAR * times * lent.error + torch.finfo(torch.float32).eps * norm
     return error if error <= allowed else None
+
+
+def _merge_table(task: TensorTask, settings: Settings, read: Read, emit: Emit, report: TensorReport) -> TensorReport:
+    def give(expert: str, base: Tensor) -> None:
+        if task.against_base:
+            compress_table(task, expert, base, settings, read, emit, report)
+        else:
+            emit_table(task, expert, base, read, emit)
+
+    report.digests = merge_table(task, settings.dtype, read, emit, give)
+    mean = sum(line.scale for line in report.stats) / max(1, len(report.stats))
+    report.stats = [replace(line, mean_scale=mean) for line in report.stats]
+    return report
+
+
+def compress_table(
+    task: TensorTask, expert: str, base: Tensor, settings: Settings, read: Read, emit: Emit, report: TensorReport
+) -> None:
+    """One expert's table where vocabularies differ: the residual of the rows that stand for the bundle's tokens, with
+    the ratio 1, and its own rows as they are. What it lost is counted over its own table, at most.
+
+    Args:
+        base: the bundle's as stored.
+    """
+    whole, told, own = split_table(task, expert, base, read)
+    if len(own):
+        emit(expert, adapter_key(task), own)
+    scale, told_scale = frobenius_norm(whole), frobenius_norm(told)
+    told, base = told.to(settings.device), base.to(settings.device, torch.float32)
+    loss, _ = compress_residual(task, expert, told, base, 1.0, settings, emit)
+    more = told_scale / scale if scale else 1.0
+    loss = replace(loss, residual_norm=loss.residual_norm * more, relative_error=loss.relative_error * more)
+    report.stats.append(stats_line(task, expert, (scale, scale), 1.0, loss))
 
 
 def _shared_by_all(

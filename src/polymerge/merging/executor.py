@@ -76,7 +76,7 @@ def in_turn(
         ahead: how many are begun and not yet given away at most, for their results are in memory.
     """
     begun: dict[int, Callable[[], Made]] = {}
-    left = (index for index in todo if plan.tasks[index].record.role == "linear")
+    left = (index for index in todo if plan.tasks[index].against_base)
     for index in todo:
         while len(begun) < ahead and (another := next(left, None)) is not None:
             begun[another] = start(another)

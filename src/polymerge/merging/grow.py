@@ -37,6 +37,7 @@ from .compress import (
     TensorReport,
     adapter_key,
     compress_against,
+    compress_table,
     digest_of_rows,
     emit_difference,
     stored_rows,
@@ -183,7 +184,7 @@ def _add_tensor(
             raw = checkpoint.read(source)
             check_copy(raw, bundle.base_tensor(task.name), name, source)
             report.digests[name] = hashlib.sha256(raw_bytes(raw)).hexdigest()
-        elif task.record.role == "linear":
+        elif task.against_base and task.tables is None:
             raw = checkpoint.read(source)
             report.digests[name] = checked_digest(raw, settings.dtype, name, source)
             base = bundle.base_tensor(task.name)
@@ -194,6 +195,9 @@ def _add_tensor(
                 _add_linear(bundle, name, task, raw, base, settings, emit, report)
         else:
             report.digests[name] = digest_of_rows(task, name, settings, read)
+            if task.tables is not None and task.against_base:
+                compress_table(task, name, bundle.base_tensor(task.name), settings, read, emit, report)
+                return report
             if task.tables is not None:
                 emit_table(task, name, bundle.base_tensor(task.name), read, emit)
                 return report
@@ -222,11 +226,11 @@ def _add_linear(
     emit: Emit,
     report: TensorReport,
 ) -> None:
-    mean_scale = bundle.layers[task.name].mean_scale
-    assert mean_scale is not None, "every linear weight of a manifest has its mean scale"
     weight = raw.to(settings.device, torch.float32, copy=True)
     base = base.to(settings.device, torch.float32)
-    compress_against(task, name, weight, base, (frobenius_norm(weight), mean_scale), settings, emit, report)
+    scale, mean_scale = frobenius_norm(weight), bundle.layers[task.name].mean_scale
+    scales = scale, scale if mean_scale is None else mean_scale  # of tables that differ all ratios are 1
+    compress_against(task, name, weight, base, scales, settings, emit, report)
 
 
 def _finish(
@@ -260,7 +264,7 @@ def _assess(
     notes: Sequence[Note],
 ) -> Added:
     errors = {line.tensor: line.relative_error for note in notes for line in note.stats}
-    linear = [task for task in tasks if task.treatment == "low_rank"]
+    linear = [task for task in tasks if task.record.role == "linear" and task.treatment == "low_rank"]
     sample = linear[:: max(1, len(linear) // SAMPLED_LAYERS)][:SAMPLED_LAYERS]
     # What is exact as it is has nothing to gain.
     inexact = [task for task in sample if errors[task.name] > EXACT]

@@ -73,8 +73,8 @@ def _keys_of(task: TensorTask, expert: str, code: Code, biases: bool) -> Iterato
     record = task.record
     if expert in task.adapters and not task.adapters[expert][0] and not biases:
         return
-    if task.treatment != "low_rank":
+    if task.treatment != "low_rank" or task.tables:
         yield f"{record.module}.{record.parameter}"
-    if record.role == "linear":
+    if task.against_base:
         pair = BIASED_PAIR if biases else ()
         yield from (f"{record.module}.{suffix}" for suffix in dict.fromkeys((*code.suffixes, *pair)))

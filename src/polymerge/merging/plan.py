@@ -109,7 +109,7 @@ class MergePlan:
     def memory_bytes(self) -> int:
         """Estimate of the arithmetic's peak: for a linear weight the base, a residual and its copy in float32; of other
         tensors some rows of two. With several workers as many results wait for their turn."""
-        linear = max((t.numel for t in self.tasks if t.record.role == "linear"), default=0)
+        linear = max((t.numel for t in self.tasks if t.against_base), default=0)
         rows = min(max((t.numel for t in self.tasks), default=0), SLAB_NUMEL)
         waiting = (self.recipe.workers + 1) * linear * self.dtype.itemsize if self.recipe.workers > 1 else 0
         return max(self.recipe.workers * linear * 4 * 4 + waiting, rows * 4 * 3)
@@ -187,9 +187,11 @@ def plan_merge(recipe: RecipeLike, *, weights: bool = True, **settings: Unpack[R
 
 def _check_rates(recipe: Recipe, tasks: Sequence[TensorTask]) -> None:
     linear = (task.record for task in tasks if task.record.role == "linear")
-    reason = misfit(recipe.compress_rate, ((record.module, record.tensor) for record in linear))
-    if reason:
-        raise RecipeError(f"recipe: compress_rate: {reason}")
+    tables = (task.record for task in tasks if task.record.role in ("embedding", "lm_head"))
+    for key, records in (("compress_rate", linear), ("embedding_rate", tables)):
+        reason = misfit(getattr(recipe, key), [(record.module, record.tensor) for record in records])
+        if reason:
+            raise RecipeError(f"recipe: {key}: {reason}")
 
 
 def replanned(plan: MergePlan, *, compress_rate: AnyRates, code: CodeName) -> MergePlan:

@@ -13,7 +13,7 @@ import inspect
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,12 +72,13 @@ class NotSmall(Exception):
     """There is no small model of this architecture."""
 
 
-def prove(checkpoint: Checkpoint, merge: Merge, *, exact: bool) -> Proof:
+def prove(checkpoint: Checkpoint, merge: Merge, *, exact: bool, tables: Sequence[str] = ()) -> Proof:
     """Tries the architecture of a checkpoint.
 
     Args:
         merge: makes a bundle of a recipe and a folder, without a proof of its own.
         exact: experts are kept whole (rate 0); otherwise they are compressed, and compared with what a bundle holds.
+        tables: keys of the recipe whose tensors are compressed beside the linear weights: embeddings, lm_head.
 
     Raises:
         SourceError: a bundle of this architecture does not answer as its experts do, or it does not go on with a text.
@@ -90,7 +91,7 @@ def prove(checkpoint: Checkpoint, merge: Merge, *, exact: bool) -> Proof:
     name, reason = type(model).__name__, ""
     for settings in small_configs(json.loads(json.dumps(model.config.to_dict(), default=str)), parameters):
         try:
-            return Proof(name, True, _proved(json.dumps(settings, sort_keys=True), merge, exact))
+            return Proof(name, True, _proved(json.dumps(settings, sort_keys=True), merge, exact, tuple(tables)))
         except NotSmall as error:
             reason = reason or str(error)
         except PolymergeError as error:
@@ -118,16 +119,16 @@ def _wants_more(model: Any) -> str:
 
 
 @functools.cache
-def _proved(settings: str, merge: Merge, exact: bool) -> str:
+def _proved(settings: str, merge: Merge, exact: bool, tables: tuple[str, ...]) -> str:
     """How the rows of a small model are run, after it was tried."""
     with _kept(), tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        return _tried(json.loads(settings), Path(folder), merge, exact)
+        recipe = {"compress_rate": 0.0 if exact else 0.5, "embedding_rate": 0.5, **dict.fromkeys(tables, "compress")}
+        return _tried(json.loads(settings), Path(folder), merge, recipe)
 
 
-def _tried(settings: Mapping[str, Any], folder: Path, merge: Merge, exact: bool) -> str:
+def _tried(settings: Mapping[str, Any], folder: Path, merge: Merge, recipe: Mapping[str, Any]) -> str:
     experts = random_experts(settings, folder)
-    recipe = {"experts": {name: str(path) for name, path in experts.items()}, "compress_rate": 0.0 if exact else 0.5}
-    bundle = merge(recipe, folder / "bundle")
+    bundle = merge({"experts": {name: str(path) for name, path in experts.items()}, **recipe}, folder / "bundle")
     model = load_model(bundle, device="cpu", dtype="float32")
     dense = {name: _dense(model.hf, bundle, name) for name in (*experts, None)}
     inputs = batch_for(model.hf)

@@ -30,7 +30,7 @@ def bundle_layer(task: TensorTask, note: Note) -> BundleLayer:
         transposed=record.transposed,
         shape=task.shape,
         rank=task.rank,
-        mean_scale=note.stats[0].mean_scale if note.stats else None,
+        mean_scale=note.stats[0].mean_scale if note.stats and not task.tables else None,
         dtype=dtype_name(task.dtype) if task.dtype else None,
         slice=record.slice,
         base=task.base,

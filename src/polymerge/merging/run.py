@@ -93,7 +93,8 @@ def run_plan(
     check_output(output, overwrite=overwrite)
     half = half_done(work_folder(output)) if resume else 0
     check_free_space(output.parent, plan.write_bytes - half)
-    proof = prove(plan.first, _merge_small, exact=plan.recipe.compress_rate == 0.0)
+    tables = [key for key in ("embeddings", "lm_head") if getattr(plan.recipe, key) == "compress"]
+    proof = prove(plan.first, _merge_small, exact=plan.recipe.compress_rate == 0.0, tables=tables)
     plan = aligned(replace(plan, notes=(*plan.notes, proof.note)))
     return _run(plan, output, overwrite=overwrite, resume=resume, executor=executor, progress=progress)
 

@@ -2,7 +2,7 @@
 
 Every row of the bundle's is the mean of those that stand for its token; an expert's rows that do not are its own,
 however the rest of its table is stored. Reads slabs and holds two tables in the bundle's dtype. Who has which rows is
-`polymerge.merging.vocabulary`'s.
+`polymerge.merging.vocabulary`'s; residuals of the rest are `polymerge.merging.compress`'s.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from .vocabulary import Tables
 Emit = Callable[[str | None, str, Tensor | Rows], None]
 
 
-def merge_table(task: TensorTask, dtype: torch.dtype, read: Read, emit: Emit) -> dict[str, str]:
+def merge_table(
+    task: TensorTask, dtype: torch.dtype, read: Read, emit: Emit, give: Callable[[str, Tensor], None]
+) -> dict[str, str]:
     """One table of all experts. Returns expert -> SHA-256 of its tensor's bytes.
 
     Args:
         dtype: what it is stored in.
+        give: called with every expert and the bundle's table as stored; emits what the expert has beyond it.
 
     Raises:
         SourceError: a value is not finite or too large; names expert and tensor.
@@ -47,7 +50,7 @@ def merge_table(task: TensorTask, dtype: torch.dtype, read: Read, emit: Emit) ->
         check_stored(base[start:stop], task.name, "the experts' average")
     emit(None, task.name, base)
     for expert in task.sources:
-        emit_table(task, expert, base, read, emit)
+        give(expert, base)
     return {expert: digest.hexdigest() for expert, digest in hashes.items()}
 
 
@@ -69,6 +72,21 @@ def emit_table(task: TensorTask, expert: str, base: Tensor, read: Read, emit: Em
         return
     few = task.holds_rows and not bool((changed & ~apart).any())
     emit(expert, f"{task.record.module}.{task.record.parameter}", whole[apart] if few else whole)
+
+
+def split_table(task: TensorTask, expert: str, base: Tensor, read: Read) -> tuple[Tensor, Tensor, Tensor]:
+    """An expert's table as (whole, told, own): its own in float32; in the bundle's size, with the bundle's rows where
+    it has none or others, float32; and these others in the bundle's dtype.
+
+    Args:
+        base: the bundle's as stored.
+    """
+    size, apart = _tables(task).sizes[expert], _is_own(task, expert)
+    whole = read(expert, task.sources[expert], 0, size).float()
+    told = base.to(torch.float32, copy=True)
+    told[:size] = whole
+    told[apart] = base[apart].float()
+    return whole, told, whole[apart[:size]].to(base.dtype)
 
 
 def mean_of_tables(tables: Tables, read: Callable[[str], Tensor]) -> Tensor:

@@ -85,9 +85,15 @@ class TensorTask:
         return (columns, rows) if self.record.transposed else (rows, columns)
 
     @property
+    def against_base(self) -> bool:
+        """Whether it is stored by the method, against the base: a linear weight, or a table that has residuals."""
+        return self.record.role == "linear" or self.treatment == "low_rank"
+
+    @property
     def holds_rows(self) -> bool:
-        """Whether an expert's file may hold a few rows of it: PEFT has a place for an embedding's alone."""
-        return self.record.role == "embedding"
+        """Whether an expert's file may hold a few rows of it: PEFT has a place for an embedding's alone. Beside
+        residuals of a table PEFT is out already."""
+        return self.record.role == "embedding" or self.treatment == "low_rank"
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -105,10 +111,11 @@ class TensorTask:
             return code_of(code.name, its).bytes(*self.matrix_shape, rank) if rank else 0
         if self.treatment in ("full", "keep"):
             return self.stored_bytes(dtype)
-        if self.treatment == "average" and self.tables and self.tables.most_own:
+        residual = code.bytes(*self.matrix_shape, self.rank) if self.treatment == "low_rank" else 0
+        if self.treatment in ("average", "low_rank") and self.tables and self.tables.most_own:
             rows = self.tables.most_own if self.holds_rows else self.shape[0]
-            return self.stored_bytes(dtype) // self.shape[0] * rows
-        return code.bytes(*self.matrix_shape, self.rank) if self.treatment == "low_rank" else 0
+            return residual + self.stored_bytes(dtype) // self.shape[0] * rows
+        return residual
 
 
 @dataclass(frozen=True)
@@ -295,7 +302,8 @@ def treatment_of(record: LayerRecord, shape: tuple[int, ...], settings: Settings
     if not record.known:
         return "copy", 0
     if record.role != "linear":
-        return {"embedding": settings.embeddings, "lm_head": settings.lm_head}.get(record.role, settings.norms), 0
+        chosen = {"embedding": settings.embeddings, "lm_head": settings.lm_head}.get(record.role, settings.norms)
+        return _compressed_table(record, shape, settings) if chosen == "compress" else (chosen, 0)
     rows, columns = shape
     rate = rate_of(settings.compress_rate, record.module, record.tensor)
     # At rate 1 nothing is kept of a residual, however small the matrix is.
@@ -305,11 +313,24 @@ def treatment_of(record: LayerRecord, shape: tuple[int, ...], settings: Settings
     return ("low_rank" if rank else "average"), rank
 
 
+def _compressed_table(record: LayerRecord, shape: tuple[int, ...], settings: Settings) -> tuple[Treatment, int]:
+    """Of an embedding or a head. One that is too small for factors is kept: it costs next to nothing."""
+    rate = rate_of(settings.embedding_rate, record.module, record.tensor)
+    if rate == 1:
+        return "average", 0
+    if len(shape) != 2 or not factors_are_smaller(*shape, rank_for_rate(*shape, rate)):
+        return "keep", 0
+    rank = code_of(settings.code, torch.float32).rank(*shape, rate)
+    return ("low_rank" if rank else "keep"), rank
+
+
 def with_differences(tasks: Sequence[TensorTask]) -> tuple[TensorTask, ...]:
     """Biases beside a weight that is stored against the base are stored against the base's too."""
-    linear = (task for task in tasks if task.record.role == "linear")
-    against_base = {task.record.module for task in linear if task.treatment in ("low_rank", "average")}
+    stored = (task for task in tasks if task.against_base)
+    against_base = {task.record.module for task in stored if task.treatment in ("low_rank", "average")}
     biases = {t.name for t in tasks if t.record.parameter == "bias" and t.record.module in against_base}
+    heads = {task.record.module for task in tasks if task.record.role == "lm_head" and task.tables}
+    biases -= {t.name for t in tasks if t.record.module in heads}  # theirs have a row a token
     return tuple(replace(t, as_difference=True, tables=None) if t.name in biases else t for t in tasks)
 
 

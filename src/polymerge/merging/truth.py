@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..bundle.bundle import Bundle, ExpertReader
-from ..bundle.manifest import BundleLayer
+from ..bundle.manifest import BundleLayer, ExpertRecord
 from ..host import dtype_name
 from ..sources.checkpoint import Checkpoint
 from ..sources.layers import LayerRecord
@@ -79,8 +79,8 @@ def held_against(
     rounding = ROUNDING[dtype_name(task.dtype) if task.dtype else bundle.manifest.dtype]
     if task.treatment == "copy":
         return Finding(error, None if same_numbers(original, rebuilt) else f"is {error:.3g} from")
-    if task.record.role != "linear":
-        own_rows = bundle.manifest.experts[expert].own_rows if bundle.layers[task.name].table else []
+    own_rows = bundle.manifest.experts[expert].own_rows if bundle.layers[task.name].table else []
+    if not task.against_base:
         if task.treatment == "average" and own_rows:  # these were not averaged
             error = relative_error(original[own_rows], rebuilt[own_rows])
             return Finding(error, None if error <= EXACT + rounding else f"is {error:.3g} from")
@@ -89,8 +89,10 @@ def held_against(
     problem = None
     if not error <= measured + (EXACT if task.treatment == "full" else TOLERANCE) + rounding:
         problem = f"is {error:.3g} from"
+    if problem is None and own_rows and relative_error(original[own_rows], rebuilt[own_rows]) > EXACT + rounding:
+        problem = "has other rows of its own in the bundle than"
     if problem is None and task.treatment != "full":
-        problem = _residual_problem(original, rebuilt, error, reader, bundle, task)
+        problem = _residual_problem(original, error, reader, bundle, bundle.manifest.experts[expert], task)
     if problem is None and task.base == "adapters":
         problem = _adapter_problem(task, expert, checkpoint, reader, bundle)
     if problem is None and bundle.layers[task.name].rank_of(expert) < task.rank and bundle.code.peft_readable:
@@ -136,7 +138,7 @@ def average_problems(
             continue
         base = base.double()
         read = functools.partial(_read, checkpoints, sources)
-        if tables and not task.as_difference and tables.holds(task.record.role, task.shape):
+        if tables and bundle.layers[task.name].table:
             mean = mean_of_tables(tables, read).double()
         else:
             mean = _mean(task, base, list(tasks), read)
@@ -155,7 +157,7 @@ def _mean(task: TensorTask, base: Tensor, experts: Sequence[str], read: Callable
     total, scales = torch.zeros_like(base), []
     for expert in experts:
         tensor = read(expert).double()
-        norm = float(tensor.norm()) if task.record.role == "linear" else 1.0
+        norm = float(tensor.norm()) if task.against_base else 1.0
         scales.append(norm)
         total += tensor / norm if norm else tensor
     return total.mul_(sum(scales) / len(scales) / len(scales))
@@ -189,17 +191,18 @@ def _is_mean(lines: list[dict[str, object]], bundle: Bundle, layer: BundleLayer 
 
 
 def _residual_problem(
-    original: Tensor, rebuilt: Tensor, error: float, reader: ExpertReader, bundle: Bundle, task: TensorTask
+    original: Tensor, error: float, reader: ExpertReader, bundle: Bundle, record: ExpertRecord, task: TensorTask
 ) -> str | None:
     """What is wrong with a weight that is as far from its checkpoint as the merge measured."""
     layer, ratio = bundle.layers[task.name], reader.ratio(task.name)
     norm = frobenius_norm(original.float())
-    expected = 1.0
-    if bundle.manifest.method.scale == "per_expert" and layer.mean_scale and layer.base == "average":
+    expected, other_rows = 1.0, layer.table and (record.vocabulary or record.rows)
+    scaled = bundle.manifest.method.scale == "per_expert" and layer.base == "average" and not other_rows
+    if scaled and layer.mean_scale:
         expected = norm / layer.mean_scale
     if abs(ratio - expected) > SAME_RATIO * max(1.0, expected):
         return f"has the scale {ratio:.6g} in the bundle, but {expected:.6g} follows from"
-    alone = relative_error(original, ratio * bundle.base_tensor(task.name).float())
+    alone = relative_error(original, ratio * bundle.base_tensor(task.name)[: len(original)].float())
     if error > alone * (1 + 1e-3) + TOLERANCE:
         return f"is {error:.3g} with its residual, {alone:.3g} without, from"
     return None

@@ -38,7 +38,8 @@ class ExpertLinear(nn.Module):
     def __init__(self, state: Assignment, weight: Tensor, bias: Tensor | None, biases: Sequence[Tensor | None]) -> None:
         super().__init__()
         self.state = state
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        # one that is another module's too stays one parameter
+        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
         has_biases = any(value is not None for value in biases)
         table = (
@@ -150,20 +151,25 @@ class MixedLinear(ExpertLinear):
             yield Term(x, self.stacked_a[lo:hi], self.stacked_b[:, lo:hi], share)
 
     def _one_by_one(self, x: Tensor) -> Iterator[Term]:
+        for n, rows, share in self._members(x.shape[0]):
+            lo, hi = self.offsets[n], self.offsets[n + 1]
+            share = share.view(-1, *[1] * (x.dim() - 1))
+            yield Term(x[rows], self.stacked_a[lo:hi], self.stacked_b[:, lo:hi], share, rows)
+
+    def _members(self, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(pair of factors, entries of a first dimension of `size` that have a part of it, its share in each)"""
         state = self.state
-        repeats = state.repeats(x.shape[0])
+        repeats = state.repeats(size)
         shares, first, last = state.shares(self.shares)
         for n in range(first, last):
-            lo, hi = self.offsets[n], self.offsets[n + 1]
             rows = shares[:, n].nonzero().squeeze(1)
-            if lo == hi or not len(rows):
+            if self.offsets[n] == self.offsets[n + 1] or not len(rows):
                 continue
             share = shares[rows, n]
             if repeats > 1:
                 rows = (rows[:, None] * repeats + torch.arange(repeats, device=rows.device)).flatten()
                 share = share.repeat_interleave(repeats)
-            share = share.view(-1, *[1] * (x.dim() - 1))
-            yield Term(x[rows], self.stacked_a[lo:hi], self.stacked_b[:, lo:hi], share, rows)
+            yield n, rows, share
 
     def _row_ratio(self, y: Tensor) -> Tensor | None:
         """rho of every row, float32 [B, ..., 1]; None where it is 1 for all experts."""

@@ -66,8 +66,8 @@ class OwnWeight(OwnTensor):
 
     kept = False
 
-    def __init__(self, module: nn.Module, layer: MixedLinear, *, transposed: bool) -> None:
-        super().__init__(module, "weight", [])
+    def __init__(self, module: nn.Module, layer: MixedLinear, *, transposed: bool, name: str = "weight") -> None:
+        super().__init__(module, name, [])
         self.layer, self.transposed, self.averaged = layer, transposed, layer.averaged
 
     def of(self, weights: Weights) -> Tensor:

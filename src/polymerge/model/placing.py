@@ -22,6 +22,7 @@ from ..sources.forms import Part, forms_of, in_order, parts_of_slices
 from .assignment import Assignment
 from .groups import WholeModel
 from .linear import ExpertLinear, MixedLinear
+from .lookup import MixedEmbedding, MixedHead, MixedTable, OwnRows
 from .moe import FusedWeight, Layout, MixedBlockExperts, Piece, SlabResidual, Slabs, layout_of, locate
 from .own import OwnModule, OwnNorm, OwnTensor, OwnWeight
 from .trial import Trial, kind_of
@@ -53,7 +54,8 @@ class Placer:
         self.tree = _Tree(hf)
         self.modules = self.tree.modules
         self.linear = {layer.module: layer for layer in bundle.layers.values() if layer.role == "linear"}
-        self.parts: dict[int, OwnModule | OwnNorm] = {}
+        self.tables = {x.module: x for x in bundle.layers.values() if x.rank and x.role != "linear"}
+        self.parts: dict[int, OwnModule | OwnNorm | MixedEmbedding] = {}
         self.whole: list[OwnTensor] = []  # that only the whole model can hold
         self.idle: list[OwnTensor] = []  # that a batch of tokens does not use
         self.forms = self._forms()
@@ -69,6 +71,9 @@ class Placer:
         for module, layer in self.linear.items():
             if module in self.modules and self._changes(module, layer):
                 self._place_linear(module, layer)
+        for module, layer in self.tables.items():
+            if module in self.modules:
+                self._place_table(module, layer)
         self._place_pieces(pieces)
         self._place_own()
         for expert, adapter in zip(self.bundle.experts, self.adapters, strict=True):
@@ -207,6 +212,44 @@ class Placer:
         factors, ratios, shares = self._factors(layer.module), self._ratios(layer), self._shares(layer)
         return MixedLinear(self.state, weight, bias, factors, ratios, biases, shares)
 
+    def _place_table(self, module: str, layer: BundleLayer) -> None:
+        """An embedding, a head, or one that is both: whoever looks its rows up or multiplies with it shares one table.
+        What does something else with it has it made whole for one expert at a time."""
+        parameter = self.modules[module].get_parameter(layer.parameter)
+        own = self._own_rows(layer)
+        if not (self._changes(module, layer) or any(own)):
+            return
+        assert isinstance(parameter, nn.Parameter)
+        factors, ratios, shares = self._factors(module), self._ratios(layer), self._shares(layer)
+        table = MixedTable(self.state, parameter, factors, ratios, own, shares)
+        for place, name in self.tree.places(parameter):
+            inner = self.modules[place]
+            if name == "weight" and self._multiplies(place):
+                self._place_head(place, table)
+            elif name == "weight" and self._looks_up(place):
+                self.parts[id(inner)] = MixedEmbedding(self.state, inner, table)
+            else:
+                self._hold(place, [OwnWeight(inner, table, transposed=False, name=name)])
+
+    def _place_head(self, module: str, table: MixedTable) -> None:
+        bias = getattr(self.modules[module], "bias", None)
+        biases = self._biases(module, bias)
+        self.tree.replace(module, MixedHead(table, bias, biases))
+        if not self.trial.kind(module).plain:
+            self._split_above(module, ["weight", "bias"])
+
+    def _looks_up(self, module: str) -> bool:
+        kind, inner = self.trial.kind(module), self.modules[module]
+        plain = kind.called and kind.plain and self.trial.read_by_itself(module, ["weight"])
+        return plain and id(inner) not in self.parts and MixedEmbedding.fits(inner)
+
+    def _own_rows(self, layer: BundleLayer) -> list[OwnRows | None]:
+        """What experts have of their own beside the residuals of a table."""
+        numbers = [self.bundle.manifest.experts[expert].own_rows for expert in self.bundle.experts]
+        values = self._take(f"{layer.module}.{layer.parameter}")
+        pairs = zip(numbers, values, strict=True)
+        return [OwnRows(torch.tensor(n).to(v.device), v.to(self.dtype)) if v is not None else None for n, v in pairs]
+
     def _place_own(self) -> None:
         """Whole tensors: by parameter, so that an embedding that is tied to the head changes both."""
         keys = sorted({key for adapter in self.adapters for key in adapter})
@@ -257,8 +300,8 @@ class Placer:
         if name is None:
             return None
         inner = self.modules[name]
-        if isinstance(self.parts.get(id(inner)), OwnNorm):
-            raise AssertionError(f"{name} is a norm with parameters of two kinds")
+        if isinstance(self.parts.get(id(inner)), OwnNorm | MixedEmbedding):
+            raise AssertionError(f"{name} is a norm or a lookup with parameters of two kinds")
         if id(inner) not in self.parts:
             whole = frozenset(self.trial.kind(name).whole)
             self.parts[id(inner)] = OwnModule(self.state, inner, whole)

@@ -18,10 +18,14 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ..errors import RecipeError, on_one_line
 from ..method.codes import PUBLISHED, known_code
 from ..naming import check_expert_names
-from .rates import PUBLISHED_RATE, Rates
+from .rates import PUBLISHED_RATE, NamedRates, Rates
 from .response import StageSettings, ThinkerSettings
 
 KeepOrAverage = Literal["keep", "average"]
+# What may become of embeddings and heads.
+Table = Literal["keep", "average", "compress"]
+# Of their 16-bit bytes an expert's own take a twentieth: the least that loses little (docs/codes.md).
+EMBEDDING_RATE = 0.95
 # What the stored base of a linear layer is: the model under all its experts' adapters, or the experts' average.
 BaseKind = Literal["adapters", "average"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
@@ -78,7 +82,10 @@ class Recipe(BaseModel):
         scale: `per_expert` (published: each expert keeps its own norm per tensor) or `shared` (the norms are
             folded into the residuals, so that a plain PEFT loader is exact).
         embeddings, lm_head, norms: `keep` each expert's own tensor or `average` them into one. `norms`
-            covers every tensor that is neither an embedding, the lm_head nor a linear weight (biases too).
+            covers every tensor that is neither an embedding, the lm_head nor a linear weight (biases too). Embeddings
+            and the head may be stored as linear weights are, too: `compress`, which is not published.
+        embedding_rate: the compress rate of embeddings and heads with `compress`: one number, or a mapping of patterns
+            of names to numbers.
         adapters: how experts are stored that are LoRA adapters over one model: `exact`, as that very model and the own
             factors of each, or `average` (published), as their average and residuals from it, as all other experts are.
         align: `permutation` for experts that do not share a base: every expert's neurons and heads are brought into the
@@ -101,8 +108,9 @@ class Recipe(BaseModel):
     compress_rate: Rates = PUBLISHED_RATE
     code: CodeName = PUBLISHED
     scale: Literal["per_expert", "shared"] = "per_expert"
-    embeddings: KeepOrAverage = "keep"
-    lm_head: KeepOrAverage = "keep"
+    embeddings: Table = "keep"
+    lm_head: Table = "keep"
+    embedding_rate: NamedRates = EMBEDDING_RATE
     norms: KeepOrAverage = "keep"
     adapters: Literal["exact", "average"] = "exact"
     align: Literal["permutation"] | None = None
@@ -140,6 +148,7 @@ class RecipeSettings(TypedDict, total=False):
     scale: str | None
     embeddings: str | None
     lm_head: str | None
+    embedding_rate: float | Mapping[str, float] | None
     norms: str | None
     align: str | None
     dtype: str | None

@@ -52,6 +52,18 @@ def _rate(value: Any, whose: str) -> float:
 Rates: TypeAlias = Annotated[AnyRates, PlainValidator(read_rates), PlainSerializer(lambda rates: rates)]
 
 
+def read_named_rates(value: Any) -> Any:
+    """As `read_rates`, of what is in no layer: no list. Raises ValueError."""
+    if isinstance(value, list | tuple):
+        raise ValueError("embeddings and heads are in no layer; give one number, or patterns of names")
+    return read_rates(value)
+
+
+NamedRates: TypeAlias = Annotated[
+    float | dict[str, float], PlainValidator(read_named_rates), PlainSerializer(lambda rates: rates)
+]
+
+
 def rate_of(rates: AnyRates, *names: str) -> float:
     """The rate of a matrix.
 

@@ -49,7 +49,7 @@ class Fitting:
     @classmethod
     def of(cls, plan: MergePlan) -> Fitting:
         """Compares the experts' tensors."""
-        apart = [task for task in plan.tasks if task.record.role == "linear" or task.treatment == "keep"]
+        apart = [task for task in plan.tasks if task.against_base or task.treatment == "keep"]
         return cls(plan, frozenset(task.name for task in apart if _is_shared(task, plan.checkpoints)))
 
     def at(self, keep: int, code: CodeName) -> MergePlan:
@@ -89,7 +89,7 @@ class Fitting:
         total += sum(task.expert_bytes(plan.dtype, plan.code, expert) for task in few)
         biases = [task for task in apart if task.treatment == "keep" and task.as_difference]
         total += sum(4 * task.numel for task in biases)
-        for task in (task for task in plan.tasks if task.record.role == "linear"):
+        for task in (task for task in plan.tasks if task.against_base):
             total += 4 + ENTRY_BYTES + len(task.name)  # its scale
             if task.treatment == "low_rank" and task.name not in self.shared:
                 total += task.expert_bytes(plan.dtype, plan.code, expert)
@@ -101,7 +101,8 @@ class Fitting:
 
 def has_full_rank(plan: MergePlan) -> bool:
     """Whether a matrix's factors have all the rank that it can use, so that more bytes buy nothing there."""
-    return any(t.treatment == "low_rank" and t.rank == min(t.matrix_shape) for t in plan.tasks)
+    linear = (task for task in plan.tasks if task.record.role == "linear")
+    return any(t.treatment == "low_rank" and t.rank == min(t.matrix_shape) for t in linear)
 
 
 def _has_factors(plan: MergePlan) -> bool:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from ...bundle.bundle import Bundle
 from ...bundle.manifest import ADAPTER_FILE
-from ...bundle.peft import adapter_name
+from ...bundle.peft import adapter_name, as_peft
 from ...engine.local.engine import HFEngine
 from ...engine.vllm.folder import Probe, distance
 from ...errors import ModelError
+from .plan import HEAD
 from .prompts import CalibrationPrompt
 
 # Tokens of an answer that the expert writes itself where the calibration has none.
@@ -81,7 +82,8 @@ class Calibration:
     def measure(self, expert: str, folder: Path) -> Measured:
         """Compares an expert with its exported adapter on the answers' tokens."""
         exported = read_adapter(load_file(folder / ADAPTER_FILE))
-        unfolded = read_adapter(self.bundle.adapter(expert))
+        layers, tied = self.bundle.layers.values(), self.bundle.manifest.tied_embedding
+        unfolded = read_adapter(as_peft(self.bundle.adapter(expert), layers, tied=(tied, HEAD) if tied else None))
         return _measured(self._engine, expert, self._answers(expert), exported, unfolded)
 
     def _answers(self, expert: str) -> list[tuple[list[int], int]]:

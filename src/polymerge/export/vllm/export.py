@@ -143,9 +143,7 @@ class _Writer:
             Entry(PEFT_PREFIX + key, DTYPE_NAMES[dtype], shape, shape[0] * shape[1] * dtype.itemsize)
             for key, shape in shapes.items()
         ]
-        # As far as PEFT's patterns go, a lookup's factors are like any others.
-        ranks = [(f"{task.module}.lora_A.weight", (task.rank, task.shape[1])) for task in tasks]
-        config = adapter_config(ranks, self.plan.bundle.layers.values(), tied_embedding=None)
+        config = adapter_config(shapes.items(), self.plan.bundle.layers.values(), tied_embedding=None)
         write_json(folder / "adapter_config.json", config)
         write_safetensors(folder / ADAPTER_FILE, entries, self._contents(expert, sizes))
 
@@ -167,6 +165,8 @@ class _Writer:
         tensor = task.layer.tensor
         target = self._target(task, reader)
         stored = reader.factors(tensor)
+        if stored and task.embedding:
+            stored = stored[1].T, stored[0].T
         seed = sketch_seed(self.plan.bundle.manifest.method.seed, tensor, expert, task.module)
         whole = task.layer.base == "adapters"  # all of what the average lacks and has too much, which is of low rank
         if stored is None or whole or task.rank == min(task.shape) or stored[1].shape[0] > task.rank:

@@ -6,6 +6,7 @@ norm can stand in the columns of the linear layers that read it (`norms`). Biase
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -137,6 +138,8 @@ def plan_vllm(bundle: Bundle | str | Path, *, max_rank: int | None = None) -> Vl
         )
     largest = max((_needed_rank(bundle, layer) for layer in linear), default=0)
     allowed = max_rank or padded_rank(largest or DEFAULT_RANK)
+    if bundle.manifest.architecture in EMBEDDING_ARCHITECTURES:
+        largest = max((layer.rank for layer in bundle.layers.values()), default=0)
     expressed = _Expressed(bundle, allowed)
     experts = {expert: expressed.tasks(expert) for expert in bundle.experts}
     lost = list(expressed.lost)
@@ -204,7 +207,7 @@ class _Expressed:
         stored, scales = self.bundle.adapter_shapes(expert), self.bundle.scales(expert)
         # Its own head takes the last norm in. For that norm alone an adapter on the head gains nothing (the demo's
         # experts have the same KL to two digits), fills a slot, and keeps vLLM from scoring prompts.
-        own_head = any(self._is_head(layer) and _key(layer) in stored for layer in self.bundle.layers.values())
+        own_head = any(self._is_head(x) and _changed(x, stored, scales) for x in self.bundle.layers.values())
         folded = self._own_small(expert, own_head=own_head and self._takes_embeddings)
         tasks, whole = [], []
         for layer in self.bundle.layers.values():
@@ -217,7 +220,7 @@ class _Expressed:
             if layer.role == "linear" and (replaced or factored or norm or scales.get(layer.tensor, 1.0) != 1.0):
                 tasks.append(self._task(layer, layer.module, norm))
             elif layer.role in ("embedding", "lm_head"):
-                tasks += self._ends(expert, layer, replaced, folded.get(HEAD))
+                tasks += self._ends(expert, layer, _changed(layer, stored, scales), folded.get(HEAD))
         if whole:
             self.lost.append(f"{expert}: {whole[0]}: {len(whole)} whole tensors beyond rank {self.rank}")
         return sorted(tasks, key=lambda task: natural_key(task.module))
@@ -225,15 +228,15 @@ class _Expressed:
     def _task(self, layer: BundleLayer, module: str, norm: str | None, *, embedding: bool = False) -> Factored:
         return Factored(layer, module, min(self.rank, *layer.shape), norm, embedding)
 
-    def _ends(self, expert: str, layer: BundleLayer, replaced: bool, norm: str | None) -> list[Factored]:
+    def _ends(self, expert: str, layer: BundleLayer, changed: bool, norm: str | None) -> list[Factored]:
         """An embedding or a head; the first may be both."""
-        if replaced and not self._takes_embeddings:
+        if changed and not self._takes_embeddings:
             self.lost.append(f"{expert}: {layer.tensor}: vLLM takes no adapter there with this architecture")
             return []
         tasks = []
-        if layer.role == "embedding" and replaced:
+        if layer.role == "embedding" and changed:
             tasks.append(self._task(layer, layer.module, None, embedding=True))
-        if self._is_head(layer) and replaced:
+        if self._is_head(layer) and changed:
             tasks.append(self._task(layer, HEAD, norm))
         return tasks
 
@@ -266,6 +269,12 @@ class _Expressed:
 def _key(layer: BundleLayer) -> str:
     """Where an expert's own tensor stands in its adapter."""
     return f"{layer.module}.{layer.parameter}"
+
+
+def _changed(layer: BundleLayer, stored: Container[str], scales: Mapping[str, float]) -> bool:
+    """Whether an expert has anything of its own there: a tensor, factors or a ratio."""
+    factored = f"{layer.module}.lora_A.weight" in stored
+    return factored or _key(layer) in stored or scales.get(layer.tensor, 1.0) != 1.0
 
 
 _NO_PLACE = {
