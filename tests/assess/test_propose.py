@@ -2,11 +2,15 @@
 
 import itertools
 import random
+from pathlib import Path
 
 import pytest
 
+from polymerge import load_recipe
 from polymerge.assess.propose import Choices, propose
-from polymerge.assess.sizes import Family
+from polymerge.assess.sizes import Family, families
+from polymerge.recipe.merge import Recipe, Source
+from tests.tiny import make_experts, tiny_tokenizer
 
 
 def choices(**changes: object) -> Choices:
@@ -87,3 +91,23 @@ def test_a_growing_search_says_so_and_is_near_the_exhaustive_one() -> None:
     assert exact.exhaustive and exact.chosen and exact.chosen.accuracy == pytest.approx(best)
     assert not grown.exhaustive and grown.chosen and grown.chosen.accuracy >= 0.95 * best
     assert grown.sets < exact.sets
+
+
+def test_candidates_that_fit_the_first_and_not_each_other_are_of_two_families(tmp_path: Path) -> None:
+    """The first has no tokenizer; the tokens of the others contradict each other."""
+    paths = make_experts("llama", tmp_path)
+    for name in ("e1", "e2"):
+        tiny_tokenizer().save_pretrained(paths[name])
+    file = paths["e2"] / "tokenizer.json"
+    file.write_text(file.read_text().replace('"w40"', '"x"').replace('"w50"', '"w40"').replace('"x"', '"w50"'))
+    sources = {name: Source(source=str(path)) for name, path in paths.items()}
+
+    def recipe(names: list[str]) -> Recipe:
+        return load_recipe({"experts": {name: str(paths[name]) for name in names}})
+
+    made, notes = families(sources, recipe)
+    assert [family.members for family in made] == [("e0", "e1"), ("e2",)]
+    [note] = notes
+    assert note.startswith(
+        "e0, e1 and e2 cannot be merged: expert 'e1' and expert 'e2' have other vocabularies: token 40"
+    )

@@ -17,6 +17,7 @@ from polymerge.sources.opening import open_checkpoint
 from polymerge.sources.outline import OutlineCheckpoint, outline
 from tests.conftest import Merged
 from tests.tiny import ARCHITECTURES
+from tests.vocabularies import kin as kin_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,3 +69,15 @@ def test_what_is_no_hub_id_has_no_outline(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi3small"}))
     with pytest.raises(SourceError, match="does not know model type 'phi3small'"):
         outline("someone/unknown", str(tmp_path))
+
+
+def test_a_table_of_which_a_few_rows_are_stored_is_counted_whole(tmp_path: Path) -> None:
+    """It is whole in memory: what a loaded bundle holds is no more than what was said."""
+    sizes, tokens = (128, 128, 128), ((), ("<|a|>",), ("<|b|>",))
+    experts = {name: str(kin.path) for name, kin in zip("abc", kin_of(tmp_path, "tied", sizes, tokens), strict=True)}
+    recipe = {"experts": experts, "compress_rate": 0.5, "embeddings": "average", "norms": "average"}
+    plan = plan_merge(load_recipe(recipe))
+    table = 128 * 48 * 4
+    own = sum(bool(ranges) for ranges in plan.tables.ranges.values()) if plan.tables else 0
+    assert own == 2
+    assert footprint(plan).bundle == plan.write_bytes + own * table - own * 1 * 48 * 4

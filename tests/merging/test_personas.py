@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from polymerge import Bundle, add_expert, merge, plan_merge, remove_expert, verify
-from polymerge.errors import BundleError
+from polymerge import Bundle, add_expert, export_dense, merge, plan_merge, remove_expert, verify
+from polymerge.errors import BundleError, ModelError
+from polymerge.export.vllm.plan import plan_vllm
+from polymerge.sources.adapter_folder import adapter_folder
 from polymerge.sources.opening import open_checkpoint
-from polymerge.sources.persona import differing, load_tokenizer, persona_of
+from polymerge.sources.persona import differing, load_tokenizer, persona_of, read_persona
 from tests.fine_tunes import Original, fine_tunes
 from tests.killed import content
 from tests.tiny import make_experts, tiny_tokenizer
@@ -106,7 +108,7 @@ def test_verify_sees_groups_that_are_not_the_files(originals: dict[str, Original
 def test_an_older_reader_would_refuse_it_by_its_version(originals: dict[str, Original], tmp_path: Path) -> None:
     bundle = merged(originals, tmp_path, "plain", "chatml")
     data = json.loads((bundle.path / "polymerge.json").read_text())
-    assert data["format_version"] == 3 and "persona" not in data["experts"]["plain"]
+    assert data["format_version"] > 1 and "persona" not in data["experts"]["plain"]
     (bundle.path / "polymerge.json").write_text(json.dumps(data | {"format_version": 1}))
     with pytest.raises(BundleError, match="format version 1 does not fit"):
         Bundle.open(bundle.path)
@@ -129,3 +131,51 @@ def test_none_at_all_is_one_line_of_the_plan(tmp_path: Path) -> None:
     lines = [line for line in plan.summary()["notes"] if "tokenizer" in line]
     assert lines == ["no expert has a tokenizer: the bundle will take token ids, and no text"]
     assert not [note for note in plan.notes if "tokenizer" in note]
+
+
+PROCESSOR = {"image_processor_type": "CLIPImageProcessor", "crop_size": 28, "image_mean": [0.5, 0.5, 0.5]}
+
+
+def with_processor(experts: dict[str, Path], **changes: dict[str, Any]) -> dict[str, Path]:
+    """Image settings beside each expert, those of some changed."""
+    for name, path in experts.items():
+        written = {"transformers_version": f"5.0.{name[-1]}", **PROCESSOR, **changes.get(name, {})}
+        (path / "preprocessor_config.json").write_text(json.dumps(written))
+    return experts
+
+
+def processor_in(folder: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((folder / "preprocessor_config.json").read_text())
+    return data
+
+
+@pytest.mark.parametrize("verb", ["merge", "add"])
+def test_how_images_become_numbers_is_each_expert_s_own(verb: str, tmp_path: Path) -> None:
+    experts = with_processor(make_experts("llama", tmp_path), e2={"image_mean": [0.4, 0.4, 0.4]})
+    sources = {name: str(path) for name, path in experts.items()}
+    if verb == "merge":
+        bundle = merge({"experts": sources}, tmp_path / "bundle")
+    else:
+        bundle = merge({"experts": {n: sources[n] for n in ("e0", "e1")}}, tmp_path / "bundle")
+        assert bundle.manifest.format_version == 1  # who wrote a file is no difference
+        bundle = add_expert(bundle, "e2", experts["e2"]).bundle
+    assert [record.persona for record in bundle.manifest.experts.values()] == [(), (), ("processor",)]
+    assert bundle.manifest.format_version == 5
+    for name, path in experts.items():
+        exported = export_dense(bundle, name, tmp_path / f"dense-{name}")
+        assert processor_in(exported)["image_mean"] == processor_in(path)["image_mean"]
+    assert verify(bundle, sources=True).problems == []
+    with_processor({"e2": experts["e2"]})
+    assert any("'e2': its processor is not the one of" in p for p in verify(bundle, sources=True).problems)
+    with pytest.raises(ModelError, match="'e2' has its own processor of images"):
+        plan_vllm(bundle)
+    assert remove_expert(bundle, "e2").manifest.format_version == 1
+
+
+def test_an_adapter_s_own_processor_goes_before_its_base_s(tmp_path: Path) -> None:
+    experts = with_processor(make_experts("llama", tmp_path, count=1))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "processor_config.json").write_text(json.dumps({"image_processor": {"size": 56}}))
+    folder = adapter_folder(adapter, experts["e0"], {"model_type": "llama"}, changed=False)
+    assert set(read_persona(folder, {}).processors) == {"processor_config.json"}

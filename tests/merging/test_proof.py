@@ -73,6 +73,36 @@ def test_a_real_configuration_becomes_a_small_one_with_every_kind_of_layer(confi
     assert kinds is None or set(model.config.layer_types) == set(kinds)
 
 
+# As Qwen2.5-VL-7B's config.json was published; Qwen2-VL's tower says `embed_dim`.
+VISION: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {
+        "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584,
+        "patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2,
+    },
+    "qwen2_vl": {
+        "depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "hidden_size": 3584, "patch_size": 14,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", VISION)
+def test_a_published_model_of_images_is_proved(kind: str, tmp_path: Path) -> None:
+    """Positions on three axes: their sections are made narrow with the heads."""
+    published = {
+        "model_type": kind, "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
+        "num_hidden_layers": 28, "num_key_value_heads": 4, "max_window_layers": 28, "sliding_window": 32768,
+        "use_sliding_window": False, "rope_theta": 1000000.0, "vocab_size": 152064, "max_position_embeddings": 128000,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "vision_config": VISION[kind],
+        "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652,
+    }  # fmt: skip
+    config = transformers.AutoConfig.for_model(**published)
+    made = next(small.small_configs(json.loads(json.dumps(config.to_dict(), default=str)), 10**10))
+    assert made["text_config"]["rope_parameters"]["mrope_section"] == [2, 3, 3]
+    experts = proof.random_experts(made, tmp_path)
+    bundle = merge({"experts": sources(experts), "compress_rate": 0.0}, tmp_path / "bundle")
+    assert bundle.manifest.notes[-1].startswith("proved: Qwen2")
+
+
 def test_an_encoder_decoder_is_refused_by_name(tmp_path: Path) -> None:
     config = transformers.T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, vocab_size=32)
     for name in "ab":

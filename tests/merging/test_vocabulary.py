@@ -5,6 +5,7 @@ The oracles are transformers' own forward and tables on the originals.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -284,3 +285,26 @@ def test_verify_sees_a_table_of_the_base_that_is_not_the_mean_of_its_makers(
     assert [record.rows for record in wrong.manifest.experts.values()] == [()] * 3
     problems = verify(wrong, sources=True).problems
     assert any(f"base: tensor {EMBEDDING!r} is " in problem for problem in problems)
+
+
+def unreadable(path: Path) -> None:
+    """A tokenizer of a class that this machine does not have."""
+    (path / "tokenizer.json").unlink()
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "NobodysTokenizer"}))
+
+
+@pytest.mark.parametrize("table", ["embeddings", "lm_head"])
+def test_tokens_that_cannot_be_read_are_said_and_never_averaged(table: str, tmp_path: Path) -> None:
+    pair = kin(tmp_path, "untied", (VOCAB, VOCAB), ((), ()))
+    unreadable(pair[1].path)
+    made = dict(zip(("one", "two"), pair, strict=True))
+    words = "the tokenizer of expert 'two' cannot be opened here"
+    bundle = merged(made, tmp_path / "bundle", *made)
+    assert any(note.startswith(words) for note in bundle.manifest.notes)
+    with pytest.raises(SourceError, match=f"{words}.*averaged"):
+        merged(made, tmp_path / "averaged", *made, **{table: "average"})
+    of_one = alone(pair[0], tmp_path / "of-one")
+    assert add_expert(of_one, "two", pair[1].path).note.startswith(words)
+    averaged = alone(pair[0], tmp_path / "of-one-averaged", **{table: "average"})
+    with pytest.raises(SourceError, match=f"{words}.*averaged"):
+        add_expert(averaged, "two", pair[1].path)

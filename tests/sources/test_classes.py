@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from polymerge.sources.classes import class_for, out_of_scope
+from polymerge.sources.layers import _roles
+from tests.sweep.configs import tiny_config
 
 
 @pytest.mark.parametrize(
@@ -52,3 +55,15 @@ def test_what_is_no_language_model_is_known_by_its_class(kind: str, named: str, 
 def test_a_checkpoint_is_opened_with_the_class_that_saved_it(config: Any, named: str, cls: str) -> None:
     config.architectures = [named]
     assert class_for(config).__name__ == cls
+
+
+@pytest.mark.parametrize("architecture", ["inkling_text", "gemma3_text", "llama"])
+def test_the_input_embedding_has_that_role_whatever_its_class_is_called(architecture: str) -> None:
+    """Inkling's is an `InklingNormedEmbedding`."""
+    with torch.device("meta"):
+        config = tiny_config(architecture)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    roles = _roles(model)
+    assert roles["model.embed_tokens.weight"] == ("embedding", False)
+    assert roles["model.norm.weight"] == ("norm", False)
+    assert roles.get("model.embed_tokens.embed_norm.weight", ("norm", False)) == ("norm", False)

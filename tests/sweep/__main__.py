@@ -28,10 +28,15 @@ VARIANTS = os.environ.get("VARIANTS", "0 0.95 int4 bfloat16").split()
 OUTCOMES = Path(os.environ["OUTCOMES"]) if "OUTCOMES" in os.environ else None
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 WORDS = {"0": "at rate 0", "0.95": "at 0.95", "int4": "at 0.95 in `int4`", "bfloat16": "in bfloat16"}
-IMAGES = " and every model that reads images and goes on with a text (`AutoModelForImageTextToText`)"
+# Models that read images as well are tried with a text; what is stored how is the text models' own.
+OF_IMAGES = [variant for variant in VARIANTS if variant in ("0", "0.95")]
+IMAGES = """
+Models that read images as well (`AutoModelForImageTextToText`), marked *(images)*, answer a text, merged {variants}:
+{works} of the {tried} that can be built small work. Those that want an image are refused.
+"""
 HEAD = """# Architectures
 
-Every causal language model of transformers {version} (`AutoModelForCausalLM`){images}, as `make sweep` finds it: a tiny
+Every causal language model of transformers {version} (`AutoModelForCausalLM`), as `make sweep` finds it: a tiny
 random model of each, three experts in which every tensor differs, merged {variants}.
 *Works* means that a batch of all experts and the average, padded, and the tokens that are generated after it with the
 cache, give every row the logits of that expert's own transformers model (at rate 0, within {close:g} of the largest
@@ -48,7 +53,7 @@ loaded, by trying the model, and stands in `model.strategy`.
 bundle.
 
 {counts}
-
+{images}
 | architecture | | rows | size |
 | --- | --- | --- | --- |
 """
@@ -56,13 +61,26 @@ bundle.
 
 def page(outcomes: Sequence[Outcome]) -> str:
     """docs/architectures.md."""
-    tried = [outcome for outcome in outcomes if outcome.status != "not built"]
-    works = sum(outcome.status == "works" for outcome in tried)
-    counts = f"{works} of the {len(tried)} that can be built small work."
-    variants = ", ".join(WORDS[variant] for variant in VARIANTS)
-    images = IMAGES if any(outcome.architecture in MULTIMODAL for outcome in tried) else ""
-    head = HEAD.format(version=transformers.__version__, close=CLOSE, counts=counts, variants=variants, images=images)
+    texts = [outcome for outcome in outcomes if outcome.architecture not in MULTIMODAL]
+    of_images = [outcome for outcome in outcomes if outcome.architecture in MULTIMODAL]
+    works, tried = _counted(texts)
+    counts, images = f"{works} of the {tried} that can be built small work.", ""
+    if of_images:
+        works, tried = _counted(of_images)
+        images = IMAGES.format(variants=_in_words(OF_IMAGES), works=works, tried=tried)
+    said = {"variants": _in_words(VARIANTS), "counts": counts, "images": images}
+    head = HEAD.format(version=transformers.__version__, close=CLOSE, **said)
     return head + "".join(map(_line, outcomes))
+
+
+def _counted(outcomes: Sequence[Outcome]) -> tuple[int, int]:
+    """(work, were tried)"""
+    tried = [outcome for outcome in outcomes if outcome.status != "not built"]
+    return sum(outcome.status == "works" for outcome in tried), len(tried)
+
+
+def _in_words(variants: Sequence[str]) -> str:
+    return ", ".join(WORDS[variant] for variant in variants)
 
 
 def _line(outcome: Outcome) -> str:
@@ -88,7 +106,7 @@ def main(names: list[str]) -> None:
     for name in names or sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MULTIMODAL}):
         if name not in known:
             began = time.perf_counter()
-            known[name] = check(name, variants=VARIANTS)
+            known[name] = check(name, variants=OF_IMAGES if name in MULTIMODAL else VARIANTS)
             line = json.dumps(asdict(known[name]) | {"seconds": round(time.perf_counter() - began, 1)})
             print(line, flush=True)
             if OUTCOMES and not names:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -82,8 +82,9 @@ def _check(architecture: str, folder: Path, outcome: Outcome, variants: Sequence
     experts = make_experts(architecture, folder / "experts")
     originals = {name: _plain(path) for name, path in experts.items()}
     inputs = batch(originals["e0"])
-    if not all(bool(m(**inputs).logits.isfinite().all()) for m in originals.values()):
-        raise ValueError("the tiny model's own logits are not finite")
+    _check_originals(
+        originals, inputs, lambda: merge({name: str(path) for name, path in experts.items()}, folder / "x")
+    )
     for variant in [variant for variant in VARIANTS if variant in variants]:
         outcome.step = f"{variant}: merge"
         sources = {name: str(path) for name, path in experts.items()}
@@ -95,6 +96,17 @@ def _check(architecture: str, folder: Path, outcome: Outcome, variants: Sequence
         _compare(bundle, {**oracles, None: _average(bundle, experts["e0"])}, outcome, variant)
     if "bfloat16" in variants:
         _check_bfloat16(architecture, folder, outcome)
+
+
+def _check_originals(originals: Models, inputs: Mapping[str, torch.Tensor], merged: Callable[[], object]) -> None:
+    """Raises what a model objects to that cannot go on with a text alone, unless `merged` refuses it first."""
+    try:
+        finite = all(bool(model(**inputs).logits.isfinite().all()) for model in originals.values())
+    except Exception:
+        merged()
+        raise
+    if not finite:
+        raise ValueError("the tiny model's own logits are not finite")
 
 
 def _compare(bundle: Bundle, oracles: Models, outcome: Outcome, variant: str) -> None:

@@ -17,21 +17,29 @@ WIDTH, VOCAB = 64, 96
 SIZES: dict[Any, str] = {
     WIDTH: "hidden_size d_model n_embd dim embed_dim embedding_size emb_dim embedding_dim word_embed_proj_dim "
     "input_embedding_size output_embedding_size lru_width rel_extent sliding_window sliding_window_size "
-    "attention_window_size local_attention",
+    "attention_window_size local_attention "
+    # towers of images and sound, and what joins them to the text
+    "out_hidden_size output_dim projector_input_dim projector_output_dim projection_dim projector_hidden_size "
+    "projection_hidden_dim projection_hidden_size downsample_hidden_size patch_embed_hidden_size decoder_hidden_size "
+    "image_text_hidden_size merged_hidden_size text_hidden_size adapter_in_dim adapter_out_dim vision_hidden_size "
+    "encoder_hidden_size image_token_embed_dim num_pos_feats output_channels base_channels latent_channels",
     96: "intermediate_size ffn_dim d_ff decoder_ffn_dim encoder_ffn_dim dff dim_ff d_inner feed_forward_size "
     "intermediate_size_mlp dense_intermediate_size ffn_hidden_size vocab_size vocab_size_per_layer_input "
-    "decoder_vocab_size pronunciation_vocab_size shape_vocab_size",
+    "decoder_vocab_size pronunciation_vocab_size shape_vocab_size mlp_dim codebook_size num_embeddings "
+    "mel_vocab_size alignment_intermediate_size projection_intermediate_size share_expert_dim",
     2: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_encoder_layers "
     "num_decoder_layers num_blocks num_key_value_heads num_kv_heads swa_num_key_value_heads num_experts_per_tok "
     "num_experts_per_token moe_topk moe_k top_k linear_num_key_heads o_groups index_n_heads zero_expert_num "
-    "eos_token_id sep_token_id eod_token_id split_ngram_parts",
+    "eos_token_id sep_token_id eod_token_id split_ngram_parts depth layers resampler_n_heads",
     4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads "
     "num_encoder_attention_heads num_decoder_attention_heads attention_heads swa_num_attention_heads num_experts "
     "num_local_experts n_routed_experts moe_num_experts index_topk time_step_rank mamba_dt_rank mamba_chunk_size "
     "chunk_size linear_num_value_heads linear_num_heads",
     16: "head_dim attention_head_size dim_head d_head global_head_dim swa_head_dim hidden_size_per_layer_input "
     "q_lora_rank kv_lora_rank qk_nope_head_dim v_head_dim o_lora_rank index_head_dim mamba_d_head mamba_head_dim "
-    "linear_key_head_dim linear_value_head_dim linear_head_dim router_hidden_size",
+    "linear_key_head_dim linear_value_head_dim linear_head_dim router_hidden_size resampler_dim_head "
+    "resampler_head_dim num_position_embeddings position_embedding_size max_num_patches pos_emb_height "
+    "pos_emb_width d_kv",
     8: "qk_rope_head_dim mamba_d_state state_size ssm_state_size mamba_n_heads mamba_num_heads laurel_rank hc_lowrank "
     "gated_norm_rank adapter_rank make_ngram_vocab_size_divisible_by d_rel",
     24: "qk_head_dim",
@@ -45,9 +53,9 @@ SIZES: dict[Any, str] = {
     "decoder_start_token_id cls_token_id",
     0: "pad_token_id max_window_layers",
     3: "mask_token_id",
-    90: "image_token_id image_token_index",
-    91: "video_token_id",
-    92: "audio_token_id",
+    90: "image_token_id image_token_index image_patch_id",
+    91: "video_token_id video_token_index",
+    92: "audio_token_id audio_token_index",
     93: "boi_token_id vision_start_token_id boi_token_index",
     94: "eoi_token_id vision_end_token_id eoi_token_index",
     97: "ngram_vocab_size_base",
@@ -65,6 +73,8 @@ _SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
 _OWN_KEYS = {"global_head_dim": 32, "num_kv_shared_layers": 0}
 _ROTARY = {"rotary_dim": 8}
 _SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+_IN_SECTIONS = {"rope_parameters": _SECTIONS}
+_CODEBOOK = {"base_channels": 32, "channel_multiplier": [1, 1], "attn_resolutions": [3]}
 # What an architecture needs beside small sizes: that every kind of its layers is there, and that the sizes fit.
 MORE: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
@@ -79,10 +89,15 @@ MORE: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("lfm2_moe", "lfm3"), _CONV),
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _SLIDING | _OWN_KEYS),
     **dict.fromkeys(("codegen", "gptj"), _ROTARY),
+    **dict.fromkeys(
+        ("chameleon_vqgan", "emu3_vqgan", "janus_vqgan"),
+        _CODEBOOK,
+    ),
     "bamba": {"attn_layer_indices": [1]},
     "big_bird": _DECODER | {"attention_type": "original_full"},
     "cohere_compass_text": _SLIDING
     | {"rope_parameters": {"full_attention": _SECTIONS, "sliding_attention": _SECTIONS}},
+    "chameleon": {"vocabulary_map": {"<image>": 90}},
     "cpmant": {
         "prompt_length": 8,
         "prompt_types": 4,
@@ -94,7 +109,10 @@ MORE: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
     },
+    "deepseek_ocr2_text": _ALL_HEADS | {"mlp_layer_types": ["dense", "sparse"]},
+    "diffusion_gemma_text": _SLIDING | _OWN_KEYS | {"top_k_experts": 2},
     "dots3_note_text": _ALL_HEADS | {"layer_types": ["indexed_attention"] * 2},
+    "emu3": {"vocabulary_map": {"<image>": 90, "<|extra_200|>": 91}},
     "ernie4_5_moe": {"moe_layer_start_index": 1, "moe_layer_end_index": 1},
     "falcon": {"new_decoder_architecture": False, "multi_query": True, "ffn_hidden_size": 256},
     "falcon_h1": {"mamba_d_ssm": 128},
@@ -104,6 +122,8 @@ MORE: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 64},
     "gpt_neox_japanese": {"intermediate_multiple_size": 2},
     "gpt_oss": _SLIDING,
+    "glm5_next_text": _ALL_HEADS | _LINEAR | {"index_kpool": 2, "qk_rope_head_dim": 0},
+    "granite4_vision": {"deepstack_layer_map": [[1, 0]], "downsample_rate": "1/2", "spatial_target_layers": [0]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "hrm_text": {"num_layers_per_stack": None},
     "inkling2_text": {"unpadded_vocab_size": VOCAB},
@@ -120,15 +140,33 @@ MORE: dict[str, dict[str, Any]] = {
     "llama4_text": {"moe_layers": [1], "interleave_moe_layer_step": 2, "attention_chunk_size": 64},
     "longcat_flash": _ALL_HEADS | {"num_layers": 1, "head_dim": 8},
     "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2},
+    "mistral4": _ALL_HEADS | {"qk_rope_head_dim": 8, "head_dim": 24},
+    "mistral_large4_text": _ALL_HEADS,
+    "molmo2_adapter": {"vision_feature_layers": [0, 1], "vision_feature_layer": [0, 1]},
     "minimax": _LINEAR | {"block_size": 4},
+    "muse_spark_audio": {"num_hidden_layers": 2, "patch_sizes": [4, 4], "hidden_sizes": [16, 16], "depths": [1, 1]},
     "nemotron_h": {
         "layers_block_type": ["mamba", "attention", "moe", "mlp"],
         "num_hidden_layers": 4,
         "mamba_num_heads": 8,
         "mamba_head_dim": 16,
     },
-    "qwen2_vl_text": {"rope_parameters": _SECTIONS},
-    "qwen2_5_vl_text": {"rope_parameters": _SECTIONS},
+    **dict.fromkeys(
+        (
+            "qwen2_vl_text",
+            "qwen2_5_vl_text",
+            "glm4v_text",
+            "glm_ocr_text",
+            "cosmos3_edge_text",
+            "hunyuan_vl_text",
+            "paddleocr_vl_text",
+            "qwen2_5_omni_text",
+        ),
+        _IN_SECTIONS,
+    ),
+    "glm4v_moe_text": {"rope_parameters": _SECTIONS | {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},
+    "ernie4_5_vl_moe_text": {"rope_parameters": _SECTIONS | {"mrope_section": [3, 3, 2]}},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 93, "vision_end_token_id": 94},
     "qwen4_exp_text": _LINEAR
     | {
         "indexer_n_heads": 2,
@@ -137,6 +175,7 @@ MORE: dict[str, dict[str, Any]] = {
         "indexer_budget": 32,
         "indexer_compress_ratio": 4,
     },
+    "radio": {"video_temporal_patch_size": 2},
     "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ["recurrent", "recurrent", "attention"]},
     "reformer": {
         "is_decoder": True,
@@ -216,7 +255,8 @@ def _settings(cls: Any, more: dict[str, Any], default: Any) -> dict[str, Any]:
             settings.pop(name)
     for name, inner in vars(default).items() if default is not None else ():
         if isinstance(inner, transformers.PretrainedConfig) and name not in more:
-            settings[name] = _settings(type(inner), MORE.get(inner.model_type, {}), inner)
+            kind = {"model_type": inner.model_type} if inner.model_type else {}
+            settings[name] = kind | _settings(type(inner), MORE.get(inner.model_type, {}), inner)
     return settings | more
 
 

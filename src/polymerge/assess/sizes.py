@@ -39,8 +39,8 @@ class Family:
 def families(
     sources: Mapping[str, Source], recipe: MakeRecipe, dtype: str | None = None
 ) -> tuple[list[Family], list[str]]:
-    """The families of candidates, and why there are several. A candidate joins the first family whose first member it
-    can be merged with.
+    """The families of candidates, and why there are several. A candidate joins the first family with all of whose
+    members it can be merged.
 
     Args:
         dtype: of the merge; by default as stored.
@@ -53,7 +53,7 @@ def families(
     for name in sources:
         refused = []
         for group in groups:
-            reason = _refusal(group[0], name, recipe)
+            reason = _refusal([*group, name], recipe)
             if not reason:
                 group.append(name)
                 break
@@ -76,12 +76,13 @@ def working_bytes(peaks: Mapping[str, int], names: Sequence[str]) -> int:
     return max((peaks.get(name, 0) for name in names), default=0)
 
 
-def _refusal(one: str, other: str, recipe: MakeRecipe) -> str:
-    """Why two candidates cannot be merged; empty where they can."""
+def _refusal(names: list[str], recipe: MakeRecipe) -> str:
+    """Why candidates cannot be merged; empty where they can."""
     try:
-        plan_merge(recipe([one, other]))
+        plan_merge(recipe(names))
     except PolymergeError as error:
-        return f"{one} and {other} cannot be merged: {error}"
+        *others, last = names
+        return f"{', '.join(others)} and {last} cannot be merged: {error}"
     return ""
 
 

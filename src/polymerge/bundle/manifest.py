@@ -31,7 +31,8 @@ FORMAT = "polymerge-bundle"
 # Version 1 holds residuals as published; version 2 differs only in that they have a code; version 3 in that experts
 # have personas, tensors dtypes, or layers compress rates of their own; version 4 in that tensors are stored with others
 # in one, or that experts have other rows or tokens in their tables; version 5 in that residuals have ranks of their
-# own, are taken against the model under the experts' adapters, or are one for two experts.
+# own, are taken against the model under the experts' adapters, or are one for two experts, or that experts have
+# processors of their own.
 FormatVersion = Literal[1, 2, 3, 4, 5]
 MANIFEST = "polymerge.json"
 STATS = "merge_stats.jsonl"
@@ -348,6 +349,8 @@ def version_of(
     if any(layer.ranks or layer.borrowed or layer.base != "average" for layer in layers):
         return 5
     experts = list(experts)
+    if any("processor" in record.persona for record in experts):
+        return 5
     other_tables = vocabulary or any(record.vocabulary or record.rows for record in experts)
     if other_tables or any(layer.slice for layer in layers):
         return 4

@@ -19,7 +19,6 @@ from ..sources.persona import (
     DEFAULT,
     GENERATION,
     MORE_TEMPLATES,
-    PROCESSOR_FILES,
     TEMPLATE,
     Group,
     Persona,
@@ -64,19 +63,21 @@ def write_files(home: Path, persona: Persona, groups: Sequence[Group], *, code: 
         written |= write_templates(home, persona.templates)
     if "generation" in groups:
         written[GENERATION] = write_json(home / GENERATION, dict(persona.generation))
+    if "processor" in groups:
+        written |= {name: write_json(home / name, data) for name, data in persona.processors.items()}
     return written
 
 
 def write_model_files(path: Path, folder: Path, persona: Persona, config: Mapping[str, Any]) -> dict[str, FileEntry]:
-    """All that describes an expert's dense model but its weights; Python files and processors are the bundle's.
+    """All that describes an expert's dense model but its weights; Python files are the bundle's.
 
     Args:
         path: the bundle's folder.
     """
     written = {CONFIG: write_json(folder / CONFIG, config)}
-    groups: list[Group] = ["tokenizer", "template", *(["generation"] if persona.generation else [])]  # type: ignore[list-item]
+    groups: list[Group] = ["tokenizer", "template", "processor", *(["generation"] if persona.generation else [])]  # type: ignore[list-item]
     written |= write_files(folder, persona, groups, code=persona.folder != path)
-    for file in (*sorted(path.glob("*.py")), *(path / name for name in PROCESSOR_FILES if (path / name).is_file())):
+    for file in sorted(path.glob("*.py")):
         written.setdefault(file.name, write_bytes(folder / file.name, file.read_bytes()))
     return written
 
@@ -102,6 +103,8 @@ def stored_persona(path: Path, expert: str, groups: Sequence[Group], base: Perso
         persona = replace(persona, folder=home, files=kept.files)
     if "tokenizer" in groups or "template" in groups:
         persona = replace(persona, templates=kept.templates)
+    if "processor" in groups:
+        persona = replace(persona, processors=kept.processors)
     return replace(persona, generation=kept.generation) if "generation" in groups else persona
 
 
@@ -125,8 +128,9 @@ def persona_problems(path: Path, expert: str, groups: Sequence[Group], files: Se
     except PolymergeError as error:
         yield f"{label}: {error}"
         return
-    if ("tokenizer" in groups) != bool(kept.files):
-        yield f"{label}: {'no' if 'tokenizer' in groups else 'unlisted'} tokenizer files"
+    for group, there in (("tokenizer", kept.files), ("processor", kept.processors)):
+        if (group in groups) != bool(there):
+            yield f"{label}: {'no' if group in groups else 'unlisted'} {group} files"
 
 
 def _tokenizer_file(file: Path) -> bytes:

@@ -35,6 +35,8 @@ def add(
         )  # fmt: skip
     if added.persona and not quiet:
         err.print(f"{name} has its own {', '.join(added.persona)}", markup=False)
+    if added.note and not quiet:
+        err.print(added.note, markup=False)
     if as_json:
         print_json(_data(added, name))
     elif not quiet:
@@ -49,6 +51,7 @@ def _data(added: Added, name: str) -> dict[str, Any]:
         "fresh_relative_error": added.fresh_relative_error,
         "scale_ratio_range": added.scale_ratio_range,
         "persona": added.persona,
+        "note": added.note,
     }
 
 

@@ -77,6 +77,7 @@ def export_peft(bundle: Bundle | str | Path, expert: str, output: str | Path, *,
             write_files(staged, persona, ("tokenizer", "template"))
         if persona.generation:
             write_files(staged, persona, ("generation",))
+        write_files(staged, persona, ("processor",))
         error, worst = _cost_of_dropping_ratios(bundle, expert)
         lost = max((s["relative_error"] for s in bundle.stats() if s["expert"] == expert), default=0.0)
     return PeftExport(output, error, worst, lost)

@@ -27,7 +27,7 @@ class Footprint:
     """Bytes.
 
     Attributes:
-        bundle: average and all experts, in the bundle's dtype.
+        bundle: average and all experts, in the bundle's dtype, with whole tables where files hold a few rows of them.
         bundle_cache, thinker_cache: keys and values of `bundle_tokens` and `thinker_tokens` tokens.
         thinker: its weights; 0 without one in this process.
         limit: the recipe's `memory_limit`, or None.
@@ -77,7 +77,18 @@ def footprint(plan: MergePlan) -> Footprint:
     dtype = _dtype(thinker) if thinker else torch.float32
     weights = sum(info.numel for info in thinker.tensors.values()) * dtype.itemsize if thinker else 0
     thinker_tokens, thinker_cache = _cache(thinker, dtype) if thinker else (0, 0)
-    return Footprint(plan.write_bytes, cache, tokens, weights, thinker_cache, thinker_tokens, plan.recipe.memory_limit)
+    return Footprint(_held_bytes(plan), cache, tokens, weights, thinker_cache, thinker_tokens, plan.recipe.memory_limit)
+
+
+def _held_bytes(plan: MergePlan) -> int:
+    """Of a loaded bundle. An expert with a few rows of its own has a table of its own in memory, with the average's."""
+    more = 0
+    for task in plan.tasks:
+        few = task.tables is not None and task.treatment == "average" and task.holds_rows
+        if few and task.tables is not None:
+            sparse = [expert for expert, ranges in task.tables.ranges.items() if ranges]
+            more += sum(task.stored_bytes(plan.dtype) - task.expert_bytes(plan.dtype, plan.code, e) for e in sparse)
+    return plan.write_bytes + more
 
 
 def _thinker(settings: ThinkerSettings) -> Checkpoint:

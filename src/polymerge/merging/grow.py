@@ -11,7 +11,7 @@ import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -70,6 +70,7 @@ class Added:
         fresh_relative_error: the same if all experts were merged anew (estimated).
         scale_ratio_range: smallest and largest rho of the new expert.
         persona: in what it differs from the bundle beside its weights, and has its own.
+        note: what a user should hear of; empty: nothing.
     """
 
     bundle: Bundle
@@ -77,6 +78,7 @@ class Added:
     fresh_relative_error: float
     scale_ratio_range: tuple[float, float]
     persona: tuple[Group, ...] = ()
+    note: str = ""
 
 
 def add_expert(
@@ -117,7 +119,7 @@ def add_expert(
         persona = persona_of(checkpoint)
         groups = differing(bundle.persona(), persona)
         rows = expert.table_rows, table_rows_in(frame, expert)
-        tables = added_tables(bundle, name, persona, groups, rows, trust_remote_code=trust)
+        tables, unread = added_tables(bundle, name, persona, groups, rows, trust_remote_code=trust)
         tasks = tasks_for(frame, [expert], bundle.manifest.method, tables)
         stored = [record.dtype for record in bundle.manifest.experts.values()]
         check_not_rounded(name, checkpoint, tasks, settings.dtype, stored)
@@ -147,7 +149,7 @@ def add_expert(
                 name, record, files=files, ratios=ratios, tables=tables_there, ranks=ranks
             )
             write_manifest(path, manifest.checked().to_json())
-        return _assess(Bundle.open(path), name, checkpoint, tasks, settings, notes)
+        return replace(_assess(Bundle.open(path), name, checkpoint, tasks, settings, notes), note=unread)
 
 
 def remove_expert(bundle: Bundle | str | Path, name: str) -> Bundle:

@@ -172,8 +172,9 @@ def plan_merge(recipe: RecipeLike, *, weights: bool = True, **settings: Unpack[R
     untied = next((expert for expert in experts if not expert.layer_map.tied), None)
     reference = untied or first
     sizes = {expert.name: expert.table_rows for expert in experts}
-    tables = merged_tables(personas, sizes, trust_remote_code=recipe.trust_remote_code)
-    notes += _vocabulary_notes(first.name, tables)
+    averaged, trust = {recipe.embeddings, recipe.lm_head} != {"keep"}, recipe.trust_remote_code
+    tables, unread = merged_tables(personas, sizes, averaged=averaged, trust_remote_code=trust)
+    notes += [*_vocabulary_notes(first.name, tables), *([unread] if unread else [])]
     widest = max(experts, key=lambda expert: expert.table_rows)
     tasks = tasks_for(frame_of(reference, widest), experts, recipe, tables)
     _check_rates(recipe, tasks)

@@ -60,21 +60,29 @@ class Tables:
         return max((sum(stop - start for start, stop in part) for part in self.ranges.values()), default=0)
 
 
-def merged_tables(personas: Personas, sizes: Mapping[str, int], *, trust_remote_code: bool = False) -> Tables | None:
-    """Those of a merge; None where all experts have the same rows and tokens.
+def merged_tables(
+    personas: Personas, sizes: Mapping[str, int], *, averaged: bool, trust_remote_code: bool = False
+) -> tuple[Tables | None, str]:
+    """Those of a merge, None where all experts have the same rows and tokens; and what could not be compared, if
+    anything.
 
     Args:
         sizes: rows of every expert's tables.
+        averaged: a table is stored once for all experts.
 
     Raises:
-        SourceError: two vocabularies contradict each other; names the first token.
+        SourceError: two vocabularies contradict each other; names the first token. Or tokens that this machine cannot
+            read would be averaged.
     """
     size, one_size = max(sizes.values()), len(set(sizes.values())) == 1
-    ranges: dict[str, Ranges] = {}
+    ranges, note = dict[str, Ranges](), ""
     if any("tokenizer" in groups for groups in personas.groups.values()):
         voices = {name: persona if persona.files else personas.bundle for name, persona in personas.experts.items()}
-        ranges = _ranges(_vocabularies(voices, sizes, trust_remote_code))
-    return None if one_size and not ranges else Tables(size, sizes, ranges)
+        # Those that have words of their own first: a contradiction is theirs, not of one that borrows them.
+        order = sorted(voices, key=lambda name: not personas.experts[name].files)
+        vocabularies = _vocabularies({name: voices[name] for name in order}, sizes, trust_remote_code)
+        ranges, note = _ranges(vocabularies), _unread(vocabularies, averaged)
+    return (None if one_size and not ranges else Tables(size, sizes, ranges)), note
 
 
 def tables_of_bundle(bundle: Bundle) -> Tables | None:
@@ -95,25 +103,30 @@ def added_tables(
     rows: tuple[int, int],
     *,
     trust_remote_code: bool = False,
-) -> Tables | None:
-    """Those of an expert that is added; None where it has the rows and tokens of the bundle's table.
+) -> tuple[Tables | None, str]:
+    """Those of an expert that is added, None where it has the rows and tokens of the bundle's table; and what could not
+    be compared, or nothing.
 
     Args:
         groups: in which its persona is not the bundle's.
         rows: of its tables, and of the bundle's, which are no fewer.
 
     Raises:
-        SourceError: its vocabulary contradicts one that is there.
+        SourceError: its vocabulary contradicts one that is there, or its tokens cannot be read here and the bundle has
+            the average's alone.
     """
-    (count, size), ranges = rows, _NONE
+    (count, size), ranges, note = rows, _NONE, ""
     if any("tokenizer" in unlike for unlike in (groups, *(e.persona for e in bundle.manifest.experts.values()))):
         there = {expert or AVERAGE: bundle.persona(expert) for expert in (None, *bundle.experts)}
         sizes = {expert or AVERAGE: bundle.vocabulary(expert) or size for expert in (None, *bundle.experts)}
         voices = {**there, name: persona if persona.files else bundle.persona()}
         vocabularies = _vocabularies(voices, {**sizes, name: count}, trust_remote_code)
         _shared(vocabularies)
+        method = bundle.manifest.method
+        note = _unread(vocabularies, {method.embeddings, method.lm_head} != {"keep"})
         ranges = _own(vocabularies.pop(name), _shared(vocabularies))
-    return None if count == size and not ranges else Tables(size, {name: count}, {name: ranges} if ranges else {})
+    own = {name: ranges} if ranges else {}
+    return (None if count == size and not ranges else Tables(size, {name: count}, own)), note
 
 
 def numbers_of(ranges: Ranges) -> list[int]:
@@ -136,6 +149,21 @@ def _vocabularies(voices: Mapping[str, Persona], sizes: Mapping[str, int], trust
         if key not in read:
             read[key] = vocabulary_of(persona, sizes[name], trust_remote_code=trust)
     return {name: read[persona.folder, sizes[name]] for name, persona in voices.items()}
+
+
+def _unread(vocabularies: Mapping[str, Vocabulary], averaged: bool) -> str:
+    """What a user should hear of tokenizers that this machine cannot open. Raises SourceError where rows of tokens that
+    nobody compared would be averaged."""
+    unread = [name for name, vocabulary in vocabularies.items() if vocabulary.tokens is None]
+    if not unread:
+        return ""
+    names = ", ".join(map(_label, unread))
+    said = f"the tokenizer of {names} cannot be opened here, so that its tokens are not compared with the others'"
+    if averaged:
+        raise SourceError(
+            f"{said}, and rows would be averaged; install what it needs, trust its code, or keep embeddings and head"
+        )
+    return f"{said}; every expert keeps its own"
 
 
 def _ranges(vocabularies: Mapping[str, Vocabulary]) -> dict[str, Ranges]:

@@ -20,7 +20,8 @@ from ..host import cache_folder
 KINDS = (".json", ".jinja", ".model", ".txt", ".py")
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model")
 TEMPLATES = ("chat_template.*", "additional_chat_templates/*.jinja")
-OWN = (*TOKENIZER, *TEMPLATES, "generation_config.json")
+PROCESSORS = ("*processor_config.json",)
+OWN = (*TOKENIZER, *TEMPLATES, *PROCESSORS, "generation_config.json")
 
 
 def adapter_folder(adapter: Path, base: Path, config: Mapping[str, Any], *, changed: bool) -> Path:
@@ -54,6 +55,8 @@ def _base_files(base: Path, adapter_files: Mapping[str, Path]) -> dict[str, Path
     if any(name.startswith(("tokenizer", "vocab", "spiece")) for name in adapter_files):
         replaced = {*_matching(base, TOKENIZER), *_matching(base, TEMPLATES)}
         files = {name: file for name, file in files.items() if name not in replaced}
+    if any(name.endswith("processor_config.json") for name in adapter_files):
+        files = {name: file for name, file in files.items() if not name.endswith("processor_config.json")}
     return {name: file for name, file in files.items() if not name.endswith(".index.json") and name != "config.json"}
 
 

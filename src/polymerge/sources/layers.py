@@ -311,19 +311,20 @@ def _roles(model: PreTrainedModel) -> dict[str, tuple[Role, bool]]:
     """Parameter name -> (role, transposed), from the classes of the model's modules."""
     from transformers.pytorch_utils import Conv1D
 
-    head = _name_of(model, model.get_output_embeddings())
+    head, embedding = (_name_of(model, end) for end in (model.get_output_embeddings(), model.get_input_embeddings()))
     roles: dict[str, tuple[Role, bool]] = {}
     for module_name, module in model.named_modules():
         for parameter_name, _ in module.named_parameters(recurse=False):
             full = f"{module_name}.{parameter_name}" if module_name else parameter_name
             role: Role = "other"
-            if "norm" in type(module).__name__.lower():
+            table = isinstance(module, torch.nn.Embedding) or module_name == embedding
+            if "norm" in type(module).__name__.lower() and not (table and parameter_name == "weight"):
                 role = "norm"
             elif parameter_name.endswith("bias"):
                 role = "bias"
             elif module_name == head:
                 role = "lm_head"
-            elif isinstance(module, torch.nn.Embedding):
+            elif table:
                 role = "embedding"
             elif isinstance(module, torch.nn.Linear | Conv1D):
                 role = "linear"

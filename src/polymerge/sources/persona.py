@@ -1,4 +1,4 @@
-"""What an expert has beside its weights: tokenizer, chat templates, generation settings, positions.
+"""What an expert has beside its weights: tokenizer, chat templates, generation settings, positions, processors.
 
 Read from a folder group by group, and compared by what it means, not by bytes: two files that transformers reads alike
 are one. Knows the files of a Hugging Face folder; does not know how a bundle keeps them (`polymerge.bundle.personas`).
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,7 +18,7 @@ from ..errors import ModelError, SourceError
 from .checkpoint import Checkpoint, read_json
 from .configuration import positions_of, resolved
 
-Group = Literal["tokenizer", "template", "generation", "positions"]
+Group = Literal["tokenizer", "template", "generation", "positions", "processor"]
 GROUPS: tuple[Group, ...] = get_args(Group)
 
 TOKENIZER_FILES = (
@@ -34,7 +34,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
-# How images and sound become numbers: the same for all experts of a bundle.
+# How images and sound become numbers.
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 TEMPLATE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
@@ -46,6 +46,7 @@ OF_THE_WRITER = (
     "transformers_version", "_from_model_config", "name_or_path", "_name_or_path", "_commit_hash", "tokenizer_file",
     "processor_class", "auto_map", "padding_side", "truncation_side", "is_local", "local_files_only", "backend",
 )  # fmt: skip
+OF_THE_PROCESSORS_WRITER = ("transformers_version", "processor_class", "auto_map", "name_or_path", "_commit_hash")
 # Of a configuration: what a forward pass gives back, not how an answer is made.
 OF_THE_RUN = ("use_cache", "output_attentions", "output_hidden_states")
 # Generation settings that hold where nothing is said.
@@ -66,6 +67,7 @@ class Persona:
         generation: generation_config.json, or what config.json says in its place.
         config: config.json.
         config_folder: where that lies.
+        processors: file -> what it says of how images and sound become numbers.
     """
 
     folder: Path
@@ -74,6 +76,7 @@ class Persona:
     generation: Mapping[str, Any]
     config: Mapping[str, Any]
     config_folder: Path
+    processors: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def positions(self) -> dict[str, Any]:
@@ -108,7 +111,8 @@ def persona_of(checkpoint: Checkpoint) -> Persona:
 def read_persona(folder: Path, config: Mapping[str, Any]) -> Persona:
     """What lies in a folder. Raises SourceError for a file that is no JSON."""
     files = tuple(name for name in TOKENIZER_FILES if (folder / name).is_file())
-    return Persona(folder, files, read_templates(folder), read_generation(folder, config), config, folder)
+    processors = {name: read_json(folder / name) for name in PROCESSOR_FILES if (folder / name).is_file()}
+    return Persona(folder, files, read_templates(folder), read_generation(folder, config), config, folder, processors)
 
 
 def read_templates(folder: Path) -> dict[str, str]:
@@ -152,12 +156,13 @@ def read_generation(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def differing(one: Persona, other: Persona) -> tuple[Group, ...]:
     """The groups in which another expert is not the same. One without a tokenizer takes whatever there is, with its
-    templates."""
+    templates; one without processors takes those."""
     unlike: dict[Group, bool] = {
         "tokenizer": bool(other.files) and not same_tokenizer(one, other),
         "template": bool(other.files or other.templates) and dict(one.templates) != dict(other.templates),
         "generation": _settings(one.generation) != _settings(other.generation),
         "positions": one.positions != other.positions,
+        "processor": bool(other.processors) and not same_processors(one, other),
     }
     return tuple(group for group in GROUPS if unlike[group])
 
@@ -179,6 +184,18 @@ def same_tokenizer(one: Persona, other: Persona) -> bool:
         return tokenizer_meaning(load_tokenizer(one)) == tokenizer_meaning(load_tokenizer(other))
     except ModelError:  # one that this machine cannot open, so that only its files are known
         return False
+
+
+def same_processors(one: Persona, other: Persona) -> bool:
+    """Whether both make the same numbers of images and sound, as far as their files say."""
+
+    def meant(persona: Persona) -> dict[str, dict[str, Any]]:
+        return {
+            name: {key: value for key, value in data.items() if key not in OF_THE_PROCESSORS_WRITER}
+            for name, data in persona.processors.items()
+        }
+
+    return meant(one) == meant(other)
 
 
 def same_words(one: Any, other: Any) -> bool:

@@ -163,6 +163,7 @@ def _check_persona(bundle: Bundle, expert: str) -> None:
         "tokenizer": "tokenizer" in groups and not _speak_alike(base, persona),
         "end tokens": end_tokens(persona.generation) != end_tokens(base.generation),
         "positions": "positions" in groups,
+        "processor of images": "processor" in groups,
         "vocabulary": bool(bundle.vocabulary(expert) or bundle.manifest.experts[expert].rows),
     }
     for what in (what for what, differs in unlike.items() if differs):
