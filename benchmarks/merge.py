@@ -4,7 +4,7 @@ Two tables. "merge": synthetic bfloat16 checkpoints (benchmarks/shapes.py) merge
 memory that the kernel counts for it. "matrices": one residual of every shape, factorised at the same rank by
 
     polymerge             rsvd of the method
-    polymerge, int4       rsvd at the larger rank that int4 has for the same bytes, rounded and decoded
+    polymerge, int4       krylov at the larger rank that int4 has for the same bytes, rounded and decoded
     torch.linalg.svd      exact: the optimum, and what it costs
     torch.svd_lowrank     the same sketch width, at torch's own number of power iterations and at ours
     mergekit              mergekit-extract-lora's decomposition, called in mergekit's own virtual environment
@@ -33,6 +33,7 @@ from rich.table import Table
 from torch import Tensor
 
 from peer_methods.mergekit import MergekitFactors, mergekit_version
+from polymerge.method.krylov import krylov
 from polymerge.method.quantised import Quantised
 from polymerge.method.rsvd import OVERSAMPLING_SHARE, rank_for_rate, rsvd
 from shapes import LINEAR, checkpoint_bytes, tensor, write_checkpoint
@@ -159,7 +160,7 @@ def factorisations(mergekit: Path | None, residual: Tensor) -> list[tuple[str, F
 
     def coded(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         code, (rows, columns) = Quantised(4), matrix.shape
-        b, a = rsvd(matrix, code.rank(rows, columns, RATE))
+        b, a = krylov(matrix, code.rank(rows, columns, RATE))
         return code.decode(code.encode(b, a), rows, columns)
 
     methods: list[tuple[str, Factorise]] = [

@@ -16,7 +16,8 @@ from polymerge.bundle import files
 from polymerge.bundle.files import Rows, chunks_of
 from polymerge.bundle.stats import StatsLine
 from polymerge.errors import SourceError
-from polymerge.merging.compress import Settings, TensorReport, compress_tensor, frobenius_norm
+from polymerge.merging.compress import Settings, TensorReport, compress_tensor
+from polymerge.merging.measure import frobenius_norm
 from polymerge.merging.treatment import TensorTask
 from polymerge.method.codes import code_of
 from polymerge.sources.layers import LayerRecord

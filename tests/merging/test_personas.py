@@ -108,7 +108,7 @@ def test_verify_sees_groups_that_are_not_the_files(originals: dict[str, Original
 def test_an_older_reader_would_refuse_it_by_its_version(originals: dict[str, Original], tmp_path: Path) -> None:
     bundle = merged(originals, tmp_path, "plain", "chatml", compress_rate=0.0)
     data = json.loads((bundle.path / "polymerge.json").read_text())
-    assert data["format_version"] == 3 and "persona" not in data["experts"]["plain"]
+    assert data["format_version"] > 1 and "persona" not in data["experts"]["plain"]
     (bundle.path / "polymerge.json").write_text(json.dumps(data | {"format_version": 1}))
     with pytest.raises(BundleError, match="format version 1 does not fit"):
         Bundle.open(bundle.path)

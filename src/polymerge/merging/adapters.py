@@ -17,7 +17,8 @@ from ..method.code import Code
 from ..method.codes import code_of
 from ..method.dense import dense
 from ..sources.checkpoint import Checkpoint, OverBase
-from .compress import Settings, TensorReport, adapter_key, frobenius_norm, loss_of, stats_line
+from .compress import Settings, TensorReport, adapter_key
+from .measure import frobenius_norm, loss_of, stats_line
 from .reading import Read, Sums, check_stored, check_values, checked_digest
 from .tables import Emit
 from .treatment import TensorTask

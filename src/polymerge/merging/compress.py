@@ -12,7 +12,6 @@ files: it is given a function that reads and one that takes what is made.
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -25,7 +24,8 @@ from ..bundle.files import Rows, raw_bytes, slabs
 from ..bundle.stats import StatsLine
 from ..method.code import Code
 from ..method.dense import residual_of, unsaid
-from ..method.rsvd import numerical_rank, rsvd, sketch_seed
+from ..method.rsvd import numerical_rank, sketch_seed
+from .measure import Loss, frobenius_norm, loss_of, stats_line
 from .reading import Read, check_copy, check_stored, check_values, checked_digest
 from .tables import Emit, merge_table
 from .treatment import TensorTask
@@ -50,15 +50,9 @@ class Settings:
         """These, for one tensor: whole tensors in its own dtype, factors in the bundle's."""
         return replace(self, dtype=task.dtype) if task.dtype else self
 
-
-@dataclass(frozen=True)
-class Loss:
-    """What a residual is and what was lost of it: the fields of these names in `StatsLine`."""
-
-    rank: int
-    residual_norm: float
-    energy_kept: float
-    relative_error: float
+    def factorise(self, matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Factors of a residual, as the code wants them."""
+        return self.code.factorise(matrix, rank, n_oversamples=self.n_oversamples, n_iter=self.n_iter, seed=seed)
 
 
 @dataclass
@@ -215,7 +209,7 @@ def compress_residual(
         if lent and (shared := _error_with(lent, matrix, ratio, norm)) is not None:
             return loss_of(len(lent.a), norm, residual_norm, shared), lent
         seed = sketch_seed(settings.seed, task.name, expert)
-        b, a = rsvd(matrix, task.rank, n_oversamples=settings.n_oversamples, n_iter=settings.n_iter, seed=seed)
+        b, a = settings.factorise(matrix, task.rank, seed)
         rank = numerical_rank(torch.linalg.vector_norm(a, dim=1), norm, task.matrix_shape)
     if rank:
         b, a = b[:, :rank], a[:rank]
@@ -334,51 +328,3 @@ def _read_matrix(
         report.digests[expert] = checked_digest(raw, settings.dtype, expert, task.sources[expert])
     weight = raw.to(device=settings.device, dtype=torch.float32)
     return weight.clone() if weight.data_ptr() == raw.data_ptr() else weight
-
-
-def frobenius_norm(matrix: Tensor) -> float:
-    """||W||_F: every row in float32, the rows together in float64. Ten times as fast on a CPU as float64 throughout.
-
-    Where squares may leave float32's range it is float64 throughout.
-    """
-    norm = float(torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=-1).double()))
-    if 1e-12 < norm < math.inf:
-        return norm
-    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
-
-
-def loss_of(rank: int, norm: float, residual: float, error: float) -> Loss:
-    """From ||W||, ||R|| and ||W - W'||."""
-    return Loss(
-        rank=rank,
-        residual_norm=residual / norm if norm else 0.0,
-        energy_kept=1.0 - (error / residual) ** 2 if residual else 1.0,
-        relative_error=error / norm if norm else 0.0,
-    )
-
-
-def stats_line(
-    task: TensorTask,
-    expert: str,
-    scales: tuple[float, float],
-    ratio: float,
-    loss: Loss,
-    *,
-    seconds: float | None = None,
-) -> StatsLine:
-    """The line of one expert, `scales` being s_i and s̄."""
-    return StatsLine(
-        tensor=task.name,
-        expert=expert,
-        module=task.record.module,
-        shape=task.matrix_shape,
-        rank=loss.rank,
-        storage="full" if task.treatment == "full" else "low_rank" if loss.rank else "average",
-        scale=scales[0],
-        mean_scale=scales[1],
-        scale_ratio=ratio,
-        residual_norm=loss.residual_norm,
-        energy_kept=loss.energy_kept,
-        relative_error=loss.relative_error,
-        seconds=seconds,
-    )

@@ -84,9 +84,10 @@ def _held_bytes(plan: MergePlan) -> int:
     """Of a loaded bundle. An expert with a few rows of its own has a table of its own in memory, with the average's."""
     more = 0
     for task in plan.tasks:
-        ranges = task.tables.ranges if task.tables and task.treatment == "average" and task.holds_rows else {}
-        whole = task.stored_bytes(plan.dtype)
-        more += sum(whole - task.expert_bytes(plan.dtype, plan.code, name) for name, rows in ranges.items() if rows)
+        few = task.tables is not None and task.treatment == "average" and task.holds_rows
+        if few and task.tables is not None:
+            sparse = [expert for expert, ranges in task.tables.ranges.items() if ranges]
+            more += sum(task.stored_bytes(plan.dtype) - task.expert_bytes(plan.dtype, plan.code, e) for e in sparse)
     return plan.write_bytes + more
 
 

@@ -24,7 +24,6 @@ from ..bundle.write import write_manifest, write_stats
 from ..errors import BundleError, DiskSpaceError, RecipeError
 from ..host import DTYPES
 from ..method.dense import residual_of, unsaid
-from ..method.rsvd import rsvd
 from ..naming import check_expert_name
 from ..recipe.merge import Source
 from ..sources.checkpoint import Checkpoint
@@ -40,7 +39,6 @@ from .compress import (
     compress_against,
     digest_of_rows,
     emit_difference,
-    frobenius_norm,
     stored_rows,
 )
 from .executor import settings_of
@@ -48,6 +46,7 @@ from .finish import finish_expert
 from .inheritance import hand_over
 from .journal import Note, Staging
 from .layout import layout_of_experts
+from .measure import frobenius_norm
 from .personas import store_persona
 from .precision import check_not_rounded, with_dtypes
 from .reading import check_copy, checked_digest, reader_of
@@ -289,6 +288,5 @@ def _fresh_error(bundle: Bundle, name: str, checkpoint: Checkpoint, task: Tensor
             average += dense / dense.norm()
     residual = residual_of(weight.clone(), average, norm / len(bundle.experts))
     matrix = residual.T if task.record.transposed else residual
-    u, v = rsvd(matrix, task.rank, n_oversamples=settings.n_oversamples, n_iter=settings.n_iter, seed=settings.seed)
-    coded = settings.code.encode(u, v)
+    coded = settings.code.encode(*settings.factorise(matrix, task.rank, settings.seed))
     return float(unsaid(matrix, *settings.code.decode(coded, *matrix.shape)).norm()) / norm

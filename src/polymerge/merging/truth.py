@@ -20,7 +20,7 @@ from ..host import dtype_name
 from ..sources.checkpoint import Checkpoint
 from ..sources.layers import LayerRecord
 from .adapters import adapter_over, coded_adapter
-from .compress import frobenius_norm
+from .measure import frobenius_norm
 from .reading import same_numbers
 from .tables import mean_of_tables
 from .treatment import TensorTask, record_of_bundle, treatment_of

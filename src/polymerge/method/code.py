@@ -1,6 +1,7 @@
 """What a code of residuals is: how a pair of factors is stored and read back, and what a bundle with it can do.
 
-A code says which rank a compress rate pays for, turns factors B [out, r] and A [r, in] into stored tensors, and back.
+A code says which rank a compress rate pays for and how a residual gets factors B [out, r] and A [r, in] of it, turns
+these into stored tensors, and back.
 Codes differ in their files; which there are stands in codes.py. Whoever wants to know something of a code asks one of
 its properties: nobody outside this folder compares names.
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..host import dtype_name
+from .rsvd import rsvd
 
 
 class Code(ABC):
@@ -53,6 +55,12 @@ class Code(ABC):
     @abstractmethod
     def bytes(self, out_features: int, in_features: int, rank: int) -> int:
         """Bytes of everything that is stored for a pair of factors."""
+
+    def factorise(
+        self, matrix: Tensor, rank: int, *, n_oversamples: int, n_iter: int, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """A residual [out, in] -> B [out, r] with orthonormal columns and A [r, in], as `rsvd`, which it is."""
+        return rsvd(matrix, rank, n_oversamples=n_oversamples, n_iter=n_iter, seed=seed)
 
     @abstractmethod
     def encode(self, b: Tensor, a: Tensor) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .code import Code, check_tensor
+from .krylov import krylov
 from .rsvd import rank_for_rate
 
 # A compress rate is a budget of bytes: those of the published factors at 16 bits a number.
@@ -62,6 +63,11 @@ class Quantised(Code):
     def bytes(self, out_features: int, in_features: int, rank: int) -> int:
         widths = (self._packed(n) + _groups(n) * SCALE_DTYPE.itemsize for n in (out_features, in_features))
         return rank * sum(widths)
+
+    def factorise(
+        self, matrix: Tensor, rank: int, *, n_oversamples: int, n_iter: int, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        return krylov(matrix, rank, n_oversamples=n_oversamples, n_iter=n_iter, seed=seed)
 
     def encode(self, b: Tensor, a: Tensor) -> dict[str, Tensor]:
         stored = {}

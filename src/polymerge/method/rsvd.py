@@ -61,19 +61,28 @@ def rsvd(
         U [m, rank] with orthonormal columns and V [rank, n] with orthogonal rows (the singular values are in V).
     """
     m, n = matrix.shape
-    if not 0 < rank <= min(m, n):
-        raise ValueError(f"rank must be in 1..{min(m, n)} for a matrix of {m} x {n}, got {rank}")
+    check_rank(rank, m, n)
     width = min(rank + max(n_oversamples, math.ceil(OVERSAMPLING_SHARE * rank)), m, n)
     generator = torch.Generator().manual_seed(seed)
     sketch = torch.randn(n, width, generator=generator, dtype=matrix.dtype).to(matrix.device)
     columns = matrix @ sketch  # [m, l]
     for _ in range(n_iter):
-        other = _conditioned(matrix.T @ _conditioned(columns))  # [n, l]
+        other = conditioned(matrix.T @ conditioned(columns))  # [n, l]
         columns = matrix @ other
     basis = torch.linalg.qr(columns).Q
-    small = basis.T @ matrix  # [l, n]
+    return truncated(basis, basis.T @ matrix, rank)
+
+
+def check_rank(rank: int, m: int, n: int) -> None:
+    """Raises ValueError unless a matrix of m x n has factors of this rank."""
+    if not 0 < rank <= min(m, n):
+        raise ValueError(f"rank must be in 1..{min(m, n)} for a matrix of {m} x {n}, got {rank}")
+
+
+def truncated(basis: Tensor, small: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best factors U [m, rank] and V [rank, n] within a basis: Q [m, l] orthonormal, small = Q^T A [l, n]."""
     gram = _gram64(small)
-    vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1).to(matrix.dtype)  # [l, rank], largest first
+    vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1).to(small.dtype)  # [l, rank], largest first
     return basis @ vectors, vectors.T @ small
 
 
@@ -93,7 +102,7 @@ def numerical_rank(values: Tensor, norm: float, shape: tuple[int, int]) -> int:
     return int((values > noise).sum())
 
 
-def _conditioned(columns: Tensor) -> Tensor:
+def conditioned(columns: Tensor) -> Tensor:
     """Other columns with the same span, far from dependent. [n, l] -> [n, l]
 
     Orthonormal up to rounding: by the Cholesky factor of their Gram matrix, at a fraction of what Householder's QR
