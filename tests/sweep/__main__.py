@@ -32,7 +32,7 @@ WORDS = {"0": "at rate 0", "0.95": "at 0.95", "int4": "at 0.95 in `int4`", "bflo
 OF_IMAGES = [variant for variant in VARIANTS if variant in ("0", "0.95")]
 IMAGES = """
 Models that read images as well (`AutoModelForImageTextToText`), marked *(images)*, answer a text, merged {variants}:
-{works} of the {tried} that can be built small work. Those that want an image are refused.
+{works} of the {tried} that were built small and tried work. Those that want an image are refused.
 """
 HEAD = """# Architectures
 

@@ -51,6 +51,7 @@ IMAGES = {
     "llava_next (images)": "a text model of another type inside",
     "mistral3 (images)": "another tower of images",
     "qwen2_vl (images)": "positions on three axes",
+    "qwen3_vl_moe (images)": "a mixture that is turned round only where it has another shape than the parameter",
 }
 NOT_BUILT = ("blt", "musicgen", "musicgen_melody")  # large however small the settings, or nothing to build
 

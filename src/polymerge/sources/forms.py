@@ -56,7 +56,24 @@ def forms_of(model: PreTrainedModel) -> dict[str, list[Part]]:
         total += count
     bounds = torch.tensor(starts)
     stored = stored_as(model, numbers)
+    stored |= {name: numbers[name] for name in _turned_for_their_shape(model, stored, numbers, shapes)}
     return {name: _parts(value, names, bounds) for name, value in stored.items() if value.numel()}
+
+
+def _turned_for_their_shape(
+    model: PreTrainedModel,
+    stored: Mapping[str, Tensor],
+    numbers: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> list[str]:
+    """Tensors that a rule turns round only where they do not have the parameter's shape already (Qwen3-VL-MoE): those
+    of row numbers do not, the tensors themselves do, and are stored as they are."""
+    names = [n for n, value in stored.items() if n in numbers and value.shape != numbers[n].shape and value.dim() > 1]
+    if not names:
+        return []
+    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    real = stored_as(model, empty)
+    return [name for name in names if real.get(name) is empty[name]]
 
 
 def parts_of_slices(part: Part, first: Slice) -> list[Part]:
