@@ -56,8 +56,8 @@ def test_a_head_alone_is_a_peft_adapter_as_it_lies(tmp_path: Path) -> None:
     bundle = merged("llama", tmp_path, embeddings="average", scale="shared")
     base = AutoModelForCausalLM.from_pretrained(bundle.path, dtype=torch.float32)
     with torch.no_grad():
-        got = PeftModel.from_pretrained(base, bundle.expert_folder("e1")).eval()(IDS).logits
-        torch.testing.assert_close(got, load_model(bundle)(IDS, experts="e1").logits, atol=1e-5, rtol=0)
+        got = PeftModel.from_pretrained(base, bundle.expert_folder("e0")).eval()(IDS).logits
+        torch.testing.assert_close(got, load_model(bundle)(IDS, experts="e0").logits, atol=1e-5, rtol=0)
 
 
 def test_what_peft_has_no_place_for_is_refused_by_name(tmp_path: Path) -> None:
