@@ -20,7 +20,7 @@ ROLES = ["embedding", *["linear"] * 4, "norm", *["linear"] * 5, "norm", "linear"
 
 
 def a_plan() -> Any:
-    return SimpleNamespace(tasks=[SimpleNamespace(record=SimpleNamespace(role=role)) for role in ROLES])
+    return SimpleNamespace(tasks=[SimpleNamespace(against_base=role == "linear") for role in ROLES])
 
 
 @pytest.mark.parametrize("ahead", [1, 2, 3, 100])
@@ -99,7 +99,7 @@ def test_what_is_given_later_is_what_was_emitted(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(executor, "compress_tensor", work)
     emitted: list[tuple[Any, ...]] = []
-    made = make(None, {}, None)  # type: ignore[arg-type]
+    made = make(SimpleNamespace(base="average"), {}, None)  # type: ignore[arg-type]
     assert made.give(lambda *piece: emitted.append(piece)).digests == {"e": "12"}
     assert [(owner, key, tensor.tolist()) for owner, key, tensor in emitted] == [
         (None, "x", [0.0, 1.0, 2.0, 3.0]),

@@ -107,7 +107,7 @@ def test_a_fused_source_and_one_that_is_stored_one_by_one_are_the_same(tmp_path:
     usual = merged(experts, tmp_path / "usual")
     mixed = merged(experts | {"e1": tmp_path / "fused"}, tmp_path / "mixed")
     assert mixed.manifest.files == usual.manifest.files
-    assert mixed.manifest.format_version == 1
+    assert not any(layer.slice for layer in mixed.manifest.layers)
     assert verify(mixed, sources=True).ok
 
 
@@ -159,7 +159,7 @@ def small(gpt_oss: dict[str, Path], tmp_path: Path) -> Bundle:
 
 
 def test_the_version_is_one_that_older_readers_do_not_know(small: Bundle) -> None:
-    assert small.manifest.format_version == 4
+    assert small.manifest.format_version >= 4
     with pytest.raises(ValueError, match="format version 3 does not fit"):
         Manifest.model_validate(json.loads(small.manifest.to_json()) | {"format_version": 3})
 

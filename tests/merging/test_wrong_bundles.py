@@ -323,7 +323,7 @@ FAULTS: dict[str, Fault] = {
         recipe={"compress_rate": 0.5, "code": "int4"},
     ),
     "residuals of another expert in a table": Fault(
-        around(compress, "compress_residual", to_the_other), ("'e0'", HEAD),
+        around(compress, "compress_residual", to_the_other), ("'e0'", HEAD), llama_of(3),
         recipe={"compress_rate": 0.5, "lm_head": "compress", "embedding_rate": 0.5},
     ),
     "a table's ratio that is not the norm's": Fault(

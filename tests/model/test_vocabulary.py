@@ -174,7 +174,7 @@ def test_plain_peft_reads_own_rows(head: str, tmp_path: Path) -> None:
     dense = Original(export_dense(bundle, "two", tmp_path / "dense"))
     base = hf.AutoModelForCausalLM.from_pretrained(bundle.path)
     with torch.no_grad():
-        logits = peft.PeftModel.from_pretrained(base, bundle.expert_folder("two"))(ids).logits
+        logits = peft.PeftModel.from_pretrained(base, export_peft(bundle, "two", tmp_path / "peft").folder)(ids).logits
         torch.testing.assert_close(logits, dense.model(ids).logits, rtol=1e-4, atol=1e-4)
         mixed = load_model(bundle, device="cpu")(ids, experts="two").logits
     torch.testing.assert_close(mixed, dense.model(ids).logits, rtol=1e-4, atol=1e-4)

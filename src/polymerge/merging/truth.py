@@ -138,7 +138,8 @@ def average_problems(
             continue
         base = base.double()
         read = functools.partial(_read, checkpoints, sources)
-        if tables and bundle.layers[task.name].table:
+        whole = not task.as_difference and tables is not None and tables.holds(task.record.role, task.shape)
+        if tables and (whole or bundle.layers[task.name].table):
             mean = mean_of_tables(tables, read).double()
         else:
             mean = _mean(task, base, list(tasks), read)
