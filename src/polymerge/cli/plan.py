@@ -81,7 +81,6 @@ def plan(
         say(f"embeddings   of all experts, with the head: {embedding_costs(costs, planned.recipe.embedding_rate)}")
     if averaged(planned):
         say("             averaged: experts that moved far lose most by it; the end of a merge says how far they did")
-    out.print(f"disk         {size(2 * written)} while it runs")
     out.print(f"reads        {size(summary['read_bytes'])}")
     out.print(f"memory       about {size(summary['memory_bytes'])} beside the program itself")
     _print_footprint(needs)
