@@ -11,12 +11,10 @@ Pure functions on tensors. Knows nothing of experts, files or bundles.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from .rsvd import check_rank, conditioned, rsvd, truncated
+from .rsvd import check_rank, conditioned, oversampled, rsvd, sketched, truncated
 
 # Columns of the basis beyond the result's. Fewer leave more of a slow spectrum behind: with 0.4 the error is 2% above
 # that of two power iterations, with 0.5 1%, with 0.65 it is the same (the shapes and spectra of benchmarks/merge.py).
@@ -48,7 +46,7 @@ def krylov(
     """
     m, n = matrix.shape
     check_rank(rank, m, n)
-    width = min(rank + max(n_oversamples, math.ceil(OVERSAMPLING_SHARE * rank)), m, n)
+    width = oversampled(rank, n_oversamples, OVERSAMPLING_SHARE, m, n)
     spanned = _basis(matrix, width, BLOCKS * n_iter, seed) if n_iter else None
     if spanned is None:
         return rsvd(matrix, rank, n_oversamples=n_oversamples, n_iter=n_iter, seed=seed)
@@ -60,9 +58,7 @@ def _basis(matrix: Tensor, width: int, blocks: int, seed: int) -> tuple[Tensor, 
     m, n = matrix.shape
     basis, small = matrix.new_empty(width, m), matrix.new_empty(width, n)  # rows, so that a block lies together
     block = -(-width // blocks)
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(n, block, generator=generator, dtype=matrix.dtype).to(matrix.device)
-    columns = matrix @ start  # [m, block]
+    columns = sketched(matrix, block, seed)  # [m, block]
     for first in range(0, width, block):
         last = min(first + block, width)
         fresh = _orthonormal(columns[:, : last - first], basis[:first], 2 * block)

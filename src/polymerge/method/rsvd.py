@@ -62,10 +62,7 @@ def rsvd(
     """
     m, n = matrix.shape
     check_rank(rank, m, n)
-    width = min(rank + max(n_oversamples, math.ceil(OVERSAMPLING_SHARE * rank)), m, n)
-    generator = torch.Generator().manual_seed(seed)
-    sketch = torch.randn(n, width, generator=generator, dtype=matrix.dtype).to(matrix.device)
-    columns = matrix @ sketch  # [m, l]
+    columns = sketched(matrix, oversampled(rank, n_oversamples, OVERSAMPLING_SHARE, m, n), seed)  # [m, l]
     for _ in range(n_iter):
         other = conditioned(matrix.T @ conditioned(columns))  # [n, l]
         columns = matrix @ other
@@ -77,6 +74,19 @@ def check_rank(rank: int, m: int, n: int) -> None:
     """Raises ValueError unless a matrix of m x n has factors of this rank."""
     if not 0 < rank <= min(m, n):
         raise ValueError(f"rank must be in 1..{min(m, n)} for a matrix of {m} x {n}, got {rank}")
+
+
+def oversampled(rank: int, n_oversamples: int, share: float, m: int, n: int) -> int:
+    """Columns of a basis for so many of the result: extra ones, a share of the rank where that is more, while there are
+    any."""
+    return min(rank + max(n_oversamples, math.ceil(share * rank)), m, n)
+
+
+def sketched(matrix: Tensor, width: int, seed: int) -> Tensor:
+    """A matrix times Gaussian columns, which are drawn on the CPU: every device has the same. [m, n] -> [m, width]"""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype)
+    return matrix @ drawn.to(matrix.device)
 
 
 def truncated(basis: Tensor, small: Tensor, rank: int) -> tuple[Tensor, Tensor]:

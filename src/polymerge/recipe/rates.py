@@ -98,7 +98,7 @@ def misfit(rates: AnyRates, matrices: Iterable[tuple[str, ...]]) -> str | None:
     """Why rates are not those of a model with these matrices (their names, as for `rate_of`); None where they are."""
     matrices = list(matrices)
     if isinstance(rates, tuple):
-        layers = max((layer_number(names[0]) for names in matrices), default=-1) + 1
+        layers = count_layers(names[0] for names in matrices)
         return None if len(rates) == layers else f"has {len(rates)} numbers, but the model has {layers} layers"
     if isinstance(rates, dict):
         for pattern in (pattern for pattern in rates if pattern != DEFAULT):
@@ -122,3 +122,8 @@ def layer_number(module: str) -> int:
     """The first number in a module's name, -1 where there is none."""
     number = re.search(r"\.(\d+)\.", module)
     return int(number[1]) if number else -1
+
+
+def count_layers(modules: Iterable[str]) -> int:
+    """The highest layer's number in names of modules, + 1; 0 where none has a number."""
+    return max(map(layer_number, modules), default=-1) + 1

@@ -45,8 +45,8 @@ class Trial:
 
     @property
     def worst_kl(self) -> float:
-        """Of the expert that lost most, in nats a token."""
-        return max(agreement.kl for agreement in self.point.experts.values())
+        """Its point's."""
+        return self.point.worst_kl
 
     def to_json(self, trials: Sequence[Trial]) -> dict[str, Any]:
         """As plain data, with whether it is on the front of all trials."""
@@ -130,8 +130,7 @@ def search_recipe(
 
 
 def _check_budget(target: Target, choices: Choices) -> None:
-    least = choices.least()
-    if least > choices.limit:
+    if choices.plan(choices.first) is None and (least := choices.least()) > choices.limit:
         raise too_small(target, choices.limit, least)
 
 

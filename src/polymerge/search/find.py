@@ -175,7 +175,7 @@ class _Search:
             keep = self._narrowed(code, starts[code])
             if keep is not None:
                 return code, keep
-        nearest = min(self.measured.values(), key=lambda point: max(e.kl for e in point.experts.values()))
+        nearest = min(self.measured.values(), key=lambda point: point.worst_kl)
         raise TargetError(
             f"target {self.target.text!r}: only compress_rate 0, which keeps every expert whole, is sure to reach it; "
             f"the nearest was {self.target.words(nearest)} at rate {in_words(nearest.compress_rate)} with "
@@ -232,4 +232,4 @@ class _Search:
         return self.fitting.bytes(self.fitting.at(keep, code))
 
     def _worst_kl(self, keep: int, code: CodeName) -> float:
-        return max(agreement.kl for agreement in self.point(keep, code).experts.values())
+        return self.point(keep, code).worst_kl

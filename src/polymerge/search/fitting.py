@@ -22,7 +22,7 @@ from ..merging.layout import layout_of
 from ..merging.plan import MergePlan, replanned
 from ..merging.treatment import TensorTask
 from ..recipe.merge import CodeName
-from ..recipe.rates import layer_number, tilted
+from ..recipe.rates import count_layers, tilted
 from ..sources.checkpoint import Checkpoint
 
 # Rates are whole numbers of ten-thousandths: one step is 0.01% of what an expert's matrices take in 16 bits.
@@ -59,7 +59,7 @@ class Fitting:
 
     @cached_property
     def _layers(self) -> int:
-        return max((layer_number(task.record.module) for task in self.plan.tasks), default=-1) + 1
+        return count_layers(task.record.module for task in self.plan.tasks)
 
     def most(self, limit: int, code: CodeName) -> int | None:
         """The most ten-thousandths that can be kept in `limit` bytes; None where the average is too large."""

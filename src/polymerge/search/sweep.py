@@ -82,6 +82,11 @@ class Point:
         return sum(agreement.kl for agreement in self.experts.values()) / len(self.experts)
 
     @property
+    def worst_kl(self) -> float:
+        """Of the expert that lost most, in nats a token."""
+        return max(agreement.kl for agreement in self.experts.values())
+
+    @property
     def top1(self) -> float:
         """Mean of the experts'."""
         return sum(agreement.top1 for agreement in self.experts.values()) / len(self.experts)
