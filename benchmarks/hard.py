@@ -3,7 +3,7 @@
     python benchmarks/hard.py --data ../shared/data                    # trains what the cache lacks, prints the folders
     python benchmarks/hard.py --data ../shared/data --set real
 
-Two thousand short examples make a hard expert, one epoch at a high learning rate: some 40 minutes each on one core, once.
+Two thousand short examples make a hard expert, one epoch at a high learning rate: 40 minutes each on one core, once.
 """
 
 from __future__ import annotations
