@@ -86,7 +86,9 @@ def inspect_bundle(bundle: Bundle | str | Path) -> Inspection:
     ranks = [line["rank"] for line in stats if line["storage"] == "low_rank"]
     storage: dict[str, int] = defaultdict(int)
     # What one expert has nothing of is still stored as the others' is.
-    kinds = sorted(stats, key=lambda line: str(line["storage"]) != "average")
+    weights = {layer.tensor for layer in manifest.layers if layer.role == "linear"}
+    linear = (line for line in stats if line["tensor"] in weights)
+    kinds = sorted(linear, key=lambda line: str(line["storage"]) != "average")
     for treatment in {line["tensor"]: line["storage"] for line in kinds}.values():
         storage[treatment] += 1
     by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
