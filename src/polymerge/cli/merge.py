@@ -15,6 +15,7 @@ from .words import (
     EmbeddingRate,
     Embeddings,
     LmHead,
+    Method,
     Norms,
     RecipeOrExperts,
     Scale,
@@ -41,6 +42,7 @@ def merge(
     embedding_rate: EmbeddingRate = None,
     norms: Norms = None,
     align: Align = None,
+    method: Method = None,
     target: Annotated[
         str | None,
         typer.Option(help="Find rate and code: kl=0.001, accuracy=99%, size=600MB or size=1.2x (one model's)."),
@@ -92,6 +94,7 @@ def merge(
         "embedding_rate": embedding_rate,
         "norms": norms,
         "align": align,
+        "method": method,
     }
     with merge_progress(quiet or as_json) as progress:
         bundle = run(
