@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from ..bundle.bundle import Bundle
-from ..bundle.inspect import relative_error
+from ..bundle.stats import relative_error
 from .plan import MergePlan
 from .treatment import TensorTask, task_of
 
