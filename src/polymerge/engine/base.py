@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from ..errors import ModelError
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int]
 Pooling = Literal["last", "mean"]
 FloatArray: TypeAlias = "npt.NDArray[np.float32]"
-# A turn of a conversation: {"role": "user", "content": "..."}.
-Message = Mapping[str, str]
+# A turn of a conversation: {"role": "user", "content": "..."}, and what else chat templates know of one.
+Message = Mapping[str, Any]
 # A temperature under this is greedy: dividing by it leaves the range of numbers.
 COLDEST = 1e-4
 # OpenAI's own bounds of penalties and biases.
@@ -152,8 +152,12 @@ class Engine(Protocol):
     def decode(self, ids: Sequence[int], *, expert: RowExpert = None) -> str:
         """The text of token ids, without special tokens."""
 
-    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None) -> list[int]:
-        """Token ids of a conversation that waits for the model's turn, by the expert's chat template."""
+    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None, go_on: bool = False) -> list[int]:
+        """Token ids of a conversation that waits for the model's turn, by the expert's chat template.
+
+        Args:
+            go_on: the last message is the beginning of the model's turn, which it goes on with.
+        """
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """Raises ModelError for an unknown expert or a prompt that leaves no room in the context."""
