@@ -101,10 +101,13 @@ def _interval(share: dict[str, float] | None) -> str:
     return f"{value.share:.1%} ({value.low:.1%} to {value.high:.1%})".replace("%", "").replace(")", "%)")
 
 
+def _title(row: Row) -> str:
+    return f"{row.name}, {row.tables}"
+
+
 def finished(row: Row, run: Run, work: Path) -> dict[str, Any]:
     """A row, from the work folder where it is there."""
-    name = f"{row.name}, {row.tables}"
-    note = work / ("".join(c if c.isalnum() else "-" for c in name) + ".json")
+    note = work / ("".join(c if c.isalnum() else "-" for c in _title(row)) + ".json")
     if not note.exists():
         note.write_text(json.dumps(measured(row, run), indent=1) + "\n")
     read: dict[str, Any] = json.loads(note.read_text())
@@ -124,7 +127,7 @@ def parsed() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument("--set", default="demo", choices=("demo", *SETS))
     parser.add_argument("--data", type=Path, help="with NAME/train.jsonl and test.jsonl for every one of these experts")
     parser.add_argument("--limit", type=int, default=200, help="held-out requests of each expert")
-    parser.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose names hold one of these")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose `method, embeddings` holds one of these")
     parser.add_argument("--work", type=Path, help="keep finished rows and SVDs here")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/peers.json"))
     options = parser.parse_args()
@@ -137,7 +140,7 @@ def main() -> None:
     parser, options = parsed()
     hush_libraries()
     base, console = demo_base(), Console(width=400)
-    rows = [row for row in ROWS if not options.only or any(text in row.name for text in options.only)]
+    rows = [row for row in ROWS if not options.only or any(text in _title(row) for text in options.only)]
     if not rows:
         parser.error(f"no such row; there are {', '.join(dict.fromkeys(row.name for row in ROWS))}")
     skills, sources = experts_of(options, base)

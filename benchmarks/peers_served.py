@@ -1,10 +1,11 @@
-"""polymerge against its peers: the same experts, the same held-out requests, one run.
+"""What serving costs, polymerge against its peers: speed, merge time and routing, in one run.
 
-    python benchmarks/peers.py --mergekit MERGEKIT/bin/python          # the demo's three experts
-    python benchmarks/peers.py --mergekit ... --bundle BUNDLE --data ../shared/data          # the sources of a bundle
-    python benchmarks/peers.py --mergekit ... --experts NAME=FOLDER ... --data ../shared/data
+    python benchmarks/peers_served.py --mergekit MERGEKIT/bin/python          # the demo's three experts
+    python benchmarks/peers_served.py --mergekit ... --bundle BUNDLE --data ../shared/data          # a bundle's sources
+    python benchmarks/peers_served.py --mergekit ... --experts NAME=FOLDER ... --data ../shared/data
 
-The experts must come from the demo's base, SmolLM2-135M-Instruct.
+The experts must come from the demo's base, SmolLM2-135M-Instruct. benchmarks/peers.py has the strongest peers, all
+bytes and more requests, by teacher forcing.
 
 Every row of benchmarks/peer_methods/table.py is merged in a process of its own, then loaded and measured here: accuracy
 of greedy answers, KL to the original expert on its own requests, new tokens a second of a batch that mixes all experts.
@@ -126,7 +127,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=12, help="rows of the batch whose speed is measured")
     parser.add_argument("--only", nargs="+", default=names, choices=names, metavar="METHOD", help="rows by name")
     parser.add_argument("--work", type=Path, help="keep finished rows here")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/peers.json"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/peers_served.json"))
     options = parser.parse_args()
     hush_libraries()
     warnings.simplefilter("ignore", FutureWarning)  # of transformers, at PEFT

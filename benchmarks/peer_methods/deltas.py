@@ -78,7 +78,7 @@ class Delta:
     def rank_for(self, budget: float) -> int:
         """The rank whose factors in 16 bits take at most this share of the matrix."""
         out, in_ = self.weight.shape
-        return rank_for_rate(out, in_, 1 - budget)
+        return min(rank_for_rate(out, in_, 1 - budget), out, in_)
 
 
 # A method with its settings.

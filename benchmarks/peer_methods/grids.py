@@ -49,7 +49,7 @@ def grid(rows: Tensor, bits: Tensor, group: int = GROUP) -> Grid:
         bits: whole numbers; a row of 0 bits has no levels.
     """
     width = rows.shape[1]
-    padded = F.pad(rows, (0, -width % group)).view(len(rows), -1, group)  # [r, groups, group]
+    padded = F.pad(rows, (0, -width % group)).view(len(rows), -(-width // group), group)  # [r, groups, group]
     low, high = padded.amin(-1, keepdim=True).clamp(max=0), padded.amax(-1, keepdim=True).clamp(min=0)
     top = (2.0**bits - 1)[:, None, None].expand_as(low)
     best, error = _range(low, high, top, 1.0), torch.full_like(low, torch.inf)

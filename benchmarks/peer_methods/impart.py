@@ -52,7 +52,7 @@ def shares(s: Tensor, shape: torch.Size, gamma: float) -> Tensor:
     A wide matrix has fewer vectors for its size than a square one, and keeps more of them (the repository's 1.45).
     """
     wide = 2 * max(shape) / sum(shape)
-    looked_at = max(1, min(len(s), int(len(s) * (1 - DROPPED_WHOLE) * wide)))
+    looked_at = max(1, min(len(s), int(len(s) * (1 - DROPPED_WHOLE) * wide + 1e-9)))
     importance = s[:looked_at].double() ** POWER
     dropped = (1 - importance / importance[0].clamp(min=1e-30)) * gamma
     behind = dropped.flip(0)
