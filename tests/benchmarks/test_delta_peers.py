@@ -258,3 +258,11 @@ def test_an_expert_that_is_the_base_stays_it(method: Callable[..., Coded]) -> No
     same = Delta(base, base, *parts, lambda: base, lambda: Moments(torch.eye(160)))
     coded = method(same, budget=0.2)
     assert torch.isfinite(coded.weight).all() and (coded.weight - base).abs().max() < 1e-6
+
+
+@pytest.mark.slow
+def test_a_method_that_routes_itself_is_measured_and_counted_too(run: Run) -> None:
+    row = next(row for row in ROWS if row.name == "SMILE")
+    measured, sizes = row.measure(run)
+    assert set(measured) == set(run.task.experts) and sizes.gguf is None
+    assert sizes.disk == sizes.resident > 2 * run.one_model
