@@ -23,7 +23,7 @@ from ...bundle.peft import adapter_name, as_peft
 from ...engine.local.engine import HFEngine
 from ...engine.vllm.folder import Probe, distance
 from ...errors import ModelError
-from .plan import HEAD
+from ..expressed import HEAD
 from .prompts import CalibrationPrompt
 
 # Tokens of an answer that the expert writes itself where the calibration has none.
