@@ -33,9 +33,9 @@ def export(
         str, typer.Option(help="Of the work of an export for vLLM or llama.cpp: auto, cpu, cuda ...")
     ] = "auto",
     type_: Annotated[
-        Literal["f32", "bf16", "f16", "q8_0", "q4_k_m"] | None,
-        typer.Option("--type", help="Of llama.cpp's base; q8_0 by default. q4_k_m needs its llama-quantize."),
-    ] = None,
+        Literal["f32", "bf16", "f16", "q8_0", "q4_k_m"],
+        typer.Option("--type", help="Of llama.cpp's base; q4_k_m needs its llama-quantize."),
+    ] = "q8_0",
     llama_cpp: Annotated[
         Path | None, typer.Option(help="Folder of llama.cpp's sources, whose converters then write the base.")
     ] = None,
@@ -56,11 +56,11 @@ def export(
         raise PolymergeError(f"--to {to} takes all experts, and no dtype; leave --expert and --dtype out")
     if to == "gguf":
         export_for_gguf(
-            bundle, output, type_ or "q8_0", llama_cpp, max_rank, calibration, device,
+            bundle, output, type_, llama_cpp, max_rank, calibration, device,
             lossy=lossy, overwrite=overwrite, quiet=quiet, as_json=as_json,
         )  # fmt: skip
         return
-    if type_ or llama_cpp or lossy:
+    if type_ != "q8_0" or llama_cpp or lossy:
         raise PolymergeError("--type, --llama-cpp and --lossy belong to --to gguf")
     if to == "vllm":
         export_for_vllm(

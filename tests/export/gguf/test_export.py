@@ -24,7 +24,7 @@ from polymerge.export.gguf.modelfile import go_template, modelfile
 from polymerge.export.gguf.names import Architecture, architecture_of, interleaved
 from polymerge.export.gguf.tokens import GPT2, splitting
 from polymerge.export.vllm.prompts import CalibrationPrompt
-from tests.tiny import ARCHITECTURES, byte_tokenizer, make_experts
+from tests.tiny import ARCHITECTURES, letters_tokenizer, make_experts
 
 SAMPLES = [CalibrationPrompt("abc", answer="de")]
 
@@ -39,9 +39,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if key not in made:
             folder = tmp_path_factory.mktemp("gguf")
             experts = make_experts(architecture, folder, spread=spread, count=2)
-            tokenizer = byte_tokenizer()
-            tokenizer.backend_tokenizer.pre_tokenizer.use_regex = True
-            tokenizer.save_pretrained(experts["e0"])
+            letters_tokenizer().save_pretrained(experts["e0"])
             sources = {name: str(path) for name, path in experts.items()}
             made[key] = merge({"experts": sources, "compress_rate": 0.6, **recipe}, folder / "bundle")
         return made[key]
@@ -168,7 +166,7 @@ def test_a_failing_converter_is_one_line(tmp_path: Path) -> None:
 
 
 def test_only_a_splitting_that_llama_cpp_has_gets_its_name() -> None:
-    model = {"type": "BPE", "vocab": {}, "merges": []}
+    model = {"type": "BPE", "vocab": {}, "merges": ["a b"]}
     plain = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     assert splitting({"model": model, "pre_tokenizer": plain}) == "gpt-2"
     digits = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, plain]}
@@ -180,6 +178,7 @@ def test_only_a_splitting_that_llama_cpp_has_gets_its_name() -> None:
     split["pattern"] = {"Regex": GPT2}
     assert splitting({"model": model, "pre_tokenizer": other}) == "gpt-2"
     assert splitting({"model": {**model, "byte_fallback": True}, "pre_tokenizer": plain}) is None
+    assert splitting({"model": {**model, "merges": []}, "pre_tokenizer": plain}) is None
     assert splitting({"model": model, "pre_tokenizer": {"type": "Metaspace"}}) is None
     assert splitting({"model": model, "pre_tokenizer": plain, "normalizer": {"type": "Lowercase"}}) is None
 
@@ -201,7 +200,7 @@ CHATML = (
 
 
 def test_a_template_is_given_only_where_both_write_the_same() -> None:
-    tokenizer = byte_tokenizer()
+    tokenizer = letters_tokenizer()
     tokenizer.chat_template = CHATML
     assert "<|im_start|>{{ .Role }}" in str(go_template(tokenizer))
     text = modelfile("e0", "../../base.gguf", "./adapter.gguf", tokenizer, GenerationDefaults(ends=frozenset({2})))

@@ -283,8 +283,8 @@ def llama_engine(
             not answer as the export says.
     """
     if url is None:
-        with llama_server(folder, rows=rows, cache_tokens=cache_tokens) as address:
-            yield from _checked(folder, LlamaApi(address), rows, cache_tokens, embed, probe)
+        with llama_server(folder, rows=rows, cache_tokens=cache_tokens) as served:
+            yield from _checked(folder, served, rows, cache_tokens, embed, probe)
         return
     api = LlamaApi(url, api_key=api_key)
     slots = int(api.properties().get("total_slots") or rows)

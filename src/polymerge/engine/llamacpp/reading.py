@@ -79,6 +79,7 @@ class Reader:
         asked = answer.request.generate
         body = {"prompt": answer.tokens, "lora": lora, **settings(asked)}
         body["n_predict"] = asked.max_new_tokens - len(answer.made)
+        body["repeat_last_n"] = answer.longest if body["repeat_penalty"] != 1.0 else 0  # 0 looks at none
         if answer.request.logprobs is not None:
             body["n_probs"] = max(answer.request.logprobs, 1)
         return body
@@ -121,7 +122,6 @@ def settings(request: GenerateRequest) -> dict[str, Any]:
         **drawn,
         "samplers": ["penalties", "temperature", "min_p", "top_k", "top_p"],
         "repeat_penalty": 1.0 if request.repetition_penalty is None else request.repetition_penalty,
-        "repeat_last_n": -1,
         "seed": -1 if request.seed is None else request.seed % 2**32,
         "return_tokens": True,
         "cache_prompt": True,

@@ -8,11 +8,13 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ...errors import ModelError, needs_extra
+from .api import LlamaApi
 from .folder import BASE, GgufNote, read_note
 
 # Answers that are made at the same time, and tokens in the caches of all of them.
@@ -33,8 +35,8 @@ def installed() -> str | None:
 def llama_server(
     folder: str | Path, *, note: GgufNote | None = None, rows: int = ROWS, cache_tokens: int = CACHE_TOKENS,
     threads: int | None = None,
-) -> Iterator[str]:  # fmt: skip
-    """The address of a server on an exported folder.
+) -> Iterator[LlamaApi]:  # fmt: skip
+    """A server on an exported folder. It listens to this machine, and only to who has the key that is made for it.
 
     Args:
         note: the folder's, where it is not written yet.
@@ -59,13 +61,15 @@ def llama_server(
     params.n_threads_http = rows + 4
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads or _threads()
     params.cache_ram_mib = 0  # prompts of answers that are over are not kept beside the slots
+    key = secrets.token_urlsafe(32)
+    params.api_keys = [key]
     params.warmup, params.ui, params.verbosity = False, False, -1
     try:
         server = xllamacpp.Server(params)
     except Exception as error:  # of its own types, for a file it cannot read, an adapter of another model, no memory
         raise ModelError(f"{folder}: llama.cpp cannot load it ({' '.join(str(error).split())[:200]})") from None
     try:
-        yield server.listening_address
+        yield LlamaApi(server.listening_address, api_key=key)
     finally:
         del server
 

@@ -29,6 +29,7 @@ def splitting(backend: Mapping[str, Any]) -> str | None:
     """llama.cpp's name for how a tokenizer (the content of tokenizer.json) splits; None where it has none."""
     model = backend["model"]
     plain = not (model.get("byte_fallback") or model.get("dropout") or model.get("continuing_subword_prefix"))
+    plain = plain and bool(model.get("merges"))  # without any, llama.cpp takes it for a broken file
     if model.get("type") != "BPE" or not plain or (backend.get("normalizer") or {}).get("type", "NFC") != "NFC":
         return None
     outer = backend.get("pre_tokenizer") or {}
