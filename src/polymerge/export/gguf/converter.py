@@ -14,8 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+
+from ...bundle.manifest import ADAPTER_FILE
 from ...engine.llamacpp.folder import Kind
 from ...errors import ModelError
+from ...sources.checkpoint import read_json
 
 MODEL, LORA, QUANTIZE = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "llama-quantize"
 _ERROR = re.compile(r"^(?:ERROR:[^:]*:|\w*(?:Error|Exception)\b:?)\s*(.+)", re.MULTILINE)
@@ -41,8 +45,28 @@ class LlamaCpp:
         _run([sys.executable, self.folder / MODEL, model, "--outfile", file, "--outtype", kind])
 
     def adapter(self, peft: Path, base: Path, file: Path, kind: Kind) -> None:
-        """PEFT's folder as a LoRA file over a checkpoint's folder."""
+        """PEFT's folder as a LoRA file over a checkpoint's folder.
+
+        The converter knows one rank: factors of another one are given the quotient by which llama.cpp will divide.
+        """
+        _one_scale(peft)
         _run([sys.executable, self.folder / LORA, peft, "--base", base, "--outfile", file, "--outtype", kind])
+
+
+def _one_scale(peft: Path) -> None:
+    """Multiplies every B by its rank over the adapter's alpha."""
+    alpha, file = float(read_json(peft / "adapter_config.json")["lora_alpha"]), peft / ADAPTER_FILE
+    tensors = load_file(file)
+    for key in (key for key in tensors if ".lora_B." in key or ".lora_embedding_B" in key):
+        if tensors[key].shape[1] != alpha and _uniform(peft):
+            tensors[key] = tensors[key] * (tensors[key].shape[1] / alpha)
+    save_file(tensors, file)
+
+
+def _uniform(peft: Path) -> bool:
+    """Whether every pair's alpha is its rank, so that all have the scale 1."""
+    config = read_json(peft / "adapter_config.json")
+    return bool(config["lora_alpha"] == config["r"] and config.get("alpha_pattern") == config.get("rank_pattern"))
 
 
 def quantizer(llama_cpp: LlamaCpp | None) -> Path:
