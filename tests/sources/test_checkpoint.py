@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from polymerge.errors import SourceError
 from polymerge.recipe.merge import Source
+from polymerge.sources import opening
 from polymerge.sources.checkpoint import BinCheckpoint, Checkpoint, SafetensorsCheckpoint
 from polymerge.sources.opening import open_checkpoint
 from tests.sources.reading import assert_reads_fresh
@@ -377,7 +378,10 @@ def test_bin_files_are_downloaded_only_where_there_are_no_safetensors(
     assert {options["revision"] for _, options in asked} == {"main"}
 
 
-def test_what_the_hub_does_not_have_is_one_line(hub: tuple[Asked, dict[str, Path]]) -> None:
+def test_what_the_hub_does_not_have_is_one_line(
+    hub: tuple[Asked, dict[str, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "hub_answers", lambda: True)
     message = one_line(Source(source="org/none"))
     assert message.startswith("org/none: ") and "hub" in message and "cannot find org/none" in message
 

@@ -14,6 +14,7 @@ from .words import (
     EmbeddingRate,
     Embeddings,
     LmHead,
+    Method,
     Norms,
     RecipeOrExperts,
     Scale,
@@ -38,6 +39,7 @@ def plan(
     embedding_rate: EmbeddingRate = None,
     norms: Norms = None,
     align: Align = None,
+    method: Method = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what a merge will write, read and need in memory, without reading a weight."""
@@ -51,7 +53,7 @@ def plan(
 
     planned = plan_merge(
         read_recipe(recipe), weights=False, compress_rate=compress_rate, code=code, scale=scale, dtype=dtype,
-        embeddings=embeddings, lm_head=lm_head, embedding_rate=embedding_rate, norms=norms, align=align,
+        embeddings=embeddings, lm_head=lm_head, embedding_rate=embedding_rate, norms=norms, align=align, method=method,
     )  # fmt: skip
     needs, costs = footprint(planned), bytes_of_choices(planned)
     summary = planned.summary() | {"embedding_bytes": costs, "answering": needs.to_json()}

@@ -14,11 +14,11 @@ import torch
 
 from ..bundle.alignment import Alignment
 from ..bundle.files import SLAB_NUMEL
-from ..errors import RecipeError
+from ..errors import RecipeError, SourceError
 from ..host import dtype_name
 from ..method.code import Code
 from ..method.codes import code_of
-from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, Source, load_recipe
+from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, load_recipe
 from ..recipe.rates import AnyRates, misfit
 from ..sources.axes import axes_of, shapes_of
 from ..sources.checkpoint import Checkpoint, architecture_of
@@ -154,7 +154,7 @@ def plan_merge(recipe: RecipeLike, *, weights: bool = True, **settings: Unpack[R
         RecipeError: the recipe cannot be used. SourceError: naming the first tensors or settings that differ.
     """
     recipe = load_recipe(recipe, **settings)
-    opened = {name: _opened(recipe, source, weights) for name, source in recipe.experts.items()}
+    opened = {name: _opened(recipe, name, weights) for name in recipe.experts}
     experts = [expert_of(n, c, trust_remote_code=recipe.trust_remote_code) for n, c in opened.items()]
     checkpoints = {expert.name: expert.checkpoint for expert in experts}
     first = experts[0]
@@ -224,6 +224,10 @@ def _vocabulary_notes(first: str, tables: Tables | None) -> list[str]:
     return [f"experts have their own vocabularies ({shown}); the average has {first!r}'s"]
 
 
-def _opened(recipe: Recipe, source: Source, weights: bool) -> Checkpoint:
+def _opened(recipe: Recipe, expert: str, weights: bool) -> Checkpoint:
+    source = recipe.experts[expert]
     outlined = None if weights else outline(source.source, recipe.config, revision=source.revision)
-    return outlined or open_checkpoint(source)
+    try:
+        return outlined or open_checkpoint(source)
+    except SourceError as error:
+        raise SourceError(f"{recipe.place_of(expert)}{error}") from None

@@ -7,17 +7,29 @@ whether a source exists is found out by `polymerge.sources.checkpoint`.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, TypedDict, TypeVar, Unpack
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypedDict, TypeVar, Unpack
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ..errors import RecipeError, on_one_line
 from ..method.codes import PUBLISHED, known_code
 from ..naming import check_expert_names
+from .published import PUBLISHED_METHOD, spelled_out
 from .rates import PUBLISHED_RATE, NamedRates, Rates
 from .response import StageSettings, ThinkerSettings
 
@@ -74,6 +86,8 @@ class Recipe(BaseModel):
 
     Attributes:
         experts: name -> source, in the order in which experts are listed everywhere.
+        method: `published` stands for the published setting of the seven keys below that decide how experts are stored;
+            those that the recipe says itself count. None once it is read.
         compress_rate: share of a residual's parameters that is dropped, in [0, 1]. 0 keeps every expert
             exactly, 1 is the plain normalised average. The published setting is 0.95. One number for all matrices; a
             list of one a layer; or a mapping of patterns of names to numbers, with `default` for the rest.
@@ -105,6 +119,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     experts: dict[str, WrittenSource]
+    method: Literal["published"] | None = None
     compress_rate: Rates = PUBLISHED_RATE
     code: CodeName = PUBLISHED
     scale: Literal["per_expert", "shared"] = "per_expert"
@@ -127,6 +142,33 @@ class Recipe(BaseModel):
     staged: StageSettings | None = None
     memory_limit: Annotated[int, BeforeValidator(parse_size), Field(gt=0)] | None = None
 
+    _places: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        """Wherever it was read from."""
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+    def place_of(self, expert: str) -> str:
+        """What an error about an expert's source begins with: the file and the line that name it, and the expert."""
+        return f"{self._places[expert]}: expert {expert!r}: " if expert in self._places else f"expert {expert!r}: "
+
+    def from_file(self, path: Path, lines: Lines) -> Self:
+        """Itself, knowing where in a file its experts stand."""
+        for expert in self.experts:
+            line = lines.get(("experts", expert))
+            self._places[expert] = f"{path}, line {line}" if line else str(path)
+        return self
+
+    def like(self, other: Recipe) -> Self:
+        """Itself, with experts that stand where another recipe's do."""
+        self._places.update(other._places)
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_is_spelled_out(cls, recipe: Any) -> Any:
+        return spelled_out(recipe)
+
     @field_validator("experts")
     @classmethod
     def _names_are_safe(cls, experts: dict[str, Source]) -> dict[str, Source]:
@@ -143,6 +185,7 @@ RecipeLike: TypeAlias = Recipe | Mapping[str, Any] | str | Path
 class RecipeSettings(TypedDict, total=False):
     """Keys of a recipe as keyword arguments, in the place of what it says; None leaves a key as it is."""
 
+    method: str | None
     compress_rate: float | Sequence[float] | Mapping[str, float] | None
     code: str | None
     scale: str | None
@@ -170,7 +213,11 @@ def load_recipe(source: RecipeLike, **settings: Unpack[RecipeSettings]) -> Recip
     """
     recipe = _loaded(source)
     changed = {key: value for key, value in settings.items() if value is not None}
-    return validated(Recipe, recipe.model_dump() | changed, where="recipe", lines={}) if changed else recipe
+    if changed.get("method") == "published":
+        changed = {**PUBLISHED_METHOD, **changed}
+    if not changed:
+        return recipe
+    return validated(Recipe, recipe.model_dump() | changed, where="recipe", lines={}).like(recipe)
 
 
 def _loaded(source: RecipeLike) -> Recipe:
@@ -190,7 +237,7 @@ def _loaded(source: RecipeLike) -> Recipe:
     if recipe.staged:
         templates = _inside(recipe.staged.templates, path.parent)
         updates["staged"] = recipe.staged.model_copy(update={"templates": templates})
-    return recipe.model_copy(update=updates)
+    return recipe.model_copy(update=updates).from_file(path, lines)
 
 
 def _with_experts(given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -217,9 +264,28 @@ def validated(model: type[Model], data: Any, *, where: str, lines: Lines) -> Mod
         place = f"{where}, line {line}" if line else where
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            message = f"unknown key; known keys: {', '.join(sorted(_fields_at(model, keys)))}"
+            message = f"unknown key; {_hint(keys[-1], _fields_at(model, keys))}"
+        message = _IN_WORDS.get(message, message)
+        if keys[-1:] == ("experts",) and first["type"] in ("dict_type", "missing"):
+            message = "write a mapping of names to sources, a line each: `math: ./math`"
         name = on_one_line(".".join(keys)) or "the whole file"
         raise RecipeError(f"{place}: {name}: {message}") from None
+
+
+# pydantic's words for Python's types, in YAML's.
+_IN_WORDS = {
+    "Input should be a valid dictionary": "write a mapping, `key: value`",
+    "Input should be a valid dictionary or instance of Recipe": "write a mapping, `key: value` lines, with `experts`",
+    "Input should be a valid dictionary or instance of Source": "write a source, or a mapping with `source`",
+    "Input should be a valid list": "write a list",
+    "Input should be a valid string": "write a text",
+    "Field required": "is missing",
+}
+
+
+def _hint(key: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
 
 
 def _fields_at(model: type[BaseModel], keys: tuple[str, ...]) -> set[str]:

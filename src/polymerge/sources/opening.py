@@ -16,6 +16,7 @@ from .adapter import open_adapter
 from .adapter_config import ADAPTER_CONFIG, check_adapter
 from .checkpoint import Checkpoint, Origin, open_folder
 from .gguf import open_gguf, open_package
+from .hub import hub_answers
 from .names import by_architecture
 from .quantised import dequantised
 
@@ -102,15 +103,24 @@ def _download(text: str, revision: str | None) -> Path:
     repo, _, tag = text.partition("@")
     if not HUB_ID.fullmatch(repo):
         raise SourceError(f"{text}: no such folder or file, and not a hub id (org/name)")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    cached = not hub_answers()
     for weights in ("*.safetensors", "*.bin"):
+        patterns = [*HUB_FILES, weights]
         try:
             folder = Path(
-                snapshot_download(repo, revision=revision or tag or None, allow_patterns=[*HUB_FILES, weights])
+                snapshot_download(
+                    repo, revision=revision or tag or None, allow_patterns=patterns, local_files_only=cached
+                )
             )
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        except LocalEntryNotFoundError as error:
+            if not cached:
+                raise SourceError(f"{text}: not a local folder, and the hub could not give it ({error})") from None
+            where = f"the hub cannot be reached ({constants.ENDPOINT})"
+            raise SourceError(f"{text}: not a local folder, not in the hub's cache, and {where}") from None
+        except (HfHubHTTPError, OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise SourceError(f"{text}: not a local folder, and the hub could not give it ({reason})") from None
         if any(folder.glob(weights)):

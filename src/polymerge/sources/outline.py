@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import SourceError
 from ..host import DTYPES
 from .checkpoint import Checkpoint, TensorInfo, in_natural_order, read_json
+from .hub import hub_answers
 from .layers import meta_model, stored_names
 from .opening import HUB_ID
 
@@ -68,7 +69,8 @@ def outline(source: str, config: str | None, *, revision: str | None = None) -> 
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        file = hf_hub_download(repo, "config.json", revision=revision or tag or None)
+        offline = not hub_answers()
+        file = hf_hub_download(repo, "config.json", revision=revision or tag or None, local_files_only=offline)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
         return None
     return OutlineCheckpoint(Path(file).parent, label=source)
