@@ -165,27 +165,27 @@ class Expressed:
         for layer in self.bundle.layers.values():
             norm = folded.get(layer.module)
             replaced = _key(layer) in stored
+            exact = _exact_rank(layer, expert) if replaced and self.runtime.whole else None
             takes = layer.role == "linear" or (layer.role in ("embedding", "lm_head") and self._takes_embeddings)
             if replaced and takes and not self.runtime.whole and min(layer.shape) > self.rank:
                 whole.append(layer.tensor)
             factored = f"{layer.module}.lora_A.weight" in stored or layer.module in self._averaged
             if layer.role == "linear" and (replaced or factored or norm or scales.get(layer.tensor, 1.0) != 1.0):
-                tasks.append(self._task(layer, layer.module, norm, replaced=replaced))
+                tasks.append(self._task(layer, layer.module, norm, exact))
             elif layer.role in ("embedding", "lm_head"):
                 changed = _changed(layer, stored, scales)
-                tasks += self._ends(expert, layer, changed, folded.get(HEAD), replaced=replaced)
+                tasks += self._ends(expert, layer, changed, folded.get(HEAD), exact)
         if whole:
             self.lost.append(f"{expert}: {whole[0]}: {len(whole)} whole tensors beyond rank {self.rank}")
         return sorted(tasks, key=lambda task: natural_key(task.module))
 
     def _task(
-        self, layer: BundleLayer, module: str, norm: str | None, *, replaced: bool, embedding: bool = False
+        self, layer: BundleLayer, module: str, norm: str | None, exact: int | None, *, embedding: bool = False
     ) -> Factored:
-        rank = min(layer.shape) if replaced and self.runtime.whole else min(self.rank, *layer.shape)
-        return Factored(layer, module, rank, norm, embedding)
+        return Factored(layer, module, exact or min(self.rank, *layer.shape), norm, embedding)
 
     def _ends(
-        self, expert: str, layer: BundleLayer, changed: bool, norm: str | None, *, replaced: bool
+        self, expert: str, layer: BundleLayer, changed: bool, norm: str | None, exact: int | None
     ) -> list[Factored]:
         """An embedding or a head; the first may be both."""
         if changed and not self._takes_embeddings:
@@ -195,9 +195,9 @@ class Expressed:
             return []
         tasks = []
         if layer.role == "embedding" and changed:
-            tasks.append(self._task(layer, layer.module, None, replaced=replaced, embedding=True))
+            tasks.append(self._task(layer, layer.module, None, exact, embedding=True))
         if self._is_head(layer) and changed:
-            tasks.append(self._task(layer, HEAD, norm, replaced=replaced))
+            tasks.append(self._task(layer, HEAD, norm, exact))
         return tasks
 
     def _is_head(self, layer: BundleLayer) -> bool:
@@ -228,6 +228,11 @@ class Expressed:
                 lost = _share(theirs, base) > self.runtime.negligible
                 (self.lost if lost else self.negligible).append(f"{expert}: {layer.tensor}: {why}")
         return folded
+
+
+def _exact_rank(layer: BundleLayer, expert: str) -> int:
+    """That holds an expert's own tensor exactly: the table's rows that are its own, or all there is."""
+    return min(layer.rows.get(expert, layer.shape[0]), *layer.shape)
 
 
 def _share(theirs: Tensor, base: Tensor) -> float:

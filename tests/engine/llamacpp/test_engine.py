@@ -175,6 +175,15 @@ def test_an_answer_that_was_set_aside_goes_on_from_its_tokens(folder: Path) -> N
     assert "".join(piece.text for piece in heard if isinstance(piece, Piece)) == "w9 w11"
 
 
+def test_a_token_that_only_llama_cpp_takes_for_an_end_does_not_end_the_answer(folder: Path) -> None:
+    bodies: list[dict[str, Any]] = []
+    with fake_llama(PATHS, lambda body: [9] if len(bodies) == 1 else [10, 2], bodies) as url:
+        engine = LlamaEngine(folder, LlamaApi(url))
+        (answer,) = engine.generate([GenerateRequest("w5", "a")])
+        engine.close()
+    assert answer.text == "w9 w10" and bodies[1]["prompt"] == [*bodies[0]["prompt"], 9]
+
+
 def test_requests_that_llama_cpp_cannot_answer_are_refused(folder: Path) -> None:
     with fake_llama(PATHS, lambda body: [], []) as url:
         engine = LlamaEngine(folder, LlamaApi(url))

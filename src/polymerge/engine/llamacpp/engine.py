@@ -120,9 +120,9 @@ class LlamaEngine:
         """The text of token ids, without special tokens."""
         return self.voices.of(expert).text(ids, False)
 
-    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None) -> list[int]:
+    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None, go_on: bool = False) -> list[int]:
         """Token ids of a conversation; without a chat template, its turns one below the other."""
-        return self.voices.of(expert).chat_prompt(messages)
+        return self.voices.of(expert).chat_prompt(messages, go_on=go_on)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """As in the contract; requests of one expert run together, however long the queue is."""
@@ -205,6 +205,10 @@ class LlamaEngine:
     def _answer(self, request: StreamRequest, listener: Listener) -> Answer:
         asked = request.generate
         self._name(asked.expert)
+        if asked.presence_penalty or asked.frequency_penalty:
+            raise ModelError(
+                "llama.cpp's presence and frequency penalties count the prompt's tokens too; leave them out"
+            )
         ids = self.encode(asked.prompt, expert=asked.expert) if isinstance(asked.prompt, str) else list(asked.prompt)
         # llama.cpp keeps a place of the context free
         return new_answer(request, ids, listener, voice=self.voices.of(asked.expert), max_length=self.max_length - 1)

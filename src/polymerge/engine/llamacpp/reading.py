@@ -40,7 +40,14 @@ class Reader:
         try:
             if not answer.made and not answer.over:
                 self._take_prompt(answer, lora)
-            return answer.over or self._take_all(answer, lora, aside)
+            while not answer.over:
+                before = len(answer.made)
+                stopped = self._take_some(answer, lora, aside)
+                if stopped is None:
+                    return answer.over
+                if stopped != "eos" or len(answer.made) == before:
+                    raise EngineDownError(f"llama.cpp at {self._api.url} broke off an answer")
+                # it ends at every token that it takes for an end; the checkpoint, or the request, may not
         except PolymergeError as error:
             answer.fail(error)
         except Exception as error:
@@ -54,11 +61,12 @@ class Reader:
         elif answer.request.generate.max_new_tokens == 0:
             answer.take_prompt(())
 
-    def _take_all(self, answer: Answer, lora: Lora, aside: threading.Event) -> bool:
+    def _take_some(self, answer: Answer, lora: Lora, aside: threading.Event) -> str | None:
+        """One stream's tokens. Returns why llama.cpp ended it, or None: the answer is over, or was set aside."""
         left = None if answer.due is None else answer.due - time.monotonic()
         if left is not None and left <= 0:
             raise DeadlineError("the answer was not whole in time")
-        stopped = None
+        stopped = "broken"
         with closing(self._api.stream(self._body(answer, lora), timeout=left)) as events:
             for event in events:
                 for token, score in _tokens(answer, event):
@@ -66,14 +74,11 @@ class Reader:
                 if answer.due is not None and time.monotonic() > answer.due:
                     answer.fail(DeadlineError("the answer was not whole in time"))
                 if answer.over:
-                    return True
+                    return None
                 if aside.is_set() and answer.made and can_wait(answer.request.generate):
-                    return False
+                    return None
                 stopped = event.get("stop_type") or stopped
-        if stopped == "eos" and answer.ends:  # a token that llama.cpp holds for an end and the checkpoint does not
-            answer.take(min(answer.ends), None)
-        answer.fail(EngineDownError(f"llama.cpp at {self._api.url} broke off an answer"))
-        return True
+        return stopped
 
     def _body(self, answer: Answer, lora: Lora) -> dict[str, Any]:
         asked = answer.request.generate
@@ -123,6 +128,7 @@ def settings(request: GenerateRequest) -> dict[str, Any]:
         "samplers": ["penalties", "temperature", "min_p", "top_k", "top_p"],
         "repeat_penalty": 1.0 if request.repetition_penalty is None else request.repetition_penalty,
         "seed": -1 if request.seed is None else request.seed % 2**32,
+        "logit_bias": [[token, value] for token, value in request.logit_bias.items()],
         "return_tokens": True,
         "cache_prompt": True,
     }
