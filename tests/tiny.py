@@ -110,6 +110,19 @@ def byte_tokenizer() -> hf.PreTrainedTokenizerFast:
     )
 
 
+def letters_tokenizer() -> hf.PreTrainedTokenizerFast:
+    """Byte-level BPE with a merge, as llama.cpp has it: one printable letter a token, and "ab"."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = ["<pad>", "<s>", "</s>", "ab", "\u0120", *map(chr, range(0x21, 0x7F))]
+    tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(words[:VOCAB])}, [("a", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+
+
 def recipe_folder(folder: Path, rows: Sequence[dict[str, str]], **settings: int) -> Path:
     """The folder, with two tiny Llamas, `recipe.yaml` that names them and `prompts.jsonl` with the rows."""
     experts = make_experts("llama", folder, count=2, config=hf.LlamaConfig(**COMMON | settings))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .errors import PolymergeError as PolymergeError
     from .evaluate.start import evaluate_bundle as evaluate_bundle
     from .export import export_dense as export_dense
+    from .export import export_gguf as export_gguf
     from .export import export_peft as export_peft
     from .export import export_vllm as export_vllm
     from .merging.footprint import footprint as footprint
@@ -69,6 +70,7 @@ _HOME = {
     "evaluate_router": "router.evaluation",
     "export_dense": "export",
     "export_peft": "export",
+    "export_gguf": "export",
     "export_vllm": "export",
     "fit_router": "router.training",
     "fit_samples": "router.fit",

@@ -28,7 +28,7 @@ def export_for_vllm(
     hush_libraries()
 
     def tell(plan: VllmPlan) -> None:
-        for line in () if quiet else _before(plan.folded, plan.lost):
+        for line in () if quiet else told_before("vLLM", plan.folded, plan.lost):
             err.print(line, markup=False, soft_wrap=True)
         folded.update(plan.folded)
 
@@ -58,11 +58,12 @@ def export_for_vllm(
         say(f"next: {shlex.join(written.command)}")
 
 
-def _before(folded: dict[str, int], lost: tuple[str, ...]) -> list[str]:
+def told_before(runtime: str, folded: dict[str, int], lost: tuple[str, ...]) -> list[str]:
+    """What goes into the factors of a runtime's adapters, and what has no place."""
     lines = []
     if folded:
         lines.append("folded into the factors: " + ", ".join(f"{count} {kind}" for kind, count in folded.items()))
-    lines += [f"vLLM cannot express {line}" for line in lost[:MOST_LINES]]
+    lines += [f"{runtime} cannot express {line}" for line in lost[:MOST_LINES]]
     if len(lost) > MOST_LINES:
         kinds = Counter(line.rsplit(": ", 1)[-1] for line in lost)
         more = ", ".join(f"{count} because {why}" for why, count in kinds.items())

@@ -50,6 +50,9 @@ def serve(
     vllm_url: Annotated[str | None, typer.Option(help="The same with a vLLM server that runs already.")] = None,
     vllm_python: Annotated[str | None, typer.Option(help="The python that has vLLM; by default `vllm` is run.")] = None,
     vllm_arg: Arguments = None,
+    engine: Annotated[str, typer.Option(help="transformers, vllm (as --vllm) or llamacpp, for CPUs.")] = "transformers",
+    gguf: Annotated[Path | None, typer.Option(help="The bundle's export for llama.cpp; by default made once.")] = None,
+    llama_url: Annotated[str | None, typer.Option(help="A llama-server that runs already with the export.")] = None,
     probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Check every expert first.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...; by default the GPU where there is one.")] = None,
     kernel: Annotated[str, typer.Option(help="plain; or triton, experimental: factors stay coded.")] = "plain",
@@ -79,6 +82,7 @@ def serve(
         allow_host=allow_host, cors_origin=cors_origin, max_tokens=max_tokens, max_body=max_body, max_rows=max_rows,
         max_waiting=max_waiting, cache_tokens=cache_tokens, timeout=timeout, drain=drain, margin=margin, recipe=recipe,
         thinker=thinker, model=model, key_env=key_env, policy=policy, vllm=vllm, vllm_url=vllm_url,
-        vllm_python=vllm_python, vllm_arg=vllm_arg, probe=probe, device=device, kernel=kernel,
+        vllm_python=vllm_python, vllm_arg=vllm_arg, engine=engine, gguf=gguf, llama_url=llama_url,
+        probe=probe, device=device, kernel=kernel,
         log_prompts=log_prompts, say=say, on_ready=ready,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from ..bundle.bundle import Bundle
 from ..engine.local.batching import BatchingEngine
 from ..engine.local.engine import HFEngine
+from ..engine.streaming import StreamingEngine
 from ..errors import PolymergeError
 from ..router.route import Routes
 from .app import create_app
@@ -154,6 +155,51 @@ def serve_vllm(
             engine.close(settings.close_seconds)
 
 
+def serve_llamacpp(
+    source: str | Path,
+    *,
+    gguf: str | Path | None = None,
+    url: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    settings: ServeSettings | None = None,
+    everyone: bool = False,
+    device: str | None = None,
+    probe: bool = True,
+    say: Say = lambda text: None,
+    on_ready: Callable[[Running], None] = lambda running: None,
+) -> None:
+    """Serves from llama.cpp what `polymerge export --to gguf` wrote, or a bundle by its export.
+
+    A bundle's router is served too, and its embeddings are the embedded engine's, loaded when first asked for. Other
+    arguments are `serve`'s.
+
+    Args:
+        source: the export's folder, or the bundle's.
+        gguf: the export of the bundle; by default it is made once, at q8_0, in the cache.
+        url: of a llama-server that runs already with the export's files.
+
+    Raises:
+        PolymergeError: as `serve`; ModelError: llama.cpp does not load the export or does not answer as it says.
+    """
+    from ..engine.llamacpp.engine import llama_engine
+    from .gguf import average_embedder, export_of
+
+    settings = guarded(settings or ServeSettings(), host, everyone=everyone)
+    with listener(host, port) as place:
+        bundle, folder = export_of(source, gguf, say)
+        with llama_engine(
+            folder, url=url, rows=settings.max_rows, cache_tokens=settings.cache_tokens, probe=probe,
+            embed=average_embedder(bundle, device) if bundle else None,
+        ) as engine:  # fmt: skip
+            engine.max_waiting = settings.max_waiting
+            try:
+                router = bundle_router(bundle, engine, device) if bundle else None
+                _listen(create_app(engine, router, settings=settings), place, host, settings, on_ready)
+            finally:
+                engine.close(settings.close_seconds)
+
+
 def _listen(
     app: FastAPI,
     place: socket.socket,
@@ -182,7 +228,7 @@ def guarded(settings: ServeSettings, host: str, *, everyone: bool = False) -> Se
     return settings
 
 
-def bundle_router(bundle: Bundle, engine: BatchingEngine, device: str | None = None) -> Routes | None:
+def bundle_router(bundle: Bundle, engine: StreamingEngine, device: str | None = None) -> Routes | None:
     """The bundle's router, which embeds between the running batch's steps; None where the bundle has none.
 
     Raises:
@@ -194,7 +240,7 @@ def bundle_router(bundle: Bundle, engine: BatchingEngine, device: str | None = N
     if not has_router(bundle.path):
         return None
 
-    def other(model: str) -> BatchingEngine:
+    def other(model: str) -> StreamingEngine:
         return BatchingEngine(HFEngine.from_checkpoint(model, device=device))
 
     return open_router(bundle, lambda: engine, other)

@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import needs_extra
+from ..errors import PolymergeError, needs_extra
 from .settings import ServeSettings, read_keys
 
 if TYPE_CHECKING:
     from .run import Running
 
 DEFAULT = ServeSettings()
+ENGINES = ("transformers", "vllm", "llamacpp")
 
 
 def serve_bundle(
@@ -46,6 +47,9 @@ def serve_bundle(
     vllm_url: str | None = None,
     vllm_python: str | None = None,
     vllm_arg: Sequence[str] | None = None,
+    engine: str = "transformers",
+    gguf: str | Path | None = None,
+    llama_url: str | None = None,
     probe: bool = True,
     device: str | None = None,
     kernel: str = "plain",
@@ -68,6 +72,8 @@ def serve_bundle(
         recipe, thinker, model, key_env, policy: the thinker of the model `staged`; without, there is no such model.
         vllm: `bundle` is an export for vLLM, which is started with `vllm_python` and `vllm_arg`; with `vllm_url` it
             runs already.
+        engine: transformers; vllm, which is what `vllm` says; or llamacpp, which serves the bundle's export (`gguf`, or
+            made once in the cache), or an export that `bundle` is, or with `llama_url` a llama-server that runs.
         probe: check every expert first.
         kernel: plain or triton, as `load_model` takes it.
         say: told what is being done before the server listens.
@@ -78,7 +84,7 @@ def serve_bundle(
         MissingExtraError: the extra `serve` is not installed.
     """
     with needs_extra("serve"):
-        from .run import ThinkerChoice, serve, serve_vllm
+        from .run import ThinkerChoice, serve, serve_llamacpp, serve_vllm
 
     settings = ServeSettings(
         keys=read_keys(api_key_file) if api_key_file else {},
@@ -96,7 +102,14 @@ def serve_bundle(
         log_prompts=log_prompts,
     )
     said, ready = say or (lambda text: None), on_ready or (lambda running: None)
-    if vllm or vllm_url:
+    check_engine(engine, gguf, llama_url, vllm=vllm or bool(vllm_url), staged=bool(recipe or thinker))
+    if engine == "llamacpp":
+        serve_llamacpp(
+            bundle, gguf=gguf, url=llama_url, host=host, port=port, settings=settings, everyone=open, device=device,
+            probe=probe, say=said, on_ready=ready,
+        )  # fmt: skip
+        return
+    if engine == "vllm" or vllm or vllm_url:
         serve_vllm(
             bundle, url=vllm_url, python=vllm_python, extra=vllm_arg or (), host=host, port=port, settings=settings,
             everyone=open, say=said, on_ready=ready,
@@ -108,3 +121,15 @@ def serve_bundle(
         bundle, host=host, port=port, settings=settings, everyone=open, device=device, kernel=kernel,
         stages=stages, probe=probe, say=said, on_ready=ready,
     )  # fmt: skip
+
+
+def check_engine(engine: str, gguf: str | Path | None, llama_url: str | None, *, vllm: bool, staged: bool) -> None:
+    """Raises PolymergeError for an engine that there is not, or arguments that are another one's."""
+    if engine not in ENGINES:
+        raise PolymergeError(f"engine {engine!r}: one of {', '.join(ENGINES)}")
+    if engine != "llamacpp" and (gguf or llama_url):
+        raise PolymergeError("--gguf and --llama-url belong to --engine llamacpp")
+    if engine == "llamacpp" and vllm:
+        raise PolymergeError("--engine llamacpp: leave --vllm and --vllm-url out")
+    if engine == "llamacpp" and staged:
+        raise PolymergeError("--engine llamacpp serves no `staged`; leave --recipe and --thinker out, or the engine")

@@ -110,12 +110,12 @@ def rope_of(header: GgufHeader, model: Any, label: str) -> dict[str, Any] | None
         return None
     config = deepcopy(model.config)
     settings = dict(config.rope_parameters or {})
-    plain = _frequencies(config, {**settings, "rope_type": "default"})
+    plain = inverse_frequencies(config, {**settings, "rope_type": "default"})
     if plain.shape == header.rope_factors.shape:
         wanted = plain / header.rope_factors
         scaled = {**settings, "rope_type": "llama3", "factor": float(header.rope_factors.max()), **LLAMA3}
         for candidate in (settings, scaled):
-            if torch.allclose(_frequencies(config, candidate), wanted, rtol=1e-4, atol=0):
+            if torch.allclose(inverse_frequencies(config, candidate), wanted, rtol=1e-4, atol=0):
                 return None if candidate is settings else scaled
     raise SourceError(
         f"{label}: {ROPE_FACTORS!r} scales the positions in a way that is neither its configuration's nor Llama 3's; "
@@ -123,7 +123,7 @@ def rope_of(header: GgufHeader, model: Any, label: str) -> dict[str, Any] | None
     )
 
 
-def _frequencies(config: Any, settings: dict[str, Any]) -> Tensor:
+def inverse_frequencies(config: Any, settings: dict[str, Any]) -> Tensor:
     """transformers' inverse frequencies for some rope settings. [head_dim / 2]"""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

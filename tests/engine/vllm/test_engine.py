@@ -16,9 +16,10 @@ import pytest
 
 from polymerge.cli.main import main
 from polymerge.engine import GenerateRequest, ScoreRequest
+from polymerge.engine.exported import Probe
 from polymerge.engine.vllm.api import VllmApi
 from polymerge.engine.vllm.engine import VllmEngine, vllm_engine
-from polymerge.engine.vllm.folder import NOTE, Probe, ServedExpert, VllmNote, read_note
+from polymerge.engine.vllm.folder import NOTE, ServedExpert, VllmNote, read_note
 from polymerge.engine.vllm.server import VllmServer
 from polymerge.errors import BundleError, EngineDownError, MissingExtraError, ModelError
 from tests.engine.vllm.fake import Complete, fake_vllm

@@ -1,107 +1,31 @@
-"""A vLLM server over HTTP: JSON in, JSON out, and its refusals as one line. Knows nothing of experts."""
+"""vLLM's routes. Knows nothing of experts."""
 
 from __future__ import annotations
 
-import http.client
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Generator
 from typing import Any
 
-from ...errors import EngineDownError, ModelError, PolymergeError
-
-HEALTH_SECONDS = 5.0
+from ..http_api import HttpApi
 
 
-class VllmApi:
-    """An OpenAI-compatible server.
-
-    Args:
-        url: such as http://127.0.0.1:8000, with or without /v1.
-        api_key: the server's `--api-key`, if it has one.
-        timeout: seconds for one request.
-    """
+class VllmApi(HttpApi):
+    """An OpenAI-compatible server; arguments are `HttpApi`'s."""
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 600.0) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
-        if not self.url.startswith(("http://", "https://")):
-            raise ModelError(f"{url}: not the address of a server; it begins with http:// or https://")
-        self._timeout = timeout
-        self._headers = {"Content-Type": "application/json"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+        super().__init__(url, "vLLM", api_key=api_key, timeout=timeout)
 
     def models(self) -> list[dict[str, Any]]:
         """What the server offers."""
-        models: list[dict[str, Any]] = self._ask("/v1/models", None)["data"]
+        models: list[dict[str, Any]] = self.ask("/v1/models")["data"]
         return models
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        """One call of /v1/completions.
-
-        Raises:
-            ModelError: the server refuses or fails. EngineDownError: it does not answer.
-        """
-        return self._ask("/v1/completions", body)
+        """One call of /v1/completions. Raises as `HttpApi.ask`."""
+        reply: dict[str, Any] = self.ask("/v1/completions", body)
+        return reply
 
     def stream(self, body: dict[str, Any], *, timeout: float | None = None) -> Generator[dict[str, Any], None, None]:
-        """The choices of one streamed call of /v1/completions, as they come. Closing it makes the server stop.
-
-        Raises:
-            ModelError: the server refuses or fails. EngineDownError: it does not answer.
-        """
-        with self._opened("/v1/completions", body, timeout or self._timeout) as answer:
-            try:
-                for line in answer:
-                    data = line.strip().removeprefix(b"data:").strip()
-                    if not data or data == b"[DONE]":
-                        continue
-                    event = json.loads(data)
-                    if "error" in event:
-                        raise ModelError(f"vLLM at {self.url}: {event['error'].get('message', 'an error')}")
-                    yield from event["choices"]
-            except (OSError, http.client.HTTPException) as error:
-                raise EngineDownError(f"vLLM at {self.url} broke off ({_short(error)})") from None
-
-    def healthy(self) -> bool:
-        """Whether the server answers."""
-        try:
-            with self._opened("/health", None, HEALTH_SECONDS) as answer:
-                return bool(answer.status == 200)
-        except PolymergeError:
-            return False
-
-    def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        with self._opened(path, body, self._timeout) as answer:
-            try:
-                reply: dict[str, Any] = json.load(answer)
-                return reply
-            except ValueError:
-                raise ModelError(f"{self.url}{path}: the answer is not JSON; is it vLLM's address?") from None
-            except (OSError, http.client.HTTPException) as error:
-                raise EngineDownError(f"vLLM at {self.url} broke off ({_short(error)})") from None
-
-    def _opened(self, path: str, body: dict[str, Any] | None, timeout: float) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, self._headers)
-        try:
-            return urllib.request.urlopen(request, timeout=timeout)
-        except urllib.error.HTTPError as error:
-            raise ModelError(f"vLLM at {self.url}: {error.code}: {_reason(error)}") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise EngineDownError(f"vLLM at {self.url} does not answer ({_short(error)})") from None
-
-
-def _short(error: Exception) -> str:
-    return str(getattr(error, "reason", None) or error or type(error).__name__)
-
-
-def _reason(error: urllib.error.HTTPError) -> str:
-    text = error.read().decode("utf-8", "replace")
-    try:
-        data = json.loads(text)
-        text = data["error"]["message"] if "error" in data else data["message"]
-    except (ValueError, KeyError, TypeError):
-        pass
-    return " ".join(str(text).split())[:300] or str(error.reason)
+        """The choices of one streamed call of /v1/completions, as they come. Closing it makes the server stop. Raises
+        as `HttpApi.ask`."""
+        for event in self.events("/v1/completions", body, timeout=timeout):
+            yield from event["choices"]

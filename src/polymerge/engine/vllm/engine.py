@@ -7,7 +7,6 @@ as the export says. Hidden states are not to be had from a server that generates
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,11 +21,12 @@ from ...sources.persona import load_tokenizer, read_persona
 from ..answer import Answer, Collector, new_answer
 from ..base import FloatArray, GenerateRequest, Generation, Message, Pooling, Prompt, Score, ScoreRequest
 from ..defaults import GenerationDefaults, folder_defaults
+from ..exported import AVERAGE, check_average, check_probe
 from ..scoring import scored_pair
 from ..streaming import Listener, StreamRequest
 from ..voices import Voice, Voices
 from .api import VllmApi
-from .folder import AVERAGE, VllmNote, distance, read_note
+from .folder import VllmNote, read_note
 from .reading import Reader
 from .scores import Place, Scored, score_text, score_token
 from .server import VllmServer
@@ -34,14 +34,8 @@ from .server import VllmServer
 if TYPE_CHECKING:
     from ...model.assignment import RowExpert
 
-logger = logging.getLogger(__name__)
-
 # Requests in flight: vLLM's own batches are made of what has arrived, by default of 256 sequences at most.
 CONCURRENCY = 256
-# A served model may be so far from its reference, in nats a token: bfloat16 rounds these by some hundredths.
-PROBE_TOLERANCE = 0.05
-# And no further than this share of the way from the average to the expert.
-PROBE_SHARE = 0.25
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -191,30 +185,11 @@ class VllmEngine:
 
     def _compare(self, expert: str, logprobs: Sequence[float]) -> None:
         probe = self.note.experts[expert].probe
-        apart = distance(probe.expert, probe.average)
-        off, from_average = distance(logprobs, probe.expert), distance(logprobs, probe.average)
-        if apart <= PROBE_TOLERANCE:
-            logger.warning("expert %r answers its probe like the average (%.2g nats); it tells little", expert, apart)
-        if off <= max(PROBE_TOLERANCE, PROBE_SHARE * apart):
-            return
-        if from_average <= max(PROBE_TOLERANCE, PROBE_SHARE * apart):
-            raise ModelError(
-                f"{self.api.url}: expert {expert!r} answers like the average; vLLM ignores its adapter "
-                f"({from_average:.2g} nats from the average, {off:.2g} from the exported expert)"
-            )
-        raise ModelError(
-            f"{self.api.url}: expert {expert!r} is {off:.2g} nats a token from the exported one; does the server "
-            f"run {self.folder}?"
-        )
+        check_probe(expert, probe, logprobs, where=self.api.url, runtime="vLLM", folder=self.folder)
 
     def _compare_average(self, expert: str, logprobs: Sequence[float]) -> None:
-        probe = self.note.experts[expert].probe
-        off = distance(logprobs, probe.average)
-        if off > max(PROBE_TOLERANCE, PROBE_SHARE * distance(probe.expert, probe.average)):
-            raise ModelError(
-                f"{self.api.url}: the average is {off:.2g} nats a token from the exported one; does the server run "
-                f"{self.folder}, with --max-loras {len(self.experts) + 1} or more?"
-            )
+        fix = f"does the server run {self.folder}, with --max-loras {len(self.experts) + 1} or more?"
+        check_average(self.note.experts[expert].probe, logprobs, where=self.api.url, fix=fix)
 
     def _scores(self, items: Sequence[tuple[str, Sequence[int], int]]) -> list[list[Scored]]:
         """Every token of the texts from `start` on: (model, ids, start)."""

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from ...bundle.versioned import read_versioned
 from ...errors import BundleError
 from ...naming import check_expert_names, check_path
-from ...sources.persona import Group, Persona, read_persona
+from ...sources.persona import Group, Persona
+from ..exported import AVERAGE, Probe, Strict, persona_beside
 
 NOTE = "polymerge-vllm.json"
 # What `vllm serve --max-lora-rank` accepts (vLLM 0.32, vllm/config/lora.py).
@@ -31,28 +30,9 @@ EMBEDDING_ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM")
 SPARE_SLOTS = 1
 # Part of vLLM's command line: never to be taken for an option.
 ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}$")]
-# The name under which the base is served.
-AVERAGE = "average"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Probe(_Strict):
-    """What a served expert must answer: tokens, and the log-probability (nats) of each but the first.
-
-    Attributes:
-        ids: T token ids.
-        expert, average: T - 1 log-probabilities under the exported expert and under the average.
-    """
-
-    ids: tuple[int, ...]
-    expert: tuple[float, ...]
-    average: tuple[float, ...]
-
-
-class ServedExpert(_Strict):
+class ServedExpert(Strict):
     """One expert as vLLM serves it, and what the export cost it.
 
     Attributes:
@@ -80,7 +60,7 @@ class ServedExpert(_Strict):
         return adapter
 
 
-class VllmNote(_Strict):
+class VllmNote(Strict):
     """polymerge-vllm.json.
 
     Attributes:
@@ -120,22 +100,13 @@ class VllmNote(_Strict):
     def persona(self, folder: Path, expert: str, average: Persona) -> tuple[Persona, tuple[Group, ...]]:
         """An expert's persona, and in which groups it is not the average's. Raises SourceError for a broken file."""
         served = self.experts.get(expert)
-        if served is None or not served.persona:
-            return average, ()
-        beside = read_persona(folder / served.adapter, average.config)
-        templates = beside.templates if "template" in served.persona else average.templates
-        generation = beside.generation if "generation" in served.persona else average.generation
-        return replace(average, templates=templates, generation=generation), served.persona
+        groups = served.persona if served else ()
+        return persona_beside(folder / served.adapter if served else folder, groups, average)
 
     @property
     def fingerprint(self) -> str:
         """Changes with anything that the served experts' answers depend on."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
-
-
-def distance(one: Sequence[float], other: Sequence[float]) -> float:
-    """Mean absolute difference of two rows of log-probabilities, in nats."""
-    return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / max(len(one), 1)
 
 
 def padded_rank(rank: int) -> int:

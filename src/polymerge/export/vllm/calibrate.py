@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from ...bundle.bundle import Bundle
 from ...bundle.manifest import ADAPTER_FILE
 from ...bundle.peft import adapter_name, as_peft
+from ...engine.exported import Probe, distance
 from ...engine.local.engine import HFEngine
-from ...engine.vllm.folder import Probe, distance
 from ...errors import ModelError
-from .plan import HEAD
+from ..expressed import HEAD
 from .prompts import CalibrationPrompt
 
 # Tokens of an answer that the expert writes itself where the calibration has none.
@@ -85,6 +85,13 @@ class Calibration:
         layers, tied = self.bundle.layers.values(), self.bundle.manifest.tied_embedding
         unfolded = read_adapter(as_peft(self.bundle.adapter(expert), layers, tied=(tied, HEAD) if tied else None))
         return _measured(self._engine, expert, self._answers(expert), exported, unfolded)
+
+    @torch.inference_mode()
+    def truths(self, expert: str) -> Iterator[tuple[list[int], int, Tensor]]:
+        """What an export must answer: token ids, where the answer begins, and the log-probabilities of the bundle's
+        expert for every token but the first, [T - 1, V] float32 on the CPU."""
+        for ids, start in self._answers(expert):
+            yield ids, start, _log_probabilities(self._engine, ids, expert).cpu()
 
     def _answers(self, expert: str) -> list[tuple[list[int], int]]:
         if expert not in self._rows:

@@ -10,43 +10,30 @@ Holds the running model, and one tensor of one expert at a time.
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from ...bundle.bundle import Bundle, ExpertReader
-from ...bundle.files import (
-    DTYPE_NAMES,
-    Entry,
-    Rows,
-    entry_of,
-    raw_bytes,
-    write_bytes,
-    write_json,
-    write_safetensors,
-)
-from ...bundle.manifest import ADAPTER_FILE, stored_layers, stored_shape
-from ...bundle.peft import PEFT_PREFIX, adapter_config
+from ...bundle.files import write_bytes
 from ...bundle.personas import write_files
 from ...bundle.place import settled
 from ...bundle.reading import steady
-from ...bundle.write import copy_model_files, write_weights
+from ...bundle.write import copy_model_files
 from ...engine.vllm.folder import NOTE, ServedExpert, VllmNote, serve_arguments
 from ...errors import ModelError
 from ...host import peak_memory, pick_device
 from ...merging.run import OnProgress, Progress
-from ...method.rsvd import rsvd, sketch_seed
 from ...sources.checkpoint import read_json
 from ...version import __version__
+from ..average import write_average
+from ..expressed import HEAD, Factored
+from ..factors import FactorMaker, write_peft
 from ..place import placed
 from .calibrate import Calibration, Measured, check_tokenizer
-from .norms import gain_ratio, norm_modules
-from .plan import HEAD, Factored, VllmPlan
+from .plan import VllmPlan
 from .prompts import CalibrationPrompt, builtin_prompts
 
 
@@ -93,12 +80,12 @@ def write_vllm(
     needed = bundle.sizes().base + plan.adapter_bytes
     with placed(output, overwrite=overwrite, needed=needed) as staged, steady(bundle):
         copy_model_files(bundle.path, staged, read_json(bundle.path / "config.json"), code=True)
-        _write_average(bundle, staged)
+        write_average(bundle, staged)
         clock, calibration = _Clock(plan, progress), Calibration(bundle, samples or builtin_prompts(), place)
-        writer, measured = _Writer(plan, place, clock), {}
+        factors, measured = FactorMaker(bundle, plan.norms, place, plan.dtype), {}
         for expert, tasks in plan.experts.items():
             sizes = calibration.input_sizes(expert, {task.module for task in tasks if not task.embedding})
-            writer.write(expert, staged / _adapter(expert), sizes)
+            _write_adapter(plan, expert, staged / _adapter(expert), sizes, factors, clock)
             write_files(staged / _adapter(expert), bundle.persona(expert), bundle.manifest.experts[expert].persona)
             measured[expert] = calibration.measure(expert, staged / _adapter(expert))
             clock.measured(expert)
@@ -107,103 +94,12 @@ def write_vllm(
     return VllmExport(output, note)
 
 
-def _write_average(bundle: Bundle, folder: Path) -> None:
-    """The weights of the average: the bundle's own files, or made where these are the model under adapters."""
-    if all(layer.base == "average" for layer in bundle.manifest.layers):
-        for file in (name for name in bundle.manifest.files if "/" not in name and ".safetensors" in name):
-            shutil.copyfile(bundle.path / file, folder / file)
-        return
-    stored = stored_layers(bundle.manifest.layers)
-    infos = {name: bundle.base.tensors[layers[0].tensor] for name, layers in stored.items()}
-    entries = [
-        entry_of(name, Rows(info.dtype or bundle.base_tensor(name).dtype, stored_shape(stored[name]), ()))
-        for name, info in infos.items()
-    ]
-
-    def content(index: int) -> Iterator[bytes]:
-        for layer in stored[entries[index].key]:
-            tensor = bundle.average_tensor(layer.tensor)
-            yield bytes(raw_bytes(tensor.to(bundle.base.tensors[layer.tensor].dtype or tensor.dtype)))
-
-    write_weights(folder, entries, content)
-
-
-class _Writer:
-    """Makes and writes adapters, one tensor at a time."""
-
-    def __init__(self, plan: VllmPlan, device: torch.device, clock: _Clock) -> None:
-        self.plan, self.device, self.clock = plan, device, clock
-        self._norms = norm_modules(plan.bundle.path)
-
-    def write(self, expert: str, folder: Path, sizes: Mapping[str, Tensor]) -> None:
-        """One expert's adapter. `sizes` are those of the layers' inputs, by module: [in]."""
-        tasks, dtype = self.plan.experts[expert], self.plan.dtype
-        shapes = {key: shape for task in tasks for key, shape in task.shapes.items()}
-        entries = [
-            Entry(PEFT_PREFIX + key, DTYPE_NAMES[dtype], shape, shape[0] * shape[1] * dtype.itemsize)
-            for key, shape in shapes.items()
-        ]
-        config = adapter_config(shapes.items(), self.plan.bundle.layers.values(), tied_embedding=None)
-        write_json(folder / "adapter_config.json", config)
-        write_safetensors(folder / ADAPTER_FILE, entries, self._contents(expert, sizes))
-
-    def _contents(self, expert: str, sizes: Mapping[str, Tensor]) -> Iterator[bytes]:
-        reader = self.plan.bundle.expert_reader(expert)
-        for task in self.plan.experts[expert]:
-            b, a = self._factors(expert, task, reader, sizes.get(task.module))
-            for factor in (a, b):
-                yield bytes(raw_bytes(factor.to(self.plan.dtype).cpu()))
-            self.clock.factored(expert, task)
-
-    def _factors(self, expert: str, task: Factored, reader: ExpertReader, size: Tensor | None) -> tuple[Tensor, Tensor]:
-        """B [out, r] and A [r, in]: W̄ + B A is as near to the expert's matrix as this rank allows.
-
-        The bundle's own factors stay as they are, and what is folded in gets the rank that is left. To fit both
-        together would be nearer in every norm and was worse in every measurement: a norm's gains change all columns a
-        little, which no low rank holds, and would push out directions that were trained.
-        """
-        tensor = task.layer.tensor
-        target = self._target(task, reader)
-        stored = reader.factors(tensor)
-        if stored and task.embedding:
-            stored = stored[1].T, stored[0].T
-        seed = sketch_seed(self.plan.bundle.manifest.method.seed, tensor, expert, task.module)
-        whole = task.layer.base == "adapters"  # all of what the average lacks and has too much, which is of low rank
-        if stored is None or whole or task.rank == min(task.shape) or stored[1].shape[0] > task.rank:
-            return self._fitted(target, task.rank, size, seed)
-        b, a = (factor.to(self.device) for factor in stored)
-        spare = task.rank - a.shape[0]
-        if not spare:
-            return b, a
-        more_b, more_a = self._fitted(target.addmm_(b, a, alpha=-1.0), spare, size, seed)
-        return torch.cat([b, more_b], dim=1), torch.cat([a, more_a])
-
-    def _target(self, task: Factored, reader: ExpertReader) -> Tensor:
-        """What the factors are to add to the average: [out, in], float32."""
-        weight = reader.read(task.layer.tensor).to(self.device)
-        if task.norm:
-            ratio = self._ratio(task.norm, reader).to(weight)
-            weight.mul_(ratio[:, None] if task.layer.transposed else ratio)
-        weight.sub_(self._average(task.layer.tensor).to(weight))
-        return weight.T if task.layer.transposed or task.embedding else weight
-
-    def _average(self, tensor: str) -> Tensor:
-        """As it is served: the experts' adapters give back what its rounding takes."""
-        bundle = self.plan.bundle
-        return bundle.average_tensor(tensor).to(bundle.base.tensors[tensor].dtype or self.plan.dtype)
-
-    def _fitted(self, matrix: Tensor, rank: int, size: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
-        """min ||(matrix - B A) diag(size)||: columns count by the size of what they are multiplied with."""
-        method = self.plan.bundle.manifest.method
-        scale = torch.ones(matrix.shape[1]).to(matrix) if size is None else size.to(matrix)
-        b, a = rsvd(matrix * scale, rank, n_oversamples=method.n_oversamples, n_iter=method.n_iter, seed=seed)
-        return b, a / scale
-
-    def _ratio(self, norm: str, reader: ExpertReader) -> Tensor:
-        tensor = self.plan.norms[norm]
-        ratio = gain_ratio(self._norms[norm], reader.read(tensor), self.plan.bundle.base_tensor(tensor))
-        assert ratio is not None  # the plan folds no other norm
-        return ratio
+def _write_adapter(
+    plan: VllmPlan, expert: str, folder: Path, sizes: Mapping[str, Tensor], factors: FactorMaker, clock: _Clock
+) -> None:
+    """One expert's adapter. `sizes` are those of the layers' inputs, by module: [in]."""
+    pairs = factors.pairs(expert, plan.experts[expert], sizes, done=lambda task: clock.factored(expert, task))
+    write_peft(plan.bundle, plan.experts[expert], pairs, folder, plan.dtype)
 
 
 def _adapter(expert: str) -> str:

@@ -1,0 +1,33 @@
+"""The weights of a bundle's average as an ordinary checkpoint's: what adapters of an export are added to."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..bundle.bundle import Bundle
+from ..bundle.files import Rows, entry_of, raw_bytes
+from ..bundle.manifest import stored_layers, stored_shape
+from ..bundle.write import write_weights
+
+
+def write_average(bundle: Bundle, folder: Path) -> None:
+    """The weights of the average: the bundle's own files, or made where these are the model under adapters."""
+    if all(layer.base == "average" for layer in bundle.manifest.layers):
+        for file in (name for name in bundle.manifest.files if "/" not in name and ".safetensors" in name):
+            shutil.copyfile(bundle.path / file, folder / file)
+        return
+    stored = stored_layers(bundle.manifest.layers)
+    infos = {name: bundle.base.tensors[layers[0].tensor] for name, layers in stored.items()}
+    entries = [
+        entry_of(name, Rows(info.dtype or bundle.base_tensor(name).dtype, stored_shape(stored[name]), ()))
+        for name, info in infos.items()
+    ]
+
+    def content(index: int) -> Iterator[bytes]:
+        for layer in stored[entries[index].key]:
+            tensor = bundle.average_tensor(layer.tensor)
+            yield bytes(raw_bytes(tensor.to(bundle.base.tensors[layer.tensor].dtype or tensor.dtype)))
+
+    write_weights(folder, entries, content)

@@ -1,0 +1,101 @@
+"""Against llama.cpp itself (`pip install 'polymerge[llamacpp]'`): a bundle's experts answer there as they do here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from polymerge import Bundle, merge
+from polymerge.engine import GenerateRequest, ScoreRequest
+from polymerge.engine.llamacpp.engine import llama_engine
+from polymerge.engine.local.engine import HFEngine
+from polymerge.errors import ModelError
+from polymerge.export import export_gguf
+from polymerge.export.gguf.adapters import write_lora
+from polymerge.export.gguf.converter import LlamaCpp
+from polymerge.export.gguf.names import Architecture
+from polymerge.export.vllm.prompts import CalibrationPrompt
+from tests.tiny import letters_tokenizer, make_experts
+
+pytestmark = [
+    pytest.mark.llamacpp,
+    pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="the extra `llamacpp` is not installed"),
+]
+SAMPLES = [CalibrationPrompt("abc de", answer="fgh")]
+PROMPTS = [f"{first}{second} {third}" for first in "abc" for second in "defg" for third in "hijkl"]
+
+
+def bundle_of(architecture: str, folder: Path) -> Bundle:
+    experts = make_experts(architecture, folder, spread=0.05)
+    for path in experts.values():
+        letters_tokenizer().save_pretrained(path)
+    sources = {name: str(path) for name, path in experts.items()}
+    recipe = {"experts": sources, "compress_rate": 0.5, "norms": "average"}
+    return merge(recipe, folder / "bundle")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "qwen3"])
+def test_greedy_answers_and_scores_are_the_embedded_engines(architecture: str, tmp_path: Path) -> None:
+    """Embeddings and heads of the experts' own, ratios, rows in another order: all of it is in the files."""
+    bundle = bundle_of(architecture, tmp_path)
+    folder = export_gguf(bundle, tmp_path / "out", type="f32", calibration=SAMPLES, device="cpu").folder
+    embedded = HFEngine.from_bundle(bundle, device="cpu")
+    requests = [GenerateRequest(prompt, expert, max_new_tokens=4) for expert in (*bundle.experts, None)
+                for prompt in PROMPTS[:15]]  # fmt: skip
+    scores = [ScoreRequest(prompt, " ab", expert) for expert in bundle.experts for prompt in PROMPTS[:3]]
+    with llama_engine(folder, rows=4, cache_tokens=512) as engine:
+        same = [a.text == b.text for a, b in zip(engine.generate(requests), embedded.generate(requests), strict=True)]
+        pairs = list(zip(engine.loglikelihood(scores), embedded.loglikelihood(scores), strict=True))
+    assert sum(same) >= 0.9 * len(same)  # random models: some tokens are as likely as others
+    assert all(abs(a.log_likelihood - b.log_likelihood) < 0.05 for a, b in pairs)
+
+
+def test_an_export_says_what_llama_cpp_answers_and_another_bundles_files_are_refused(tmp_path: Path) -> None:
+    bundle = bundle_of("llama", tmp_path)
+    note = export_gguf(bundle, tmp_path / "out", type="f16", calibration=SAMPLES, device="cpu").note
+    assert note.measured_with and all(e.served and e.served.kl < 1e-3 < e.kl_average for e in note.experts.values())
+    other = tmp_path / "out" / note.experts["e1"].adapter
+    other.write_bytes((tmp_path / "out" / note.experts["e0"].adapter).read_bytes())
+    with pytest.raises(ModelError, match=r"expert .e1. is .* from the exported one"), llama_engine(tmp_path / "out"):
+        pass
+    other.write_bytes(b"\0" * other.stat().st_size)
+    with pytest.raises(ModelError, match=r"llama\.cpp cannot load it"), llama_engine(tmp_path / "out"):
+        pass
+
+
+def test_seeds_and_stop_texts(tmp_path: Path) -> None:
+    bundle = bundle_of("llama", tmp_path)
+    folder = export_gguf(bundle, tmp_path / "out", type="f16", calibration=SAMPLES, device="cpu").folder
+    drawn = GenerateRequest("ab", "e0", max_new_tokens=12, temperature=1.0, seed=7)
+    with llama_engine(folder, rows=4, cache_tokens=512) as engine:
+        one, two = engine.generate([drawn, drawn])
+        assert one == two
+        whole = engine.generate([GenerateRequest("ab", "e1", max_new_tokens=12)])[0].text
+        cut = engine.generate([GenerateRequest("ab", "e1", max_new_tokens=12, stop=(whole[3:5],))])[0]
+        assert cut.text == whole[: whole.index(whole[3:5])] and cut.finish == "stop"
+
+
+def test_the_converters_adapter_is_ours(tmp_path: Path) -> None:
+    """POLYMERGE_LLAMA_CPP names a folder of llama.cpp's sources: names and the order of rows are its converter's."""
+    place = os.environ.get("POLYMERGE_LLAMA_CPP")
+    if not place:
+        pytest.skip("POLYMERGE_LLAMA_CPP is not set")
+    base = make_experts("llama", tmp_path, count=1)["e0"]
+    letters_tokenizer().save_pretrained(base)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules="all-linear"))
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value)
+    model.save_pretrained(tmp_path / "peft")
+    write_lora(tmp_path / "peft", Architecture("llama", 2, 4, 2), tmp_path / "ours.gguf", "f32")
+    LlamaCpp(Path(place)).adapter(tmp_path / "peft", base, tmp_path / "theirs.gguf", "f32")
+    one, two = ({t.name: t for t in gguf.GGUFReader(tmp_path / f).tensors} for f in ("ours.gguf", "theirs.gguf"))
+    assert set(one) == set(two) and all(np.array_equal(one[name].data, two[name].data) for name in one)
