@@ -86,6 +86,9 @@ class Placer:
         return self._placed()
 
     def _placed(self) -> Placed:
+        for part in self.parts.values():
+            if isinstance(part, OwnModule):
+                part.blends = _is_sum_of_weights(part)
         groups = self.apart or bool(self.whole)
         whole = [self._whole(self.hf, groups)]
         if isinstance(self.hf.base_model, nn.Module) and self.hf.base_model is not self.hf:
@@ -172,6 +175,8 @@ class Placer:
         places = [place for place, _ in self.tree.places(inner.get_parameter("weight"))]
         if self._is_linear(module):
             made = self._linear(layer, weight, bias.data if bias is not None else None, biases)
+            if isinstance(made, MixedLinear) and len(places) == 1:
+                made.input_of = self.trial.input_of(module)
             for place in places:
                 self.tree.replace(place, made)
                 if not self.trial.kind(place).plain:
@@ -463,6 +468,16 @@ class _Tree:
         return name or None
 
 
+def _is_sum_of_weights(part: OwnModule) -> bool:
+    """Whether what a module gives for the mean of parameters is the mean of what it gives for each: a lookup or a
+    product, none of whose modules has its own."""
+    inner = part.inner
+    if any(tensor.module is not inner or type(tensor) is not OwnTensor for tensor in part.tensors):
+        return False
+    names = {tensor.name for tensor in part.tensors}
+    return (names == {"weight"} and MixedEmbedding.fits(inner)) or (names <= {"weight", "bias"} and _multiplies(inner))
+
+
 def _tensor_of(module: nn.Module, name: str) -> Tensor | None:
     parameter = module._parameters.get(name)
     return parameter if parameter is not None else module._buffers.get(name)
@@ -474,9 +489,9 @@ def _multiplies(inner: nn.Module) -> bool:
 
     if type(inner) in (nn.Linear, Conv1D):
         return True
-    weight, bias = inner.get_parameter("weight"), getattr(inner, "bias", None)
     if not isinstance(inner, nn.Linear):
         return False
+    weight, bias = inner.get_parameter("weight"), getattr(inner, "bias", None)
     x = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
     try:
         with torch.no_grad():
