@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from .product import together
 from .shares import Entries, Shares, on_device
 
 # What a caller may say for one row: a name, a weighted mixture, or the average.
@@ -142,7 +143,7 @@ class Assignment:
         return self.once(("shares", id(table) if table is not None else None), make)
 
     def gathered(self, x: Tensor, entries: Entries, input_of: int | None) -> Tensor:
-        """The entries' rows of a layer's input x [rows, ...]: [M, ...].
+        """The entries' rows of a layer's input x [rows, ...], as `product` takes them.
 
         Args:
             input_of: layers with the same number, one after the other, were seen to read the same numbers: where one is
@@ -151,7 +152,7 @@ class Assignment:
         last = self._last
         if input_of is not None and last and last[0] is x and last[1] is entries and last[2] == input_of:
             return last[3]
-        rows = x.index_select(0, entries.rows)
+        rows = together(x.index_select(0, entries.rows), entries)
         self._last = (x, entries, input_of, rows) if input_of is not None else None
         return rows
 

@@ -8,7 +8,8 @@ and times their B, and taken back to where they were.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from .assignment import Assignment
 from .product import groups, product
 from .residual import Term, add_entries, add_mixed, add_one, mixed_ratio
-from .shares import Entries, Member, Shares, on_device
+from .shares import Entries, Member, on_device
 
 # Pairs of different ranks are filled with zeros to one rank where that takes at most this many times the memory.
 MAX_PADDING = 1.25
@@ -145,22 +146,33 @@ class MixedLinear(ExpertLinear):
         return base.addmm_(self.stacked_b.float().T * share, self.stacked_a.float()).to(self.weight.dtype)
 
     def add_residuals(self, x: Tensor, y: Tensor) -> None:
-        """A view of the factors for one expert; one product for A and one for B^T for any number of them."""
+        """A view of the factors for one expert; one product for A and one for B^T for any number of them. Which way it
+        goes is decided once a batch."""
+        add = self.state.once((id(self), "way", x.shape[:-1]), lambda: self._way(x, y))
+        add(x, y)
+
+    def _way(self, x: Tensor, y: Tensor) -> Callable[[Tensor, Tensor], None]:
         expert = self.state.single
         if expert is not None and self._alone[expert]:
             a, b = self._pair(expert)
-            add_one(y, x, a, b.T, self.ratios[expert])
-            return
-        shares, ratio = self.state.shares(self.shares), self._row_ratio(y)
-        members = shares.of(self.places)
+            return partial(_add_one, a, b.T, self.ratios[expert])
+        ratio, members = self._row_ratio(y), self.state.shares(self.shares).of(self.places)
         if members and self._is_dense(members):
-            add_mixed(y, ratio, [self._stacked(x, shares, members)])
-        elif (entries := self._entries(x, members)) is not None:
-            rows = self.state.gathered(x, entries, self.input_of)
-            z = product(rows, self.stacked_a.view(-1, self.rank, x.shape[-1]).transpose(1, 2), entries)
-            add_entries(y, ratio, z, self.stacked_b.view(-1, self.rank, y.shape[-1]), entries)
-        else:
-            add_mixed(y, ratio, self._one_by_one(x, members))
+            return partial(self._add_stacked, ratio, *self._stacked(x, members))
+        if (entries := self._entries(x, members)) is not None:
+            a, b = (f.view(-1, self.rank, f.shape[-1]) for f in (self.stacked_a, self.stacked_b))
+            return partial(self._add_together, ratio, entries, a.transpose(1, 2), b)
+        return partial(self._add_apart, ratio, members)
+
+    def _add_stacked(self, ratio: Tensor | None, a: Tensor, b: Tensor, share: Tensor, x: Tensor, y: Tensor) -> None:
+        add_mixed(y, ratio, [Term(x, a, b, share)])
+
+    def _add_together(self, ratio: Tensor | None, entries: Entries, a: Tensor, b: Tensor, x: Tensor, y: Tensor) -> None:
+        z = product(self.state.gathered(x, entries, self.input_of), a, entries)
+        add_entries(y, ratio, z, b, entries)
+
+    def _add_apart(self, ratio: Tensor | None, members: Sequence[Member], x: Tensor, y: Tensor) -> None:
+        add_mixed(y, ratio, self._one_by_one(x, members))
 
     def _pair(self, number: int) -> tuple[Tensor, Tensor]:
         """A [r, in] and B^T [r, out]."""
@@ -182,16 +194,16 @@ class MixedLinear(ExpertLinear):
         tokens = len(members) * max(len(member.rows) for member in members) * repeats * x.shape[1:-1].numel()
         return shares.entries(self.places, repeats, padded=True) if tokens <= MAX_TOGETHER else None
 
-    def _stacked(self, x: Tensor, shares: Shares, members: Sequence[Member]) -> Term:
-        """Every row times all factors, and its share of each."""
+    def _stacked(self, x: Tensor, members: Sequence[Member]) -> tuple[Tensor, Tensor, Tensor]:
+        """A [ranks, in], B [out, ranks] and what every row has of each component: every row times all factors."""
         lo, hi = self.offsets[members[0].pair], self.offsets[members[-1].pair + 1]
 
         def make() -> Tensor:
-            table = on_device(shares.table[:, self._owner[lo:hi]], x.device)  # [B, sum of ranks]
-            return self.state.of_rows(table, x.shape[0], x.dim())
+            table = self.state.shares(self.shares).table[:, self._owner[lo:hi]]  # [B, sum of ranks]
+            return self.state.of_rows(on_device(table, x.device), x.shape[0], x.dim())
 
-        key = (tuple(self.offsets), id(self.shares), lo, hi, x.shape[0], x.dim())
-        return Term(x, self.stacked_a[lo:hi], self.stacked_b[lo:hi].T, self.state.once(key, make))
+        share = self.state.once((tuple(self.offsets), id(self.shares), lo, hi, x.shape[0], x.dim()), make)
+        return self.stacked_a[lo:hi], self.stacked_b[lo:hi].T, share
 
     def _one_by_one(self, x: Tensor, members: Sequence[Member]) -> Iterator[Term]:
         for pair, rows, share in self._rows_of(x.shape[0], members):
@@ -224,6 +236,10 @@ class MixedLinear(ExpertLinear):
             return self.state.of_rows(rows, y.shape[0], y.dim())
 
         return self.state.once((id(self), "ratio", y.shape[0], y.dim()), make)
+
+
+def _add_one(a: Tensor, b: Tensor, ratio: float, x: Tensor, y: Tensor) -> None:
+    add_one(y, x, a, b, ratio)
 
 
 def mixed_rows(state: Assignment, table: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .assignment import Assignment
 from .linear import ExpertLinear, MixedLinear
 from .own import take_forward
+from .product import together
 from .residual import Term, add_entries, add_mixed
 from .rows import expanded
 from .shares import Member
@@ -102,6 +103,7 @@ class MixedTable(MixedLinear):
         b = self.stacked_b.view(-1, self.rank, len(self.weight))
         slots = entries.slots.view(-1, *[1] * (ids.dim() - 1))
         z = b.transpose(1, 2)[slots, ids.index_select(0, entries.rows)]  # [M, ..., r]
+        z = together(z, entries)
         add_entries(y, ratio, z, self.stacked_a.view(-1, self.rank, y.shape[-1]), entries)
 
     def _looked_up(self, ids: Tensor, members: Sequence[Member]) -> Iterator[Term]:

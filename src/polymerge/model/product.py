@@ -17,27 +17,30 @@ GROUPING = (9, 10)  # Hopper and Blackwell
 ALIGNED = 16  # bytes, of every row of a matrix
 
 
+def together(x: Tensor, entries: Entries) -> Tensor:
+    """Entries' rows [M, ..., k] as `product` takes them: one matrix a place, or all below each other."""
+    if not entries.size:
+        return x.reshape(-1, x.shape[-1])
+    return x.reshape(-1, entries.size * x.shape[1:-1].numel(), x.shape[-1])
+
+
 def product(x: Tensor, matrices: Tensor, entries: Entries) -> Tensor:
     """Every entry's rows times the matrix of its place.
 
     Args:
-        x: [M, ..., k], contiguous.
+        x: [used, rows, k], or [rows, k] where places have different numbers of entries.
         matrices: [places, k, n].
 
     Returns:
-        [M, ..., n]
+        As x, with n for k.
     """
-    each = x.shape[1:-1].numel()
-    flat = x.reshape(-1, x.shape[-1])
     if entries.size:
         used = entries.used
-        chosen = matrices[used] if isinstance(used, slice) else matrices.index_select(0, used)
-        y = torch.bmm(flat.view(-1, entries.size * each, flat.shape[-1]), chosen)
-    else:
-        if len(flat) == 1:  # any stride is true of one row, and an aligned one is wanted
-            flat = flat.as_strided(flat.shape, (-(-flat.shape[1] // ALIGNED) * ALIGNED, 1))
-        y = torch._grouped_mm(flat, matrices, offs=entries.ends if each == 1 else entries.ends * each)
-    return y.view(*x.shape[:-1], matrices.shape[-1])
+        return torch.bmm(x, matrices[used] if isinstance(used, slice) else matrices.index_select(0, used))
+    if len(x) == 1:  # any stride is true of one row, and an aligned one is wanted
+        x = x.as_strided(x.shape, (-(-x.shape[1] // ALIGNED) * ALIGNED, 1))
+    each = len(x) // len(entries.rows)
+    return torch._grouped_mm(x, matrices, offs=entries.ends if each == 1 else entries.ends * each)
 
 
 def groups(x: Tensor, *widths: int) -> bool:

@@ -87,12 +87,12 @@ def add_entries(y: Tensor, ratio: Tensor | None, z: Tensor, b: Tensor, entries: 
 
     Args:
         y, ratio: as `add_mixed`'s.
-        z: [M, ..., r], A x of every entry; written to.
+        z: A x of every entry, as `product` gives it; written to.
         b: [places, r, out].
     """
     if entries.parts is not None:
-        z.mul_(entries.parts.view(-1, *[1] * (z.dim() - 1)))
-    update = product(z, b, entries)  # [M, ..., out]
+        z.view(len(entries.parts), -1, z.shape[-1]).mul_(entries.parts.view(-1, 1, 1))
+    update = product(z, b, entries).view(len(entries.rows), *y.shape[1:])
     if entries.back is not None:
         update = update.index_select(0, entries.back)
     else:
