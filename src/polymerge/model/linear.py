@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,19 +34,25 @@ class ExpertLinear(nn.Module):
     Knows the base's product and the biases; how the residuals are held and added is a subclass's.
 
     Args:
-        weight: the base's, [out, in] as a view (a Conv1D's is transposed by the caller).
+        base: the base's weight, [out, in] as a view (a Conv1D's is transposed by the caller); or a module without bias
+            that multiplies with it, whose own parameters nobody else reads.
         bias: the base's [out], or None.
         biases: for every expert its own bias [out], or None for the base's.
     """
 
     bias_table: Tensor | None
+    inner: nn.Module | None
     averaged = False  # the average has a part of the experts' residuals
 
-    def __init__(self, state: Assignment, weight: Tensor, bias: Tensor | None, biases: Sequence[Tensor | None]) -> None:
+    def __init__(
+        self, state: Assignment, base: Tensor | nn.Module, bias: Tensor | None, biases: Sequence[Tensor | None]
+    ) -> None:
         super().__init__()
         self.state = state
-        # one that is another module's too stays one parameter
-        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+        self.inner = base if isinstance(base, nn.Module) else None
+        if isinstance(base, Tensor):
+            # one that is another module's too stays one parameter
+            self.weight = base if isinstance(base, nn.Parameter) else nn.Parameter(base, requires_grad=False)
         self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
         has_biases = any(value is not None for value in biases)
         table = (
@@ -57,10 +64,12 @@ class ExpertLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, ..., in] -> [B, ..., out]"""
-        if self.state.average_only and not self.averaged:
+        alone = self.state.average_only and not self.averaged
+        if alone and self.inner is None:
             return F.linear(x, self.weight, self.bias)
-        y = F.linear(x, self.weight)
-        self.add_residuals(x, y)
+        y: Tensor = F.linear(x, self.weight) if self.inner is None else self.inner(x)
+        if not alone:
+            self.add_residuals(x, y)
         if self.bias is not None:
             y += self._row_bias(y)
         return y
@@ -92,6 +101,7 @@ class MixedLinear(ExpertLinear):
     Attributes:
         offsets: where the components of each pair begin, and the last one's end.
         places: of every pair among those that have components, or None.
+        shape: (out, in).
         rank: of all pairs alike; 0 where they differ too much.
         input_of: as `Assignment.gathered` takes it.
     """
@@ -102,18 +112,21 @@ class MixedLinear(ExpertLinear):
     def __init__(
         self,
         state: Assignment,
-        weight: Tensor,
+        base: Tensor | nn.Module,
         bias: Tensor | None,
         factors: Sequence[tuple[Tensor, Tensor] | None],
         ratios: Sequence[float],
         biases: Sequence[Tensor | None],
         shares: Tensor | None = None,
     ) -> None:
-        super().__init__(state, weight, bias, biases)
+        super().__init__(state, base, bias, biases)
         self.shares = shares  # not a buffer, which would follow the model to another dtype
         self.averaged = shares is not None and bool(shares[-1].any())
         self.input_of: int | None = None
-        self._hold(weight, factors)
+        self.shape = shape_of(base)
+        held = next((factor[0] for factor in factors if factor), torch.empty(0, device=state.device))
+        like = base if isinstance(base, Tensor) else held
+        self._hold(like, factors)
         self.ratios = [*ratios, 1.0]
         self._table = torch.tensor(self.ratios)  # not a buffer, which would follow the model to another dtype
         self.scaled = any(ratio != 1.0 for ratio in ratios)
@@ -127,8 +140,8 @@ class MixedLinear(ExpertLinear):
         self.offsets = [0, *accumulate(wide)]
         self.places = tuple(held.index(n) if rank else None for n, rank in enumerate(ranks))
         self._owner = [n for n, rank in enumerate(wide) for _ in range(rank)]
-        a = like.new_zeros(self.offsets[-1], like.shape[1])
-        b = like.new_zeros(self.offsets[-1], like.shape[0])
+        a = like.new_zeros(self.offsets[-1], self.shape[1])
+        b = like.new_zeros(self.offsets[-1], self.shape[0])
         for n in held:
             factor, start = factors[n], self.offsets[n]
             assert factor is not None
@@ -189,7 +202,7 @@ class MixedLinear(ExpertLinear):
         if not members or not self.rank:
             return None
         shares, repeats = self.state.shares(self.shares), self.state.repeats(x.shape[0])
-        if groups(x, *self.weight.shape):
+        if groups(x, *self.shape):
             return shares.entries(self.places, repeats, padded=False)
         tokens = len(members) * max(len(member.rows) for member in members) * repeats * x.shape[1:-1].numel()
         return shares.entries(self.places, repeats, padded=True) if tokens <= MAX_TOGETHER else None
@@ -236,6 +249,14 @@ class MixedLinear(ExpertLinear):
             return self.state.of_rows(rows, y.shape[0], y.dim())
 
         return self.state.once((id(self), "ratio", y.shape[0], y.dim()), make)
+
+
+def shape_of(base: Tensor | nn.Module) -> tuple[int, int]:
+    """(out, in)"""
+    if isinstance(base, Tensor):
+        return base.shape[0], base.shape[1]
+    sizes: Any = base
+    return int(sizes.out_features), int(sizes.in_features)
 
 
 def _add_one(a: Tensor, b: Tensor, ratio: float, x: Tensor, y: Tensor) -> None:

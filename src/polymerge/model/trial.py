@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .quantised import is_quantised
+
 ROWS, WIDTH = 3, 4  # of the trial's batches
 # A tensor is reduced to this many random sums for every row; a change is larger than this share of their size.
 SUMS, CHANGE = 16, {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -332,7 +334,8 @@ def _spy(cls: type[nn.Module], watch: _Watch) -> type[nn.Module]:
 
 def _marks(hf: nn.Module) -> dict[str, Tensor]:
     """The first numbers of every parameter."""
-    return {name: parameter.detach().flatten()[:64].clone() for name, parameter in hf.named_parameters()}
+    plain = ((name, parameter) for name, parameter in hf.named_parameters() if not is_quantised(parameter))
+    return {name: parameter.detach().flatten()[:64].clone() for name, parameter in plain}
 
 
 def _held(hf: nn.Module) -> dict[tuple[str, str], Tensor]:

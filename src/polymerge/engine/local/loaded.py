@@ -19,6 +19,7 @@ from ...bundle.bundle import Bundle
 from ...errors import ModelError, PolymergeError
 from ...host import DTYPES, free_memory, pick_device, pick_dtype
 from ...model import MixedModel, load_model
+from ...model.quantised import held_digest
 from ...model.vocabulary import tokens_of
 from ...recipe.merge import Source
 from ...sources.checkpoint import Checkpoint
@@ -69,7 +70,8 @@ class LoadedModel:
     def from_bundle(cls, bundle: Bundle | str | Path, *, batch_tokens: int | None = None, **load: Any) -> Self:
         """A bundle; further arguments are `load_model`'s."""
         model = load_model(bundle, **load)
-        return cls(model, model.tokenizer, fingerprint=model.bundle.digest, batch_tokens=batch_tokens)
+        digest = held_digest(model.bundle.digest, model.base)
+        return cls(model, model.tokenizer, fingerprint=digest, batch_tokens=batch_tokens)
 
     @classmethod
     def from_checkpoint(
