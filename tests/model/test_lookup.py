@@ -139,7 +139,7 @@ def test_rows_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
         model.hf.get_input_embeddings()(torch.zeros(3, 4, dtype=torch.long))
 
 
-@pytest.mark.parametrize("recipe", [{}, {"embeddings": "keep", "lm_head": "keep", "embedding_rate": None}])
+@pytest.mark.parametrize("recipe", [{}, {"embeddings": "keep", "lm_head": "keep"}])
 @torch.no_grad()
 def test_a_tied_table_stays_one_when_the_model_moves(tmp_path: Path, recipe: dict[str, Any]) -> None:
     model = load_model(merged("tied", tmp_path, **recipe))
@@ -159,7 +159,7 @@ def test_a_tied_table_stays_one_when_the_model_moves(tmp_path: Path, recipe: dic
 
 @torch.no_grad()
 def test_a_mixture_makes_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = merged("tied", tmp_path, embeddings="keep", lm_head="keep", embedding_rate=None)
+    bundle = merged("tied", tmp_path, embeddings="keep", lm_head="keep")
     model, inputs, made = load_model(bundle), batch(), OwnTensor.of
     expected = model(**inputs, experts={"e0": 1.0, "e2": 3.0}).logits
 

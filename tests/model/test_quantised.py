@@ -15,8 +15,9 @@ from polymerge import Bundle, load_model
 from polymerge.errors import MissingExtraError, ModelError
 from polymerge.model import quantised
 from polymerge.model.assignment import Assignment
+from polymerge.model.divergence import divergence
 from polymerge.model.linear import MixedLinear
-from polymerge.model.quantised import check_base, divergence, is_quantised, quantization_config
+from polymerge.model.quantised import check_base, is_quantised, quantization_config
 from tests.conftest import Merged
 from tests.model.test_mixed import ROWS, batch, row
 

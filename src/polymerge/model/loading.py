@@ -19,10 +19,11 @@ from ..host import DTYPES, free_memory, pick_device, pick_dtype
 from ..sources.classes import opener_of
 from ..sources.layers import meta_model
 from .assignment import Assignment
+from .divergence import divergence, in_words, log_probabilities
 from .mixed import MixedModel
 from .placing import CodedPlacer, Placed, Placer
 from .positions import place_positions
-from .quantised import Base, check_base, divergence, log_probabilities, quantization_config
+from .quantised import Base, check_base, quantization_config
 from .sampled import check_layers
 from .trial import Trial
 from .vocabulary import Vocabularies, place_vocabularies, tokens_of
@@ -80,13 +81,6 @@ def _exact(
     if free is not None and free < bundle.sizes().total:
         return None
     return log_probabilities(_loaded(bundle, device, dtype, trust_remote_code, "plain", "16bit"))
-
-
-def in_words(kl: float | None) -> str:
-    """What a quantised base costs, on one line."""
-    if kl is None:
-        return "its distance from the 16-bit bundle was not measured, both do not fit the device's memory"
-    return f"KL {kl:.2g} from the 16-bit bundle (nats a token, a short text, average and experts)"
 
 
 def _loaded(

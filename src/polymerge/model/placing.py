@@ -190,8 +190,8 @@ class Placer:
         places = [place for place, _ in self.tree.places(inner.get_parameter("weight"))]
         if self._is_linear(module):
             made = self._linear(layer, base, bias.data if bias is not None else None, biases)
-            if base is inner:
-                inner.bias = None  # what rho multiplies has none
+            if isinstance(base, nn.Module):
+                inner.register_parameter("bias", None)  # what rho multiplies has none
             if isinstance(made, MixedLinear) and len(places) == 1:
                 made.input_of = self.trial.input_of(module)
             for place in places:

@@ -1,16 +1,15 @@
-"""A base in fewer bits than the bundle stores: which library quantises it, through transformers' own configuration, and
-how far it moves the answers.
+"""A base in fewer bits than the bundle stores: which library quantises it, through transformers' own configuration.
 
 The residuals stay as they are and are added to what the library's layers give; fitting them anew around a rounded base
-spends their rank on noise (docs/log.md). Knows names, libraries and logits; does not know layers' places.
+spends their rank on noise (docs/log.md). Knows names and libraries; does not know
+layers (`polymerge.model.placing`) or what it costs (`polymerge.model.divergence`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +17,8 @@ from torch import Tensor, nn
 from ..errors import MissingExtraError, ModelError
 from ..host import dtype_name
 
-if TYPE_CHECKING:
-    from .mixed import MixedModel
-
 Base = Literal["16bit", "int8", "nf4", "int4", "fp8"]
 EXTRA = "quantized"
-# What the distance of two bases is measured on; read by the average and by every expert.
-TEXT = (
-    "Question: A train leaves the station at 9:40 and arrives at 11:05. How many minutes does it take?\n"
-    "Answer: From 9:40 to 10:40 are 60 minutes, and 25 more until 11:05, so it takes 85 minutes."
-)
 
 
 @dataclass(frozen=True)
@@ -52,12 +43,22 @@ QUANTISERS = {
 }
 
 
+def base_of(name: str) -> str:
+    """A base by its name. Raises ModelError for an unknown one."""
+    if name not in get_args(Base):
+        raise ModelError(f"base: {name!r} is not one of {', '.join(get_args(Base))}")
+    return name
+
+
+def share_of_bytes(base: str, dtype: torch.dtype) -> float:
+    """Of a linear layer of the average in memory, against the dtype it is stored in."""
+    return QUANTISERS[base].bits / (8 * dtype.itemsize) if base in QUANTISERS else 1.0
+
+
 def check_base(base: str, device: torch.device) -> None:
     """Raises ModelError for an unknown base, or one that this device does not run; MissingExtraError without its
     library."""
-    if base not in get_args(Base):
-        raise ModelError(f"base: {base!r} is not one of {', '.join(get_args(Base))}")
-    if base == "16bit":
+    if base_of(base) == "16bit":
         return
     for library in (QUANTISERS[base].library, "accelerate"):
         if find_spec(library) is None:
@@ -94,21 +95,3 @@ def quantization_config(base: str, dtype: torch.dtype) -> Any:
 def is_quantised(parameter: Any) -> bool:
     """Whether a library holds a parameter in its own way: nobody but its layer may read it as numbers."""
     return parameter is not None and type(parameter) not in (nn.Parameter, Tensor)
-
-
-@torch.no_grad()
-def log_probabilities(model: MixedModel, text: str = TEXT) -> list[Tensor]:
-    """[T, V] float32 on the CPU, of the average and of every expert after each token of a text."""
-    names = [None, *model.experts]
-    known = min(model.vocabularies.of(name) for name in names)
-    ids = [token for token in model.tokenizer_of(None).encode(text) if token < known]
-    row = torch.tensor([ids], device=model.device)
-    return [torch.log_softmax(model(row, experts=name).logits[0].float(), -1).cpu() for name in names]
-
-
-def divergence(exact: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """KL(exact || other) in nats, the mean over all tokens. What neither can say (-inf) counts nothing."""
-    each = [
-        torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(-1).mean() for p, q in zip(exact, other, strict=True)
-    ]
-    return float(torch.stack(each).mean())
