@@ -20,7 +20,7 @@ from torch import Tensor
 
 from chosen import demo_base
 from polymerge import Bundle, load_model, merge
-from polymerge.bundle.inspect import energy_kept
+from polymerge.bundle.stats import energy_kept
 
 NAMES, RANK, STEPS = ("a", "b", "c"), 8, 8
 

@@ -1,6 +1,7 @@
 """How a token is chosen, against transformers' own processors of logits."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -89,3 +90,58 @@ def test_the_penalty_is_transformers_own_and_each_rows() -> None:
 def test_a_number_that_means_nothing_is_refused(setting: str, value: float) -> None:
     with pytest.raises(ModelError, match=f"generate: {setting} cannot be {value}"):
         replace(DRAWN, **{setting: value})
+
+
+def test_penalties_of_the_answer_and_biases_are_openais() -> None:
+    """logit - (it is there) presence - (how often) frequency + bias, each row's own."""
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(2))
+    requests = [
+        replace(GREEDY, presence_penalty=1.5, frequency_penalty=0.25, logit_bias={3: 2.0}),
+        replace(GREEDY, frequency_penalty=-0.5),
+        GREEDY,
+    ]
+    answers = [[3, 3, 7], [1, 1, 1, 2], [5]]
+    samplers = [Sampler(request, [9, 9]) for request in requests]
+    expected = logits.clone()
+    for row, (sampler, made) in enumerate(zip(samplers, answers, strict=True)):
+        for token in made:
+            sampler.take(token)
+        asked = sampler.request
+        for token in range(20):
+            count = made.count(token)
+            expected[row, token] -= asked.presence_penalty * (count > 0) + asked.frequency_penalty * count
+            expected[row, token] += asked.logit_bias.get(token, 0.0)
+    assert choose_tokens(logits, samplers) == expected.argmax(-1).tolist()
+    assert torch.equal(expected[2], logits[2])
+
+
+def test_a_bias_forbids_and_forces() -> None:
+    logits = torch.zeros(1, 6)
+    forced = replace(DRAWN, logit_bias={4: 100.0})
+    assert set(drawn(logits[0], forced, 50)) == {4}
+    forbidden = replace(DRAWN, logit_bias=dict.fromkeys((0, 1, 2, 3), -100.0))
+    assert set(drawn(logits[0], forbidden, 200)) == {4, 5}
+
+
+@pytest.mark.parametrize("wrong", [{"presence_penalty": 2.1}, {"frequency_penalty": -3.0}, {"logit_bias": {1: 101.0}}])
+def test_bounds_are_openais(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=f"{next(iter(wrong))} cannot be"):
+        replace(GREEDY, **wrong)
+
+
+def test_rows_of_one_batch_draw_as_they_would_alone() -> None:
+    """Whatever the others' settings are, and however many of the likeliest tokens these make it look at."""
+    logits = 2 * torch.randn(6, 3 * NUCLEUS, generator=torch.Generator().manual_seed(3))
+    requests = [
+        GREEDY,
+        DRAWN,
+        replace(DRAWN, top_k=3),
+        replace(DRAWN, top_p=0.4),
+        replace(DRAWN, temperature=9.0, top_p=0.99),
+        replace(DRAWN, min_p=0.3),
+    ]
+    for seed in range(40):
+        asked = [replace(request, seed=seed) for request in requests]
+        together = choose_tokens(logits, [Sampler(request, ()) for request in asked])
+        alone = [choose_tokens(logits[row : row + 1], [Sampler(r, ())])[0] for row, r in enumerate(asked)]
+        assert together == alone

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, LlamaConfig, Qwen2Config
 
 from polymerge import Bundle, add_expert, merge, verify
+from polymerge.bundle.files import Rows
 from polymerge.bundle.manifest import Borrowed, BundleLayer, ExpertRecord
-from polymerge.merging import compress, plan, run, treatment
+from polymerge.merging import compress, plan, run, treatment, whole
 from polymerge.merging.personas import Personas
 from polymerge.merging.proof import Proof
 from polymerge.method import code
@@ -187,9 +188,10 @@ def norms_forgotten(right: Any, task: Any, settings: Any, read: Any, emit: Any, 
     return right(task, settings, read, other, report)
 
 
-def borrowed_view(right: Any, task: Any, expert: str, settings: Any, read: Any) -> Any:
+def borrowed_view(right: Any, task: Any, expert: str, dtype: Any, read: Any) -> Any:
     """What arithmetic in place left of the first expert's tensor: the average."""
-    return compress._mean_rows(task, settings, read) if expert == "e0" else right(task, expert, settings, read)
+    mean = Rows(dtype, task.shape, whole._mean(task, dtype, read, {}))
+    return mean if expert == "e0" else right(task, expert, dtype, read)
 
 
 def apart_in_size(experts: Experts) -> Experts:
@@ -300,7 +302,7 @@ FAULTS: dict[str, Fault] = {
         after(llama, tied_in_words_alone),
     ),
     "a tensor that the model does not know is the first expert's": Fault(
-        put(compress, "check_copy", nothing), ("'e1'", "'score.weight'"), after(llama, scores(False)),
+        put(whole, "check_copy", nothing), ("'e1'", "'score.weight'"), after(llama, scores(False)),
         after(llama, scores(True)),
     ),
     "a buffer that one expert alone has": Fault(
@@ -344,7 +346,7 @@ FAULTS: dict[str, Fault] = {
         around(layers, "_roles", plain_layout), ("base", "c_attn", "[in, out]"), gpt2, plain=True
     ),
     "biases of two modules swapped": Fault(
-        around(compress, "adapter_key", biases_swapped), ("'e0'", "k_proj.bias"), qwen2
+        around(whole, "adapter_key", biases_swapped), ("'e0'", "k_proj.bias"), qwen2
     ),
     "matrices of two modules swapped": Fault(
         around(treatment, "names_in", gate_for_up), ("'e0'", "gate_proj.weight"), recipe={"compress_rate": 0.0}
@@ -353,9 +355,9 @@ FAULTS: dict[str, Fault] = {
         both(around(plan, "frame_of", without(NORM)), put(treatment, "_check_names", nothing)), ("base", NORM),
         plain=True,
     ),
-    "an expert's own norms are left out": Fault(around(compress, "_keep_or_average", norms_forgotten), ("'e0'", NORM)),
+    "an expert's own norms are left out": Fault(around(compress, "keep_or_average", norms_forgotten), ("'e0'", NORM)),
     "a first expert's tensor is overwritten in place": Fault(
-        around(compress, "stored_rows", borrowed_view), ("'e0'", HEAD)
+        around(whole, "stored_rows", borrowed_view), ("'e0'", HEAD)
     ),
     "a tensor under another module's name": Fault(
         around(run, "bundle_layer", of_another_module), ("base", NORM, "input_layernorm"),
@@ -380,7 +382,7 @@ FAULTS: dict[str, Fault] = {
         recipe={"compress_rate": 0.0, "dtype": "float16"}, plain=True,
     ),
     "the first expert's norm for the average": Fault(
-        around(compress, "_keep_or_average", first_for_all), ("base", NORM, "average"),
+        around(compress, "keep_or_average", first_for_all), ("base", NORM, "average"),
         recipe={"compress_rate": 0.5, "norms": "average"},
     ),
     "an untied expert in a tied bundle": Fault(

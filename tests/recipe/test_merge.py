@@ -1,9 +1,11 @@
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from polymerge.errors import RecipeError
 from polymerge.recipe.merge import load_recipe
+from polymerge.recipe.written import recipe_text
 
 GOOD = "experts:\n  math: ./m\n  code: org/code@v1\n"
 
@@ -59,3 +61,29 @@ def test_mistakes_are_one_line_with_the_place(tmp_path: Path, text: str, words: 
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"nowhere\.yaml"):
         load_recipe(tmp_path / "nowhere.yaml")
+
+
+class TestTheWordPublished:
+    EXPERTS: ClassVar = {"math": "org/a", "code": "org/b"}
+
+    def test_stands_for_seven_keys(self) -> None:
+        recipe = load_recipe({"experts": self.EXPERTS, "method": "published"})
+        assert recipe.adapters == "average" and recipe.code == "factors" and recipe.compress_rate == 0.95
+        assert (recipe.scale, recipe.embeddings, recipe.lm_head, recipe.norms) == ("per_expert", "keep", "keep", "keep")
+
+    def test_what_the_recipe_says_itself_counts(self) -> None:
+        recipe = load_recipe({"experts": self.EXPERTS, "method": "published", "embeddings": "average", "code": "int8"})
+        assert (recipe.embeddings, recipe.code, recipe.adapters) == ("average", "int8", "average")
+
+    def test_beside_a_recipe_it_counts_in_the_place_of_its_own(self) -> None:
+        recipe = load_recipe({"experts": self.EXPERTS, "code": "int4"}, method="published", embeddings="average")
+        assert (recipe.code, recipe.embeddings, recipe.adapters) == ("factors", "average", "average")
+
+    def test_is_written_as_what_it_stands_for(self, tmp_path: Path) -> None:
+        recipe = load_recipe({"experts": self.EXPERTS, "method": "published", "code": "int4"})
+        (tmp_path / "recipe.yaml").write_text(recipe_text(recipe))
+        assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+    def test_another_word_is_refused(self) -> None:
+        with pytest.raises(RecipeError, match=r"recipe: method: Input should be 'published'"):
+            load_recipe({"experts": self.EXPERTS, "method": "publish"})

@@ -1,13 +1,15 @@
 """Conformance: OpenAI's own client against every endpoint and option."""
 
+import json
 from typing import Any
 
+import httpx2
 import numpy as np
 import openai
 import pytest
 
 from polymerge.engine import GenerateRequest
-from tests.serve.conftest import Server
+from tests.serve.conftest import KEY, Server
 
 HELLO: list[Any] = [{"role": "user", "content": "w10 w20 w21"}]
 
@@ -213,11 +215,16 @@ def test_the_staged_model_answers_in_stages(client: openai.OpenAI) -> None:
         ({"seed": 2**70}, "seed"),
         ({"stop": ["a"] * 5}, "stop"),
         ({"stop": 5}, "stop"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"logit_bias": {"5": 3}}, "logit_bias"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"w5": 1}}, "logit_bias"),
+        ({"logit_bias": {"9999": 1}}, "logit_bias"),
+        ({"top_k": -2}, "top_k"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"messages": [{"role": "user", "content": "a", "tool_calls": [{"function": {"name": "f"}}]}]}, "messages.0"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"stream_options": {"include_usage": True}}, None),
         ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
         ({"top_logprobs": 2}, None),
         ({"messages": []}, "messages"),
@@ -239,7 +246,7 @@ def test_what_is_wrong_or_not_supported_is_named(client: openai.OpenAI, change: 
     if param is None:
         assert next(iter(change)) in error["message"] or "only allowed with" in error["message"]
     else:
-        assert (error["param"] or "").startswith(param)
+        assert (error["param"] or error["message"]).startswith(param)
 
 
 def test_values_that_ask_for_nothing_are_taken(client: openai.OpenAI) -> None:
@@ -252,8 +259,12 @@ def test_values_that_ask_for_nothing_are_taken(client: openai.OpenAI) -> None:
         logit_bias={},
         response_format={"type": "text"},
         tools=[],
-        store=False,
+        store=True,
+        metadata={"a": "b"},
         user="someone",
+        reasoning_effort="low",
+        prompt_cache_key="k",
+        service_tier="flex",
         n=1,
         stop=None,
     )
@@ -274,3 +285,64 @@ def test_every_stream_tells_its_expert_first_and_last(client: openai.OpenAI) -> 
     for chunks in (list(chat), list(plain)):
         assert chunks[0].polymerge["expert"] == chunks[-1].polymerge["expert"] == "e0"
         assert not any(hasattr(chunk, "polymerge") for chunk in chunks[1:-1])
+
+
+def test_turns_of_agents_reach_the_template(client: openai.OpenAI) -> None:
+    """AutoGen's names, replayed reasoning, calls of tools and their results, parts with cache marks."""
+    turns: list[Any] = [
+        {
+            "role": "user",
+            "name": "someone",
+            "content": [{"type": "text", "text": "w5", "cache_control": {"type": "x"}}],
+        },
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "w6",
+            "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+        },
+        {"role": "tool", "tool_call_id": "c1", "content": "w7"},
+        {"role": "function", "name": "f", "content": "w8"},
+    ]
+    answer = client.chat.completions.create(model="e0", messages=turns, max_tokens=2, temperature=0)
+    plain: list[Any] = [{"role": "user", "content": text} for text in ("w5", "", "w7", "w8")]
+    same = client.chat.completions.create(model="e0", messages=plain, max_tokens=2, temperature=0)
+    assert answer.choices[0].message.content == same.choices[0].message.content
+    assert answer.usage == same.usage
+
+
+def test_a_begun_answer_is_gone_on_with(client: openai.OpenAI) -> None:
+    begun: list[Any] = [*HELLO, {"role": "assistant", "content": "w20 w21"}]
+    more = client.chat.completions.create(
+        model="e0", messages=begun, max_tokens=3, temperature=0, extra_body={"continue_final_message": True}
+    )
+    text = "w3 " + HELLO[0]["content"] + " w3 w20 w21"
+    plain = client.completions.create(model="e0", prompt=text, max_tokens=3, temperature=0)
+    assert more.choices[0].message.content == plain.choices[0].text
+
+
+def test_biases_and_ends_are_the_requests(client: openai.OpenAI) -> None:
+    ask: dict[str, Any] = {"model": "e0", "messages": HELLO, "max_tokens": 3, "temperature": 0}
+    forced = client.chat.completions.create(**ask, logit_bias={"20": 100})
+    assert (forced.choices[0].message.content or "").split() == ["w20"] * 3
+    end = {"2": 100}
+    over = client.chat.completions.create(**ask, logit_bias=end)
+    assert over.choices[0].finish_reason == "stop" and over.usage.completion_tokens == 1
+    on = client.chat.completions.create(**ask, logit_bias=end, extra_body={"ignore_eos": True})
+    assert on.choices[0].finish_reason == "length" and on.usage.completion_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/route", {"input": "w5 \ud83d"}),
+        ("/v1/embeddings", {"input": ["w5", "\ud83d"]}),
+        ("/v1/completions", {"model": "e0", "prompt": "\ud83d"}),
+        ("/v1/chat/completions", {"model": "e0", "messages": [{"role": "user", "content": "w5 \udc00"}]}),
+    ],
+)
+def test_half_a_character_is_refused_everywhere(server: Server, path: str, body: dict[str, Any]) -> None:
+    headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
+    with httpx2.Client() as http:
+        answer = http.post(f"{server.url}{path}", content=json.dumps(body), headers=headers)  # as an escape: it is JSON
+    assert answer.status_code == 400 and "half a character" in answer.json()["error"]["message"]

@@ -25,6 +25,7 @@ from ..method.dense import dense
 from ..sources.checkpoint import Checkpoint, open_folder, read_json
 from ..sources.fused import SlicedCheckpoint
 from ..sources.persona import Persona, read_persona
+from .kept import ROW_NUMBERS, numbers_problem
 from .lock import come_back
 from .manifest import INHERITED_FILE, MANIFEST, SCALES_FILE, STATS, BundleLayer, Manifest, read_manifest
 from .peft import adapter_name
@@ -161,7 +162,7 @@ class Bundle:
 
     def adapter(self, expert: str, *, coded: Container[str] = (), apart: bool = False) -> dict[str, Tensor]:
         """All tensors of an expert's adapter, keys without PEFT's prefix. Tables come whole, but for those with
-        residuals, beside which are the rows that the expert has of its own.
+        residuals, beside which are the rows that the expert has of its own; so do those that are another expert's too.
 
         Coded factors come decoded, as `lora_A.weight` and `lora_B.weight` in the bundle's dtype.
 
@@ -172,6 +173,10 @@ class Bundle:
         """
         with _opened(self.expert_file(expert)) as handle:
             tensors = {adapter_name(key): handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        reader = self.expert_reader(expert)
+        for layer in self._kept(expert):
+            tensors.pop(f"{layer.module}.{layer.parameter}{ROW_NUMBERS}", None)
+            tensors[f"{layer.module}.{layer.parameter}"] = reader.kept(layer)
         tensors |= self._borrowed(expert, apart=apart)
         for layer in self._tables:
             key = f"{layer.module}.{layer.parameter}"
@@ -181,7 +186,7 @@ class Bundle:
             return tensors
         dtype = DTYPES[self.manifest.dtype]
         for layer in self._factored:
-            if layer.module in coded or expert in layer.borrowed:
+            if layer.module in coded or (expert in layer.borrowed and layer.rank_of(expert)):
                 continue
             factors = self.factors(expert, layer, tensors.get)
             for suffix in self.code.suffixes:
@@ -192,9 +197,8 @@ class Bundle:
         return tensors
 
     def _borrowed(self, expert: str, *, apart: bool) -> dict[str, Tensor]:
-        layers = [
-            x for x in self._factored if expert in x.borrowed and not (apart and x.borrowed[expert].of is not None)
-        ]
+        factored = (x for x in self._factored if expert in x.borrowed and x.rank_of(expert))
+        layers = [x for x in factored if not (apart and x.borrowed[expert].of is not None)]
         if not layers:
             return {}
         reader, dtype, tensors = self.expert_reader(expert), DTYPES[self.manifest.dtype], {}
@@ -239,7 +243,11 @@ class Bundle:
         theirs."""
         with _opened(self.expert_file(expert)) as handle:
             shapes = {adapter_name(key): tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
-        for layer in (layer for layer in self._factored if expert in layer.borrowed):
+        for layer in self._kept(expert):
+            shapes.pop(f"{layer.module}.{layer.parameter}{ROW_NUMBERS}", None)
+            rows = layer.rows.get(expert, layer.shape[0] if layer.shape else 0)
+            shapes[f"{layer.module}.{layer.parameter}"] = (rows, *layer.shape[1:]) if layer.shape else ()
+        for layer in (layer for layer in self._factored if expert in layer.borrowed and layer.rank_of(expert)):
             (out_features, in_features), rank = layer.matrix_shape, layer.rank_of(expert)
             shapes[f"{layer.module}.lora_A.weight"] = (rank, in_features)
             shapes[f"{layer.module}.lora_B.weight"] = (out_features, rank)
@@ -313,6 +321,19 @@ class Bundle:
         with _opened(file) as handle:
             return {key: float(handle.get_tensor(key)) for key in handle.keys()}  # noqa: SIM118
 
+    def kept_numbers(self, expert: str) -> dict[str, list[int]]:
+        """Module of a table -> numbers of the rows that an expert keeps of it, where these alone are stored.
+
+        Raises:
+            BundleError: they do not fit the table.
+        """
+        reader = self.expert_reader(expert)
+        return {x.module: reader.kept_rows(x)[0].tolist() for x in self.manifest.layers if expert in x.rows}
+
+    def _kept(self, expert: str) -> list[BundleLayer]:
+        """What is stored of an expert's own in few rows, or in another's file."""
+        return [x for x in self.manifest.layers if expert in x.rows or x.lends_whole(expert)]
+
     @property
     def _tables(self) -> list[BundleLayer]:
         return [layer for layer in self.manifest.layers if layer.table]
@@ -382,7 +403,8 @@ class ExpertReader:
 
     def _whole(self, layer: BundleLayer) -> Tensor:
         tensor = layer.tensor
-        whole = self._its.get(f"{layer.module}.{layer.parameter}")
+        elsewhere = self._expert in layer.rows or layer.lends_whole(self._expert)
+        whole = self.kept(layer) if elsewhere else self._its.get(f"{layer.module}.{layer.parameter}")
         if whole is not None and layer.rank and layer.role != "linear":
             return self._bundle.whole_table(self._expert, layer, whole, self._rebuilt(layer)).float()
         if whole is not None:
@@ -396,6 +418,52 @@ class ExpertReader:
             difference = self._its.get(f"{layer.module}.lora_B.bias")
             return base if difference is None else base + difference.float()
         return self._rebuilt(layer) if layer.role == "linear" or layer.rank else base
+
+    def kept(self, layer: BundleLayer) -> Tensor:
+        """What the expert keeps of a tensor of which a few rows are stored, or that is another's too: whole, as stored.
+
+        Raises:
+            BundleError: it is not where the manifest says, or does not fit the base.
+        """
+        if self._expert not in layer.rows:
+            return self._stored(layer, f"{layer.module}.{layer.parameter}")
+        numbers, rows = self.kept_rows(layer)
+        whole = self._bundle.base_tensor(layer.tensor)
+        whole[numbers.long()] = rows.to(whole.dtype)
+        return whole
+
+    def kept_rows(self, layer: BundleLayer) -> tuple[Tensor, Tensor]:
+        """Numbers, int32 [n], and values [n, ...] of the rows that the expert keeps of a table. Raises as `kept`."""
+        key = f"{layer.module}.{layer.parameter}"
+        rows, numbers = self._stored(layer, key), self._stored(layer, key + ROW_NUMBERS)
+        problem = numbers_problem(numbers, rows, layer.shape)
+        if problem is None and len(numbers) != layer.rows[self._expert]:
+            problem = f"has {len(numbers)} rows, and the manifest says {layer.rows[self._expert]}"
+        if problem:
+            file = self._lender(layer).file
+            raise BundleError(f"{file}: {layer.module} {problem}; copy the bundle again")
+        return numbers, rows
+
+    def _stored(self, layer: BundleLayer, key: str) -> Tensor:
+        source = self._lender(layer)
+        tensor = source.get(key)
+        if tensor is None:
+            raise BundleError(f"{source.file}: has no {key}, which is expert {self._expert!r}'s; copy the bundle again")
+        return tensor
+
+    def _lender(self, layer: BundleLayer) -> _StoredTensors:
+        """The file in which the expert's share of a tensor lies."""
+        lent = layer.borrowed.get(self._expert)
+        if lent is None:
+            return self._its
+        file = (
+            self._bundle.expert_folder(self._expert) / INHERITED_FILE
+            if lent.of is None
+            else self._bundle.expert_file(lent.of)
+        )
+        if file not in self._lenders:
+            self._lenders[file] = _StoredTensors(file)
+        return self._lenders[file]
 
     def _rebuilt(self, layer: BundleLayer) -> Tensor:
         base, tensor = self._bundle.base_tensor(layer.tensor).float(), layer.tensor
@@ -418,7 +486,7 @@ class ExpertReader:
     def factors(self, tensor: str) -> tuple[Tensor, Tensor] | None:
         """B [out, r] and A [r, in] of a linear weight, float32, decoded; None where the expert has none."""
         layer = self._bundle.layers[tensor]
-        if self._expert not in layer.borrowed:
+        if self._expert not in layer.borrowed or layer.lends_whole(self._expert):
             return self._bundle.factors(self._expert, layer, self._its.get)
         (b, a), times = self.lent(tensor)
         return b * times, a
@@ -430,15 +498,13 @@ class ExpertReader:
             BundleError: they are not where the manifest says.
         """
         layer = self._bundle.layers[tensor]
-        lent = layer.borrowed[self._expert]
-        bundle, expert = self._bundle, self._expert
-        file = bundle.expert_folder(expert) / INHERITED_FILE if lent.of is None else bundle.expert_file(lent.of)
-        if file not in self._lenders:
-            self._lenders[file] = _StoredTensors(file)
-        factors = bundle.factors(expert, layer, self._lenders[file].get)
+        lender = self._lender(layer)
+        factors = self._bundle.factors(self._expert, layer, lender.get)
         if factors is None:
-            raise BundleError(f"{file}: has no factors of {layer.module}, which are expert {expert!r}'s too")
-        return factors, lent.times
+            raise BundleError(
+                f"{lender.file}: has no factors of {layer.module}, which are expert {self._expert!r}'s too"
+            )
+        return factors, layer.borrowed[self._expert].times
 
 
 class _StoredTensors:

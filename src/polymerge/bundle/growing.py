@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from ..errors import PolymergeError
 from .files import BUFFER, Entry, FileEntry, header_of, write_safetensors
 
@@ -85,6 +87,14 @@ class GrowingFile:
             return False
         self.pieces.append(piece)
         return True
+
+    def read_numbers(self, piece: Piece) -> list[int]:
+        """One of the pieces, of int32."""
+        place = self._room + sum(before.bytes for before in self.pieces[: self.pieces.index(piece)])
+        with self.path.open("rb") as handle:
+            handle.seek(place)
+            numbers: list[int] = np.frombuffer(handle.read(piece.bytes), dtype="<i4").tolist()
+            return numbers
 
     def finish(self, entries: Sequence[Entry] | None = None) -> FileEntry:
         """Writes the header, and reads the whole file again.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from ..recipe.rates import AnyRates
 from .alignment import read_alignment
 from .bundle import Bundle
 from .peft import PEFT_PREFIX
+from .stats import energy_kept, module_kind, relative_error
+from .verdict import Verdict, verdict_of
 
 WORST = 10
 
@@ -32,6 +33,7 @@ class ExpertSummary:
         persona: what it has of its own beside its weights: tokenizer, template, generation, positions.
         aligned: how far its permuted tensors were from the first expert's (from the average, where it was added) before
             and after: ||W - W_1|| / ||W_1||; None where it was not aligned.
+        verdict: whether it answers as before, predicted from the energy kept.
     """
 
     name: str
@@ -43,6 +45,7 @@ class ExpertSummary:
     energy_kept: float
     relative_error: float
     lost_by_averaging: float
+    verdict: Verdict
     persona: tuple[str, ...] = ()
     aligned: tuple[float, float] | None = None
 
@@ -86,7 +89,9 @@ def inspect_bundle(bundle: Bundle | str | Path) -> Inspection:
     ranks = [line["rank"] for line in stats if line["storage"] == "low_rank"]
     storage: dict[str, int] = defaultdict(int)
     # What one expert has nothing of is still stored as the others' is.
-    kinds = sorted(stats, key=lambda line: str(line["storage"]) != "average")
+    weights = {layer.tensor for layer in manifest.layers if layer.role == "linear"}
+    linear = (line for line in stats if line["tensor"] in weights)
+    kinds = sorted(linear, key=lambda line: str(line["storage"]) != "average")
     for treatment in {line["tensor"]: line["storage"] for line in kinds}.values():
         storage[treatment] += 1
     by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -121,31 +126,6 @@ def alignments(bundle: Bundle) -> dict[str, tuple[float, float]]:
     return {name: (a.before, a.after) for name, a in alignments.items() if a and a.before}
 
 
-def energy_kept(stats: Iterable[Mapping[str, Any]]) -> float:
-    """1 - sum ||R - BA||² / sum ||R||² over the lines: large residuals count for more than small ones."""
-    lost = total = 0.0
-    for line in stats:
-        energy = (line["residual_norm"] * line["scale"]) ** 2
-        total += energy
-        lost += energy * (1.0 - line["energy_kept"])
-    return 1.0 - lost / total if total else 1.0
-
-
-def relative_error(stats: Iterable[Mapping[str, Any]], key: str = "relative_error") -> float:
-    """sqrt(sum ||W - W'||² / sum ||W||²) over the lines; with `residual_norm`, of keeping the average alone."""
-    lost = total = 0.0
-    for line in stats:
-        total += line["scale"] ** 2
-        lost += (line[key] * line["scale"]) ** 2
-    return float((lost / total) ** 0.5) if total else 0.0
-
-
-def module_kind(module: str) -> str:
-    """`q_proj` of `model.layers.3.self_attn.q_proj`; block experts are one kind (`experts.w1`)."""
-    parts = [part for part in module.split(".") if not part.isdigit()]
-    return ".".join(parts[-2:]) if len(parts) > 1 and parts[-2] == "experts" else parts[-1]
-
-
 def _expert(bundle: Bundle, name: str, stats: list[dict[str, Any]]) -> ExpertSummary:
     residual = whole = 0
     with safe_open(bundle.expert_file(name), framework="pt") as handle:
@@ -159,6 +139,8 @@ def _expert(bundle: Bundle, name: str, stats: list[dict[str, Any]]) -> ExpertSum
             else:
                 whole += 1
     ratios = list(bundle.scales(name).values()) or [1.0]
+    method = bundle.manifest.method
+    tables = {layer.tensor for layer in bundle.manifest.layers if layer.role in ("embedding", "lm_head")}
     return ExpertSummary(
         name=name,
         source=bundle.manifest.experts[name].source,
@@ -169,6 +151,7 @@ def _expert(bundle: Bundle, name: str, stats: list[dict[str, Any]]) -> ExpertSum
         energy_kept=energy_kept(stats),
         relative_error=relative_error(stats),
         lost_by_averaging=relative_error(stats, "residual_norm"),
+        verdict=verdict_of(stats, tables, code=method.code, rate=method.compress_rate),
         persona=bundle.manifest.experts[name].persona,
         aligned=alignments(bundle).get(name),
     )

@@ -32,8 +32,9 @@ FORMAT = "polymerge-bundle"
 # have personas, tensors dtypes, or layers compress rates of their own; version 4 in that tensors are stored with others
 # in one, or that experts have other rows or tokens in their tables; version 5 in that residuals have ranks of their
 # own, are taken against the model under the experts' adapters, are one for two experts, or are those of embeddings and
-# heads, or that experts have processors of their own.
-FormatVersion = Literal[1, 2, 3, 4, 5]
+# heads, or that experts have processors of their own; version 6 in that of a table a few rows are an expert's, or that
+# two experts have a tensor alike.
+FormatVersion = Literal[1, 2, 3, 4, 5, 6]
 MANIFEST = "polymerge.json"
 STATS = "merge_stats.jsonl"
 # PEFT's name for an adapter's weights. What an expert's file is called in a bundle says its code.
@@ -123,8 +124,9 @@ class BundleLayer(_Strict):
         shape: as stored.
         rank: of the residuals, as the compress rate has it; 0 for a tensor that has none.
         ranks: expert -> rank of its residual, where that is another.
+        rows: expert -> how many rows it keeps of a table, where these alone are stored.
         base: what the stored tensor is, of a linear weight: the experts' average, or the model under their adapters.
-        borrowed: expert -> whose factors are its own too.
+        borrowed: expert -> whose factors are its own too; without residuals, whose own tensor.
         mean_scale: s̄, the mean Frobenius norm of the experts' tensors, for what is stored against the base; None for
             tables in which experts have other rows, whose experts all have the ratio 1.
         dtype: of its own; None where it is the bundle's.
@@ -146,6 +148,11 @@ class BundleLayer(_Strict):
     base: BaseKind = "average"
     ranks: dict[str, Annotated[int, Field(ge=0)]] = {}
     borrowed: dict[str, Borrowed] = {}
+    rows: dict[str, Annotated[int, Field(gt=0)]] = {}
+
+    def lends_whole(self, expert: str) -> bool:
+        """Whether the expert's own tensor is another's too."""
+        return expert in self.borrowed and not self.rank_of(expert)
 
     def rank_of(self, expert: str) -> int:
         """Of an expert's residual, where it has one."""
@@ -163,8 +170,14 @@ class BundleLayer(_Strict):
             raise ValueError(f"{self.tensor!r} is no matrix with a scale, as a linear weight is")
         if self.rank and (len(self.shape) != 2 or self.role not in ("linear", "embedding", "lm_head")):
             raise ValueError(f"{self.tensor!r} is no matrix, but has residuals")
-        if self.role != "linear" and (self.base != "average" or (not self.rank and (self.ranks or self.borrowed))):
+        if self.role != "linear" and (self.base != "average" or (not self.rank and self.ranks)):
             raise ValueError(f"{self.tensor!r} is no linear weight, and has no residuals")
+        if self.borrowed and self.role not in ("linear", "embedding", "lm_head"):
+            raise ValueError(f"{self.tensor!r} is no matrix that two experts may have in common")
+        if self.rows and (self.role != "embedding" or self.rank or max(self.rows.values()) >= self.shape[0]):
+            raise ValueError(f"{self.tensor!r} is no table of which experts keep a few rows")
+        if any(lent.times != 1 for name, lent in self.borrowed.items() if self.lends_whole(name)):
+            raise ValueError(f"{self.tensor!r} is another's own with a factor")
         if any(lent.of in self.borrowed for lent in self.borrowed.values()):
             raise ValueError(f"{self.tensor!r} has factors of an expert that has another's itself")
         if self.slice and not _lies_in(self, self.slice):
@@ -224,6 +237,7 @@ class Manifest(_Strict):
             "base": "average",
             "ranks": {},
             "borrowed": {},
+            "rows": {},
         }
         data["layers"] = [{k: v for k, v in layer.items() if unsaid.get(k, ...) != v} for layer in data["layers"]]
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
@@ -242,14 +256,18 @@ class Manifest(_Strict):
         notes: Sequence[str] = (),
         tables: Container[str] = (),
         ranks: Mapping[str, int] = MappingProxyType({}),
+        rows: Mapping[str, int] = MappingProxyType({}),
     ) -> Manifest:
         """With one more expert: its files, its ratios rho, what a user should hear of, the tensors of which it has
-        other rows, and the ranks of its residuals that are not the layers'."""
+        other rows, the ranks of its residuals that are not the layers', and how many rows it keeps of a table."""
         experts = {**self.experts, name: record}
         layers = tuple(x.model_copy(update={"table": True}) if x.tensor in tables else x for x in self.layers)
         layers = tuple(
             x.model_copy(update={"ranks": {**x.ranks, name: ranks[x.tensor]}}) if x.tensor in ranks else x
             for x in layers
+        )
+        layers = tuple(
+            x.model_copy(update={"rows": {**x.rows, name: rows[x.tensor]}}) if x.tensor in rows else x for x in layers
         )
         return self.model_copy(
             update={
@@ -309,7 +327,7 @@ class Manifest(_Strict):
             )
         for layer in self.layers:
             lenders = (lent.of for lent in layer.borrowed.values() if lent.of is not None)
-            named = (*layer.ranks, *layer.borrowed, *lenders)
+            named = (*layer.ranks, *layer.borrowed, *layer.rows, *lenders)
             if stranger := next((expert for expert in named if expert not in self.experts), None):
                 raise ValueError(f"{layer.tensor!r} has a residual of {stranger!r}, which is no expert")
         return self
@@ -327,12 +345,13 @@ class Manifest(_Strict):
 def _without(layer: BundleLayer, expert: str) -> BundleLayer:
     """What a line says of the other experts. Who had this one's factors inherits them."""
     ranks = {name: rank for name, rank in layer.ranks.items() if name != expert}
+    rows = {name: count for name, count in layer.rows.items() if name != expert}
     borrowed = {
         name: Borrowed(times=lent.times) if lent.of == expert else lent
         for name, lent in layer.borrowed.items()
         if name != expert
     }
-    return layer.model_copy(update={"ranks": ranks, "borrowed": borrowed})
+    return layer.model_copy(update={"ranks": ranks, "rows": rows, "borrowed": borrowed})
 
 
 def stored_layers(layers: Iterable[BundleLayer]) -> dict[str, list[BundleLayer]]:
@@ -358,6 +377,8 @@ def version_of(
 ) -> FormatVersion:
     """The lowest format version that has all this."""
     experts = list(experts)
+    if any(layer.rows or any(map(layer.lends_whole, layer.borrowed)) for layer in layers):
+        return 6
     own_ranks = any(layer.ranks or layer.borrowed or layer.base != "average" for layer in layers)
     if method.compresses_tables or own_ranks:
         return 5

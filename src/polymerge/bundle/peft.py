@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -98,6 +99,7 @@ def adapter_config(
     *,
     tied_embedding: str | None,
     rows: Sequence[int] = (),
+    kept: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """adapter_config.json for an adapter with these tensors (names of the model, shapes).
 
@@ -105,7 +107,7 @@ def adapter_config(
     1 under any reader's rule. Keys are escaped full names: PEFT matches them with `re.match(r"(.*\\.)?(key)$", name)`.
     An embedding that the head is tied to goes to `trainable_token_indices` (all of them), because PEFT's
     `modules_to_save` would leave the head with the base's weight, or want it stored twice. So does one of which the
-    expert has but `rows` of its own.
+    expert has but `rows` of its own, or those that `kept` names for its module.
     """
     layers = list(layers)
     tables = {layer.module: layer.shape[0] for layer in layers if layer.role == "embedding"}
@@ -124,7 +126,8 @@ def adapter_config(
         elif tied_embedding and name == f"{tied_embedding}.weight" and shape[0] == tables.get(tied_embedding, shape[0]):
             tokens[tied_embedding] = list(range(shape[0]))
         elif is_few(name, shape, tables):
-            tokens[name.removesuffix(".weight")] = list(rows)
+            module = name.removesuffix(".weight")
+            tokens[module] = list(kept.get(module, rows))
         else:
             whole.add(name.rpartition(".")[0])
     by_module = {layer.module: layer for layer in layers if layer.role == "linear"}

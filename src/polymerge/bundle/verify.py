@@ -194,7 +194,8 @@ def expected_config(bundle: Bundle, expert: str) -> dict[str, Any]:
     if any(expert in layer.borrowed for layer in manifest.layers):
         return borrowed_config()
     shapes, rows = bundle.adapter_shapes(expert).items(), manifest.experts[expert].own_rows
-    return adapter_config(shapes, bundle.layers.values(), tied_embedding=manifest.tied_embedding, rows=rows)
+    tied, kept = manifest.tied_embedding, bundle.kept_numbers(expert)
+    return adapter_config(shapes, bundle.layers.values(), tied_embedding=tied, rows=rows, kept=kept)
 
 
 def _allowed_keys(

@@ -20,6 +20,7 @@ def inspect(
     from ..bundle.inspect import inspect_bundle
     from ..recipe.rates import in_words
     from .console import out, print_json, size
+    from .verdicts import print_verdicts
 
     inspection = inspect_bundle(bundle)
     if html is not None:
@@ -57,6 +58,7 @@ def inspect(
             e.source,
         )
     out.print(experts)
+    print_verdicts(inspection)
     for e in (e for e in inspection.experts if e.persona):
         out.print(f"{e.name} has its own {', '.join(e.persona)}", markup=False)
     for e in (e for e in inspection.experts if e.aligned):

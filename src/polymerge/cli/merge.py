@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,6 +17,7 @@ from .words import (
     EmbeddingRate,
     Embeddings,
     LmHead,
+    Method,
     Norms,
     RecipeOrExperts,
     Scale,
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from ..bundle.bundle import Bundle
     from ..merging.plan import MergePlan
     from ..search.find import Found
+    from ..search.sweep import Agreement
 
 
 def merge(
@@ -41,12 +45,14 @@ def merge(
     embedding_rate: EmbeddingRate = None,
     norms: Norms = None,
     align: Align = None,
+    method: Method = None,
     target: Annotated[
         str | None,
         typer.Option(help="Find rate and code: kl=0.001, accuracy=99%, size=600MB or size=1.2x (one model's)."),
     ] = None,
     prompts: Annotated[
-        list[str] | None, typer.Option(help="For --target kl and accuracy: NAME=FILE.jsonl for every expert.")
+        list[str] | None,
+        typer.Option(help="Held-out requests, NAME=FILE.jsonl for every expert: what each keeps."),
     ] = None,
     codes: Annotated[
         str | None, typer.Option(help="For --target: those to choose from, separated by commas; by default all.")
@@ -66,12 +72,15 @@ def merge(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Merge the recipe's experts into one bundle."""
+    from ..bundle.inspect import inspect_bundle
     from ..search.merge import merge as run
     from .console import err, hush_libraries, merge_progress, out, print_json
+    from .verdicts import print_measured, print_verdicts
 
-    if target is not None:
+    if target is not None or prompts:
         hush_libraries()
     searched: list[Found] = []
+    measured: list[Mapping[str, Agreement]] = []
     plans: list[MergePlan] = []
 
     def notes(plan: MergePlan) -> None:
@@ -92,29 +101,39 @@ def merge(
         "embedding_rate": embedding_rate,
         "norms": norms,
         "align": align,
+        "method": method,
     }
     with merge_progress(quiet or as_json) as progress:
         bundle = run(
             read_recipe(recipe), output, target=target,
             prompts=read_pairs(prompts, "NAME=FILE") if prompts else None, codes=read_list(codes), limit=limit,
             executor=executor, address=address, resume=resume, overwrite=overwrite, progress=progress, say=say,
-            on_plan=notes, on_found=searched.append, compress_rate=compress_rate, code=code, workers=workers,
+            on_plan=notes, on_found=searched.append,
+            on_measured=measured.append, compress_rate=compress_rate, code=code, workers=workers,
             device=device, **kept,
         )  # fmt: skip
     if as_json:
-        print_json(_data(bundle, output, searched))
+        print_json(_data(bundle, output, searched, measured))
     elif not quiet:
         options = [f"--{key.replace('_', '-')} {value}" for key, value in kept.items() if value is not None]
         _print(bundle, output, searched, " ".join([*recipe, "-o", str(output), *options]))
         _print_embeddings(plans[-1], bundle)
+        if measured:
+            given = [f"--prompts {pair}" for pair in prompts or ()] + ([f"--limit {limit}"] if limit else [])
+            print_measured(measured[-1], " ".join([*recipe, "-o", str(output), *options, *given]))
+        elif not searched:
+            print_verdicts(inspect_bundle(bundle))
         out.print(f"next: polymerge inspect {output}", markup=False)
 
 
-def _data(bundle: Bundle, output: Path, searched: list[Found]) -> dict[str, Any]:
+def _data(
+    bundle: Bundle, output: Path, searched: list[Found], measured: list[Mapping[str, Agreement]]
+) -> dict[str, Any]:
     from ..bundle.inspect import inspect_bundle
 
     search = {"search": searched[0].to_json()} if searched else {}
-    return {"bundle": str(output), **inspect_bundle(bundle).to_json(), **search}
+    kept = {"measured": {name: asdict(agreement) for name, agreement in measured[0].items()}} if measured else {}
+    return {"bundle": str(output), **inspect_bundle(bundle).to_json(), **search, **kept}
 
 
 def _print(bundle: Bundle, output: Path, searched: list[Found], words: str) -> None:

@@ -15,6 +15,7 @@ from .words import (
     EmbeddingRate,
     Embeddings,
     LmHead,
+    Method,
     Norms,
     RecipeOrExperts,
     Scale,
@@ -39,6 +40,7 @@ def plan(
     embedding_rate: EmbeddingRate = None,
     norms: Norms = None,
     align: Align = None,
+    method: Method = None,
     base: Base = "16bit",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -53,7 +55,7 @@ def plan(
 
     planned = plan_merge(
         read_recipe(recipe), weights=False, compress_rate=compress_rate, code=code, scale=scale, dtype=dtype,
-        embeddings=embeddings, lm_head=lm_head, embedding_rate=embedding_rate, norms=norms, align=align,
+        embeddings=embeddings, lm_head=lm_head, embedding_rate=embedding_rate, norms=norms, align=align, method=method,
         base=base,
     )  # fmt: skip
     needs, costs = footprint(planned), bytes_of_choices(planned)

@@ -14,6 +14,7 @@ from .words import (
     EmbeddingRate,
     Embeddings,
     LmHead,
+    Method,
     Norms,
     RecipeOrExperts,
     Scale,
@@ -37,6 +38,7 @@ def sweep(
     embedding_rate: EmbeddingRate = None,
     norms: Norms = None,
     align: Align = None,
+    method: Method = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the table.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -58,7 +60,7 @@ def sweep(
     points = run(
         read_recipe(recipe), read_pairs(prompts, "NAME=FILE"), output, rates=read_numbers(rates, "--rates"),
         codes=codes.split(","), limit=limit, progress=say, scale=scale, dtype=dtype, embeddings=embeddings,
-        lm_head=lm_head, embedding_rate=embedding_rate, norms=norms, align=align,
+        lm_head=lm_head, embedding_rate=embedding_rate, norms=norms, align=align, method=method,
     )  # fmt: skip
     plain = [to_json(point, points) for point in points]
     page = write_sweep(plain, output / "sweep.html", footer=f"polymerge sweep {' '.join(recipe)}")

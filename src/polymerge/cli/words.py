@@ -21,6 +21,9 @@ RecipeOrExperts = Annotated[
     typer.Argument(metavar="RECIPE|NAME=SOURCE...", help="A recipe, a YAML file; or NAME=SOURCE for every expert."),
 ]
 # Keys of a recipe. Given beside a recipe, they count in the place of its own.
+Method = Annotated[
+    str | None, typer.Option(help="published: code, rate and all else as the published system has them.")
+]
 CompressRate = Annotated[
     float | None, typer.Option(help="Share of a residual's parameters to drop, over the recipe's; 0.95 is published.")
 ]

@@ -96,7 +96,7 @@ class Answer:
         if self.over:
             return
         self.made.append(token)
-        self.sampler.seen.add(token)
+        self.sampler.take(token)
         if score is not None:
             self._scores.append((self._text.read, score))
         if token in self.ends:
@@ -150,7 +150,7 @@ def new_answer(
         spare: tokens that the context must have room for even where no answer is wanted.
 
     Raises:
-        ModelError: an empty prompt, or one that leaves no room.
+        ModelError: an empty prompt, or one that leaves no room; a bias of a token that its tokenizer does not have.
     """
     asked, defaults = request.generate, voice.defaults
     max_length = min(voice.max_length, max_length or voice.max_length)
@@ -159,9 +159,12 @@ def new_answer(
     room = max_length - len(prompt)
     if room < max(spare, min(1, asked.max_new_tokens)):
         raise ModelError(f"generate: the prompt has {len(prompt)} tokens, the model's context {max_length}")
+    if max(asked.logit_bias, default=-1) >= len(voice.tokenizer):
+        raise ModelError(f"logit_bias: the model has no token {max(asked.logit_bias)}")
     penalty = defaults.repetition_penalty if asked.repetition_penalty is None else asked.repetition_penalty
     asked = replace(asked, max_new_tokens=min(asked.max_new_tokens, room), repetition_penalty=penalty)
-    return Answer(replace(request, generate=asked), prompt, listener, ends=defaults.ends, decode=voice.text)
+    ends = frozenset[int]() if asked.ignore_eos else defaults.ends
+    return Answer(replace(request, generate=asked), prompt, listener, ends=ends, decode=voice.text)
 
 
 class Collector:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from ..errors import ModelError
 
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int]
 Pooling = Literal["last", "mean"]
 FloatArray: TypeAlias = "npt.NDArray[np.float32]"
-# A turn of a conversation: {"role": "user", "content": "..."}.
-Message = Mapping[str, str]
+# A turn of a conversation: {"role": "user", "content": "..."}, and what else chat templates know of one.
+Message = Mapping[str, Any]
 # A temperature under this is greedy: dividing by it leaves the range of numbers.
 COLDEST = 1e-4
+# OpenAI's own bounds of penalties and biases.
+MOST_PENALTY, MOST_BIAS = 2.0, 100.0
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ class GenerateRequest:
         min_p: draw from the tokens that are at least so likely, as a share of the likeliest one.
         repetition_penalty: of every token that stands in the prompt or the answer so far; 1 is none, and None is what
             the checkpoint's generation_config.json says.
+        presence_penalty, frequency_penalty: taken off the logit of every token that stands in the answer so far, once,
+            and as often as it stands there; from -2 to 2, as OpenAI has them.
+        logit_bias: token id -> what is added to its logit; from -100 to 100.
+        ignore_eos: go on after an end token, up to `max_new_tokens`.
 
     Raises:
         ModelError: a number that means nothing.
@@ -56,6 +62,10 @@ class GenerateRequest:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         allowed = {
@@ -64,6 +74,9 @@ class GenerateRequest:
             "top_k": self.greedy or self.top_k >= 0,
             "min_p": self.greedy or 0 <= self.min_p <= 1,
             "repetition_penalty": self.repetition_penalty is None or 0 < self.repetition_penalty < math.inf,
+            "presence_penalty": abs(self.presence_penalty) <= MOST_PENALTY,
+            "frequency_penalty": abs(self.frequency_penalty) <= MOST_PENALTY,
+            "logit_bias": all(t >= 0 and abs(v) <= MOST_BIAS for t, v in self.logit_bias.items()),
         }
         for name, fits in allowed.items():
             if not fits:
@@ -139,8 +152,12 @@ class Engine(Protocol):
     def decode(self, ids: Sequence[int], *, expert: RowExpert = None) -> str:
         """The text of token ids, without special tokens."""
 
-    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None) -> list[int]:
-        """Token ids of a conversation that waits for the model's turn, by the expert's chat template."""
+    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None, go_on: bool = False) -> list[int]:
+        """Token ids of a conversation that waits for the model's turn, by the expert's chat template.
+
+        Args:
+            go_on: the last message is the beginning of the model's turn, which it goes on with.
+        """
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """Raises ModelError for an unknown expert or a prompt that leaves no room in the context."""

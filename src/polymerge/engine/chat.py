@@ -6,15 +6,29 @@ from collections.abc import Sequence
 from typing import Any
 
 from .base import Message
+from .text import check_text
 
 
-def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+def chat_ids(tokenizer: Any, messages: Sequence[Message], *, go_on: bool = False) -> list[int]:
     """Token ids of a conversation that waits for the model's turn; without a chat template, its turns one below the
-    other."""
+    other.
+
+    Args:
+        go_on: the last message is the beginning of that turn, and is left open.
+
+    Raises:
+        ModelError: as `check_text`. Whatever a template raises for turns that it does not know.
+    """
     ids: list[int]
     if tokenizer.chat_template is None:
-        ids = tokenizer.encode("".join(f"{message['content']}\n" for message in messages))
+        text = "".join(f"{message['content']}\n" for message in messages)
+        text = text.removesuffix("\n") if go_on else text
+        check_text(text)
+        ids = tokenizer.encode(text)
     else:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=not go_on, continue_final_message=go_on
+        )
+        check_text(text)
         ids = tokenizer.encode(text, add_special_tokens=False)  # a rendered template holds its special tokens already
     return ids

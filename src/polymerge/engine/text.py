@@ -8,11 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import compress
 
+from ..errors import ModelError
+
 # (token ids, with special tokens) -> text
 Decode = Callable[[Sequence[int], bool], str]
 UNFINISHED = "\ufffd"  # what a tokenizer writes for the bytes of a character that is not whole yet
 # A character has at most four bytes; a run of more tokens without a whole one is text that holds the sign itself.
 MAX_HELD_TOKENS = 8
+
+
+def check_text(text: str) -> None:
+    """Raises ModelError for what is no text: a lone half of a character (surrogate) has no bytes and no tokens."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        message = f"the text holds {half} at place {error.start}, which is half a character and no text"
+        raise ModelError(message) from None
 
 
 class TextStream:

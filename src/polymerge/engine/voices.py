@@ -17,6 +17,7 @@ from ..sources.persona import Group, Persona, load_tokenizer
 from .base import Message
 from .chat import chat_ids
 from .defaults import GenerationDefaults, checkpoint_defaults
+from .text import check_text
 
 if TYPE_CHECKING:
     from ..model.assignment import RowExpert
@@ -41,7 +42,8 @@ class Voice:
     lock: AbstractContextManager[Any] = field(default_factory=nullcontext)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of a text."""
+        """Token ids of a text. Raises ModelError as `check_text` does."""
+        check_text(text)
         with self.lock:
             ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
             return ids
@@ -52,10 +54,10 @@ class Voice:
             text: str = self.tokenizer.decode(list(ids), skip_special_tokens=not special)
             return text
 
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def chat_prompt(self, messages: Sequence[Message], *, go_on: bool = False) -> list[int]:
         """Token ids of a conversation; without a chat template, its turns one below the other."""
         with self.lock:
-            return chat_ids(self.tokenizer, messages)
+            return chat_ids(self.tokenizer, messages, go_on=go_on)
 
 
 class Voices:

@@ -17,11 +17,12 @@ from ..method.code import Code
 from ..method.codes import code_of
 from ..method.dense import dense
 from ..sources.checkpoint import Checkpoint, OverBase
-from .compress import Settings, TensorReport, adapter_key
+from .compress import Settings
 from .measure import frobenius_norm, loss_of, stats_line
+from .outcome import TensorReport
 from .reading import Read, Sums, check_stored, check_values, checked_digest
 from .tables import Emit
-from .treatment import TensorTask
+from .treatment import TensorTask, adapter_key
 
 
 def compress_over_base(task: TensorTask, settings: Settings, read: Read, sums: Sums, emit: Emit) -> TensorReport:

@@ -1,6 +1,6 @@
 """What each choice for embeddings and heads costs, and what averaging them may lose.
 
-The bytes follow from the plan alone. How far an expert's own are from the average is measured on some of their rows.
+The bytes follow from the plan alone; how far an expert's own are from the average, the merge has measured.
 Knows tables; what happens to each is `polymerge.merging.treatment`'s to say.
 """
 
@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-import torch
-
 from ..bundle.bundle import Bundle
+from ..bundle.stats import relative_error
 from .plan import MergePlan
 from .treatment import TensorTask, task_of
 
 CHOICES = ("keep", "compress", "average")
-# Rows of every table that are looked at: so many blocks of so many, evenly.
-BLOCKS, BLOCK = 16, 64
 
 
 def bytes_of_choices(plan: MergePlan) -> dict[str, int]:
@@ -42,26 +39,11 @@ def averaged(plan: MergePlan) -> tuple[TensorTask, ...]:
 
 
 def moved(plan: MergePlan, bundle: Bundle) -> Mapping[str, float]:
-    """Expert -> ||W - W̄|| / ||W|| of its averaged embeddings and heads, over the rows that are looked at. Reads them
-    from its checkpoint."""
-    apart = dict.fromkeys(plan.checkpoints, 0.0)
-    whole = dict.fromkeys(plan.checkpoints, 0.0)
-    for task in averaged(plan):
-        for start, stop in _blocks(task):
-            base = bundle.base.read_rows(task.name, start, stop).double()
-            for expert, source in task.sources.items():
-                rows = plan.checkpoints[expert].read_rows(source, start, stop).double()
-                whole[expert] += float(rows.square().sum())
-                apart[expert] += float(torch.sub(rows, base).square().sum())
-    return {expert: (apart[expert] / whole[expert]) ** 0.5 if whole[expert] else 0.0 for expert in whole}
+    """Expert -> ||W - W̄|| / ||W|| of its averaged embeddings and heads, as the merge measured it."""
+    tensors = {task.name for task in averaged(plan)}
+    lines = [line for line in bundle.stats() if line["tensor"] in tensors]
+    return {expert: relative_error(line for line in lines if line["expert"] == expert) for expert in plan.checkpoints}
 
 
 def _tables(plan: MergePlan) -> Iterator[TensorTask]:
     return (task for task in plan.tasks if task.record.role in ("embedding", "lm_head"))
-
-
-def _blocks(task: TensorTask) -> Iterator[tuple[int, int]]:
-    """[start, stop) of rows that all experts have."""
-    size = min(task.tables.sizes.values()) if task.tables else task.shape[0]
-    step = max(BLOCK, size // BLOCKS)
-    return ((start, min(start + BLOCK, size)) for start in range(0, size, step))

@@ -11,24 +11,22 @@ files: it is given a function that reads and one that takes what is made.
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..bundle.files import Rows, raw_bytes, slabs
-from ..bundle.stats import StatsLine
 from ..method.code import Code
 from ..method.dense import residual_of, unsaid
 from ..method.rsvd import numerical_rank, sketch_seed
 from .measure import Loss, frobenius_norm, loss_of, stats_line
-from .reading import Read, check_copy, check_stored, check_values, checked_digest
+from .outcome import TensorReport, twin_of
+from .reading import Read, check_stored, checked_digest
 from .tables import Emit, emit_table, merge_table, split_table
-from .treatment import TensorTask
+from .treatment import TensorTask, adapter_key
+from .whole import copy, keep_or_average
 
 # One expert has another's factors where they leave at most so much more of its residual unsaid than its own would.
 NEAR = 1.01
@@ -53,23 +51,6 @@ class Settings:
     def factorise(self, matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
         """Factors of a residual, as the code wants them."""
         return self.code.factorise(matrix, rank, n_oversamples=self.n_oversamples, n_iter=self.n_iter, seed=seed)
-
-
-@dataclass
-class TensorReport:
-    """What became of one tensor.
-
-    Attributes:
-        digests: expert -> SHA-256 of the source tensor's bytes.
-        scales: expert -> rho_i (float32), for tensors that are stored against the base.
-        stats: one line of merge_stats.jsonl an expert, for linear weights.
-        borrowed: expert -> the one whose factors are its own too, and what they count for it.
-    """
-
-    digests: dict[str, str] = field(default_factory=dict)
-    scales: dict[str, float] = field(default_factory=dict)
-    stats: list[StatsLine] = field(default_factory=list)
-    borrowed: dict[str, tuple[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,17 +79,12 @@ def compress_tensor(task: TensorTask, settings: Settings, read: Read, emit: Emit
     report = TensorReport()
     settings = settings.of(task)
     if task.treatment == "copy":
-        return _copy(task, read, emit, report)
+        return copy(task, read, emit, report)
     if task.tables is not None:
         return _merge_table(task, settings, read, emit, report)
     if not task.against_base:
-        return _keep_or_average(task, settings, read, emit, report)
+        return keep_or_average(task, settings.dtype, read, emit, report)
     return _compress_linear(task, settings, read, emit, report)
-
-
-def adapter_key(task: TensorTask, suffix: str | None = None) -> str:
-    """The key in an expert's adapter file, without PEFT's prefix."""
-    return f"{task.record.module}.{suffix or task.record.parameter}"
 
 
 def _compress_linear(
@@ -131,6 +107,9 @@ def _compress_linear(
     del total, base
     lent: Lent | None = None
     for expert in experts:
+        if (twin := twin_of(expert, report.digests)) is not None:
+            report.repeat(twin, expert)
+            continue
         began = time.perf_counter()
         weight = _read_matrix(task, expert, settings, read)
         scales = norms[expert], mean_scale
@@ -241,12 +220,25 @@ def _merge_table(task: TensorTask, settings: Settings, read: Read, emit: Emit, r
         if task.against_base:
             compress_table(task, expert, base, settings, read, emit, report)
         else:
-            emit_table(task, expert, base, read, emit)
+            give_table(task, expert, base, read, emit, report)
 
     report.digests = merge_table(task, settings.dtype, read, emit, give)
     mean = sum(line.scale for line in report.stats) / max(1, len(report.stats))
     report.stats = [replace(line, mean_scale=mean) for line in report.stats]
     return report
+
+
+def give_table(task: TensorTask, expert: str, base: Tensor, read: Read, emit: Emit, report: TensorReport) -> None:
+    """One expert's table without residuals where vocabularies differ, and what an averaged one lost.
+
+    Args:
+        base: the bundle's as stored.
+    """
+    emit_table(task, expert, base, read, emit)
+    if task.treatment == "average" and task.is_table:
+        whole, told, _ = split_table(task, expert, base, read)
+        scale, lost = frobenius_norm(whole), frobenius_norm(told.sub_(base.float()))
+        report.stats.append(stats_line(task, expert, (scale, scale), 1.0, loss_of(0, scale, lost, lost)))
 
 
 def compress_table(
@@ -282,72 +274,6 @@ def _shared_by_all(
         report.scales[expert] = 1.0
         loss = loss_of(0, frobenius_norm(weight), error, error)
         report.stats.append(stats_line(task, expert, (scale, scale), 1.0, loss, seconds=0.0))
-    return report
-
-
-def _keep_or_average(
-    task: TensorTask, settings: Settings, read: Read, emit: Emit, report: TensorReport
-) -> TensorReport:
-    experts = list(task.sources)
-    report.digests = {expert: digest_of_rows(task, expert, settings, read) for expert in experts}
-    agreed = len(set(report.digests.values())) == 1
-    # The mean of equal numbers may differ from them in the last bit.
-    base = stored_rows(task, experts[0], settings, read) if agreed else _mean_rows(task, settings, read)
-    emit(None, task.name, base)
-    for expert in experts if task.treatment == "keep" and not agreed else ():
-        if task.as_difference:
-            mean = torch.cat(list(_mean_rows(task, settings, read).parts))
-            emit_difference(task, expert, mean, read, emit)
-        else:
-            emit(expert, adapter_key(task), stored_rows(task, expert, settings, read))
-    return report
-
-
-def emit_difference(task: TensorTask, expert: str, base: Tensor, read: Read, emit: Emit) -> None:
-    """The bias of a compressed layer travels as a difference from the average as stored, where PEFT looks for it."""
-    bias = read(expert, task.sources[expert], 0, task.shape[0])
-    emit(expert, adapter_key(task, "lora_B.bias"), bias.float() - base.float())
-
-
-def digest_of_rows(task: TensorTask, expert: str, settings: Settings, read: Read) -> str:
-    """SHA-256 of an expert's whole tensor, its values checked on the way."""
-    digest = hashlib.sha256()
-    for start, stop in slabs(task.shape):
-        rows = read(expert, task.sources[expert], start, stop)
-        check_values(rows, settings.dtype, expert, task.sources[expert])
-        digest.update(raw_bytes(rows))
-    return digest.hexdigest()
-
-
-def stored_rows(task: TensorTask, expert: str, settings: Settings, read: Read) -> Rows:
-    """An expert's own tensor as it is stored."""
-    parts = (read(expert, task.sources[expert], *rows).to(settings.dtype) for rows in slabs(task.shape))
-    return Rows(settings.dtype, task.shape, parts)
-
-
-def _mean_rows(task: TensorTask, settings: Settings, read: Read) -> Rows:
-    def parts() -> Iterator[Tensor]:
-        for start, stop in slabs(task.shape):
-            total = torch.zeros(())
-            for number, (expert, source) in enumerate(task.sources.items()):
-                rows = read(expert, source, start, stop)
-                total = total.add_(rows.float()) if number else rows.to(torch.float32, copy=True)
-            mean = total.div_(len(task.sources)).to(settings.dtype)
-            check_stored(mean, task.name, "the experts' average")
-            yield mean
-
-    return Rows(settings.dtype, task.shape, parts())
-
-
-def _copy(task: TensorTask, read: Read, emit: Emit, report: TensorReport) -> TensorReport:
-    first: Tensor | None = None
-    for expert, source in task.sources.items():
-        whole = read(expert, source, 0, task.shape[0] if task.shape else 1)
-        report.digests[expert] = hashlib.sha256(raw_bytes(whole)).hexdigest()
-        if first is None:
-            first = whole
-            emit(None, task.name, whole)
-        check_copy(whole, first, expert, source)
     return report
 
 

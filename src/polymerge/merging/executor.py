@@ -23,7 +23,8 @@ from ..method.codes import code_of
 from ..recipe.merge import Recipe
 from ..sources.checkpoint import Checkpoint
 from .adapters import compress_over_base
-from .compress import Settings, TensorReport, compress_tensor
+from .compress import Settings, compress_tensor
+from .outcome import TensorReport
 from .plan import MergePlan
 from .reading import reader_of, sums_of
 from .tables import Emit

@@ -12,6 +12,7 @@ from itertools import groupby
 
 from ..bundle.files import Entry, FileEntry, Rows, chunks_of, entry_of, slabs, write_json
 from ..bundle.growing import GrowingFile, Piece
+from ..bundle.kept import ROW_NUMBERS
 from ..bundle.manifest import SCALES_FILE, BundleLayer, stored_layers, stored_shape
 from ..bundle.peft import (
     PEFT_PREFIX,
@@ -81,8 +82,13 @@ def finish_expert(
     if code.peft_readable and not borrows:
         for zeros in missing_zeros({piece.key: piece.shape for piece in file.pieces}, layers):
             file.append(zeros, [bytes(zeros.bytes)])
-        shapes = [(piece.key, piece.shape) for piece in file.pieces]
-        config = adapter_config(shapes, layers, tied_embedding=tied_embedding, rows=rows)
+        shapes = [(piece.key, piece.shape) for piece in file.pieces if not piece.key.endswith(ROW_NUMBERS)]
+        kept = {
+            piece.key.removesuffix(f".weight{ROW_NUMBERS}"): file.read_numbers(piece)
+            for piece in file.pieces
+            if piece.key.endswith(ROW_NUMBERS)
+        }
+        config = adapter_config(shapes, layers, tied_embedding=tied_embedding, rows=rows, kept=kept)
         by_rows = set(config["trainable_token_indices"] or ())
         entry = file.finish(_named(file.pieces, lambda key: stored_name(key, by_rows)))
     else:

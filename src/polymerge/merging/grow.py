@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..bundle.alignment import Alignment, write_alignment
 from ..bundle.bundle import Bundle
-from ..bundle.files import FileEntry, Rows, check_free_space, raw_bytes, slabs
+from ..bundle.files import FileEntry, check_free_space, raw_bytes
 from ..bundle.write import write_manifest, write_stats
 from ..errors import BundleError, DiskSpaceError, RecipeError
 from ..host import DTYPES
@@ -34,27 +34,25 @@ from .align import aligned_to_bundle
 from .change import alone_with, changing, move_in
 from .compress import (
     Settings,
-    TensorReport,
-    adapter_key,
     compress_against,
     compress_table,
-    digest_of_rows,
-    emit_difference,
-    stored_rows,
+    give_table,
 )
 from .executor import settings_of
 from .finish import finish_expert
 from .inheritance import hand_over
 from .journal import Note, Staging
 from .layout import layout_of_experts
-from .measure import frobenius_norm
+from .measure import frobenius_norm, stats_line
+from .outcome import TensorReport
 from .personas import store_persona
 from .precision import check_not_rounded, with_dtypes
-from .reading import check_copy, checked_digest, reader_of
-from .records import expert_record, own_rows_of, ranks_of, ratios_of, scales_of
-from .tables import Emit, emit_table
+from .reading import Read, check_copy, checked_digest, reader_of
+from .records import expert_record, kept_rows, own_rows_of, ranks_of, ratios_of, scales_of
+from .tables import Emit
 from .treatment import TensorTask, check_settings, expert_of, frame_of_bundle, table_rows_in, tasks_for
 from .vocabulary import added_tables, numbers_of
+from .whole import digest_of_rows, distance_from, emit_difference, emit_own
 
 SAMPLED_LAYERS = 12
 # A relative error that is the rounding of float32 alone.
@@ -146,8 +144,9 @@ def add_expert(
             other_rows = record.vocabulary or record.rows
             tables_there = {task.name for task in tasks if task.tables and other_rows}
             ratios, ranks = ratios_of(notes), ranks_of(name, tasks, notes)
+            few = {t.name: kept_rows(n)[name] for t, n in zip(tasks, notes, strict=True) if name in kept_rows(n)}
             manifest = bundle.manifest.with_expert(
-                name, record, files=files, ratios=ratios, tables=tables_there, ranks=ranks
+                name, record, files=files, ratios=ratios, tables=tables_there, ranks=ranks, rows=few
             )
             write_manifest(path, manifest.checked().to_json())
         return replace(_assess(Bundle.open(path), name, checkpoint, tasks, settings, notes), note=unread)
@@ -194,26 +193,36 @@ def _add_tensor(
             else:
                 _add_linear(bundle, name, task, raw, base, settings, emit, report)
         else:
-            report.digests[name] = digest_of_rows(task, name, settings, read)
+            report.digests[name] = digest_of_rows(task, name, settings.dtype, read)
             if task.tables is not None and task.against_base:
                 compress_table(task, name, bundle.base_tensor(task.name), settings, read, emit, report)
                 return report
             if task.tables is not None:
-                emit_table(task, name, bundle.base_tensor(task.name), read, emit)
+                give_table(task, name, bundle.base_tensor(task.name), read, emit, report)
                 return report
-            if task.treatment == "keep" and not _is_bases(bundle, task, stored_rows(task, name, settings, read)):
-                if task.as_difference:
-                    emit_difference(task, name, bundle.base_tensor(task.name), read, emit)
-                else:
-                    emit(name, adapter_key(task), stored_rows(task, name, settings, read))
+            _add_whole(bundle, task, settings, read, emit, report)
     return report
 
 
-def _is_bases(bundle: Bundle, task: TensorTask, rows: Rows) -> bool:
-    """Whether the average's tensor holds the same numbers."""
+def _add_whole(
+    bundle: Bundle, task: TensorTask, settings: Settings, read: Read, emit: Emit, report: TensorReport
+) -> None:
+    """What an expert that comes later keeps of a tensor without residuals, and how far an averaged table is from it."""
+    [name] = task.sources
+    distance = distance_from(task, name, settings.dtype, read, _rows_of_base(bundle))
+    if task.treatment == "average" and task.is_table:
+        report.stats.append(stats_line(task, name, (distance.norm, distance.norm), 1.0, distance.loss()))
+    if task.treatment != "keep" or not bool(distance.changed.any()):
+        return
+    if task.as_difference:
+        emit_difference(task, name, bundle.base_tensor(task.name), read, emit)
+    else:
+        emit_own(task, name, settings.dtype, distance.changed if task.is_table else None, read, emit)
+
+
+def _rows_of_base(bundle: Bundle) -> Read:
     read = reader_of({"": bundle.base})
-    slices = (read("", task.name, *place) for place in slabs(task.shape))
-    return all(torch.equal(part.float(), base.float()) for part, base in zip(rows.parts, slices, strict=True))
+    return lambda _, tensor, start, stop: read("", tensor, start, stop)
 
 
 def _add_linear(

@@ -1,4 +1,4 @@
-"""What an expert leaves when it is taken out of a bundle: factors that are another's too.
+"""What an expert leaves when it is taken out of a bundle: factors and tables that are another's too.
 
 They are copied to a file of the heir's own beside its others, which are not touched; the manifest says when it counts.
 Knows the manifest's lines and an expert's files; nothing of the arithmetic.
@@ -10,8 +10,9 @@ from safetensors import safe_open
 
 from ..bundle.bundle import Bundle
 from ..bundle.files import FileEntry, check_free_space, entry_of, raw_bytes, write_safetensors
-from ..bundle.manifest import INHERITED_FILE
-from ..bundle.peft import PEFT_PREFIX
+from ..bundle.kept import ROW_NUMBERS
+from ..bundle.manifest import INHERITED_FILE, BundleLayer
+from ..bundle.peft import PEFT_PREFIX, adapter_name
 
 
 def hand_over(bundle: Bundle, expert: str) -> dict[str, FileEntry]:
@@ -24,7 +25,7 @@ def hand_over(bundle: Bundle, expert: str) -> dict[str, FileEntry]:
     for layer in bundle.manifest.layers:
         for heir, lent in layer.borrowed.items():
             if lent.of == expert:
-                heirs.setdefault(heir, []).extend(f"{layer.module}.{suffix}" for suffix in bundle.code.suffixes)
+                heirs.setdefault(heir, []).extend(_keys(bundle, layer, heir))
     return {f"experts/{heir}/{INHERITED_FILE}": _copy(bundle, expert, heir, keys) for heir, keys in heirs.items()}
 
 
@@ -35,9 +36,18 @@ def discard_unlisted(bundle: Bundle) -> None:
             (bundle.expert_folder(heir) / INHERITED_FILE).unlink(missing_ok=True)
 
 
+def _keys(bundle: Bundle, layer: BundleLayer, heir: str) -> list[str]:
+    """Of what is stored for an heir in the other's file, without PEFT's prefix."""
+    if not layer.lends_whole(heir):
+        return [f"{layer.module}.{suffix}" for suffix in bundle.code.suffixes]
+    key = f"{layer.module}.{layer.parameter}"
+    return [key, key + ROW_NUMBERS] if heir in layer.rows else [key]
+
+
 def _copy(bundle: Bundle, expert: str, heir: str, keys: list[str]) -> FileEntry:
     with safe_open(bundle.expert_file(expert), framework="pt") as handle:
-        slices = {key: handle.get_slice(PEFT_PREFIX + key) for key in keys}
+        stored = {adapter_name(key): key for key in handle.keys()}  # noqa: SIM118
+        slices = {key: handle.get_slice(stored[key]) for key in keys}
         entries = [entry_of(PEFT_PREFIX + key, part[:]) for key, part in slices.items()]
         folder = bundle.expert_folder(heir)
         check_free_space(folder, sum(entry.bytes for entry in entries))

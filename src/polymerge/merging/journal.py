@@ -25,8 +25,8 @@ from ..bundle.growing import GrowingFile, Piece
 from ..bundle.place import begin_work, check_own, discard_work, mark_of
 from ..bundle.stats import StatsLine
 from ..errors import OutputExistsError
-from .compress import TensorReport
 from .layout import Layout
+from .outcome import TensorReport
 from .tables import Emit
 
 logger = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..bundle.files import header_room
+from ..bundle.kept import ROW_NUMBERS
 from ..bundle.peft import BIASED_PAIR, PEFT_PREFIX
 from ..bundle.write import shards_of
 from ..method.code import Code
@@ -75,6 +76,8 @@ def _keys_of(task: TensorTask, expert: str, code: Code, biases: bool) -> Iterato
         return
     if task.treatment != "low_rank" or task.tables:
         yield f"{record.module}.{record.parameter}"
+        if task.treatment == "keep" and task.record.role == "embedding":
+            yield f"{record.module}.{record.parameter}{ROW_NUMBERS}"
     if task.against_base:
         pair = BIASED_PAIR if biases else ()
         yield from (f"{record.module}.{suffix}" for suffix in dict.fromkeys((*code.suffixes, *pair)))

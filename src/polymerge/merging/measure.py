@@ -71,3 +71,30 @@ def stats_line(
         relative_error=loss.relative_error,
         seconds=seconds,
     )
+
+
+class Distance:
+    """How far an expert's tensor is from the one that is stored for all, from slabs.
+
+    Attributes:
+        changed: bool [rows], which are another as stored.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.changed = torch.zeros(rows, dtype=torch.bool)
+        self._whole, self._apart = 0.0, 0.0
+
+    def add(self, rows: Tensor, stored: Tensor, base: Tensor, place: tuple[int, int]) -> None:
+        """One slab: the expert's, the same in the bundle's dtype, and the base's as stored. [stop - start, ...]"""
+        self._whole += frobenius_norm(rows.float()) ** 2
+        self._apart += frobenius_norm(rows.float() - base.float()) ** 2
+        self.changed[slice(*place)] = (stored != base).reshape(place[1] - place[0], -1).any(dim=1)
+
+    @property
+    def norm(self) -> float:
+        """||W||"""
+        return math.sqrt(self._whole)
+
+    def loss(self) -> Loss:
+        """Of an expert that has the base's alone."""
+        return loss_of(0, self.norm, math.sqrt(self._apart), math.sqrt(self._apart))

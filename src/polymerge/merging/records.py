@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
+from ..bundle.kept import ROW_NUMBERS
 from ..bundle.manifest import Borrowed, BundleLayer, ExpertRecord
 from ..host import dtype_name
 from ..sources.checkpoint import Checkpoint
@@ -30,13 +31,20 @@ def bundle_layer(task: TensorTask, note: Note) -> BundleLayer:
         transposed=record.transposed,
         shape=task.shape,
         rank=task.rank,
-        mean_scale=note.stats[0].mean_scale if note.stats and not task.tables else None,
+        mean_scale=note.stats[0].mean_scale if note.stats and task.against_base and not task.tables else None,
         dtype=dtype_name(task.dtype) if task.dtype else None,
         slice=record.slice,
         base=task.base,
         ranks=other_ranks(task, note),
         borrowed={expert: Borrowed(of=lender, times=times) for expert, (lender, times) in note.borrowed.items()},
+        rows=kept_rows(note),
     )
+
+
+def kept_rows(note: Note) -> dict[str, int]:
+    """Expert -> how many rows it keeps of a table, where these alone are stored; also of one that has another's."""
+    rows = {p.owner: p.shape[0] for p in note.pieces if p.owner and p.key.endswith(ROW_NUMBERS)}
+    return rows | {expert: rows[lender] for expert, (lender, _) in note.borrowed.items() if lender in rows}
 
 
 def other_ranks(task: TensorTask, note: Note) -> dict[str, int]:

@@ -90,6 +90,11 @@ class TensorTask:
         return self.record.role == "linear" or self.treatment == "low_rank"
 
     @property
+    def is_table(self) -> bool:
+        """An embedding or a head: most of what experts may keep of their own."""
+        return self.record.role in ("embedding", "lm_head")
+
+    @property
     def holds_rows(self) -> bool:
         """Whether an expert's file may hold a few rows of it: PEFT has a place for an embedding's alone. Beside
         residuals of a table PEFT is out already."""
@@ -116,6 +121,11 @@ class TensorTask:
             rows = self.tables.most_own if self.holds_rows else self.shape[0]
             return residual + self.stored_bytes(dtype) // self.shape[0] * rows
         return residual
+
+
+def adapter_key(task: TensorTask, suffix: str | None = None) -> str:
+    """The key in an expert's adapter file, without PEFT's prefix."""
+    return f"{task.record.module}.{suffix or task.record.parameter}"
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,8 @@ class Placer:
         if layer.base == "average" and not layer.borrowed:
             return None
         names = self.bundle.experts
-        lent = [(names.index(n), names.index(lent.of or n), lent.times) for n, lent in layer.borrowed.items()]
+        factored = ((n, lent) for n, lent in layer.borrowed.items() if not layer.lends_whole(n))
+        lent = [(names.index(n), names.index(lent.of or n), lent.times) for n, lent in factored]
         key = (layer.base, *lent)
         if key not in self._tables:
             average = 1 / len(names) if layer.base == "adapters" else 0.0

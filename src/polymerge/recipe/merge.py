@@ -13,11 +13,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypedDict, TypeVar, Unpack
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ..errors import RecipeError, on_one_line
 from ..method.codes import PUBLISHED, known_code
 from ..naming import check_expert_names
+from .published import PUBLISHED_METHOD, spelled_out
 from .rates import PUBLISHED_RATE, NamedRates, Rates
 from .response import StageSettings, ThinkerSettings
 
@@ -74,6 +84,8 @@ class Recipe(BaseModel):
 
     Attributes:
         experts: name -> source, in the order in which experts are listed everywhere.
+        method: `published` stands for the published setting of the seven keys below that decide how experts are stored;
+            those that the recipe says itself count. None once it is read.
         compress_rate: share of a residual's parameters that is dropped, in [0, 1]. 0 keeps every expert
             exactly, 1 is the plain normalised average. The published setting is 0.95. One number for all matrices; a
             list of one a layer; or a mapping of patterns of names to numbers, with `default` for the rest.
@@ -105,6 +117,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     experts: dict[str, WrittenSource]
+    method: Literal["published"] | None = None
     compress_rate: Rates = PUBLISHED_RATE
     code: CodeName = PUBLISHED
     scale: Literal["per_expert", "shared"] = "per_expert"
@@ -127,6 +140,11 @@ class Recipe(BaseModel):
     staged: StageSettings | None = None
     memory_limit: Annotated[int, BeforeValidator(parse_size), Field(gt=0)] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _method_is_spelled_out(cls, recipe: Any) -> Any:
+        return spelled_out(recipe)
+
     @field_validator("experts")
     @classmethod
     def _names_are_safe(cls, experts: dict[str, Source]) -> dict[str, Source]:
@@ -143,6 +161,7 @@ RecipeLike: TypeAlias = Recipe | Mapping[str, Any] | str | Path
 class RecipeSettings(TypedDict, total=False):
     """Keys of a recipe as keyword arguments, in the place of what it says; None leaves a key as it is."""
 
+    method: str | None
     compress_rate: float | Sequence[float] | Mapping[str, float] | None
     code: str | None
     scale: str | None
@@ -170,6 +189,8 @@ def load_recipe(source: RecipeLike, **settings: Unpack[RecipeSettings]) -> Recip
     """
     recipe = _loaded(source)
     changed = {key: value for key, value in settings.items() if value is not None}
+    if changed.get("method") == "published":
+        changed = {**PUBLISHED_METHOD, **changed}
     return validated(Recipe, recipe.model_dump() | changed, where="recipe", lines={}) if changed else recipe
 
 

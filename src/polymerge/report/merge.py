@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..bundle.inspect import Inspection, module_kind
+from ..bundle.inspect import Inspection
+from ..bundle.stats import module_kind
 from ..recipe.rates import layer_number
 from .blocks import COLOURS, mean, plot, plotly, section, size, table
 
@@ -77,7 +78,9 @@ def _experts(inspection: Inspection) -> str:
         for e in inspection.experts
     ]
     text = "Errors are relative Frobenius norms over all compressed tensors of an expert."
-    return section("Experts", text, table(head, rows, last_is_source=True))
+    words = "".join(f"<li><b>{escape(e.name)}</b> {escape(e.verdict.words)}</li>" for e in inspection.experts)
+    said = f"<ul>{words}</ul><p>Predicted from the energy kept; merge with held-out requests to measure it.</p>"
+    return section("Experts", text, said + table(head, rows, last_is_source=True))
 
 
 def _errors(stats: Sequence[Mapping[str, Any]]) -> str:

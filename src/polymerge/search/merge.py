@@ -6,7 +6,7 @@ Knows the order: plan, search where there is a target, merge. Finding is `polyme
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal, Unpack
@@ -23,6 +23,7 @@ from ..recipe.merge import RecipeLike, RecipeSettings
 from ..recipe.rates import in_words
 from .examples import LIMIT, Prompts, read_prompts
 from .find import Found, find
+from .sweep import Agreement, agreements, check_examples, run_originals
 from .target import Target, read_target
 
 Where = Literal["threads", "ray"]
@@ -44,6 +45,7 @@ def merge(
     say: Callable[[str], None] | None = None,
     on_plan: Callable[[MergePlan], None] | None = None,
     on_found: Callable[[Found], None] | None = None,
+    on_measured: Callable[[Mapping[str, Agreement]], None] | None = None,
     **settings: Unpack[RecipeSettings],
 ) -> Bundle:
     """Merges the recipe's experts into a bundle at `output`.
@@ -54,7 +56,8 @@ def merge(
     Args:
         recipe: a Recipe, its dict, the experts alone as {name: source}, or a YAML file.
         target: `kl=0.001`, `accuracy=99%`, `size=600MB` or `size=1.2x`: rate and code are found.
-        prompts: with a target of KL or accuracy: expert -> its held-out requests.
+        prompts: expert -> its held-out requests. A target of KL or accuracy is measured on them; without a target,
+            the bundle is, against the originals, once it is there.
         codes: with a target: those that may be used; by default all.
         limit: with prompts: rows of each file; by default 32.
         executor: who does the tensors: the threads of this process, a Ray cluster, or anything that does them.
@@ -62,7 +65,8 @@ def merge(
         resume: go on with the half-done work of the same merge, if there is any.
         progress: called after every tensor.
         say: told what a search does.
-        on_plan, on_found: given the plan before any tensor is read, and what a search found.
+        on_plan, on_found, on_measured: given the plan before any tensor is read, what a search found, and how near
+            every expert is to its original, where there are prompts and no target.
         settings: keys of the recipe that count in the place of its own.
 
     Raises:
@@ -74,10 +78,14 @@ def merge(
     if address is not None and executor != "ray":
         raise PolymergeError("--address belongs to --executor ray")
     _check_together(target, prompts, codes, limit, settings)
+    if prompts and target is None and on_measured is None:
+        raise TargetError("prompts without a target are measured for `on_measured`; give it, or a target")
     goal = read_target(target) if target is not None else None
     examples = read_prompts(prompts or {}, limit or LIMIT)
     output = Path(output).expanduser()
     plan, chosen = plan_merge(recipe, **settings), None
+    if examples and not goal:
+        check_examples(plan.recipe, examples)
     if on_plan:
         on_plan(plan)
     with _opened(executor, address) as tasks:
@@ -92,6 +100,8 @@ def merge(
         bundle = run_plan(plan, output, overwrite=overwrite, resume=resume, executor=tasks, progress=progress)
     if chosen:
         chosen.check(bundle)
+    elif examples and on_measured:
+        on_measured(agreements(bundle, run_originals(plan.recipe, examples, say or (lambda text: None))))
     return bundle
 
 
@@ -104,9 +114,10 @@ def _check_together(
 ) -> None:
     """Raises TargetError for arguments that would be ignored, or that a search would overrule."""
     if target is None:
-        given = {"--prompts": prompts, "--codes": codes, "--limit": limit}
-        for option in (name for name, value in given.items() if value is not None):
-            raise TargetError(f"{option} belongs to --target")
+        if codes is not None:
+            raise TargetError("--codes belongs to --target")
+        if limit is not None and not prompts:
+            raise TargetError("--limit belongs to --prompts")
         return
     fixed = {"--compress-rate": settings.get("compress_rate"), "--code": settings.get("code")}
     for option in (name for name, value in fixed.items() if value is not None):

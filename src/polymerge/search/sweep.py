@@ -18,6 +18,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from ..bundle.bundle import Bundle
 from ..bundle.inspect import inspect_bundle
 from ..engine.local.engine import HFEngine
 from ..errors import RecipeError
@@ -242,14 +243,19 @@ def measure(
         began = time.monotonic()
         bundle = run_plan(replace(plan, recipe=recipe), Path(place) / "bundle", executor=executor)
         seconds = time.monotonic() - began
-        model, inspection, sizes = load_model(bundle), inspect_bundle(bundle), bundle.sizes()
-        experts = {
-            name: reference.against(lambda ids, name=name: model(ids, experts=name).logits, model.device)  # type: ignore[misc]
-            for name, reference in references.items()
-        }
+        inspection, sizes, experts = inspect_bundle(bundle), bundle.sizes(), agreements(bundle, references)
     residuals = sum(expert.residual_bytes for expert in inspection.experts)
     share = sizes.total / sizes.one_model
     return Point(recipe.code, recipe.compress_rate, sizes.total, residuals, share, round(seconds, 1), experts)
+
+
+def agreements(bundle: Bundle, references: Mapping[str, Reference]) -> dict[str, Agreement]:
+    """How near every expert of a bundle is to its original."""
+    model = load_model(bundle)
+    return {
+        name: reference.against(lambda ids, name=name: model(ids, experts=name).logits, model.device)  # type: ignore[misc]
+        for name, reference in references.items()
+    }
 
 
 def front(points: Sequence[Point]) -> list[Point]:

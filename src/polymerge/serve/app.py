@@ -71,7 +71,7 @@ def create_app(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
+            allow_headers=["*"],  # clients send headers of their own, such as OpenAI's x-stainless-*
             expose_headers=["x-polymerge-expert", "x-polymerge-field", "x-polymerge-confidence", "x-request-id"],
         )
     return app

@@ -25,7 +25,10 @@ def completion_routes(service: Service) -> APIRouter:
         turns = [message.text for message in body.messages if message.role == "user"]
         choice = await service.choose(request, body.model, turns, sticky=body.polymerge.sticky)
         messages = [message.for_template() for message in body.messages]
-        prompt = await service.tokens(lambda: service.engine.chat_prompt(messages, expert=choice.expert), "messages")
+        prompt = await service.tokens(
+            lambda: service.engine.chat_prompt(messages, expert=choice.expert, go_on=body.continue_final_message),
+            "messages",
+        )
         requests = service.stream_requests(
             body, [prompt], [choice], tokens=body.wanted_tokens, logprobs=body.wanted_logprobs
         )

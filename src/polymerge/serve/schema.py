@@ -1,13 +1,17 @@
-"""The requests of the API: OpenAI's fields. One that is unknown, or that would change nothing here, is refused.
+"""The requests of the API: OpenAI's fields, and vLLM's where OpenAI has none.
 
-A field of OpenAI's that this server does not support is taken where its value asks for nothing, as clients send it.
+A field that cannot change the answer is taken; one that would change it and is not supported is refused by name, unless
+its value asks for nothing, as clients send it.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from ..engine.base import MOST_BIAS, MOST_PENALTY
 
 # OpenAI's own bounds, the same at every server; this one's are in `polymerge.serve.settings`.
 MOST_LOGPROBS = 20
@@ -28,18 +32,40 @@ class Neutral:
 
 
 Nothing = Annotated[Any, AfterValidator(Neutral(None))]
-Zero = Annotated[Any, AfterValidator(Neutral(0))]
 NoText = Annotated[Any, AfterValidator(Neutral(""))]
 NoList = Annotated[Any, AfterValidator(Neutral([]))]
-NoMap = Annotated[Any, AfterValidator(Neutral({}))]
+
+
+def _has_bytes(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    except (TypeError, ValueError):  # no JSON; the fields say so
+        return True
+    return True
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, data: Any) -> Any:
+        """A lone half of a character (surrogate) has no bytes and no tokens."""
+        for key, value in data.items() if isinstance(data, dict) else ():
+            if not _has_bytes(value):
+                raise ValueError(f"{key}: holds half a character (a lone surrogate), which is no text")
+        return data
+
+
+# Asks for something that cannot change the answer: where it is kept, billed, cached or found again.
+Harmless = Any
+
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
+    include_obfuscation: Harmless = None
 
 
 class Extension(Strict):
@@ -55,25 +81,60 @@ class Extension(Strict):
 
 
 class TextPart(Strict):
-    type: Literal["text"]
+    type: Literal["text", "input_text", "output_text"]
     text: str
+    cache_control: Harmless = None
+    annotations: NoList = None
+
+
+class CalledFunction(Strict):
+    name: str
+    arguments: str | dict[str, Any] = ""
+
+
+class ToolCall(Strict):
+    """A call that an earlier answer made."""
+
+    function: CalledFunction
+    id: str | None = None
+    type: Literal["function"] = "function"
+    index: int | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """As transformers' chat templates know it: with the arguments as a mapping, where they are one."""
+        given = self.function.arguments
+        try:
+            arguments = json.loads(given) if isinstance(given, str) and given else given or {}
+        except ValueError:
+            arguments = given
+        function = {"name": self.function.name, "arguments": arguments}
+        return {"type": self.type, "function": function} | ({"id": self.id} if self.id is not None else {})
 
 
 class ChatMessage(Strict):
-    """One turn. Empty values of OpenAI's other fields are taken, as its client gives them back."""
+    """One turn. Empty values of OpenAI's other fields are taken, as its client gives them back.
 
-    role: Literal["system", "developer", "user", "assistant"]
+    A name, earlier reasoning and calls of tools go to the chat template, which writes them where it knows them.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[TextPart] | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
     refusal: NoText = None
     annotations: NoList = None
     audio: Nothing = None
     function_call: Nothing = None
-    tool_calls: NoList = None
+    cache_control: Harmless = None
 
     @model_validator(mode="after")
     def _has_content(self) -> ChatMessage:
-        if self.content is None:
+        if self.content is None and not self.tool_calls:
             raise ValueError("a message needs content")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls: only the assistant calls tools")
         return self
 
     @property
@@ -82,11 +143,15 @@ class ChatMessage(Strict):
             return "\n".join(part.text for part in self.content)
         return self.content or ""
 
-    def for_template(self) -> dict[str, str]:
+    def for_template(self) -> dict[str, Any]:
         """The turn as chat templates know it."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+        more = {"name": self.name, "reasoning_content": self.reasoning_content, "tool_call_id": self.tool_call_id}
+        calls = {"tool_calls": [call.for_template() for call in self.tool_calls]} if self.tool_calls else {}
+        role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
+        return {"role": role, "content": self.text, **{k: v for k, v in more.items() if v is not None}, **calls}
 
 
+TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
 Stop = str | Annotated[list[str], Field(max_length=MOST_STOPS)]
 
 
@@ -103,20 +168,30 @@ class Generating(Strict):
     stream_options: StreamOptions | None = None
     user: str | None = None
     polymerge: Extension = Extension()
-    frequency_penalty: Zero = None
-    presence_penalty: Zero = None
-    logit_bias: NoMap = None
-
-    @model_validator(mode="after")
-    def _options_of_a_stream(self) -> Generating:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options: only allowed with stream")
-        return self
+    frequency_penalty: float | None = Field(default=None, ge=-MOST_PENALTY, le=MOST_PENALTY)
+    presence_penalty: float | None = Field(default=None, ge=-MOST_PENALTY, le=MOST_PENALTY)
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-MOST_BIAS, le=MOST_BIAS)]] | None = None
+    top_k: int | None = Field(default=None, ge=-1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    ignore_eos: bool | None = None
+    metadata: Harmless = None
+    store: Harmless = None
+    service_tier: Harmless = None
+    safety_identifier: Harmless = None
+    prompt_cache_key: Harmless = None
+    prompt_cache_retention: Harmless = None
+    reasoning_effort: Harmless = None
 
     @property
     def stops(self) -> tuple[str, ...]:
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(stop for stop in given if stop)
+
+    @property
+    def biases(self) -> dict[int, float]:
+        """Token id -> what is added to its logit."""
+        return {int(token): value for token, value in (self.logit_bias or {}).items()}
 
     @property
     def usage_at_the_end(self) -> bool:
@@ -136,9 +211,17 @@ class ChatRequest(Generating):
     tool_choice: Annotated[Any, AfterValidator(Neutral("none", "auto"))] = None
     parallel_tool_calls: Annotated[Any, AfterValidator(Neutral(True, False))] = None
     modalities: Annotated[Any, AfterValidator(Neutral(["text"]))] = None
-    store: Annotated[Any, AfterValidator(Neutral(False))] = None
-    metadata: NoMap = None
-    service_tier: Annotated[Any, AfterValidator(Neutral("auto", "default"))] = None
+    prediction: Harmless = None
+    continue_final_message: bool = False
+    add_generation_prompt: bool | None = None
+
+    @model_validator(mode="after")
+    def _goes_on_with_a_turn_of_its_own(self) -> ChatRequest:
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise ValueError("continue_final_message: the last message is not the assistant's")
+        if self.add_generation_prompt is self.continue_final_message:
+            raise ValueError("add_generation_prompt: not with continue_final_message, and not to be left out without")
+        return self
 
     @model_validator(mode="after")
     def _top_of_logprobs(self) -> ChatRequest:

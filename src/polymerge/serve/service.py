@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ..engine.base import GenerateRequest
 from ..engine.streaming import Finish, Piece, StreamingEngine, StreamRequest
+from ..errors import ModelError
 from ..router.route import Routes
 from .answers import Gathered, Run, while_connected
 from .errors import ApiError, told
@@ -62,7 +63,7 @@ class Service:
         """Token ids of a request's text, off the event loop."""
         try:
             ids = await in_thread(make)
-        except ApiError:
+        except (ApiError, ModelError):
             raise
         except Exception as error:  # chat templates raise what they like for turns that they do not know
             logger.info("a prompt could not be made", exc_info=error)
@@ -100,8 +101,13 @@ class Service:
                 top_p=defaults.top_p if body.top_p is None else body.top_p,
                 seed=body.seed,
                 stop=body.stops,
-                top_k=defaults.top_k,
-                min_p=defaults.min_p,
+                top_k=defaults.top_k if body.top_k is None else max(0, body.top_k),
+                min_p=defaults.min_p if body.min_p is None else body.min_p,
+                repetition_penalty=body.repetition_penalty,
+                presence_penalty=body.presence_penalty or 0.0,
+                frequency_penalty=body.frequency_penalty or 0.0,
+                logit_bias=body.biases,
+                ignore_eos=bool(body.ignore_eos),
             )
             seeds = [None if body.seed is None else body.seed + k for k in range(count)]
             requests += [

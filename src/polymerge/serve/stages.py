@@ -92,6 +92,12 @@ def question_of(body: ChatRequest, most_tokens: int) -> Question:
         "n": (body.n or 1) > 1,
         "stop": bool(body.stops),
         "logprobs": bool(body.logprobs),
+        "frequency_penalty": bool(body.frequency_penalty),
+        "presence_penalty": bool(body.presence_penalty),
+        "logit_bias": bool(body.logit_bias),
+        "repetition_penalty": body.repetition_penalty not in (None, 1.0),
+        "ignore_eos": bool(body.ignore_eos),
+        "continue_final_message": body.continue_final_message,
     }
     for name, given in refused.items():
         if given:

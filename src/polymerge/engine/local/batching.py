@@ -91,10 +91,10 @@ class BatchingEngine(ForwardingEngine):
         with self._tokenizing:
             return self._front.decode(ids, expert=expert)
 
-    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None) -> list[int]:
+    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None, go_on: bool = False) -> list[int]:
         """As in the contract."""
         with self._tokenizing:
-            return self._front.chat_prompt(messages, expert=expert)
+            return self._front.chat_prompt(messages, expert=expert, go_on=go_on)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """As in the contract; the requests share the running batch with everyone else's, however long the queue is."""

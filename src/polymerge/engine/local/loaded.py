@@ -149,9 +149,9 @@ class LoadedModel:
         """The text of token ids, without special tokens. Raises ModelError for ids outside the vocabulary."""
         return self.voices.of(expert).text(self.checked(ids, expert), False)
 
-    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None) -> list[int]:
+    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None, go_on: bool = False) -> list[int]:
         """Token ids of a conversation; without a chat template, its turns one below the other."""
-        return self.voices.of(expert).chat_prompt(messages)
+        return self.voices.of(expert).chat_prompt(messages, go_on=go_on)
 
     def ids(self, prompt: Prompt, expert: RowExpert = None) -> list[int]:
         """Token ids of a prompt. Raises ModelError as `checked` does."""

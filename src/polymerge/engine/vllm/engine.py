@@ -123,9 +123,9 @@ class VllmEngine:
         """The text of token ids, without special tokens."""
         return self.voices.of(expert).text(ids, False)
 
-    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None) -> list[int]:
+    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None, go_on: bool = False) -> list[int]:
         """Token ids of a conversation; without a chat template, its turns one below the other."""
-        return self.voices.of(expert).chat_prompt(messages)
+        return self.voices.of(expert).chat_prompt(messages, go_on=go_on)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """As in the contract; vLLM makes its batches of requests for different experts."""

@@ -104,6 +104,10 @@ def settings(request: GenerateRequest) -> dict[str, Any]:
     return {
         **drawn,
         "repetition_penalty": 1.0 if request.repetition_penalty is None else request.repetition_penalty,
+        "presence_penalty": request.presence_penalty,
+        "frequency_penalty": request.frequency_penalty,
+        **({"logit_bias": {str(t): v for t, v in request.logit_bias.items()}} if request.logit_bias else {}),
+        "ignore_eos": request.ignore_eos,
         "max_tokens": request.max_new_tokens,
         "seed": request.seed,
         "return_token_ids": True,

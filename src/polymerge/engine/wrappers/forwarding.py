@@ -44,9 +44,9 @@ class ForwardingEngine:
         """The engine's."""
         return self._engine.decode(ids, expert=expert)
 
-    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None) -> list[int]:
+    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None, go_on: bool = False) -> list[int]:
         """The engine's."""
-        return self._engine.chat_prompt(messages, expert=expert)
+        return self._engine.chat_prompt(messages, expert=expert, go_on=go_on)
 
     def embed(
         self, prompts: Sequence[Prompt], *, layers: Sequence[int] = (-1,), pooling: Pooling = "last"

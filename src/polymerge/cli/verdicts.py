@@ -1,0 +1,43 @@
+"""What a merge left of every expert, in words: after `polymerge merge` and in `polymerge inspect`.
+
+Measured where there were held-out requests, otherwise predicted from the energy kept, and said to be. Knows how it is
+printed; thresholds of a prediction are `polymerge.bundle.verdict`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..bundle.inspect import Inspection
+    from ..search.sweep import Agreement
+
+# What a bundle promises of every expert: this share of its accuracy, and of its likeliest tokens.
+KEPT, TOP1 = 0.99, 0.98
+
+
+def print_verdicts(inspection: Inspection) -> None:
+    """A line an expert: what is predicted."""
+    from .console import say
+
+    for expert in inspection.experts:
+        say(f"{expert.name}: {expert.verdict.words}")
+    say("(predicted from the energy kept; held-out requests measure it: merge --prompts NAME=FILE.jsonl)")
+
+
+def print_measured(measured: Mapping[str, Agreement], words: str) -> None:
+    """A line an expert: what was measured; and the command that finds what keeps them all, where one falls short.
+
+    Args:
+        words: what `polymerge merge` was told.
+    """
+    from .console import say
+
+    for name, agreement in measured.items():
+        kept = "" if agreement.kept is None else f"keeps {agreement.kept:.1%} of its accuracy, "
+        say(f"{name}: {kept}the same likeliest token at {agreement.top1:.1%}, KL {agreement.kl:.2g}")
+    short = [name for name, a in measured.items() if a.top1 < TOP1 or (a.kept is not None and a.kept < KEPT)]
+    if short:
+        say(f"{' and '.join(short)} kept less than {KEPT:.0%}; this finds what keeps it:")
+        say(f"  polymerge merge {words} --target accuracy={KEPT:.0%}")
