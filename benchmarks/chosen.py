@@ -7,7 +7,7 @@ from pathlib import Path
 
 from polymerge import Bundle
 from polymerge.demo.run import BASE_PACKAGE, DemoSettings, load_skills
-from polymerge.demo.skills import Skill
+from polymerge.demo.skills import Skill, demo_skills
 from polymerge.demo.train import TrainSettings, fine_tune
 from polymerge.sources.gguf import package_gguf, unpack
 
@@ -33,3 +33,15 @@ def demo_experts(base: Path) -> tuple[list[Skill], dict[str, str]]:
     """The demo's skills, and their experts' folders: from the cache, or trained."""
     skills = load_skills(DemoSettings(output=Path()))
     return skills, {skill.name: str(fine_tune(base, skill, TrainSettings())) for skill in skills}
+
+
+def demo_requests(skills: list[Skill], count: int) -> list[Skill]:
+    """The demo's skills with as many held-out requests as asked for: the next ones of its generator, none of which any
+    expert was trained on."""
+    more = {}
+    for skill in skills:
+        held, trained = len(skill.test), len(skill.train)
+        drawn = next(s for s in demo_skills(train=trained + max(0, count - held), test=held) if s.name == skill.name)
+        assert drawn.test == skill.test and drawn.train[:trained] == skill.train
+        more[skill.name] = (skill.test + drawn.train[trained:])[:count]
+    return [Skill(skill.name, skill.train, more[skill.name]) for skill in skills]

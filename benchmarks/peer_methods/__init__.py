@@ -1,1 +1,1 @@
-"""The peers of benchmarks/peers.py, one a file: how each is merged, what it stores and how it answers."""
+"""The peers of benchmarks/peers.py and peers_served.py, one a file: how each is merged and stored, how it answers."""

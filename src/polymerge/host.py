@@ -60,6 +60,11 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device, stored: to
     return dtype_of(dtype) if isinstance(dtype, str) else dtype
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a GPU; None for a device whose memory is everybody's."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
 def cache_folder() -> Path:
     """Where polymerge keeps what can be made again: `$POLYMERGE_CACHE`, else `~/.cache/polymerge`."""
     return Path(os.environ.get("POLYMERGE_CACHE") or Path.home() / ".cache" / "polymerge")

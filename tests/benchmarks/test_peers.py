@@ -18,26 +18,10 @@ from peer_methods.served import InTurn, Served
 from peer_methods.table import METHODS, experts_folder
 from peer_methods.task import Cost, Task, run_apart
 from polymerge.demo.skills import Skill, SkillExample
-from tests.tiny import make_experts, tiny_tokenizer
+from tests.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = torch.tensor([[5, 9, 13, 7, 21]])
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    """A base and three experts that share its embedding, so that a method that has one for all can be exact."""
-    folder = tmp_path_factory.mktemp("peers")
-    base, *experts = make_experts("llama-tied", folder, count=4).values()
-    start = transformers.AutoModelForCausalLM.from_pretrained(base)
-    for path in experts:
-        model = transformers.AutoModelForCausalLM.from_pretrained(path)
-        model.get_input_embeddings().weight.data.copy_(start.get_input_embeddings().weight)
-        model.save_pretrained(path)
-    for path in (base, *experts):
-        tiny_tokenizer().save_pretrained(path)
-    texts = {f"e{n}": [f"w{3 + 10 * n + i} w{4 + 10 * n}" for i in range(6)] for n in range(3)}
-    return Task({f"e{n}": str(path) for n, path in enumerate(experts)}, str(base), 0.5, texts)
 
 
 def logits_of(path: str) -> Tensor:

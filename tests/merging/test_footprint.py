@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from polymerge import load_recipe
-from polymerge.errors import SourceError
+from polymerge.errors import ModelError, SourceError
 from polymerge.merging.footprint import footprint
 from polymerge.merging.plan import plan_merge
 from polymerge.merging.run import fingerprint
@@ -81,3 +81,13 @@ def test_a_table_of_which_a_few_rows_are_stored_is_counted_whole(tmp_path: Path)
     own = sum(bool(ranges) for ranges in plan.tables.ranges.values()) if plan.tables else 0
     assert own == 2
     assert footprint(plan).bundle == plan.write_bytes + own * table - own * 1 * 48 * 4
+
+
+def test_a_quantised_base_is_counted() -> None:
+    recipe = load_recipe(ROOT / "recipes" / "neurips2024.yaml")
+    whole, nf4 = (footprint(plan_merge(recipe, weights=False, base=base)) for base in ("16bit", "nf4"))
+    linear = 2 * 32 * (4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336)  # bytes of Llama-3-8B's layers
+    assert whole.bundle - nf4.bundle == pytest.approx(linear * (1 - 4.13 / 16), rel=1e-6)
+    assert nf4.to_json()["base"] == "nf4"
+    with pytest.raises(ModelError, match="'int3' is not one of"):
+        plan_merge(recipe, weights=False, base="int3")

@@ -15,7 +15,7 @@ from polymerge.errors import ModelError
 from polymerge.merging import run
 from polymerge.merging.proof import Proof
 from polymerge.model.lookup import MixedEmbedding, MixedHead
-from polymerge.model.own import OwnWeight
+from polymerge.model.own import OwnTensor, OwnWeight
 from tests.model.test_mixed import ROWS, batch, dense_models, distance, plain, row
 from tests.tiny import COMMON, make_experts
 
@@ -137,3 +137,36 @@ def test_rows_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
     model = load_model(merged("untied", tmp_path))
     with model.assigned(["e0", "e1"], 2), pytest.raises(ModelError, match="cannot be told apart"):
         model.hf.get_input_embeddings()(torch.zeros(3, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("recipe", [{}, {"embeddings": "keep", "lm_head": "keep"}])
+@torch.no_grad()
+def test_a_tied_table_stays_one_when_the_model_moves(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    model = load_model(merged("tied", tmp_path, **recipe))
+    model.to(torch.bfloat16)
+    head, embedding = model.hf.get_output_embeddings(), model.hf.get_input_embeddings()
+    assert head.weight.data_ptr() == embedding.weight.data_ptr()
+    of_experts: dict[int, set[int]] = {}
+    for part in model.stand_ins:
+        for tensor in getattr(part, "tensors", ()):
+            for number, value in enumerate(tensor.values):
+                if value is not None and value.shape == embedding.weight.shape:
+                    of_experts.setdefault(number, set()).add(value.data_ptr())
+                    assert value.dtype is torch.bfloat16
+    assert all(len(places) == 1 for places in of_experts.values())
+    assert len(of_experts) == (3 if recipe else 0)
+
+
+@torch.no_grad()
+def test_a_mixture_makes_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = merged("tied", tmp_path, embeddings="keep", lm_head="keep")
+    model, inputs, made = load_model(bundle), batch(), OwnTensor.of
+    expected = model(**inputs, experts={"e0": 1.0, "e2": 3.0}).logits
+
+    def of(self: OwnTensor, weights: tuple[float, ...]) -> torch.Tensor:
+        assert 1.0 in weights, "a table of a mixture"
+        return made(self, weights)
+
+    monkeypatch.setattr(OwnTensor, "of", of)
+    got = model(**inputs, experts=["e1", {"e0": 1.0, "e2": 3.0}, None, {"e0": 0.25, "e2": 0.75}, "e0"]).logits
+    assert distance(got[1::2], expected[1::2], inputs["attention_mask"][1::2]) < 1e-5

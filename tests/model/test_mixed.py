@@ -133,7 +133,7 @@ def test_many_experts_in_one_batch_go_one_by_one(merged: Merged, monkeypatch: py
     bundle, _ = merged("llama", compress_rate=0.6)
     model, inputs = load_model(bundle), batch()
     stacked = model(**inputs, experts=ROWS).logits
-    monkeypatch.setattr("polymerge.model.linear.MAX_STACKED", 1)
+    monkeypatch.setattr("polymerge.model.linear.MAX_TOGETHER", 0)
     apart = model(**inputs, experts=ROWS).logits
     torch.testing.assert_close(apart, stacked, atol=1e-5, rtol=1e-5)
 

@@ -121,7 +121,7 @@ def assigned(experts: Any, rows: int) -> Assignment:
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A way through a linear layer."""
     if request.param == "one by one":
-        monkeypatch.setattr("polymerge.model.linear.MAX_STACKED", 0)
+        monkeypatch.setattr("polymerge.model.linear.MAX_TOGETHER", 0)
     return str(request.param)
 
 

@@ -15,7 +15,7 @@ from polymerge.engine.local.engine import HFEngine
 from polymerge.errors import DataError, RecipeError
 from polymerge.report.sweep import write_sweep
 from polymerge.search.examples import Example, read_examples
-from polymerge.search.sweep import Agreement, Point, Reference, front, sweep, to_json
+from polymerge.search.sweep import Agreement, Point, Reference, agreement, front, sweep, to_json
 from tests.tiny import recipe_folder, tiny_tokenizer
 
 
@@ -75,6 +75,9 @@ def test_an_answer_is_right_when_greedy_decoding_gives_exactly_it(monkeypatch: p
     assert reference.accuracy == 2 / 5
     fit = reference.against(lambda ids: Counting(last=8).model(ids).logits)
     assert (fit.accuracy, fit.original_accuracy, fit.kept) == (1 / 5, 2 / 5, 1 / 2)  # `long` alone ends right
+    each = reference.each(lambda ids: Counting(last=8).model(ids).logits)
+    assert [e.right for e in each] == [False, False, False, True, False, None] and agreement(each) == fit
+    assert [e.original_right for e in each] == [True, True, False, False, False, None]
 
 
 def test_without_answers_there_is_no_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:

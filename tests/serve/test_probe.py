@@ -34,7 +34,7 @@ def test_an_expert_whose_factors_are_lost_is_named(merged: Merged) -> None:
     for module in engine.hf.modules():
         if isinstance(module, MixedLinear):
             lo, hi = module.offsets[1], module.offsets[2]
-            module.stacked_b[:, lo:hi] = 0
+            module.stacked_b[lo:hi] = 0
     with pytest.raises(ModelError, match="expert 'e1' does not answer as its reconstruction"):
         probe(engine, engine.model.bundle)
 
@@ -42,7 +42,7 @@ def test_an_expert_whose_factors_are_lost_is_named(merged: Merged) -> None:
 def test_one_lost_layer_is_enough(merged: Merged) -> None:
     engine = loaded(merged, "llama")
     module = next(module for module in engine.hf.modules() if isinstance(module, MixedLinear))
-    module.stacked_b[:, module.offsets[2] : module.offsets[3]] = 0
+    module.stacked_b[module.offsets[2] : module.offsets[3]] = 0
     with pytest.raises(ModelError, match="expert 'e2'"):
         probe(engine, engine.model.bundle)
 

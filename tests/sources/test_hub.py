@@ -29,7 +29,9 @@ def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
 
 def test_without_a_network_a_hub_id_is_one_line_at_once(nobody: str) -> None:
     began = time.monotonic()
-    with pytest.raises(SourceError, match=r"org/none: not a local folder, not in the hub's cache, and the hub cannot"):
+    with pytest.raises(
+        SourceError, match=r"org/none: not a local folder, .* not in the cache, and http.* cannot be reached"
+    ):
         open_checkpoint("org/none")
     assert time.monotonic() - began < 5
 

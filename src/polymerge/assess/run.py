@@ -19,7 +19,8 @@ from ..bundle.files import write_bytes
 from ..data.rows import content_hash
 from ..data.schema import AnsweredRow, read_all
 from ..errors import PolymergeError, RecipeError
-from ..host import cache_folder
+from ..host import cache_folder, pick_device
+from ..model.quantised import check_base, held_digest
 from ..recipe.merge import Source
 from ..sources.fingerprint import digest_beside
 from ..sources.opening import open_checkpoint
@@ -85,6 +86,7 @@ def assess_bundle(
     bundle: Bundle | str | Path,
     recipe: AssessRecipe,
     *,
+    base: str = "16bit",
     fresh: bool = False,
     cache: Path | None = None,
     progress: OnAssess | None = None,
@@ -94,11 +96,16 @@ def assess_bundle(
 
     Args:
         recipe: of its fields and settings; its candidates are not looked at.
+        base: of the average in memory, as `load_model` takes it.
+
+    Raises:
+        ModelError, MissingExtraError: this machine cannot hold that base.
     """
+    check_base(base, pick_device(recipe.device))
     bundle = Bundle.open(bundle)
     measuring = _Run(recipe, fresh, cache or cache_folder() / "assess", progress, run)
-    rows = measuring.bundle(bundle)
-    return Assessment(recipe.fields, tuple(rows), None, {**_settings(recipe), "bundle": bundle.digest})
+    rows = measuring.bundle(bundle, base)
+    return Assessment(recipe.fields, tuple(rows), None, {**_settings(recipe), "bundle": bundle.digest, "base": base})
 
 
 class _Run:
@@ -123,14 +130,13 @@ class _Run:
         self._measure(source.model_dump(exclude_none=True), fingerprint, keys, {None: row})
         return row
 
-    def bundle(self, bundle: Bundle) -> list[Candidate]:
+    def bundle(self, bundle: Bundle, base: str) -> list[Candidate]:
         rows: dict[str | None, Candidate] = {None: Candidate("average", str(bundle.path))}
         rows |= {name: Candidate(name, str(bundle.path)) for name in bundle.experts}
         self.steps = len(self.tasks) * len(rows)
-        keys = {
-            (expert, task): self._key(f"{bundle.digest}/{expert or ''}", task) for expert in rows for task in self.tasks
-        }
-        self._measure({"bundle": str(bundle.path)}, bundle.digest, keys, rows)
+        digest = held_digest(bundle.digest, base)
+        keys = {(expert, task): self._key(f"{digest}/{expert or ''}", task) for expert in rows for task in self.tasks}
+        self._measure({"bundle": str(bundle.path), "base": base}, digest, keys, rows)
         return [*(row for name, row in rows.items() if name), rows[None]]
 
     def _measure(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.bundle import Bundle
+from ..errors import RecipeError
 from ..router.record import assessment_file
 from .recipe import load_assess_recipe
 from .results import Assessment, write_assessment_table
@@ -20,6 +21,7 @@ def assess_models(
     max_experts: int | None = None,
     limit: int | None = None,
     device: str | None = None,
+    base: str = "16bit",
     fresh: bool = False,
     output: str | Path | None = None,
     progress: OnAssess | None = None,
@@ -30,6 +32,7 @@ def assess_models(
         source: a recipe of an assessment or of a merge, or a bundle's folder.
         data: a folder whose every NAME/test.jsonl is a field.
         memory_gb, max_experts, limit, device: in the place of the recipe's.
+        base: of a bundle's average in memory, as `load_model` takes it.
         fresh: measure again what is remembered.
         output: where the assessment is written as JSON; a bundle's goes beside its router by default.
 
@@ -39,12 +42,14 @@ def assess_models(
     given = {"memory_gb": memory_gb, "max_experts": max_experts, "limit": limit, "device": device}
     changes = {name: value for name, value in given.items() if value is not None}
     if isinstance(source, dict) or not Path(source).is_dir():
+        if base != "16bit":
+            raise RecipeError(f"base {base}: candidates are measured as they are; a bundle's average can be held in it")
         assessment = assess(load_assess_recipe(source, data, **changes), fresh=fresh, progress=progress)
     else:
         bundle = Bundle.open(source)
         names = {name: str(source) for name in bundle.experts}
         recipe = load_assess_recipe({"candidates": names, **changes}, data)
-        assessment = assess_bundle(bundle, recipe, fresh=fresh, progress=progress)
+        assessment = assess_bundle(bundle, recipe, base=base, fresh=fresh, progress=progress)
         output = output or assessment_file(bundle.path)
     if output is not None:
         write_assessment_table(assessment, Path(output))

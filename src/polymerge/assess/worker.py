@@ -27,7 +27,7 @@ class CandidateJob:
     """What a worker does.
 
     Attributes:
-        source: keys of `polymerge.recipe.merge.Source`, or {"bundle": folder}.
+        source: keys of `polymerge.recipe.merge.Source`, or {"bundle": folder, "base": as `load_model` takes it}.
         work: (expert or None, task, whether the task is a JSONL file), in order.
         cache: where answers are remembered; None does not.
     """
@@ -82,7 +82,7 @@ def load_engine(job: CandidateJob) -> Engine:
     options: dict[str, Any] = {"device": device, "dtype": job.dtype, "batch_tokens": job.batch_tokens}
     try:
         if "bundle" in job.source:
-            return HFEngine.from_bundle(job.source["bundle"], **options)
+            return HFEngine.from_bundle(job.source["bundle"], base=job.source.get("base", "16bit"), **options)
         return HFEngine.from_checkpoint(Source(**job.source), trust_remote_code=job.trust_remote_code, **options)
     except (torch.OutOfMemoryError, MemoryError):
         raise PolymergeError("out of memory while loading") from None

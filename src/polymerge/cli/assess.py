@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .words import Base
+
 
 def assess(
     source: Annotated[Path, typer.Argument(help="A recipe of an assessment or of a merge, or a bundle's folder.")],
@@ -15,6 +17,7 @@ def assess(
     max_experts: Annotated[int | None, typer.Option(help="The largest set to propose.")] = None,
     limit: Annotated[int | None, typer.Option(help="Questions of each task, the first ones.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda ...")] = None,
+    base: Base = "16bit",
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is remembered.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the assessment as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained page with a heatmap.")] = None,
@@ -29,8 +32,8 @@ def assess(
 
     with assess_progress(quiet or as_json) as progress:
         assessment = assess_models(
-            source, data=data, memory_gb=memory_gb, max_experts=max_experts, limit=limit, device=device, fresh=fresh,
-            output=output, progress=progress,
+            source, data=data, memory_gb=memory_gb, max_experts=max_experts, limit=limit, device=device, base=base,
+            fresh=fresh, output=output, progress=progress,
         )  # fmt: skip
     if html is not None:
         write_assessment(assessment.to_json(), html)

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from .words import Base
+
 
 def compete(
     bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
@@ -32,6 +34,7 @@ def compete(
         Literal["fail", "skip"], typer.Option(help="A bad row: refuse the file, or leave its prediction empty.")
     ] = "fail",
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...; by default the GPU where there is one.")] = None,
+    base: Base = "16bit",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier submission.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -45,7 +48,7 @@ def compete(
     summary = run_competition(
         bundle, source, output, expert=expert, staged=staged, recipe=recipe, thinker=thinker, model=model,
         key_env=key_env, policy=policy, prompts=prompts, thought_tokens=thought_tokens, max_new_tokens=max_new_tokens,
-        time_limit=time_limit, memory_limit=memory_limit, limit=limit, on_error=on_error, device=device,
+        time_limit=time_limit, memory_limit=memory_limit, limit=limit, on_error=on_error, device=device, base=base,
         overwrite=overwrite, progress=compete_progress(quiet),
     )  # fmt: skip
     if as_json:

@@ -122,10 +122,14 @@ def print_peft_export(written: PeftExport, bundle: Path) -> None:
 
 def hush_libraries() -> None:
     """transformers draws progress bars of its own for loading and saving; the command line has its own words."""
+    from logging import getLogger
+
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    for name in ("torchao", "torch.utils._pytree"):  # of kernels for other machines, when a base is quantised
+        getLogger(name).setLevel("ERROR")
 
 
 def log_to_stderr(level: str) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .words import Base
+
 
 def eval(
     bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
@@ -34,6 +36,7 @@ def eval(
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch at most, padding included.")] = 4096,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...; by default the GPU where there is one.")] = None,
+    base: Base = "16bit",
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Ask what was answered before again.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the harness's whole results.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the table.")] = False,
@@ -51,7 +54,7 @@ def eval(
             bundle, tasks=tasks, data=data, mode=mode, best=read_pairs(best, "LABEL=EXPERT"), label=label,
             include_path=include_path, limit=limit, num_fewshot=num_fewshot, apply_chat_template=apply_chat_template,
             fewshot_as_multiturn=fewshot_as_multiturn, system_instruction=system_instruction, gen_kwargs=gen_kwargs,
-            log_samples=log_samples, seed=seed, batch_tokens=batch_tokens, device=device, no_cache=no_cache,
+            log_samples=log_samples, seed=seed, batch_tokens=batch_tokens, device=device, base=base, no_cache=no_cache,
             output=output, progress=progress,
         )  # fmt: skip
     if as_json:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import PolymergeError
+from .words import Base
 
 
 def generate(
@@ -20,6 +21,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
     chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Use the chat template, if there is one.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...; by default the GPU where there is one.")] = None,
+    base: Base = "16bit",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when done.")] = False,
     staged: Annotated[bool, typer.Option("--staged", help="Let a thinker reason first, as the policy says.")] = False,
     show_thoughts: Annotated[bool, typer.Option("--show-thoughts", help="Print the thought as well.")] = False,
@@ -43,7 +45,7 @@ def generate(
     hush_libraries()
     response = run(
         bundle, prompt, expert=expert, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
-        chat=chat, device=device, staged=staged, choice=choice, recipe=recipe, thinker=thinker, model=model,
+        chat=chat, device=device, base=base, staged=staged, choice=choice, recipe=recipe, thinker=thinker, model=model,
         key_env=key_env, policy=policy, prompts=prompts, thought_tokens=thought_tokens, low_memory=low_memory,
         on_route=None if as_json else tell_route, on_text=None if as_json else write,
     )  # fmt: skip

@@ -8,6 +8,7 @@ import typer
 
 from .words import (
     Align,
+    Base,
     Code,
     CompressRate,
     DType,
@@ -40,6 +41,7 @@ def plan(
     norms: Norms = None,
     align: Align = None,
     method: Method = None,
+    base: Base = "16bit",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what a merge will write, read and need in memory, without reading a weight."""
@@ -54,6 +56,7 @@ def plan(
     planned = plan_merge(
         read_recipe(recipe), weights=False, compress_rate=compress_rate, code=code, scale=scale, dtype=dtype,
         embeddings=embeddings, lm_head=lm_head, embedding_rate=embedding_rate, norms=norms, align=align, method=method,
+        base=base,
     )  # fmt: skip
     needs, costs = footprint(planned), bytes_of_choices(planned)
     summary = planned.summary() | {"embedding_bytes": costs, "answering": needs.to_json()}
@@ -101,13 +104,15 @@ def embedding_costs(costs: Mapping[str, int], rates: AnyRates) -> str:
 
 def _print_footprint(needs: Footprint) -> None:
     """What answering needs in memory, part by part, against the limit."""
-    from .console import out, size
+    from .console import out, say, size
 
     out.print(f"answering    about {size(needs.total)} in memory, activations apart", end="")
     if needs.limit is not None:
         out.print(f", of {size(needs.limit)}: {'it fits' if needs.fits else '[red]it does not fit[/]'}", end="")
     out.print()
     out.print(f"  bundle     {size(needs.bundle)}, cache {size(needs.bundle_cache)} ({needs.bundle_tokens} tokens)")
+    if needs.base != "16bit":
+        say(f"             the average's linear layers in {needs.base}")
     if needs.thinker:
         cache = f"cache {size(needs.thinker_cache)} ({needs.thinker_tokens} tokens)"
         out.print(f"  thinker    {size(needs.thinker)}, {cache}")

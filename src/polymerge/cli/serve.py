@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..serve.settings import ServeSettings
+from .words import Base
 
 if TYPE_CHECKING:
     from ..serve.run import Running
@@ -55,6 +56,7 @@ def serve(
     llama_url: Annotated[str | None, typer.Option(help="A llama-server that runs already with the export.")] = None,
     probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Check every expert first.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...; by default the GPU where there is one.")] = None,
+    base: Base = "16bit",
     kernel: Annotated[str, typer.Option(help="plain; or triton, experimental: factors stay coded.")] = "plain",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers to the log.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Log warnings only.")] = False,
@@ -83,6 +85,6 @@ def serve(
         max_waiting=max_waiting, cache_tokens=cache_tokens, timeout=timeout, drain=drain, margin=margin, recipe=recipe,
         thinker=thinker, model=model, key_env=key_env, policy=policy, vllm=vllm, vllm_url=vllm_url,
         vllm_python=vllm_python, vllm_arg=vllm_arg, engine=engine, gguf=gguf, llama_url=llama_url,
-        probe=probe, device=device, kernel=kernel,
+        probe=probe, device=device, base=base, kernel=kernel,
         log_prompts=log_prompts, say=say, on_ready=ready,
     )  # fmt: skip

@@ -12,6 +12,10 @@ import typer
 
 from ..errors import RecipeError
 
+Base = Annotated[
+    str,
+    typer.Option(help="Of the average in memory: 16bit as stored, or int8, nf4, int4, fp8 (extra quantized)."),
+]
 RecipeOrExperts = Annotated[
     list[str],
     typer.Argument(metavar="RECIPE|NAME=SOURCE...", help="A recipe, a YAML file; or NAME=SOURCE for every expert."),

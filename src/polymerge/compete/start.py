@@ -31,6 +31,7 @@ def run_competition(
     limit: int | None = None,
     on_error: OnError = "fail",
     device: str | None = None,
+    base: str = "16bit",
     overwrite: bool = False,
     progress: OnProgress | None = None,
 ) -> Summary:
@@ -54,7 +55,7 @@ def run_competition(
     memory = _bytes(memory_limit) or (load_recipe(recipe).memory_limit if recipe else None)
     pipeline = open_pipeline(
         bundle, recipe=recipe, staged=staged, thinker=thinker, model=model, key_env=key_env, expert=expert,
-        device=device, chat=False, use=policy, prompts=prompts, thought_tokens=thought_tokens,
+        device=device, base=base, chat=False, use=policy, prompts=prompts, thought_tokens=thought_tokens,
     )  # fmt: skip
     return compete(
         pipeline, input, output, limit=limit, time_limit=60 * time_limit, memory_limit=memory,

@@ -37,6 +37,7 @@ def evaluate_bundle(
     seed: int = 0,
     batch_tokens: int = 4096,
     device: str | None = None,
+    base: str = "16bit",
     no_cache: bool = False,
     output: str | Path | None = None,
     progress: OnRequests | None = None,
@@ -52,6 +53,7 @@ def evaluate_bundle(
         limit: questions of each task: a number, or a share below 1.
         apply_chat_template: by default with `data`, where there is a template.
         num_fewshot, fewshot_as_multiturn, system_instruction, gen_kwargs, log_samples: the harness's own.
+        base: of the average in memory, as `load_model` takes it.
         no_cache: ask what was answered before again.
         output: where the harness's whole results are written.
         progress: called with the requests that are done and all of them.
@@ -63,7 +65,7 @@ def evaluate_bundle(
     from ..engine.local.engine import HFEngine
     from ..engine.wrappers.cached import CachedEngine, answers_file
 
-    engine = HFEngine.from_bundle(bundle, device=device, batch_tokens=batch_tokens)
+    engine = HFEngine.from_bundle(bundle, device=device, base=base, batch_tokens=batch_tokens)
     template = engine.tokenizer.chat_template
     chat = bool(data and template) if apply_chat_template is None else apply_chat_template
     modes = [mode] if isinstance(mode, str) else list(mode or ["average"])

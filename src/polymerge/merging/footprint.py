@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..host import DTYPES
+from ..model.quantised import share_of_bytes
 from ..recipe.response import ThinkerSettings
 from ..sources.checkpoint import Checkpoint
 from ..sources.layers import meta_model
@@ -27,7 +28,8 @@ class Footprint:
     """Bytes.
 
     Attributes:
-        bundle: average and all experts, in the bundle's dtype, with whole tables where files hold a few rows of them.
+        bundle: average and all experts, in the bundle's dtype, with whole tables where files hold a few rows of them;
+            the average's linear layers in `base`.
         bundle_cache, thinker_cache: keys and values of `bundle_tokens` and `thinker_tokens` tokens.
         thinker: its weights; 0 without one in this process.
         limit: the recipe's `memory_limit`, or None.
@@ -40,6 +42,7 @@ class Footprint:
     thinker_cache: int
     thinker_tokens: int
     limit: int | None
+    base: str = "16bit"
 
     @property
     def total(self) -> int:
@@ -62,6 +65,7 @@ class Footprint:
             "total_bytes": self.total,
             "limit_bytes": self.limit,
             "fits": self.fits,
+            "base": self.base,
         }
 
 
@@ -77,7 +81,8 @@ def footprint(plan: MergePlan) -> Footprint:
     dtype = _dtype(thinker) if thinker else torch.float32
     weights = sum(info.numel for info in thinker.tensors.values()) * dtype.itemsize if thinker else 0
     thinker_tokens, thinker_cache = _cache(thinker, dtype) if thinker else (0, 0)
-    return Footprint(_held_bytes(plan), cache, tokens, weights, thinker_cache, thinker_tokens, plan.recipe.memory_limit)
+    limit = plan.recipe.memory_limit
+    return Footprint(_held_bytes(plan), cache, tokens, weights, thinker_cache, thinker_tokens, limit, plan.base)
 
 
 def _held_bytes(plan: MergePlan) -> int:
@@ -87,7 +92,8 @@ def _held_bytes(plan: MergePlan) -> int:
         ranges = task.tables.ranges if task.tables and task.treatment == "average" and task.holds_rows else {}
         whole = task.stored_bytes(plan.dtype)
         more += sum(whole - task.expert_bytes(plan.dtype, plan.code, name) for name, rows in ranges.items() if rows)
-    return plan.write_bytes + more
+    linear = sum(task.stored_bytes(plan.dtype) for task in plan.tasks if task.record.role == "linear")
+    return plan.write_bytes + more - int(linear * (1 - share_of_bytes(plan.base, plan.dtype)))
 
 
 def _thinker(settings: ThinkerSettings) -> Checkpoint:

@@ -18,6 +18,7 @@ from ..errors import RecipeError, SourceError
 from ..host import dtype_name
 from ..method.code import Code
 from ..method.codes import code_of
+from ..model.quantised import base_of
 from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, load_recipe
 from ..recipe.rates import AnyRates, misfit
 from ..sources.axes import axes_of, shapes_of
@@ -48,6 +49,7 @@ class MergePlan:
     Attributes:
         tables: the rows of experts whose vocabularies differ; None where all have one.
         alignments: expert -> how it was aligned, once it was (`polymerge.merging.align`).
+        base: how answering will hold the average in memory.
     """
 
     recipe: Recipe
@@ -60,6 +62,7 @@ class MergePlan:
     personas: Personas
     tables: Tables | None = None
     alignments: Mapping[str, Alignment] = field(default_factory=dict)
+    base: str = "16bit"
 
     @property
     def first(self) -> Checkpoint:
@@ -142,18 +145,21 @@ class MergePlan:
         }
 
 
-def plan_merge(recipe: RecipeLike, *, weights: bool = True, **settings: Unpack[RecipeSettings]) -> MergePlan:
+def plan_merge(
+    recipe: RecipeLike, *, weights: bool = True, base: str = "16bit", **settings: Unpack[RecipeSettings]
+) -> MergePlan:
     """Opens every source, checks that they fit each other and decides each tensor's treatment.
 
     Args:
         recipe, settings: as for `load_recipe`.
         weights: off, hub ids are not downloaded: their tensors are taken from their configuration, or from the
             recipe's `config`. Such a plan says sizes; it cannot be merged.
+        base: how answering will hold the average in memory, as `load_model` takes it; for `footprint` alone.
 
     Raises:
         RecipeError: the recipe cannot be used. SourceError: naming the first tensors or settings that differ.
     """
-    recipe = load_recipe(recipe, **settings)
+    recipe, base = load_recipe(recipe, **settings), base_of(base)
     opened = {name: _opened(recipe, name, weights) for name in recipe.experts}
     experts = [expert_of(n, c, trust_remote_code=recipe.trust_remote_code) for n, c in opened.items()]
     checkpoints = {expert.name: expert.checkpoint for expert in experts}
@@ -182,7 +188,9 @@ def plan_merge(recipe: RecipeLike, *, weights: bool = True, **settings: Unpack[R
     tasks = with_dtypes(with_adapters(tasks, checkpoints, recipe), checkpoints, dtype)
     notes += _adapter_notes(tasks, checkpoints)
     tied = untied is None
-    return MergePlan(recipe, checkpoints, reference.layer_map, tasks, dtype, tied, tuple(notes), personas, tables)
+    return MergePlan(
+        recipe, checkpoints, reference.layer_map, tasks, dtype, tied, tuple(notes), personas, tables, base=base
+    )
 
 
 def _check_rates(recipe: Recipe, tasks: Sequence[TensorTask]) -> None:

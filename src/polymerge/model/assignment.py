@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from .product import together
+from .shares import Entries, Shares, on_device
 
 # What a caller may say for one row: a name, a weighted mixture, or the average.
 RowExpert = str | Mapping[str, float] | None
@@ -27,7 +29,10 @@ class Assignment:
 
     Attributes:
         names: all experts of the model, in order.
-        weights: [B, N + 1], float32 on the device; every row sums to 1. The last column is the average's.
+        table: [B, N + 1], float32 on the CPU; every row sums to 1. The last column is the average's.
+        weights: the same on the device.
+        numbers: [B], the column of every row's largest weight.
+        pure: [B, 1], whether that is 1; None where it is in all rows.
         rows: B; 1 where a group of rows runs alone, however many they are.
         single: the expert that all rows share (its number), or None. `average_only` says that all rows are the average.
         groups: the distinct rows of `weights`: (weights as a tuple, numbers of the rows).
@@ -37,7 +42,10 @@ class Assignment:
     beams = 1
 
     rows: int
+    table: Tensor
     weights: Tensor
+    numbers: Tensor
+    pure: Tensor | None
     groups: list[tuple[tuple[float, ...], Tensor]]
     average_only: bool
     single: int | None
@@ -61,11 +69,10 @@ class Assignment:
         self._take([self._row(entry) for entry in per_row])
 
     @contextmanager
-    def narrowed(self, group: int) -> Iterator[None]:
-        """Inside, all rows are of that group: for a layer that is run once for every group."""
-        weights = self.groups[group][0]
+    def narrowed(self, weights: tuple[float, ...]) -> Iterator[None]:
+        """Inside, all rows have these weights, the average's last: for a layer that is run once for every group."""
         outer = dict(vars(self))
-        kept = self.once(("narrowed", group), dict[str, Any])
+        kept = self.once(("narrowed", weights), dict[str, Any])
         if kept:
             vars(self).update(kept)
         else:
@@ -76,20 +83,43 @@ class Assignment:
         finally:
             vars(self).update(outer)
 
+    @property
+    def columns(self) -> list[tuple[tuple[float, ...], Tensor, Tensor]]:
+        """For every expert, and the average, of which any row has a part: (the weights of a row that is all its, the
+        rows, its part in each)."""
+
+        def make() -> list[tuple[tuple[float, ...], Tensor, Tensor]]:
+            count, members = len(self.names) + 1, Shares(self.table, self.device).members
+            return [
+                (
+                    tuple(float(n == m.pair) for n in range(count)),
+                    on_device(torch.tensor(m.rows), self.device),
+                    on_device(torch.tensor(m.parts), self.device),
+                )
+                for m in members
+            ]
+
+        return self.once("columns", make)
+
     def _take(self, table: Sequence[tuple[float, ...]]) -> None:
         distinct: dict[tuple[float, ...], list[int]] = {}
         for number, row in enumerate(table):
             distinct.setdefault(row, []).append(number)
         average = (*[0.0] * len(self.names), 1.0)
         self.rows = len(table)
-        self.weights = torch.tensor(table, dtype=torch.float32, device=self.device)
-        self.groups = [(key, torch.tensor(numbers, device=self.device)) for key, numbers in distinct.items()]
+        self.table = torch.tensor(table, dtype=torch.float32)
+        largest, numbers = self.table.max(dim=1, keepdim=True)
+        self.weights, self.numbers = on_device(self.table, self.device), on_device(numbers[:, 0], self.device)
+        mixed = any(1.0 not in row for row in distinct)
+        self.pure = on_device(largest == 1.0, self.device) if mixed else None
+        self.groups = [(key, on_device(torch.tensor(rows), self.device)) for key, rows in distinct.items()]
         self.average_only = list(distinct) == [average]
         only = next(iter(distinct))
         self.single = only.index(1.0) if len(distinct) == 1 and 1.0 in only and not self.average_only else None
         active = [n for n in range(len(self.names)) if any(row[n] for row in distinct)]
         self.first, self.last = (min(active), max(active) + 1) if active else (0, 0)
         self._kept: dict[Hashable, Any] = {}
+        self._last: tuple[Tensor, Entries, int, Tensor] | None = None
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """The value of a key, made when it is first asked for after a `set` and remembered until the next."""
@@ -98,26 +128,33 @@ class Assignment:
         value: T = self._kept[key]
         return value
 
-    def shares(self, table: Tensor | None) -> tuple[Tensor, int, int]:
+    def shares(self, table: Tensor | None) -> Shares:
         """What every row has of K pairs of factors.
 
         Args:
             table: [N + 1, K] float32 on the CPU, what every expert, and the average, has of each; it must live as long
                 as the assignment. None: every expert has one of its own, and the average none.
-
-        Returns:
-            [B, K] float32; and the first pair, and the last + 1, of which any row has something.
         """
-        if table is None:
-            return self.weights[:, :-1], self.first, self.last
 
-        def make() -> tuple[Tensor, int, int]:
-            # Not a product of matrices, which a GPU may be told to compute with fewer digits.
-            mixed = (self.weights[:, :, None] * table.to(self.device)).sum(dim=1)
-            used = mixed.any(dim=0).nonzero().flatten().tolist()
-            return mixed, min(used, default=0), max(used, default=-1) + 1
+        def make() -> Shares:
+            mixed = self.table[:, :-1] if table is None else (self.table[:, :, None] * table).sum(dim=1)
+            return Shares(mixed, self.device)
 
-        return self.once(("shares", id(table)), make)
+        return self.once(("shares", id(table) if table is not None else None), make)
+
+    def gathered(self, x: Tensor, entries: Entries, input_of: int | None) -> Tensor:
+        """The entries' rows of a layer's input x [rows, ...], as `product` takes them.
+
+        Args:
+            input_of: layers with the same number, one after the other, were seen to read the same numbers: where one is
+                given the very tensor that another was, it is given what that one made.
+        """
+        last = self._last
+        if input_of is not None and last and last[0] is x and last[1] is entries and last[2] == input_of:
+            return last[3]
+        rows = together(x.index_select(0, entries.rows), entries)
+        self._last = (x, entries, input_of, rows) if input_of is not None else None
+        return rows
 
     def repeats(self, size: int) -> int:
         """How many consecutive entries of a first dimension of `size` belong to one row.

@@ -47,7 +47,7 @@ class WholeModel(OwnModule):
         """The model's own."""
         state, batch = self.state, _batch(args, kwargs)
         if len(state.groups) == 1:
-            with state.narrowed(0):
+            with state.narrowed(state.groups[0][0]):
                 return super().forward(*args, **kwargs)
         state.beams = batch // state.rows
         if not self._must_split(kwargs):
@@ -57,11 +57,11 @@ class WholeModel(OwnModule):
         caches: dict[str, list[Any]] = {name: [] for name in CACHES}
         back = set[str]()
         before, after = self._held(), []
-        for group, numbers in enumerate(rows):
+        for (weights, _), numbers in zip(state.groups, rows, strict=True):
             picked = [_part(value, str(place), numbers, batch) for place, value in enumerate(args)]
             named = {name: _part(value, name, numbers, batch) for name, value in kwargs.items()}
             self._hold(cache_part(before, numbers, batch))
-            with state.narrowed(group), self.in_place():
+            with state.narrowed(weights), self.in_place():
                 output = self._forward(*picked, **named)
             after.append(self._held())
             for name in caches:

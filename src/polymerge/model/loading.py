@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..bundle.bundle import Bundle
 from ..bundle.reading import steady
 from ..errors import ModelError
-from ..host import DTYPES, pick_device, pick_dtype
+from ..host import DTYPES, free_memory, pick_device, pick_dtype
 from ..sources.classes import opener_of
 from ..sources.layers import meta_model
 from .assignment import Assignment
+from .divergence import divergence, in_words, log_probabilities
 from .mixed import MixedModel
 from .placing import CodedPlacer, Placed, Placer
 from .positions import place_positions
+from .quantised import Base, check_base, quantization_config
 from .sampled import check_layers
 from .trial import Trial
 from .vocabulary import Vocabularies, place_vocabularies, tokens_of
@@ -37,6 +39,7 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     trust_remote_code: bool = False,
     kernel: Kernel = "plain",
+    base: Base | str = "16bit",
 ) -> MixedModel:
     """Loads a bundle as one torch module whose every row of a batch has its own expert.
 
@@ -48,52 +51,80 @@ def load_model(
         kernel: `triton` leaves the factors of linear layers in memory as they are stored, and adds them with a kernel
             that reads their code. It is checked first; where it cannot be used, a warning says why and the model is
             the plain one, whose factors are decoded.
+        base: `int8`, `nf4`, `int4` or `fp8` holds the average's linear layers quantised, by transformers and the
+            libraries of the extra `quantized`; embeddings, heads and residuals stay as they are. How far that moves
+            the answers is measured against the 16-bit bundle, which is loaded first, and logged.
 
     Raises:
         BundleError: incomplete or unsafe, or changed by another process meanwhile. ModelError: an adapter holds
             something that has no place in the model, a layer computes something else than the bundle holds, or an
-            unknown kernel.
+            unknown kernel or base; or the base cannot be quantised. MissingExtraError: the base's library is missing.
     """
     bundle = Bundle.open(bundle)
+    place = pick_device(device)
+    check_base(base, place)
     with steady(bundle):
-        return _loaded(bundle, device, dtype, trust_remote_code, kernel)
+        exact = None if base == "16bit" else _exact(bundle, place, dtype, trust_remote_code)
+        model = _loaded(bundle, place, dtype, trust_remote_code, kernel, base)
+    if base != "16bit":
+        model.base = base
+        model.base_divergence = divergence(exact, log_probabilities(model)) if exact else None
+        logger.warning("base %s: %s", base, in_words(model.base_divergence))
+    return model
+
+
+def _exact(
+    bundle: Bundle, device: torch.device, dtype: torch.dtype | str | None, trust_remote_code: bool
+) -> list[Tensor] | None:
+    """What the 16-bit bundle says to the text of `polymerge.model.quantised`; None where it does not fit the device."""
+    free = free_memory(device)
+    if free is not None and free < bundle.sizes().total:
+        return None
+    return log_probabilities(_loaded(bundle, device, dtype, trust_remote_code, "plain", "16bit"))
 
 
 def _loaded(
     bundle: Bundle,
-    device: str | torch.device | None,
+    place: torch.device,
     dtype: torch.dtype | str | None,
     trust_remote_code: bool,
     kernel: Kernel,
+    base: str,
 ) -> MixedModel:
     from transformers import AutoConfig
 
     bundle.base  # noqa: B018 (its index is checked before transformers joins paths with it)
-    place = pick_device(device)
     chosen = pick_dtype(dtype, place, DTYPES[bundle.manifest.dtype])
     placer = CodedPlacer if _uses_kernel(kernel, bundle, place, chosen) else Placer
+    quantised: dict[str, Any] = {}
+    if base != "16bit":
+        quantised = {"quantization_config": quantization_config(base, chosen), "device_map": {"": place}}
     try:
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
         opener = opener_of(AutoConfig.from_pretrained(bundle.path, **options))
-        hf = opener.from_pretrained(bundle.path, dtype=chosen, **options)
+        hf = opener.from_pretrained(bundle.path, dtype=chosen, **options, **quantised)
     except Exception as error:  # an unknown architecture, or a configuration that the weights do not fit
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{bundle.path}: transformers cannot load it ({reason})") from None
-    hf.eval().requires_grad_(False).to(place)
+    hf.eval().requires_grad_(False)
+    if not quantised:  # which is there already, and must not be moved
+        hf.to(place)
     trial = Trial(hf)
     if trial.objection:
         hint = "" if chosen is torch.float32 else "; load it with dtype float32"
         raise ModelError(f"{bundle.path}: {type(hf).__name__} cannot be run as a bundle: {trial.objection}{hint}")
     state = Assignment(bundle.experts, place)
     rows = place_positions(hf, state, _with_positions(bundle, trust_remote_code))
-    placing = placer(bundle, hf, state, chosen, trial)
+    placing = placer(bundle, hf, state, chosen, trial, trust_remote_code=trust_remote_code)
     placed = placing.place()
     vocabularies = Vocabularies(
         bundle.experts, [bundle.vocabulary(expert) for expert in (*bundle.experts, None)], tokens_of(hf)
     )
     place_vocabularies(hf, state, vocabularies)
     placed = Placed([*placed.modules, *rows], placed.strategy)
-    model = MixedModel(hf, state, bundle, placed, vocabularies, trust_remote_code=trust_remote_code).to(place)
+    model = MixedModel(hf, state, bundle, placed, vocabularies, trust_remote_code=trust_remote_code)
+    if not quantised:
+        model.to(place)
     check_layers(model, bundle, placing.orders)
     return model
 

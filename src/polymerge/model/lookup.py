@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from .assignment import Assignment
 from .linear import ExpertLinear, MixedLinear
 from .own import take_forward
-from .residual import Term, add_mixed
+from .product import together
+from .residual import Term, add_entries, add_mixed
 from .rows import expanded
+from .shares import Member
 
 
 class OwnRows(NamedTuple):
@@ -62,7 +64,7 @@ class MixedTable(MixedLinear):
     def rows(self, ids: Tensor) -> Tensor:
         """ids [B, ...] -> every row's expert's rows of the table, [B, ..., H]."""
         y = F.embedding(ids, self.weight)
-        add_mixed(y, self._row_ratio(y), self._looked_up(ids))
+        self._add_looked_up(ids, y)
         for place, rows in self._with_own(ids.shape[0]):
             said = ids if place is None else ids[place]
             numbers = torch.searchsorted(rows.numbers, said.contiguous()).clamp(max=len(rows.numbers) - 1)
@@ -92,12 +94,23 @@ class MixedTable(MixedLinear):
             table[rows.numbers] = rows.values
         return table
 
-    def _looked_up(self, ids: Tensor) -> Iterator[Term]:
-        for n, rows, share in self._members(ids.shape[0]):
-            factor = self.stacked_b[:, self.offsets[n] : self.offsets[n + 1]]
-            a = self.stacked_a[self.offsets[n] : self.offsets[n + 1]]
-            b = F.embedding(ids[rows], factor)  # [n, ..., r]
-            yield Term(b, None, a.T, share.view(-1, *[1] * (b.dim() - 1)), rows)
+    def _add_looked_up(self, ids: Tensor, y: Tensor) -> None:
+        members, ratio = self.state.shares(self.shares).of(self.places), self._row_ratio(y)
+        entries = self._entries(y, members)
+        if entries is None:
+            add_mixed(y, ratio, self._looked_up(ids, members))
+            return
+        b = self.stacked_b.view(-1, self.rank, len(self.weight))
+        slots = entries.slots.view(-1, *[1] * (ids.dim() - 1))
+        z = b.transpose(1, 2)[slots, ids.index_select(0, entries.rows)]  # [M, ..., r]
+        z = together(z, entries)
+        add_entries(y, ratio, z, self.stacked_a.view(-1, self.rank, y.shape[-1]), entries)
+
+    def _looked_up(self, ids: Tensor, members: Sequence[Member]) -> Iterator[Term]:
+        for pair, rows, share in self._rows_of(ids.shape[0], members):
+            a, b = self._pair(pair)
+            looked_up = b.T[ids[rows]]  # [n, ..., r]
+            yield Term(looked_up, None, a.T, share.view(-1, *[1] * (looked_up.dim() - 1)), rows)
 
     def _with_own(self, size: int) -> Iterator[tuple[Tensor | None, OwnRows]]:
         """(entries of a first dimension, or None for all; their expert's own rows)"""

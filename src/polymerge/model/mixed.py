@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ModelError
 from .assignment import Assignment, Experts, RowExpert
 from .personas import AVERAGE, Personas
 
@@ -32,6 +33,9 @@ class MixedModel(nn.Module):
         hf: the transformers model with its layers replaced.
         vocabularies: how many tokens each expert knows; the logits of others are -inf.
         bundle: where it came from.
+        base: how the average's linear layers are held in memory, as `load_model` takes it.
+        base_divergence: KL of the 16-bit bundle's answers from these, measured when a quantised base was loaded; None
+            where the memory did not hold both.
         strategy: how a batch of several experts is run: through all "layers" once, or in "groups", once for every
             expert, where an architecture allows nothing finer.
     """
@@ -51,6 +55,8 @@ class MixedModel(nn.Module):
         self.hf, self._state, self.bundle = hf, state, bundle
         self.stand_ins = nn.ModuleList(placed.modules)  # what stands in the place of a forward is no part of the tree
         self.strategy = placed.strategy
+        self.base = "16bit"
+        self.base_divergence: float | None = 0.0
         self.personas = Personas(bundle, trust_remote_code=trust_remote_code)
 
     def forward(self, input_ids: Tensor | None = None, *args: Any, experts: Experts = None, **kwargs: Any) -> Any:
@@ -137,7 +143,13 @@ class MixedModel(nn.Module):
         return self.personas.tokenizer(expert)
 
     def to(self, *args: Any, **kwargs: Any) -> MixedModel:
-        """As torch's; the assignment moves along."""
+        """As torch's; the assignment moves along.
+
+        Raises:
+            ModelError: the base is quantised.
+        """
+        if self.base != "16bit":
+            raise ModelError(f"a base in {self.base} stays where it was loaded, and in its dtype; load it anew")
         super().to(*args, **kwargs)
         self._state.device = next(self.hf.parameters()).device
         self._state.set(None, 1)

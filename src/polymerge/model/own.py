@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .assignment import Assignment
 from .linear import MixedLinear, mixed_rows
-from .rows import joined, part_of
+from .rows import expanded, joined, part_of
 
 # weights of the experts in a row, the average's last
 Weights = tuple[float, ...]
@@ -29,16 +29,18 @@ class OwnTensor:
     """One parameter or buffer of a module, of which experts have their own.
 
     Args:
-        values: for every expert its own, or None for the base's.
+        values: for every expert its own, or None for the base's. Where a parameter is two modules', one list is both's,
+            so that neither a move nor a change of dtype makes two of what was one.
     """
 
     kept = True  # a mixture is made once for a batch
     averaged = False  # the average has a part of the experts' residuals
     placed = False  # an expert's stands in the module's place of it
 
-    def __init__(self, module: nn.Module, name: str, values: Sequence[Tensor | None]) -> None:
+    def __init__(self, module: nn.Module, name: str, values: list[Tensor | None]) -> None:
         self.module, self.name = module, name
-        self.values = [v.to(self.home[name].dtype) if v is not None else None for v in values]
+        self.values = values
+        self.values[:] = [v.to(self.home[name].dtype) if v is not None else None for v in values]
 
     @property
     def home(self) -> dict[str, Any]:
@@ -58,7 +60,7 @@ class OwnTensor:
         return torch.stack(parts).sum(0).to(base.dtype)
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        self.values = [fn(value) if value is not None else None for value in self.values]
+        self.values[:] = [fn(value) if value is not None else None for value in self.values]
 
 
 class OwnWeight(OwnTensor):
@@ -84,9 +86,13 @@ class OwnModule(nn.Module):
     Args:
         inner: stays the caller's; it is no part of this one.
         whole: arguments that are not split by rows, by position or name.
+
+    Attributes:
+        blends: what it gives for a mean of parameters is the mean of what it gives for each.
     """
 
     inner: nn.Module
+    blends = False
 
     def __init__(self, state: Assignment, inner: nn.Module, whole: frozenset[str] = frozenset()) -> None:
         super().__init__()
@@ -106,16 +112,35 @@ class OwnModule(nn.Module):
         state = self.state
         if state.average_only and not any(tensor.averaged for tensor in self.tensors):
             return self._forward(*args, **kwargs)
+        if self.blends and state.pure is not None:
+            return self._blended(args, kwargs)
         if len(state.groups) == 1:
             with self.in_place():
                 return self._forward(*args, **kwargs)
-        outputs = []
-        for group, (_, rows) in enumerate(state.groups):
-            picked = part_of(args, "", rows, state.rows, self.whole)
-            named = part_of(kwargs, "", rows, state.rows, self.whole)
-            with state.narrowed(group), self.in_place():
-                outputs.append(self._forward(*picked, **named))
+        outputs = [self._of(weights, rows, args, kwargs) for weights, rows in state.groups]
         return joined(outputs, [rows for _, rows in state.groups], state.beams)
+
+    def _of(self, weights: Weights, rows: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        state = self.state
+        picked = part_of(args, "", rows, state.rows, self.whole)
+        named = part_of(kwargs, "", rows, state.rows, self.whole)
+        with state.narrowed(weights), self.in_place():
+            return self._forward(*picked, **named)
+
+    def _blended(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Every expert's output for the rows that have a part of it, so that no mixture's parameters are made."""
+        state, total = self.state, None
+        for weights, rows, parts in state.columns:
+            y: Tensor = self._of(weights, rows, args, kwargs)
+            if len(y) == 1:
+                y = y.expand(len(rows) * state.beams, *y.shape[1:])
+            repeats = len(y) // len(rows)
+            if total is None:
+                total = torch.zeros(state.rows * repeats, *y.shape[1:], dtype=torch.float32, device=y.device)
+            share = parts.repeat_interleave(repeats, output_size=len(y)).view(-1, *[1] * (y.dim() - 1))
+            total.index_add_(0, expanded(rows, repeats), y.float() * share)
+        assert total is not None
+        return total.to(y.dtype)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

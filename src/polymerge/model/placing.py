@@ -19,12 +19,14 @@ from ..bundle.bundle import Bundle
 from ..bundle.manifest import BundleLayer, stored_layers
 from ..errors import ModelError
 from ..sources.forms import Part, forms_of, in_order, parts_of_slices
+from ..sources.layers import meta_model
 from .assignment import Assignment
 from .groups import WholeModel
 from .linear import ExpertLinear, MixedLinear
 from .lookup import MixedEmbedding, MixedHead, MixedTable, OwnRows
 from .moe import FusedWeight, Layout, MixedBlockExperts, Piece, SlabResidual, Slabs, layout_of, locate
 from .own import OwnModule, OwnNorm, OwnTensor, OwnWeight
+from .quantised import is_quantised
 from .trial import Trial, kind_of
 
 logger = logging.getLogger(__name__)
@@ -48,9 +50,20 @@ class Placer:
 
     suffixes: tuple[str, ...] = ("lora_A.weight", "lora_B.weight")
 
-    def __init__(self, bundle: Bundle, hf: Any, state: Assignment, dtype: torch.dtype, trial: Trial) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        hf: Any,
+        state: Assignment,
+        dtype: torch.dtype,
+        trial: Trial,
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
         self.bundle, self.hf, self.state, self.dtype, self.trial = bundle, hf, state, dtype, trial
         self.scales = [bundle.scales(expert) for expert in bundle.experts]
+        self.quantised = any(is_quantised(parameter) for parameter in hf.parameters())
+        self.trust_remote_code = trust_remote_code
         self.tree = _Tree(hf)
         self.modules = self.tree.modules
         self.linear = {layer.module: layer for layer in bundle.layers.values() if layer.role == "linear"}
@@ -86,6 +99,9 @@ class Placer:
         return self._placed()
 
     def _placed(self) -> Placed:
+        for part in self.parts.values():
+            if isinstance(part, OwnModule):
+                part.blends = _is_sum_of_weights(part)
         groups = self.apart or bool(self.whole)
         whole = [self._whole(self.hf, groups)]
         if isinstance(self.hf.base_model, nn.Module) and self.hf.base_model is not self.hf:
@@ -131,7 +147,10 @@ class Placer:
 
     def _forms(self) -> dict[str, list[Part]]:
         """Stored name -> its parts; a matrix that the base stores in one tensor with others has a name too."""
-        forms = forms_of(self.hf)
+        stored_as = (
+            meta_model(self.bundle.path, trust_remote_code=self.trust_remote_code) if self.quantised else self.hf
+        )
+        forms = forms_of(stored_as or self.hf)
         for stored, layers in stored_layers(self.bundle.layers.values()).items():
             place = layers[0].slice
             for cuts in (parts_of_slices(part, place) for part in forms[stored]) if place else ():
@@ -167,23 +186,38 @@ class Placer:
     def _place_linear(self, module: str, layer: BundleLayer) -> None:
         """As a layer that adds the residuals, where the module is used as a linear layer and nothing else."""
         inner = self.modules[module]
-        weight, bias = inner.get_parameter("weight").data, getattr(inner, "bias", None)
-        weight = weight.T if layer.transposed else weight
+        bias, base = getattr(inner, "bias", None), self._base(inner, layer)
         biases = self._biases(module, bias)
         places = [place for place, _ in self.tree.places(inner.get_parameter("weight"))]
         if self._is_linear(module):
-            made = self._linear(layer, weight, bias.data if bias is not None else None, biases)
+            made = self._linear(layer, base, bias.data if bias is not None else None, biases)
+            if isinstance(base, nn.Module):
+                inner.register_parameter("bias", None)  # what rho multiplies has none
+            if isinstance(made, MixedLinear) and len(places) == 1:
+                made.input_of = self.trial.input_of(module)
             for place in places:
                 self.tree.replace(place, made)
                 if not self.trial.kind(place).plain:
                     self._split_above(place, ["weight", "bias"])
             return
+        self._refuse_quantised(inner, "weight", "is used otherwise than to multiply with it")
         factors, ratios, shares = self._factors(module), self._ratios(layer), self._shares(layer)
-        dense = MixedLinear(self.state, weight, None, factors, ratios, [None] * len(biases), shares)
+        dense = MixedLinear(self.state, base, None, factors, ratios, [None] * len(biases), shares)
         for place in places:
             self._hold(place, [OwnWeight(self.modules[place], dense, transposed=layer.transposed)])
         for place, name in self.tree.places(bias) if bias is not None and any(b is not None for b in biases) else ():
             self._hold(place, [OwnTensor(self.modules[place], name, biases)])
+
+    @staticmethod
+    def _base(inner: nn.Module, layer: BundleLayer) -> Tensor | nn.Module:
+        """A weight [out, in]; or the module itself, where a library holds its weight."""
+        weight = inner.get_parameter("weight")
+        return inner if is_quantised(weight) else weight.data.T if layer.transposed else weight.data
+
+    def _refuse_quantised(self, inner: nn.Module, name: str, why: str) -> None:
+        if is_quantised(inner._parameters.get(name)):
+            place = next(place for place, module in self.modules.items() if module is inner)
+            raise ModelError(f"{self.bundle.path}: {place}.{name} {why}; a quantised base cannot hold it, 16bit can")
 
     def _is_linear(self, module: str) -> bool:
         """Whether a layer, and every other one whose weight is the same parameter, multiplies and does nothing else."""
@@ -209,9 +243,11 @@ class Placer:
             for value, d in zip(biases, differences, strict=True)
         ]
 
-    def _linear(self, layer: BundleLayer, weight: Tensor, bias: Tensor | None, biases: Values) -> ExpertLinear:
+    def _linear(
+        self, layer: BundleLayer, base: Tensor | nn.Module, bias: Tensor | None, biases: Values
+    ) -> ExpertLinear:
         factors, ratios, shares = self._factors(layer.module), self._ratios(layer), self._shares(layer)
-        return MixedLinear(self.state, weight, bias, factors, ratios, biases, shares)
+        return MixedLinear(self.state, base, bias, factors, ratios, biases, shares)
 
     def _place_table(self, module: str, layer: BundleLayer) -> None:
         """An embedding, a head, or one that is both: whoever looks its rows up or multiplies with it shares one table.
@@ -282,6 +318,8 @@ class Placer:
     def _hold(self, module: str, tensors: Sequence[OwnTensor]) -> None:
         """Gives parameters of a module to the innermost one around them that can be run apart for some rows."""
         names = [tensor.name for tensor in tensors]
+        for tensor in tensors:
+            self._refuse_quantised(tensor.module, tensor.name, "is an expert's own")
         if self.trial.is_idle(module, names):
             self.idle += tensors
             return
@@ -317,6 +355,11 @@ class Placer:
             layers: the bundle's, by the name of what is stored without `.weight`.
         """
         pieces: dict[str, list[tuple[str, Piece]]] = {}
+        if layers and self.quantised:
+            raise ModelError(
+                f"{self.bundle.path}: {next(iter(layers))} is held with others in one tensor, which is not quantised; "
+                "a quantised base cannot hold it, 16bit can"
+            )
         for stored, parts in self.forms.items() if layers else ():
             layer = layers.get(stored.removesuffix(".weight"))
             if layer is None:
@@ -409,16 +452,18 @@ class CodedPlacer(Placer):
         decoded = any(f"{module}.lora_A.weight" in adapter for adapter in self.adapters)
         return decoded or super()._changes(module, layer)
 
-    def _linear(self, layer: BundleLayer, weight: Tensor, bias: Tensor | None, biases: Values) -> ExpertLinear:
+    def _linear(
+        self, layer: BundleLayer, base: Tensor | nn.Module, bias: Tensor | None, biases: Values
+    ) -> ExpertLinear:
         if f"{layer.module}.weight" in self.orders or self._shares(layer) is not None:
-            return super()._linear(layer, weight, bias, biases)
+            return super()._linear(layer, base, bias, biases)
         from .triton.linear import CodedLinear
 
         stored = [
             self.bundle.coded_factors(expert, layer, lambda key, tensors=adapter: tensors.pop(key, None))  # type: ignore[misc]
             for expert, adapter in zip(self.bundle.experts, self.adapters, strict=True)
         ]
-        return CodedLinear(self.state, weight, bias, stored, self.bundle.code, self._ratios(layer), biases)
+        return CodedLinear(self.state, base, bias, stored, self.bundle.code, self._ratios(layer), biases)
 
 
 class _Tree:
@@ -464,6 +509,16 @@ class _Tree:
         return name or None
 
 
+def _is_sum_of_weights(part: OwnModule) -> bool:
+    """Whether what a module gives for the mean of parameters is the mean of what it gives for each: a lookup or a
+    product, none of whose modules has its own."""
+    inner = part.inner
+    if any(tensor.module is not inner or type(tensor) is not OwnTensor for tensor in part.tensors):
+        return False
+    names = {tensor.name for tensor in part.tensors}
+    return (names == {"weight"} and MixedEmbedding.fits(inner)) or (names <= {"weight", "bias"} and _multiplies(inner))
+
+
 def _tensor_of(module: nn.Module, name: str) -> Tensor | None:
     parameter = module._parameters.get(name)
     return parameter if parameter is not None else module._buffers.get(name)
@@ -475,9 +530,11 @@ def _multiplies(inner: nn.Module) -> bool:
 
     if type(inner) in (nn.Linear, Conv1D):
         return True
-    weight, bias = inner.get_parameter("weight"), getattr(inner, "bias", None)
     if not isinstance(inner, nn.Linear):
         return False
+    weight, bias = inner.get_parameter("weight"), getattr(inner, "bias", None)
+    if is_quantised(weight):
+        return True
     x = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
     try:
         with torch.no_grad():

@@ -6,7 +6,7 @@ and the sum is rounded once. So a row's answer is its own: alone (`add_one`) and
 by the rounding of B (A x), which is small where residuals are. (What 16 bits cannot hold stays lost: W̄ x alone does not
 move where rho is within half a step of 1, 0.002 in bfloat16.)
 
-Pure functions on tensors. Knows no experts, batches or layers.
+Pure functions on tensors. Knows no experts or layers.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .product import product
+from .shares import Entries
 
 
 class Term(NamedTuple):
@@ -77,6 +80,27 @@ def add_mixed(y: Tensor, ratio: Tensor | None, terms: Iterable[Term]) -> None:
     for term in terms:
         _add(update, term)
     torch.addcmul(update, y, ratio, out=y)  # in float32, and rounded once
+
+
+def add_entries(y: Tensor, ratio: Tensor | None, z: Tensor, b: Tensor, entries: Entries) -> None:
+    """y := rho y + the residuals of all entries, in place, in as many steps for many pairs as for few.
+
+    Args:
+        y, ratio: as `add_mixed`'s.
+        z: A x of every entry, as `product` gives it; written to.
+        b: [places, r, out].
+    """
+    if entries.parts is not None:
+        z.view(len(entries.parts), -1, z.shape[-1]).mul_(entries.parts.view(-1, 1, 1))
+    update = product(z, b, entries).view(len(entries.rows), *y.shape[1:])
+    if entries.back is not None:
+        update = update.index_select(0, entries.back)
+    else:
+        update = torch.zeros(y.shape, dtype=y.dtype, device=y.device).index_add_(0, entries.rows, update)
+    if ratio is None:
+        y.add_(update)
+    else:
+        torch.addcmul(update, y, ratio, out=y)  # in float32, and rounded once
 
 
 def _add(y: Tensor, term: Term) -> None:

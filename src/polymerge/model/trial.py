@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .quantised import is_quantised
+
 ROWS, WIDTH = 3, 4  # of the trial's batches
 # A tensor is reduced to this many random sums for every row; a change is larger than this share of their size.
 SUMS, CHANGE = 16, {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -91,6 +93,7 @@ class Trial:
 
     def __init__(self, hf: Any) -> None:
         self._kinds: dict[str, Kind] = {}
+        self._inputs_of: dict[str, int] = {}
         self.objection, self.inputs = "", frozenset[str]()
         self.states: list[tuple[str, str]] = []
         before, held = _marks(hf), _held(hf)
@@ -107,6 +110,7 @@ class Trial:
         for name, _ in self.states:  # whoever runs such a module runs it for all rows
             for kind in {kind for stack in self.kind(name).stacks for kind in stack}:
                 self._kinds[kind].clear = False
+        self._inputs_of = _same_inputs(first, second)
         change = CHANGE.get(hf.dtype, 1e-3)
         for name in first.keys() | second.keys():
             self._judge(self._kinds[kind_of(name)], first.get(name, []), second.get(name, []), change)
@@ -114,6 +118,11 @@ class Trial:
     def kind(self, name: str) -> Kind:
         """Of a module by its name; nothing is known of one that did not run."""
         return self._kinds.get(kind_of(name)) or Kind()
+
+    def input_of(self, name: str) -> int | None:
+        """A number that a module shares with those which were given the same whenever it was called; None of one that
+        did not run."""
+        return self._inputs_of.get(name)
 
     def read_by_itself(self, name: str, parameters: Sequence[str]) -> bool:
         """Whether nothing but the module's own forward reads these parameters."""
@@ -180,6 +189,17 @@ class _Call:
         rows ("alike"), or one ("one"), or any number ("whole"); or something "other"."""
         keys = self.values.keys() | other.values.keys()
         return {key: _compared(self.values.get(key), other.values.get(key), change) for key in sorted(keys)}
+
+
+def _same_inputs(first: Mapping[str, list[_Call]], second: Mapping[str, list[_Call]]) -> dict[str, int]:
+    numbers: dict[tuple[bytes, ...], int] = {}
+    inputs = {}
+    for name in first.keys() & second.keys():
+        calls = [*first[name], *second[name]]
+        if all("0" in call.values for call in calls):
+            key = tuple(call.values["0"].numpy().tobytes() for call in calls)
+            inputs[name] = numbers.setdefault(key, len(numbers))
+    return inputs
 
 
 ATOMS = (int, float, str, bool, type(None), torch.dtype, torch.device, torch.Size, slice)
@@ -314,7 +334,8 @@ def _spy(cls: type[nn.Module], watch: _Watch) -> type[nn.Module]:
 
 def _marks(hf: nn.Module) -> dict[str, Tensor]:
     """The first numbers of every parameter."""
-    return {name: parameter.detach().flatten()[:64].clone() for name, parameter in hf.named_parameters()}
+    plain = ((name, parameter) for name, parameter in hf.named_parameters() if not is_quantised(parameter))
+    return {name: parameter.detach().flatten()[:64].clone() for name, parameter in plain}
 
 
 def _held(hf: nn.Module) -> dict[tuple[str, str], Tensor]:

@@ -66,6 +66,22 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class ExampleAgreement:
+    """One example of an `Agreement`, for whoever pairs examples.
+
+    Attributes:
+        kl: summed over the tokens, in nats. same: tokens at which both have the same likeliest one.
+        right, original_right: whether greedy decoding gives the answer; None for an example without one.
+    """
+
+    kl: float
+    same: int
+    tokens: int
+    right: bool | None
+    original_right: bool | None
+
+
+@dataclass(frozen=True)
 class Point:
     """One rate and code. Bytes of the whole bundle's weights, and of all experts' residuals alone."""
 
@@ -133,23 +149,17 @@ class Reference:
             name = source.source if isinstance(source, Source) else source
             raise RecipeError(f"{name}: none of its prompts has two tokens, so there is nothing to compare")
         self._original = list(self._log_probabilities(lambda ids: engine.model(ids).logits, engine.device))
-        self.accuracy = self._accuracy([row.is_greedy(o) for row, o in zip(self._rows, self._original, strict=True)])
+        answered = [row.is_greedy(o) for row, o in zip(self._rows, self._original, strict=True) if row.has_answer]
+        self.accuracy = sum(answered) / len(answered) if answered else None
 
     def against(self, logits: Logits, device: torch.device | None = None) -> Agreement:
         """Compares a model that has the original's tokens."""
-        total, same, tokens, right = 0.0, 0, 0, []
-        log_probabilities = self._log_probabilities(logits, device)
-        for row, one, whole in zip(self._rows, self._original, log_probabilities, strict=True):
-            other = whole[:, : one.shape[-1]]  # a bundle may hold tokens that the original does not know
-            total += float((one.exp() * (one - other)).sum())
-            same += int((one.argmax(-1) == other.argmax(-1)).sum())
-            tokens += len(one)
-            right.append(row.is_greedy(other))
-        return Agreement(total / tokens, same / tokens, tokens, self._accuracy(right), self.accuracy)
+        return agreement(self.each(logits, device))
 
-    def _accuracy(self, right: Sequence[bool]) -> float | None:
-        answered = [yes for row, yes in zip(self._rows, right, strict=True) if row.has_answer]
-        return sum(answered) / len(answered) if answered else None
+    def each(self, logits: Logits, device: torch.device | None = None) -> list[ExampleAgreement]:
+        """As `against`, example by example."""
+        others = self._log_probabilities(logits, device)
+        return [_compared(row, one, other) for row, one, other in zip(self._rows, self._original, others, strict=True)]
 
     def _log_probabilities(self, logits: Logits, device: torch.device | None) -> Iterator[Tensor]:
         """[compared tokens, vocabulary] of every example, on the CPU."""
@@ -157,6 +167,26 @@ class Reference:
             with torch.no_grad():
                 token_logits = logits(torch.tensor([row.ids], device=device))[0, -row.compared - 1 : -1]
             yield torch.log_softmax(token_logits.float(), dim=-1).cpu()
+
+
+def agreement(examples: Sequence[ExampleAgreement]) -> Agreement:
+    """All examples together."""
+    tokens, answered = sum(e.tokens for e in examples), [e for e in examples if e.right is not None]
+    accuracy = sum(bool(e.right) for e in answered) / len(answered) if answered else None
+    original = sum(bool(e.original_right) for e in answered) / len(answered) if answered else None
+    kl, same = sum(e.kl for e in examples) / tokens, sum(e.same for e in examples) / tokens
+    return Agreement(kl, same, tokens, accuracy, original)
+
+
+def _compared(row: _ComparedTokens, original: Tensor, whole: Tensor) -> ExampleAgreement:
+    other = whole[:, : original.shape[-1]]  # a bundle may hold tokens that the original does not know
+    return ExampleAgreement(
+        kl=float((original.exp() * (original - other)).sum()),
+        same=int((original.argmax(-1) == other.argmax(-1)).sum()),
+        tokens=len(original),
+        right=row.is_greedy(other) if row.has_answer else None,
+        original_right=row.is_greedy(original) if row.has_answer else None,
+    )
 
 
 def _tokens(engine: HFEngine, example: Example) -> _ComparedTokens:

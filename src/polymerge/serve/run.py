@@ -83,6 +83,7 @@ def serve(
     everyone: bool = False,
     device: str | None = None,
     kernel: str = "plain",
+    base: str = "16bit",
     stages: ThinkerChoice | None = None,
     probe: bool = True,
     say: Say = lambda text: None,
@@ -93,7 +94,7 @@ def serve(
     Args:
         settings: every limit of the server, and its keys.
         everyone: listen to other machines although there are no keys.
-        kernel: plain or triton, as `load_model` takes it.
+        kernel: plain or triton, and base: 16bit or fewer, as `load_model` takes them.
         stages: the thinker of the model `staged`; None leaves that model out.
         probe: check every expert first.
         say: told what is being done before the server listens.
@@ -105,7 +106,7 @@ def serve(
     with listener(host, port) as place:
         opened = Bundle.open(bundle)
         say(f"loading {opened.path}")
-        loaded = HFEngine.from_bundle(opened, device=device, kernel=kernel)
+        loaded = HFEngine.from_bundle(opened, device=device, kernel=kernel, base=base)
         if probe:
             check(loaded, opened, progress=lambda expert: say(f"checking expert {expert}"))
         engine = BatchingEngine(loaded, settings.limits)

@@ -53,6 +53,7 @@ def serve_bundle(
     probe: bool = True,
     device: str | None = None,
     kernel: str = "plain",
+    base: str = "16bit",
     log_prompts: bool = False,
     say: Callable[[str], None] | None = None,
     on_ready: Callable[[Running], None] | None = None,
@@ -75,7 +76,7 @@ def serve_bundle(
         engine: transformers; vllm, which is what `vllm` says; or llamacpp, which serves the bundle's export (`gguf`, or
             made once in the cache), or an export that `bundle` is, or with `llama_url` a llama-server that runs.
         probe: check every expert first.
-        kernel: plain or triton, as `load_model` takes it.
+        kernel: plain or triton, and base: 16bit or fewer, as `load_model` takes them.
         say: told what is being done before the server listens.
         on_ready: told when it listens.
 
@@ -118,7 +119,7 @@ def serve_bundle(
     chosen = Path(recipe) if recipe else None
     stages = ThinkerChoice(chosen, thinker, model, key_env, policy) if recipe or thinker else None
     serve(
-        bundle, host=host, port=port, settings=settings, everyone=open, device=device, kernel=kernel,
+        bundle, host=host, port=port, settings=settings, everyone=open, device=device, kernel=kernel, base=base,
         stages=stages, probe=probe, say=said, on_ready=ready,
     )  # fmt: skip
 

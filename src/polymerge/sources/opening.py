@@ -115,13 +115,10 @@ def _download(text: str, revision: str | None) -> Path:
                     repo, revision=revision or tag or None, allow_patterns=patterns, local_files_only=cached
                 )
             )
-        except LocalEntryNotFoundError as error:
-            if not cached:
-                raise SourceError(f"{text}: not a local folder, and the hub could not give it ({error})") from None
-            where = f"the hub cannot be reached ({constants.ENDPOINT})"
-            raise SourceError(f"{text}: not a local folder, not in the hub's cache, and {where}") from None
-        except (HfHubHTTPError, OSError, ValueError) as error:
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
+            if cached and isinstance(error, LocalEntryNotFoundError):
+                reason = f"it is not in the cache, and {constants.ENDPOINT} cannot be reached"
             raise SourceError(f"{text}: not a local folder, and the hub could not give it ({reason})") from None
         if any(folder.glob(weights)):
             return folder

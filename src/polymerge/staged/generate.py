@@ -36,6 +36,7 @@ def generate(
     seed: int | None = None,
     chat: bool = True,
     device: str | None = None,
+    base: str = "16bit",
     staged: bool = False,
     choice: Sequence[str] | None = None,
     recipe: str | Path | None = None,
@@ -55,6 +56,7 @@ def generate(
         expert: a name, `average`, or `auto`.
         temperature: 0 takes the likeliest token every time.
         chat: use the chat template, if there is one.
+        base: of the average in memory, as `load_model` takes it.
         staged: let a thinker reason first, as the policy says. The arguments from `choice` on need it.
         choice: the answers to choose from, in place of free text.
         recipe, thinker, model, key_env: where the thinker comes from, as for `open_pipeline`.
@@ -74,10 +76,10 @@ def generate(
     if not staged:
         _refuse_ignored({"choice": choice, "policy": policy, **stages})
         asked = GenerateRequest(prompt, expert, max_new_tokens, temperature, top_p, seed)
-        return _straight(bundle, asked, chat, device, on_route, on_text)
+        return _straight(bundle, asked, chat, device, base, on_route, on_text)
     if temperature > 0:
         raise PolymergeError("generate: --staged answers greedily; leave --temperature out")
-    pipeline = open_pipeline(bundle, expert=expert, device=device, chat=chat, use=policy, **stages)
+    pipeline = open_pipeline(bundle, expert=expert, device=device, base=base, chat=chat, use=policy, **stages)
     [response] = pipeline.respond([Question(prompt, tuple(choice or ()), max_new_tokens)])
     return response
 
@@ -93,6 +95,7 @@ def _straight(
     asked: GenerateRequest,
     chat: bool,
     device: str | None,
+    base: str,
     on_route: Callable[[Route], None] | None,
     on_text: OnText | None,
 ) -> Response:
@@ -100,7 +103,7 @@ def _straight(
     from ..engine.local.engine import HFEngine
 
     text = str(asked.prompt)
-    loaded, route = HFEngine.from_bundle(bundle, device=device), None
+    loaded, route = HFEngine.from_bundle(bundle, device=device, base=base), None
     if asked.expert == "auto":
         [route] = load_router(bundle, device, engine=loaded).route([text])
         if on_route:

@@ -35,6 +35,7 @@ def open_pipeline(
     key_env: str | None = None,
     expert: str | None = None,
     device: str | None = None,
+    base: str = "16bit",
     chat: bool = True,
     low_memory: bool = False,
     **settings: Any,
@@ -48,6 +49,7 @@ def open_pipeline(
         expert: a name, `average`, or `auto`: the bundle's router chooses. By default it does where there is one, and
             elsewhere the average answers.
         device: of every model that is loaded: the bundle's, the router's own and the thinker.
+        base: of the average in memory, as `load_model` takes it.
         settings: single values of `StageSettings` over the recipe's; None leaves one as it is.
 
     Raises:
@@ -60,7 +62,7 @@ def open_pipeline(
     named = thinker_settings(read.thinker if read else None, thinker, model=model, key_env=key_env)
     thinks = open_thinker(named, device) if staged else None
     trust = read.trust_remote_code if read else False
-    engine = HFEngine.from_bundle(bundle, device=device, trust_remote_code=trust)
+    engine = HFEngine.from_bundle(bundle, device=device, base=base, trust_remote_code=trust)
     return Pipeline(
         engine,
         chosen,

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ...bundle.bundle import Bundle
 from ...errors import ModelError, PolymergeError
-from ...host import DTYPES, pick_device, pick_dtype
+from ...host import DTYPES, free_memory, pick_device, pick_dtype
 from ...model import MixedModel, load_model
+from ...model.quantised import held_digest
 from ...model.vocabulary import tokens_of
 from ...recipe.merge import Source
 from ...sources.checkpoint import Checkpoint
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 # Tokens of a batch, padding included: wide enough to keep two to sixteen cores busy, small enough for a laptop.
 BATCH_TOKENS = 4096
+# On a GPU as many more as this share of the memory that is free holds; nothing gains from more than this many.
+BATCH_SHARE, MOST_TOKENS = 0.6, 131_072
 
 
 class LoadedModel:
@@ -42,7 +45,8 @@ class LoadedModel:
     Args:
         model: a MixedModel, or a transformers causal language model whose requests name no expert.
         fingerprint: changes with anything that the results depend on.
-        batch_tokens: tokens of one batch at most, padding included; one request always fits.
+        batch_tokens: tokens of one batch at most, padding included; one request always fits. By default what the
+            device's memory holds.
 
     Attributes:
         voices: each expert's tokenizer, end tokens, settings and context.
@@ -51,11 +55,11 @@ class LoadedModel:
         ModelError: generation_config.json says something that means nothing.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, fingerprint: str, batch_tokens: int = BATCH_TOKENS) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, fingerprint: str, batch_tokens: int | None = None) -> None:
         self.model, self.fingerprint = model, fingerprint
-        self.batch_tokens = batch_tokens
         self._mixed = isinstance(model, MixedModel)
         self.hf: Any = model.hf if self._mixed else model
+        self.batch_tokens = batch_tokens or tokens_that_fit(self.hf.config, self.hf.dtype, free_memory(self.device))
         self._tokens = tokens_of(self.hf)
         label = str(model.bundle.path if self._mixed else self.hf.config.name_or_path or "the model")
         defaults = checkpoint_defaults(self.hf.generation_config, tokenizer, label)
@@ -63,10 +67,11 @@ class LoadedModel:
         self.voices = Voices(average, model.personas.with_groups if self._mixed else None)
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle | str | Path, *, batch_tokens: int = BATCH_TOKENS, **load: Any) -> Self:
+    def from_bundle(cls, bundle: Bundle | str | Path, *, batch_tokens: int | None = None, **load: Any) -> Self:
         """A bundle; further arguments are `load_model`'s."""
         model = load_model(bundle, **load)
-        return cls(model, model.tokenizer, fingerprint=model.bundle.digest, batch_tokens=batch_tokens)
+        digest = held_digest(model.bundle.digest, model.base)
+        return cls(model, model.tokenizer, fingerprint=digest, batch_tokens=batch_tokens)
 
     @classmethod
     def from_checkpoint(
@@ -76,7 +81,7 @@ class LoadedModel:
         device: str | None = None,
         dtype: str | None = None,
         trust_remote_code: bool = False,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_tokens: int | None = None,
     ) -> Self:
         """A plain model: a folder, a hub id, a GGUF file, an adapter over its base or `package:NAME`, as in a recipe.
 
@@ -180,6 +185,23 @@ class LoadedModel:
             ids[number, width - len(row) :] = torch.tensor(row)
             mask[number, width - len(row) :] = 1
         return ids.to(self.device), mask.to(self.device)
+
+
+def tokens_that_fit(config: Any, dtype: torch.dtype, free: int | None) -> int:
+    """How many tokens a batch may have: keys and values, activations, and the scores of every token.
+
+    Args:
+        free: bytes of the device; None where that is not known.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    sizes = [text.num_hidden_layers, text.hidden_size, heads, getattr(text, "num_key_value_heads", None) or heads]
+    if free is None or not all(isinstance(size, int) for size in sizes):
+        return BATCH_TOKENS
+    layers, hidden, heads, pairs = sizes
+    cached = 2 * layers * pairs * (getattr(text, "head_dim", None) or hidden // heads)
+    each = (cached + 16 * hidden + text.vocab_size) * dtype.itemsize + 4 * text.vocab_size  # scores are in float32
+    return int(min(max(BATCH_TOKENS, BATCH_SHARE * free / each), MOST_TOKENS))
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

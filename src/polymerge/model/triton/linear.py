@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...method.code import Code
 from ..assignment import Assignment
-from ..linear import ExpertLinear
+from ..linear import ExpertLinear, shape_of
 from .grouped import Residuals, add_plain, tiles_of
 
 
@@ -23,15 +23,15 @@ class CodedLinear(ExpertLinear):
     def __init__(
         self,
         state: Assignment,
-        weight: Tensor,
+        base: Tensor | nn.Module,
         bias: Tensor | None,
         stored: Sequence[Mapping[str, Tensor] | None],
         code: Code,
         ratios: Sequence[float],
         biases: Sequence[Tensor | None],
     ) -> None:
-        super().__init__(state, weight, bias, biases)
-        self.residuals = Residuals(stored, code, (weight.shape[0], weight.shape[1]), ratios)
+        super().__init__(state, base, bias, biases)
+        self.residuals = Residuals(stored, code, shape_of(base), ratios)
 
     def add_residuals(self, x: Tensor, y: Tensor) -> None:
         """With the kernel; in torch's own operations where a row is a mixture of experts."""
