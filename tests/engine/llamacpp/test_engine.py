@@ -151,7 +151,8 @@ def test_scores_are_those_of_the_forced_tokens(folder: Path) -> None:
     assert [(s.log_likelihood, s.tokens, s.is_greedy) for s in scores] == [(-2.0, 2, True), (-4.0, 1, True)]
 
 
-def test_an_answer_that_was_set_aside_goes_on_from_its_tokens(folder: Path) -> None:
+def test_an_answer_that_was_set_aside_goes_on_from_its_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("polymerge.engine.llamacpp.reading.LEAST_TOKENS", 1)
     bodies: list[dict[str, Any]] = []
     heard: list[Piece | Exception] = []
     over, first = threading.Event(), threading.Event()

@@ -302,6 +302,7 @@ def _checked(
     try:
         if probe:
             engine.check()
+        engine.encode("")  # the tokenizer is there before the first request
         yield engine
     finally:
         engine.close(0)

@@ -22,6 +22,8 @@ from .api import LlamaApi
 logger = logging.getLogger(__name__)
 
 Lora = list[dict[str, Any]]
+# An answer is set aside after so many tokens of a turn at the earliest: whoever goes on must read all of it again.
+LEAST_TOKENS = 64
 
 
 def can_wait(request: GenerateRequest) -> bool:
@@ -40,9 +42,10 @@ class Reader:
         try:
             if not answer.made and not answer.over:
                 self._take_prompt(answer, lora)
+            begun = len(answer.made)
             while not answer.over:
                 before = len(answer.made)
-                stopped = self._take_some(answer, lora, aside)
+                stopped = self._take_some(answer, lora, aside, begun)
                 if stopped is None:
                     return answer.over
                 if stopped != "eos" or len(answer.made) == before:
@@ -61,7 +64,7 @@ class Reader:
         elif answer.request.generate.max_new_tokens == 0:
             answer.take_prompt(())
 
-    def _take_some(self, answer: Answer, lora: Lora, aside: threading.Event) -> str | None:
+    def _take_some(self, answer: Answer, lora: Lora, aside: threading.Event, begun: int) -> str | None:
         """One stream's tokens. Returns why llama.cpp ended it, or None: the answer is over, or was set aside."""
         left = None if answer.due is None else answer.due - time.monotonic()
         if left is not None and left <= 0:
@@ -75,7 +78,8 @@ class Reader:
                     answer.fail(DeadlineError("the answer was not whole in time"))
                 if answer.over:
                     return None
-                if aside.is_set() and answer.made and can_wait(answer.request.generate):
+                enough = len(answer.made) - begun >= LEAST_TOKENS
+                if enough and aside.is_set() and can_wait(answer.request.generate):
                     return None
                 stopped = event.get("stop_type") or stopped
         return stopped

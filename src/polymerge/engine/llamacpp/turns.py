@@ -6,7 +6,7 @@ The rule. A turn belongs to one expert. When nothing runs, the next turn goes to
 is oldest. For `TURN_SECONDS` of it, or as long as nobody else waits, the expert's new requests join the running ones.
 Then, if others wait, none joins any more; after as long again those that can go on later are set aside (they wait like
 a request that came now), and the rest runs to its end. So a request waits for at most two of these times for each
-expert before it, beside answers that cannot be set aside.
+expert before it, beside answers that cannot be set aside (yet: `reading.LEAST_TOKENS`).
 """
 
 from __future__ import annotations
