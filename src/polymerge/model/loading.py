@@ -4,6 +4,7 @@ put in its place (`polymerge.model.placing`).
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from pathlib import Path
@@ -80,7 +81,11 @@ def _exact(
     free = free_memory(device)
     if free is not None and free < bundle.sizes().total:
         return None
-    return log_probabilities(_loaded(bundle, device, dtype, trust_remote_code, "plain", "16bit"))
+    exact = log_probabilities(_loaded(bundle, device, dtype, trust_remote_code, "plain", "16bit"))
+    gc.collect()  # a model whose forwards were taken refers to itself, and its room is needed now
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return exact
 
 
 def _loaded(
