@@ -104,6 +104,10 @@ def serve_bundle(
     )
     said, ready = say or (lambda text: None), on_ready or (lambda running: None)
     check_engine(engine, gguf, llama_url, vllm=vllm or bool(vllm_url), staged=bool(recipe or thinker))
+    if (engine != "transformers" or vllm or vllm_url) and (base != "16bit" or kernel != "plain"):
+        raise PolymergeError(
+            "--base and --kernel belong to the engine transformers; the others have types of their own"
+        )
     if engine == "llamacpp":
         serve_llamacpp(
             bundle, gguf=gguf, url=llama_url, host=host, port=port, settings=settings, everyone=open, device=device,
