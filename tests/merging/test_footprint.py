@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from polymerge import load_recipe
+from polymerge import load_model, load_recipe
 from polymerge.errors import ModelError, SourceError
 from polymerge.merging.footprint import footprint
 from polymerge.merging.plan import plan_merge
-from polymerge.merging.run import fingerprint
+from polymerge.merging.run import fingerprint, run_plan
 from polymerge.sources.opening import open_checkpoint
 from polymerge.sources.outline import OutlineCheckpoint, outline
 from tests.conftest import Merged
-from tests.tiny import ARCHITECTURES
+from tests.tiny import ARCHITECTURES, make_experts
 from tests.vocabularies import kin as kin_of
 
 ROOT = Path(__file__).parents[2]
@@ -91,3 +91,15 @@ def test_a_quantised_base_is_counted() -> None:
     assert nf4.to_json()["base"] == "nf4"
     with pytest.raises(ModelError, match="'int3' is not one of"):
         plan_merge(recipe, weights=False, base="int3")
+
+
+@pytest.mark.parametrize("code", ["factors", "int8", "int4"])
+def test_a_loaded_bundle_holds_what_was_said(code: str, tmp_path: Path) -> None:
+    """Coded factors are decoded when they are loaded."""
+    experts = {name: str(path) for name, path in make_experts("llama", tmp_path).items()}
+    recipe = {"experts": experts, "compress_rate": 0.5, "code": code, "embeddings": "average", "lm_head": "average"}
+    plan = plan_merge(load_recipe(recipe | {"norms": "average"}))
+    model = load_model(run_plan(plan, tmp_path / "bundle"), device="cpu")
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
+    held = sum(t.numel() * t.element_size() for t in tensors.values())
+    assert footprint(plan).bundle == pytest.approx(held, rel=0.03)

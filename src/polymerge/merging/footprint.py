@@ -18,6 +18,7 @@ from ..sources.layers import meta_model
 from ..sources.opening import open_checkpoint
 from ..sources.outline import outline
 from .plan import MergePlan
+from .treatment import TensorTask
 
 # Tokens that are in work at once: the engine's batches hold so many, or one text of the model's whole context.
 BATCH_TOKENS = 4096
@@ -86,14 +87,23 @@ def footprint(plan: MergePlan) -> Footprint:
 
 
 def _held_bytes(plan: MergePlan) -> int:
-    """Of a loaded bundle. An expert with a few rows of its own has a table of its own in memory, with the average's."""
-    more = 0
+    """Of a loaded bundle. An expert with a few rows of its own has a whole table in memory, with the average's others;
+    coded factors are decoded into the bundle's dtype."""
+    more = 0 if plan.code.peft_readable else sum(_decoded_bytes(task, plan) for task in plan.tasks)
     for task in plan.tasks:
         ranges = task.tables.ranges if task.tables and task.treatment == "average" and task.holds_rows else {}
         whole = task.stored_bytes(plan.dtype)
         more += sum(whole - task.expert_bytes(plan.dtype, plan.code, name) for name, rows in ranges.items() if rows)
     linear = sum(task.stored_bytes(plan.dtype) for task in plan.tasks if task.record.role == "linear")
     return plan.write_bytes + more - int(linear * (1 - share_of_bytes(plan.base, plan.dtype)))
+
+
+def _decoded_bytes(task: TensorTask, plan: MergePlan) -> int:
+    """What a tensor's residuals take in memory beyond what they take on disk."""
+    if task.treatment != "low_rank":
+        return 0
+    dtype = (task.dtype or plan.dtype).itemsize
+    return sum(r * sum(task.matrix_shape) * dtype - plan.code.bytes(*task.matrix_shape, r) for r in task.ranks if r)
 
 
 def _thinker(settings: ThinkerSettings) -> Checkpoint:
