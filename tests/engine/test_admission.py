@@ -1,13 +1,15 @@
 """Who joins the running batch: by table, and by what must hold whatever is asked."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polymerge.engine.admission import Demand, Limits, admit
+from polymerge.engine.admission import PATIENCE, Demand, Limits, admit
+from polymerge.engine.answer import taken
 from polymerge.errors import PolymergeError
 
 LIMITS = Limits(max_rows=4, cache_tokens=100, prompt_tokens=30)
@@ -33,7 +35,7 @@ POISON = replace(SMALL, failures=2)
         ([SMALL], [Demand(500, 900)], 0),
         ([Demand(15, 20)] * 4, [], 2),  # 2 x 15 are read at once, and not 3 x 15
         ([Demand(31, 40), SMALL], [SMALL], 1),  # one prompt always fits beside the running answers
-        ([SMALL, Demand(16, 20), SMALL], [], 1),  # nobody overtakes: the short one behind waits as well
+        ([SMALL, Demand(16, 20), SMALL], [], 1),  # the short one behind waits for the next pass as well
         ([SMALL, SMALL, SCORED, SMALL], [], 2),  # those that score their prompts are read apart
         ([SCORED, SCORED, SMALL], [], 2),
         ([SCORED], [SMALL], 1),  # ... but run with the others
@@ -45,15 +47,48 @@ POISON = replace(SMALL, failures=2)
     ],
 )
 def test_so_many_join(waiting: list[Demand], running: list[Demand], joining: int) -> None:
-    assert admit(waiting, running, LIMITS) == joining
+    assert admit(waiting, running, LIMITS) == list(range(joining))
 
 
-def test_the_queue_is_read_no_further_than_the_first_without_a_place() -> None:
+LARGE = Demand(unread=5, longest=80)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "running", "places"),
+    [
+        ([LARGE, SMALL, SMALL], [SMALL, SMALL], [1, 2]),  # small ones pass one that has no room beside the running
+        ([SMALL, LARGE, SMALL], [SMALL], [0, 2]),
+        ([POISON, SMALL], [SMALL], [1]),
+        ([replace(LARGE, passed=PATIENCE), SMALL], [SMALL], []),  # ... until it has waited long enough
+        ([SMALL, replace(LARGE, passed=PATIENCE), SMALL], [SMALL], [0]),
+        ([replace(LARGE, passed=PATIENCE), SMALL], [], [0]),
+        ([SMALL, Demand(26, 30), SMALL], [], [0]),  # one that is read in the next pass is not passed
+        ([LARGE] * 3 + [SMALL] * 9, [SMALL] * 4, []),  # a full batch is no reason to read on
+    ],
+)
+def test_small_ones_pass_and_nothing_starves(waiting: list[Demand], running: list[Demand], places: list[int]) -> None:
+    assert admit(waiting, running, LIMITS) == places
+
+
+def test_whoever_was_passed_is_counted() -> None:
+    queue = deque(Passed(number) for number in range(5))
+    assert [one.number for one in taken(queue, [1, 3])] == [1, 3]  # type: ignore[arg-type, attr-defined]
+    assert [(one.number, one.passed) for one in queue] == [(0, 2), (2, 1), (4, 0)]
+
+
+@dataclass
+class Passed:
+    number: int
+    passed: int = 0
+
+
+def test_the_queue_is_read_no_further_than_who_has_waited_long_enough() -> None:
     def queue() -> Iterator[Demand]:
         yield from [SMALL, SMALL, POISON]
+        yield replace(SMALL, failures=2, passed=PATIENCE)
         raise AssertionError("read on")
 
-    assert admit(queue(), [], LIMITS) == 2
+    assert admit(queue(), [], LIMITS) == [0, 1]
 
 
 def test_a_limit_under_one_is_refused_by_name() -> None:
@@ -79,8 +114,9 @@ limits = st.builds(
 def test_no_limit_is_broken_and_nobody_waits_for_nothing(
     waiting: list[Demand], running: list[Demand], bounds: Limits
 ) -> None:
-    count = admit(waiting, running, bounds)
-    newcomers, batch = waiting[:count], [*running, *waiting[:count]]
+    places = admit(waiting, running, bounds)
+    newcomers = [waiting[place] for place in places]
+    batch = [*running, *newcomers]
     if newcomers and len(batch) > 1:
         assert len(batch) <= bounds.max_rows
         assert len(batch) * max(row.longest for row in batch) <= bounds.cache_tokens
@@ -89,9 +125,10 @@ def test_no_limit_is_broken_and_nobody_waits_for_nothing(
         assert len(newcomers) * max(row.unread for row in newcomers) <= bounds.prompt_tokens
         assert all(row.scores_prompt == newcomers[0].scores_prompt for row in newcomers)
     if waiting and not running:
-        assert count >= 1
-    if count < len(waiting):  # the next one has no place: in the room of one row more it would break a limit
-        assert breaks([*newcomers, waiting[count]], running, bounds)
+        assert places[0] == 0
+    left = next((place for place in range(len(waiting)) if place not in places), None)
+    if left is not None:  # the first that is left has no place: beside those that went before it, it breaks a limit
+        assert breaks([waiting[place] for place in places if place < left] + [waiting[left]], running, bounds)
 
 
 def breaks(newcomers: Sequence[Demand], running: Sequence[Demand], bounds: Limits) -> bool:

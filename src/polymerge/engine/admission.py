@@ -12,6 +12,8 @@ from ..errors import PolymergeError
 
 # A request that was in more broken batches than this is run alone: one that breaks alone is the one at fault.
 FAILURES_TOGETHER = 1
+# So many later requests may join a batch that has no room for an earlier one.
+PATIENCE = 32
 
 
 @dataclass(frozen=True)
@@ -54,32 +56,39 @@ class Demand:
         longest: tokens of prompt and answer at most.
         failures: batches that broke while it ran in them.
         scores_prompt: its prompt's tokens are scored, so it is read with others of that kind alone.
+        passed: requests that came later and joined before it.
     """
 
     unread: int
     longest: int
     failures: int = 0
     scores_prompt: bool = False
+    passed: int = 0
 
     @property
     def alone(self) -> bool:
         return self.failures > FAILURES_TOGETHER
 
 
-def admit(waiting: Iterable[Demand], running: Sequence[Demand], limits: Limits) -> int:
-    """How many of the waiting requests join the running batch now, counted from the first that waits.
+def admit(waiting: Iterable[Demand], running: Sequence[Demand], limits: Limits) -> list[int]:
+    """Which of the waiting requests join the running batch now: their places in the queue, in order.
 
-    Nobody overtakes: the first that has no place ends the count. Into an empty batch one request always goes, whatever
-    it takes. `waiting` is read no further than to the first without a place.
+    The first that waits goes first. One that the batch has no room for is overtaken by those behind it that fit, as
+    often as `PATIENCE` says; then nobody joins before it does, so that the batch empties for it. One that has room and
+    is only not read in the same pass is not overtaken. Into an empty batch one request always goes, whatever it takes.
     """
+    places: list[int] = []
     newcomers: list[Demand] = []
-    for demand in waiting:
-        if (running or newcomers) and not (
-            _fits([*running, *newcomers, demand], limits) and _read_together([*newcomers, demand], limits)
-        ):
+    for place, demand in enumerate(waiting):
+        rows = [*running, *newcomers]
+        if not rows or _fits([*rows, demand], limits):
+            if not _read_together([*newcomers, demand], limits):
+                break
+            places.append(place)
+            newcomers.append(demand)
+        elif len(rows) >= limits.max_rows or demand.passed >= PATIENCE:
             break
-        newcomers.append(demand)
-    return len(newcomers)
+    return places
 
 
 def _fits(rows: Sequence[Demand], limits: Limits) -> bool:

@@ -5,9 +5,11 @@ Knows tokens, texts and the listener; does not know batches or models.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
@@ -35,6 +37,7 @@ class Answer:
         text_of: token ids -> text.
         over: nothing more is to be made: it ended, failed, or was cancelled.
         failures: batches that broke while this answer ran in them.
+        passed: answers that were asked for later and joined a batch before it.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Answer:
         self.made: list[int] = []
         self.over = False
         self.failures = 0
+        self.passed = 0
         self.sampler = Sampler(request.generate, prompt)
         self.due = time.monotonic() + request.seconds if request.seconds is not None else None
         self.text_of = decode
@@ -74,7 +78,9 @@ class Answer:
     @property
     def demand(self) -> Demand:
         """What it takes of a batch that it joins now."""
-        return Demand(len(self.prompt) + len(self.made), self.longest, self.failures, self.request.score_prompt)
+        return Demand(
+            len(self.prompt) + len(self.made), self.longest, self.failures, self.request.score_prompt, self.passed
+        )
 
     def cancel(self) -> None:
         self.over = True
@@ -165,6 +171,21 @@ def new_answer(
     asked = replace(asked, max_new_tokens=min(asked.max_new_tokens, room), repetition_penalty=penalty)
     ends = frozenset[int]() if asked.ignore_eos else defaults.ends
     return Answer(replace(request, generate=asked), prompt, listener, ends=ends, decode=voice.text)
+
+
+def taken(waiting: deque[Answer], places: Sequence[int]) -> list[Answer]:
+    """Takes answers out of a queue. Those that stay and stood before one that goes were passed by it.
+
+    Args:
+        places: in the queue, in order.
+    """
+    going = [waiting[place] for place in places]
+    for place in reversed(places):
+        del waiting[place]
+    for number, place in enumerate(places):  # so many that stay stood before it: its place less those that went
+        for answer in itertools.islice(waiting, place - number):
+            answer.passed += 1
+    return going
 
 
 class Collector:

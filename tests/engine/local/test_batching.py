@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from polymerge import load_model, merge
 from polymerge.engine import GenerateRequest, ScoreRequest
@@ -242,6 +243,53 @@ def test_a_model_that_is_beyond_use_stops_the_engine(engines: Offline, monkeypat
     assert batching.state.status == "stopped"
     with pytest.raises(EngineDownError):
         batching.loglikelihood([ScoreRequest([5], [6])])
+
+
+def test_a_recovery_that_breaks_leaves_nobody_waiting(engines: Offline, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, batching = engines
+    break_at(batching, monkeypatch, lambda calls, answers: calls == 2)
+
+    def broken(pause: float) -> bool:
+        raise OSError("the device is gone")
+
+    monkeypatch.setattr(batching, "_works", broken)
+    heard = start(batching, endless(), endless("e1"))
+    for one in heard:
+        assert one.done.wait(30) and isinstance(one.error, EngineDownError)
+    assert batching.state.status == "stopped"
+
+
+def test_memory_that_ran_out_once_holds_rows_back_for_a_time(merged: Merged, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("polymerge.engine.local.batching.CALM_TURNS", 3)
+    bundle, _ = merged("llama")
+    batching = BatchingEngine(HFEngine(load_model(bundle), tiny_tokenizer(), fingerprint=""), Limits(max_rows=4))
+    calls: list[int] = []
+    step = batching._batch.step
+
+    def once() -> None:
+        calls.append(len(batching._batch))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        step()
+
+    monkeypatch.setattr(batching._batch, "step", once)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    heard = start(batching, *[StreamRequest(GenerateRequest([5, 6, n], "e0", 40)) for n in range(4)])
+    assert all(one.text for one in heard)
+    assert min(calls[2:]) <= 2 and batching._limits.max_rows == 4
+    batching.close()
+
+
+def test_closing_keeps_its_promise(engines: Offline, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, batching = engines
+    gate = threading.Event()
+    step = batching._batch.step
+    monkeypatch.setattr(batching._batch, "step", lambda: (gate.wait(30), step()))
+    [one] = start(batching, endless())
+    began = time.monotonic()
+    batching.close(0.1)
+    assert time.monotonic() - began < 5 and isinstance(one.error, EngineDownError)
+    gate.set()
 
 
 def test_a_cache_budget_holds_rows_back_but_one_always_runs(merged: Merged, monkeypatch: pytest.MonkeyPatch) -> None:

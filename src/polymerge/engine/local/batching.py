@@ -21,7 +21,7 @@ import torch
 from ...errors import DeadlineError, EngineBusyError, EngineDownError
 from ...model.assignment import Assignment
 from ..admission import DEFAULT_LIMITS, Limits, admit
-from ..answer import Answer, Collector, new_answer
+from ..answer import Answer, Collector, new_answer, taken
 from ..base import FloatArray, GenerateRequest, Generation, Message, Pooling, Prompt, Score, ScoreRequest
 from ..defaults import GenerationDefaults
 from ..jobs import Jobs
@@ -37,6 +37,10 @@ logger = logging.getLogger(__name__)
 
 # After a broken step the model is tried so often, with growing pauses, before the engine gives up.
 RESTART_PAUSES = (0.0, 0.2, 1.0, 5.0)
+# Where memory ran out, one row more is tried after so many turns.
+CALM_TURNS = 256
+# So long a closing engine waits for a step to end after its answers were given up.
+STEP_SECONDS = 1.0
 Result = TypeVar("Result")
 
 
@@ -52,7 +56,7 @@ class BatchingEngine(ForwardingEngine):
 
     def __init__(self, engine: HFEngine, limits: Limits = DEFAULT_LIMITS) -> None:
         super().__init__(engine)
-        self._limits = limits
+        self._limits, self._most_rows, self._calm = limits, limits.max_rows, 0
         # A tokenizer changes its settings while it encodes, so every thread needs its own or a lock.
         self._front = copy.copy(engine)
         self._front.voices = engine.voices.apart()
@@ -135,7 +139,9 @@ class BatchingEngine(ForwardingEngine):
             with self._changed:
                 for answer in [*self._waiting, *self._batch.answers]:
                     answer.fail(EngineDownError("the engine was stopped before the answer was whole"))
-            self._thread.join()
+            self._thread.join(STEP_SECONDS)
+            if self._thread.is_alive():  # it ends with the process
+                logger.warning("the engine was left in the middle of a step")
 
     def _take(self, requests: Sequence[StreamRequest], listeners: Sequence[Listener], *, bounded: bool) -> list[Stream]:
         answers = [self._answer(*pair) for pair in zip(requests, listeners, strict=True)]
@@ -178,10 +184,17 @@ class BatchingEngine(ForwardingEngine):
                 if self._closing and not (self._waiting or len(self._batch) or self._jobs):
                     self._status = "stopped"
                     return
+            held = list(self._batch.answers)
             try:
                 self._turn()
+                self._grow()
             except Exception as error:
-                self._recover(error)
+                held += [answer for answer in self._batch.answers if answer not in held]
+                try:
+                    self._recover(error)
+                except Exception:
+                    logger.exception("the engine could not start again")
+                    self._stop(held)
 
     def _turn(self) -> None:
         """What happens between two steps, and one step."""
@@ -214,11 +227,11 @@ class BatchingEngine(ForwardingEngine):
         self._batch.leave()
 
     def _newcomers(self) -> list[Answer]:
-        """The next answers, in order, for which there is a place."""
+        """The next answers for which there is a place."""
         running = [answer.demand for answer in self._batch.answers]
         with self._changed:
-            joining = admit((answer.demand for answer in self._waiting), running, self._limits)
-            return [self._waiting.popleft() for _ in range(joining)]
+            places = admit((answer.demand for answer in self._waiting), running, self._limits)
+            return taken(self._waiting, places)
 
     def _recover(self, error: Exception) -> None:
         """After a broken step every answer goes on from the tokens that it has.
@@ -230,7 +243,7 @@ class BatchingEngine(ForwardingEngine):
         running = [answer for answer in self._batch.clear() if not answer.over]
         if isinstance(error, torch.OutOfMemoryError) and len(running) > 1:
             torch.cuda.empty_cache()
-            self._limits = replace(self._limits, max_rows=max(1, len(running) // 2))
+            self._limits, self._calm = replace(self._limits, max_rows=max(1, len(running) // 2)), 0
         elif len(running) == 1 and running[0].failures:
             running.pop().fail(error)
         for answer in running:
@@ -239,14 +252,27 @@ class BatchingEngine(ForwardingEngine):
             self._waiting.extendleft(reversed(running))
         if any(self._works(pause) for pause in RESTART_PAUSES):
             self._status = "ready"
-            return
+        else:
+            self._stop(())
+
+    def _stop(self, running: Sequence[Answer]) -> None:
+        """For good: everyone who waits is told so."""
         with self._changed:
             self._status = "stopped"
             self._closing = True
-            for answer in self._waiting:
+            for answer in (*running, *self._waiting):
                 answer.fail(EngineDownError("the engine has stopped"))
             self._waiting.clear()
             self._jobs.fail(EngineDownError("the engine has stopped"))
+
+    def _grow(self) -> None:
+        """After a time without a failure one row more may run, up to as many as before memory ran out."""
+        if self._limits.max_rows == self._most_rows:
+            return
+        self._calm += 1
+        if self._calm >= CALM_TURNS:
+            self._limits = replace(self._limits, max_rows=self._limits.max_rows + 1)
+            self._calm = 0
 
     def _works(self, pause: float) -> bool:
         """Whether the model can still be used at all."""

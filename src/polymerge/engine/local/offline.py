@@ -13,7 +13,7 @@ import torch
 
 from ...errors import ModelError
 from ..admission import Limits, admit
-from ..answer import Answer
+from ..answer import Answer, taken
 from .loaded import LoadedModel
 from .running import RunningBatch
 
@@ -54,9 +54,9 @@ class _Run:
     def _newcomers(self) -> list[Answer]:
         if len(self.batch) > (1 - REFILL) * self._filled:
             return []
-        count = admit((a.demand for a in self._waiting), [a.demand for a in self.batch.answers], self._limits)
-        self._filled = len(self.batch) + count
-        return [self._waiting.popleft() for _ in range(count)]
+        places = admit((a.demand for a in self._waiting), [a.demand for a in self.batch.answers], self._limits)
+        self._filled = len(self.batch) + len(places)
+        return taken(self._waiting, places)
 
     def _went_on(self, newcomers: Sequence[Answer]) -> bool:
         """Newcomers join, or everyone gets a token. False where the memory does not hold it."""
