@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import openai
 import pytest
 
 from polymerge.engine.local.batching import BatchingEngine
@@ -12,7 +13,7 @@ from polymerge.serve.app import create_app
 from polymerge.serve.run import ThinkerChoice
 from polymerge.staged import Thought
 from tests.conftest import Merged
-from tests.serve.conftest import ScriptedRouter, running
+from tests.serve.conftest import ScriptedPipeline, ScriptedRouter, Staged, running
 
 
 class Thinker:
@@ -51,6 +52,24 @@ def test_many_ask_the_thinker_at_once_and_get_their_own_answers(
             assert (told["expert"], told["stage"], told["thoughts"]) == (f"e{number % 3}", "staged", "w20 w21")
             assert answer.usage.completion_tokens <= 2 + 4
     assert sum(thinker.batches) == 6
+
+
+def test_without_a_number_an_answer_leaves_room_for_the_prompt(engine: BatchingEngine) -> None:
+    """The tiny model's context is shorter than what a server gives at most."""
+    asked: list[int] = []
+
+    class Pipeline(ScriptedPipeline):
+        def respond(self, questions: Sequence[Any], *, deadline: float | None = None) -> list[Staged]:
+            asked.extend(question.max_new_tokens for question in questions)
+            return super().respond(questions)
+
+    with running(create_app(engine, None, Pipeline()), engine) as server:
+        client, turn = server.client(), [{"role": "user", "content": "w5 " * 20}]
+        client.chat.completions.create(model="staged", messages=turn)
+        client.chat.completions.create(model="staged", messages=turn, max_tokens=7)
+        with pytest.raises(openai.BadRequestError, match="the context is 128"):
+            client.chat.completions.create(model="staged", messages=turn, max_tokens=120)
+    assert asked == [(128 - 22) // 2, 7]
 
 
 def test_a_thinker_that_cannot_be_is_a_line(engine: BatchingEngine, merged: Merged) -> None:

@@ -16,6 +16,7 @@ from ..engine.base import GenerateRequest
 from ..engine.streaming import Finish, Piece, StreamingEngine, StreamRequest
 from ..errors import ModelError
 from ..router.route import Routes
+from ..staged import Question
 from .answers import Gathered, Run, while_connected
 from .errors import ApiError, told
 from .metrics import Metrics
@@ -149,7 +150,7 @@ class Service:
         stages = self.stages
         if stages is None:
             raise ApiError(404, "this server has no thinker", param="model", code="model_not_found")
-        question = question_of(body, self.settings.max_tokens)
+        question = await self._staged_question(body)
         response = await while_connected(request, in_thread(lambda: stages.ask(question)))
         thoughts = response.thought if body.polymerge.thoughts else None
         choice = Choice(
@@ -175,6 +176,17 @@ class Service:
             chunks.append(shape.head() | {"choices": [], "usage": spent})
         content = b"".join(map(event, chunks)) + event("[DONE]")
         return Response(content, media_type="text/event-stream", headers=SSE_HEADERS | choice.headers)
+
+    async def _staged_question(self, body: ChatRequest) -> Question:
+        """With the budget of an ordinary request's answer; where that names none, half of the context's room is left
+        to the thought and to what the stages write around it. Raises ApiError as `_budget` does."""
+        question = question_of(body)
+        turn = [{"role": "user", "content": question.text}]
+        prompt = len(await self.tokens(lambda: self.engine.chat_prompt(turn), "messages"))
+        tokens = self._budget(prompt, body.wanted_tokens, None)
+        if body.wanted_tokens is None:
+            tokens = max(1, min(tokens, (self.engine.max_length_of(None) - prompt) // 2))
+        return replace(question, max_new_tokens=tokens)
 
     def _budget(self, prompt: int, tokens: int | None, expert: RowExpert) -> int:
         """Tokens that an answer may have."""

@@ -80,8 +80,9 @@ class Stages:
         return list(self._pipeline.respond(questions, deadline=time.monotonic() + self._settings.seconds))
 
 
-def question_of(body: ChatRequest, most_tokens: int) -> Question:
-    """The question of a conversation: the user's only turn, or all turns written below each other.
+def question_of(body: ChatRequest) -> Question:
+    """The question of a conversation: the user's only turn, or all turns written below each other. How many tokens its
+    answer may have is not said yet.
 
     Raises:
         ApiError: an option that a staged response does not have.
@@ -102,10 +103,7 @@ def question_of(body: ChatRequest, most_tokens: int) -> Question:
     for name, given in refused.items():
         if given:
             raise ApiError(400, f"{name}: a staged response is greedy and whole; leave it out", param=name)
-    tokens = body.wanted_tokens or most_tokens
-    if tokens > most_tokens:
-        raise ApiError(400, f"max_tokens: this server gives at most {most_tokens}", param="max_tokens")
     if len(body.messages) == 1:
-        return Question(body.messages[0].text, max_new_tokens=tokens)
+        return Question(body.messages[0].text)
     turns = [f"{message.role.capitalize()}: {message.text}" for message in body.messages]
-    return Question("\n\n".join(turns), max_new_tokens=tokens)
+    return Question("\n\n".join(turns))
