@@ -101,6 +101,11 @@ class ErrorBudgetExceeded(PolymergeError):
     exit_code = 3
 
 
+def install_line(extra: str) -> str:
+    """What brings an extra: polymerge is installed from a clone of its repository."""
+    return f"pip install -e '.[{extra}]' in your clone of polymerge"
+
+
 @contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
     """What is imported inside belongs to an extra.
@@ -111,7 +116,7 @@ def needs_extra(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise MissingExtraError(f"{error.name} is not installed; pip install 'polymerge[{extra}]'") from None
+        raise MissingExtraError(f"{error.name} is not installed; {install_line(extra)}") from None
 
 
 def on_one_line(text: str) -> str:

@@ -22,7 +22,7 @@ from tests.merging.test_kill import LONG
 from tests.sweep.experts import make_experts as make_any
 from tests.tiny import make_experts
 
-ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'polymerge[ray]')")
+ray = pytest.importorskip("ray", reason="Ray is not installed (pip install -e '.[ray]')")
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 

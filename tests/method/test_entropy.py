@@ -22,7 +22,9 @@ def test_without_its_package_it_is_refused_before_the_merge(merged: Merged, monk
     _, experts = merged("llama", compress_rate=0.7)
     monkeypatch.setitem(sys.modules, "constriction", None)  # as if it were not installed
     sources = {name: str(path) for name, path in experts.items()}
-    with pytest.raises(MissingExtraError, match=r"constriction is not installed; pip install 'polymerge\[entropy\]'"):
+    with pytest.raises(
+        MissingExtraError, match=r"constriction is not installed; pip install -e '\.\[entropy\]' in your clone"
+    ):
         plan_merge({"experts": sources, "code": "entropy"})
 
 

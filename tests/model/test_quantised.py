@@ -52,7 +52,10 @@ def test_a_layer_asks_its_base_for_the_product_and_never_for_the_weight(rows: An
 @pytest.mark.parametrize("base", ["int8", "nf4", "fp8", "int4"])
 def test_a_missing_library_is_one_line_with_the_extra(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantised, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=rf"^base {base} needs \w+; run `pip install polymerge\[quantized\]`$"):
+    with pytest.raises(
+        MissingExtraError,
+        match=rf"^base {base} needs \w+; pip install -e '\.\[quantized\]' in your clone of polymerge$",
+    ):
         check_base(base, CPU)
 
 

@@ -18,7 +18,7 @@ from ..bundle.bundle import Bundle
 from ..bundle.files import write_bytes
 from ..data.rows import content_hash
 from ..data.schema import AnsweredRow, read_all
-from ..errors import PolymergeError, RecipeError
+from ..errors import PolymergeError, RecipeError, install_line
 from ..host import cache_folder, pick_device
 from ..model.quantised import check_base, held_digest
 from ..recipe.merge import Source
@@ -238,7 +238,7 @@ def _identity(task: str) -> list[str]:
     try:
         harness = version("lm-eval")
     except PackageNotFoundError:
-        raise RecipeError(f"task {task!r} is the harness's; run `pip install polymerge[eval]`") from None
+        raise RecipeError(f"task {task!r} is the harness's; {install_line('eval')}") from None
     return ["harness", harness, task, content_hash(Path(task)) if task.endswith(TASK_SUFFIXES) else ""]
 
 

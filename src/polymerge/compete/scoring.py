@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ..errors import MissingExtraError
+from ..errors import MissingExtraError, install_line
 from .table import CompetitionRow
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -49,7 +49,7 @@ def rouge(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
-        raise MissingExtraError("ROUGE needs `pip install polymerge[compete]`") from None
+        raise MissingExtraError(f"ROUGE needs rouge-score; {install_line('compete')}") from None
     scorer = RougeScorer(list(ROUGE), use_stemmer=False)
     scores = [scorer.score(target, prediction) for target, prediction in pairs]
     return {name: sum(result[name].fmeasure for result in scores) / len(scores) for name in ROUGE if scores}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine.base import Engine
-from ..errors import MissingExtraError, ModelError, PolymergeError, RecipeError
+from ..errors import MissingExtraError, ModelError, PolymergeError, RecipeError, install_line
 from ..version import __version__
 from .modes import Choose
 
@@ -189,4 +189,4 @@ def _require_harness() -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError:
-        raise MissingExtraError("evaluation needs lm-eval; run `pip install polymerge[eval]`") from None
+        raise MissingExtraError(f"evaluation needs lm-eval; {install_line('eval')}") from None

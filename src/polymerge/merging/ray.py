@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..errors import MissingExtraError, PolymergeError, SourceError
+from ..errors import MissingExtraError, PolymergeError, SourceError, install_line
 from ..recipe.merge import Recipe, Source
 from ..sources.aligned import AlignedCheckpoint, Moves
 from ..sources.checkpoint import Checkpoint
@@ -64,7 +64,7 @@ def ray_cluster(address: str | None = None) -> Iterator[Executor]:
     try:
         import ray
     except ImportError:
-        raise MissingExtraError("--executor ray needs Ray: pip install 'polymerge[ray]'") from None
+        raise MissingExtraError(f"--executor ray needs Ray; {install_line('ray')}") from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own coming default; it warns otherwise
     if address and address != "auto":

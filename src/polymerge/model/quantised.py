@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..errors import MissingExtraError, ModelError
+from ..errors import MissingExtraError, ModelError, install_line
 from ..host import dtype_name
 
 Base = Literal["16bit", "int8", "nf4", "int4", "fp8"]
@@ -62,7 +62,7 @@ def check_base(base: str, device: torch.device) -> None:
         return
     for library in (QUANTISERS[base].library, "accelerate"):
         if find_spec(library) is None:
-            raise MissingExtraError(f"base {base} needs {library}; run `pip install polymerge[{EXTRA}]`")
+            raise MissingExtraError(f"base {base} needs {library}; {install_line(EXTRA)}")
     if base == "int4" and device.type != "cuda":
         raise ModelError(f"base int4 has no kernel for {device.type}; nf4 has 4 bits there, int8 is nearer")
 

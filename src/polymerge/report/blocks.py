@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from ..errors import MissingExtraError
+from ..errors import MissingExtraError, install_line
 
 # One sober palette for every plot (Okabe and Ito's, told apart by colour-blind readers too).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
@@ -98,7 +98,7 @@ def plotly() -> tuple[Any, str]:
         import plotly.graph_objects as go
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise MissingExtraError("the HTML report needs plotly; run `pip install polymerge[report]`") from None
+        raise MissingExtraError(f"the HTML report needs plotly; {install_line('report')}") from None
     return go, get_plotlyjs()
 
 

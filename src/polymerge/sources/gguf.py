@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingExtraError, SourceError
+from ..errors import MissingExtraError, SourceError, install_line
 from ..host import cache_folder
 from .checkpoint import Checkpoint, open_folder
 from .fingerprint import digest_of
@@ -162,7 +162,7 @@ def _loaded(file: Path, label: str) -> tuple[Any, Any, Any]:
         )
         return loaded, info, transformers.AutoTokenizer.from_pretrained(**place)
     except ImportError as error:
-        raise MissingExtraError(f"{label}: reading GGUF needs `pip install polymerge[gguf]` ({error.name})") from None
+        raise MissingExtraError(f"{label}: reading GGUF needs {error.name}; {install_line('gguf')}") from None
     except Exception as error:  # transformers and gguf raise many types for one bad file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SourceError(f"{label}: transformers cannot unpack this GGUF file ({reason})") from None

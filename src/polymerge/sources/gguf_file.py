@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import MissingExtraError, SourceError
+from ..errors import MissingExtraError, SourceError, install_line
 
 # Divides the frequencies of Llama 3's positions; everything else in a file is a parameter.
 ROPE_FACTORS = "rope_freqs.weight"
@@ -43,7 +43,7 @@ def read_header(file: Path, label: str) -> GgufHeader:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise MissingExtraError(f"{label}: reading GGUF needs `pip install polymerge[gguf]` ({error.name})") from None
+        raise MissingExtraError(f"{label}: reading GGUF needs {error.name}; {install_line('gguf')}") from None
     try:
         reader = GGUFReader(file)
     except Exception as error:  # gguf raises many types for one bad file

@@ -1,4 +1,4 @@
-"""Against llama.cpp itself (`pip install 'polymerge[llamacpp]'`): a bundle's experts answer there as they do here."""
+"""Against llama.cpp itself (`pip install -e '.[llamacpp]'`): a bundle's experts answer there as they do here."""
 
 from __future__ import annotations
 
