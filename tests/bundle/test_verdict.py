@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from polymerge.bundle.verdict import AS_BEFORE, NEARLY, Verdict, verdict_of
+from polymerge.method.codes import code_of
 
 EMBEDDING = "model.embed_tokens.weight"
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
@@ -27,7 +29,7 @@ def line(
 
 
 def verdict(*lines: dict[str, Any], code: str = "factors", rate: Any = 0.95) -> Verdict:
-    return verdict_of(lines, {EMBEDDING}, code=code, rate=rate)
+    return verdict_of(lines, {EMBEDDING}, code=code_of(code, torch.float32), rate=rate)
 
 
 def test_nearly_all_energy_is_an_answer_as_before() -> None:

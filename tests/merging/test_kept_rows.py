@@ -83,7 +83,7 @@ def test_rows_that_no_expert_changed_are_stored_once(dtype: torch.dtype, tmp_pat
 
 def test_what_two_experts_have_alike_is_stored_once(tmp_path: Path) -> None:
     paths = few_rows(tmp_path)
-    bundle = merged(paths, tmp_path / "bundle")
+    bundle = merged(paths, tmp_path / "bundle", code="int4")
     for tensor in (HEAD, Q, UP):
         lent = bundle.layers[tensor].borrowed
         assert list(lent) == ["e1"] and lent["e1"].of == "e0" and lent["e1"].times == 1
@@ -95,6 +95,12 @@ def test_what_two_experts_have_alike_is_stored_once(tmp_path: Path) -> None:
     assert [s["tensor"] for s in bundle.stats() if s["expert"] == "e1"] == [
         s["tensor"] for s in bundle.stats() if s["expert"] == "e2"
     ]
+
+
+def test_published_factors_stay_each_experts_own(tmp_path: Path) -> None:
+    """PEFT reads them where they lie."""
+    bundle = merged(few_rows(tmp_path), tmp_path / "bundle")
+    assert [tensor for tensor, layer in bundle.layers.items() if layer.borrowed] == [HEAD]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gpt2"])
@@ -139,7 +145,7 @@ def test_peft_reads_the_folder_of_an_expert_with_a_few_rows(tmp_path: Path) -> N
 
 def test_who_had_another_ones_tensors_inherits_them(tmp_path: Path) -> None:
     paths = few_rows(tmp_path)
-    bundle = merged(paths, tmp_path / "bundle")
+    bundle = merged(paths, tmp_path / "bundle", code="int4")
     before = dense_state(bundle, "e1")
     smaller = remove_expert(bundle, "e0")
     after = dense_state(smaller, "e1")

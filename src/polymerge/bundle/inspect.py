@@ -151,7 +151,7 @@ def _expert(bundle: Bundle, name: str, stats: list[dict[str, Any]]) -> ExpertSum
         energy_kept=energy_kept(stats),
         relative_error=relative_error(stats),
         lost_by_averaging=relative_error(stats, "residual_norm"),
-        verdict=verdict_of(stats, tables, code=method.code, rate=method.compress_rate),
+        verdict=verdict_of(stats, tables, code=bundle.code, rate=method.compress_rate),
         persona=bundle.manifest.experts[name].persona,
         aligned=alignments(bundle).get(name),
     )

@@ -13,6 +13,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..method.code import Code
 from ..recipe.rates import AnyRates
 from .stats import module_kind
 
@@ -26,8 +27,8 @@ SAID: Mapping[Answer, str] = {
 AS_BEFORE, NEARLY = 0.9, 0.75
 # A kind of layer is short where it has lost at least so much of all that is lost.
 SHARE_OF_LOSS = 0.2
-# int4 pays for so many times the rank of published factors.
-INT4_RANKS = 3.8
+# What gives most rank for the bytes without an entropy coder: so many times that of published factors.
+BEST, INT4_RANKS = "int4", 3.8
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Verdict:
         return f"{SAID[self.answers]} ({self.energy_kept:.0%} of its residual kept){why}{cure}"
 
 
-def verdict_of(lines: Sequence[Mapping[str, Any]], tables: Container[str], *, code: str, rate: AnyRates) -> Verdict:
+def verdict_of(lines: Sequence[Mapping[str, Any]], tables: Container[str], *, code: Code, rate: AnyRates) -> Verdict:
     """From an expert's lines of merge_stats.jsonl.
 
     Args:
@@ -108,7 +109,7 @@ def _short(lines: Sequence[Mapping[str, Any]], among: Sequence[Mapping[str, Any]
     return tuple(kind for kind in worst if by_kind[kind] >= SHARE_OF_LOSS * whole) or tuple(worst[:1])
 
 
-def _more_rank(kept: float, code: str, rate: AnyRates) -> str:
+def _more_rank(kept: float, code: Code, rate: AnyRates) -> str:
     """What gives the rank at which enough of the energy would be kept; empty where that cannot be told.
 
     The lost share of a fine-tune's energy falls about as exp(-c sqrt(rank)): a rank four times as large squares it
@@ -117,10 +118,10 @@ def _more_rank(kept: float, code: str, rate: AnyRates) -> str:
     if not isinstance(rate, float) or not 0.0 < kept < 1.0 or rate == 1.0:
         return ""
     times = (math.log(1.0 - AS_BEFORE) / math.log(1.0 - kept)) ** 2
-    if code == "factors":
+    if code.peft_readable:
         if times <= INT4_RANKS:
-            return "`code: int4`"
-        return f"`code: int4` with `compress_rate: {_rate(rate, times / INT4_RANKS)}`"
+            return f"`code: {BEST}`"
+        return f"`code: {BEST}` with `compress_rate: {_rate(rate, times / INT4_RANKS)}`"
     return f"`compress_rate: {_rate(rate, times)}`"
 
 
