@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from polymerge.bundle.bundle import Bundle
 from polymerge.model import MixedModel
+from polymerge.model.own import OwnTensor
 
 HALF = 2
 
@@ -80,6 +81,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _tensors(item)
+    elif isinstance(value, OwnTensor):  # an expert's own norms and tables
+        yield from _tensors(value.values)
 
 
 def _in_half(tensor: Tensor) -> int:

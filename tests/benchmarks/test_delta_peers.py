@@ -22,10 +22,12 @@ from peer_methods.lowrank_delta import split_merge, truncated
 from peer_methods.paired import kept
 from peer_methods.prinmix import allocated, prin_mix
 from peer_methods.rows import ROWS, Ours, Peer, Plain, Run
-from peer_methods.sizes import in_half
+from peer_methods.sizes import bundle_sizes, in_half
 from peer_methods.task import Task
+from polymerge import load_model
 from polymerge.demo.skills import Skill, SkillExample
 from polymerge.search.sweep import ExampleAgreement
+from tests.conftest import Merged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -266,3 +268,9 @@ def test_a_method_that_routes_itself_is_measured_and_counted_too(run: Run) -> No
     measured, sizes = row.measure(run)
     assert set(measured) == set(run.task.experts) and sizes.gguf is None
     assert sizes.disk == sizes.resident > 2 * run.one_model
+
+
+def test_tables_of_an_experts_own_are_held_too(merged: Merged) -> None:
+    bundle, _ = merged("llama", compress_rate=0.6)
+    sizes = bundle_sizes(bundle, load_model(bundle, device="cpu"), own_tables=True)
+    assert sizes.resident == pytest.approx(sizes.disk, rel=0.03) and sizes.gguf is None
