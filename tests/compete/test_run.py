@@ -137,7 +137,7 @@ def test_over_the_memory_limit_the_thinker_is_unloaded_and_the_rest_direct(
 def test_a_missing_scorer_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     used = pipeline()
-    with pytest.raises(PolymergeError, match=r"polymerge\[compete\]"):
+    with pytest.raises(PolymergeError, match=r"pip install -e .\.\[compete\]"):
         compete(used, make_input(tmp_path, 3, target=True), tmp_path / "out.csv")
     assert used.engine.prompts == []  # type: ignore[attr-defined]
 
