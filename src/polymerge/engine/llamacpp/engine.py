@@ -16,16 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import EngineBusyError, EngineDownError, ModelError
-from ...sources.checkpoint import read_json
-from ...sources.persona import load_tokenizer, read_persona
+from ...sources.persona import Group, Persona
 from ..admission import DEFAULT_LIMITS
 from ..answer import Answer, Collector, new_answer
-from ..base import FloatArray, GenerateRequest, Generation, Message, Pooling, Prompt, Score, ScoreRequest
-from ..defaults import GenerationDefaults, folder_defaults
+from ..base import FloatArray, GenerateRequest, Generation, Pooling, Prompt, Score, ScoreRequest
 from ..exported import AVERAGE, check_average, check_probe
 from ..scoring import scored_pair
+from ..served import ServedEngine
 from ..streaming import EngineState, Listener, Stream, StreamRequest
-from ..voices import Voice, Voices
 from .api import LlamaApi
 from .folder import TOLERANCE, GgufNote, read_note
 from .lora import applied_adapter
@@ -34,14 +32,14 @@ from .scheduling import Scheduler, Work
 from .server import CACHE_TOKENS, ROWS, llama_server
 
 if TYPE_CHECKING:
-    from ...model.assignment import RowExpert
+    pass
 
 HEALTH_SECONDS = 1.0
 # (prompts, layers, pooling) -> hidden states, as `Engine.embed` gives them.
 Embed = Callable[[Sequence[Prompt], Sequence[int], Pooling], FloatArray]
 
 
-class LlamaEngine:
+class LlamaEngine(ServedEngine):
     """A `polymerge.engine.streaming.StreamingEngine` on a running llama.cpp server.
 
     Args:
@@ -86,15 +84,6 @@ class LlamaEngine:
             raise ModelError(f"{self.api.url}: the server does not say its n_ctx; is it llama.cpp's?")
         return min(int(served), self.note.context, self._scheduler.cache_tokens)
 
-    @cached_property
-    def voices(self) -> Voices:
-        """The bundle's tokenizer, and each expert's template and settings."""
-        base = read_persona(self.folder, read_json(self.folder / "config.json"))
-        tokenizer = load_tokenizer(base)
-        lock = threading.RLock()  # whoever reads an answer decodes it
-        average = Voice(tokenizer, folder_defaults(self.folder, tokenizer), self.max_length, lock)
-        return Voices(average, lambda expert: self.note.persona(self.folder, expert, base))
-
     @property
     def state(self) -> EngineState:
         """`restarting` while llama.cpp does not answer: whoever runs it may start it again."""
@@ -104,25 +93,8 @@ class LlamaEngine:
         status: Any = "stopped" if self._closing else "ready" if self._health[1] else "restarting"
         return EngineState(status, *self._scheduler.counts)
 
-    def max_length_of(self, expert: RowExpert = None) -> int:
-        """The served context is the same for all."""
-        return self.max_length
-
-    def defaults_of(self, expert: RowExpert = None) -> GenerationDefaults:
-        """What the exported generation_config.json says, or the expert's own."""
-        return self.voices.of(expert).defaults
-
-    def encode(self, text: str, *, special: bool = True, expert: RowExpert = None) -> list[int]:
-        """Token ids of a text."""
-        return self.voices.of(expert).encode(text, special=special)
-
-    def decode(self, ids: Sequence[int], *, expert: RowExpert = None) -> str:
-        """The text of token ids, without special tokens."""
-        return self.voices.of(expert).text(ids, False)
-
-    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None, go_on: bool = False) -> list[int]:
-        """Token ids of a conversation; without a chat template, its turns one below the other."""
-        return self.voices.of(expert).chat_prompt(messages, go_on=go_on)
+    def _persona(self, expert: str, average: Persona) -> tuple[Persona, tuple[Group, ...]]:
+        return self.note.persona(self.folder, expert, average)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """As in the contract; requests of one expert run together, however long the queue is."""

@@ -7,7 +7,6 @@ as the export says. Hidden states are not to be had from a server that generates
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,14 +16,13 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ...errors import ModelError
 from ...sources.checkpoint import read_json
-from ...sources.persona import load_tokenizer, read_persona
+from ...sources.persona import Group, Persona, read_persona
 from ..answer import Answer, Collector, new_answer
-from ..base import FloatArray, GenerateRequest, Generation, Message, Pooling, Prompt, Score, ScoreRequest
-from ..defaults import GenerationDefaults, folder_defaults
+from ..base import FloatArray, GenerateRequest, Generation, Pooling, Prompt, Score, ScoreRequest
 from ..exported import AVERAGE, check_average, check_probe
 from ..scoring import scored_pair
+from ..served import ServedEngine
 from ..streaming import Listener, StreamRequest
-from ..voices import Voice, Voices
 from .api import VllmApi
 from .folder import VllmNote, read_note
 from .reading import Reader
@@ -40,7 +38,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class VllmEngine:
+class VllmEngine(ServedEngine):
     """An `Engine` on a running vLLM server. `connect` makes one and probes it; `vllm_engine` starts a server too.
 
     Args:
@@ -86,40 +84,17 @@ class VllmEngine:
             raise ModelError(f"{self.api.url}: the server does not say its max_model_len; is it vLLM?")
         return int(length)
 
-    @cached_property
-    def voices(self) -> Voices:
-        """The bundle's tokenizer, and each expert's template and settings."""
+    def _average_persona(self) -> Persona:
         config = self.folder / "config.json"
-        base = read_persona(self.folder, read_json(config) if config.is_file() else {})
-        tokenizer = load_tokenizer(base)
-        lock = threading.RLock()  # whoever reads an answer decodes it
-        average = Voice(tokenizer, folder_defaults(self.folder, tokenizer), self.max_length, lock)
-        return Voices(average, lambda expert: self.note.persona(self.folder, expert, base))
+        return read_persona(self.folder, read_json(config) if config.is_file() else {})
 
     @property
     def tokenizer(self) -> Any:
         """The bundle's."""
         return self.voices.average.tokenizer
 
-    def max_length_of(self, expert: RowExpert = None) -> int:
-        """The served context is the same for all."""
-        return self.max_length
-
-    def defaults_of(self, expert: RowExpert = None) -> GenerationDefaults:
-        """What the exported generation_config.json says, or the expert's own."""
-        return self.voices.of(expert).defaults
-
-    def encode(self, text: str, *, special: bool = True, expert: RowExpert = None) -> list[int]:
-        """Token ids of a text."""
-        return self.voices.of(expert).encode(text, special=special)
-
-    def decode(self, ids: Sequence[int], *, expert: RowExpert = None) -> str:
-        """The text of token ids, without special tokens."""
-        return self.voices.of(expert).text(ids, False)
-
-    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None, go_on: bool = False) -> list[int]:
-        """Token ids of a conversation; without a chat template, its turns one below the other."""
-        return self.voices.of(expert).chat_prompt(messages, go_on=go_on)
+    def _persona(self, expert: str, average: Persona) -> tuple[Persona, tuple[Group, ...]]:
+        return self.note.persona(self.folder, expert, average)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """As in the contract; vLLM makes its batches of requests for different experts."""

@@ -1,0 +1,73 @@
+"""What engines have in common whose model another server runs: they read and write text by an exported folder's voices.
+
+Knows a folder and its voices; how a runtime is asked is its own engine's.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..sources.checkpoint import read_json
+from ..sources.persona import Group, Persona, load_tokenizer, read_persona
+from .base import Message
+from .defaults import GenerationDefaults, folder_defaults
+from .voices import Voice, Voices
+
+if TYPE_CHECKING:
+    from ..model.assignment import RowExpert
+
+
+class ServedEngine(ABC):
+    """The words' side of `polymerge.engine.Engine`.
+
+    Attributes:
+        folder: of the export.
+    """
+
+    folder: Path
+
+    @property
+    @abstractmethod
+    def max_length(self) -> int:
+        """The served context, in tokens."""
+
+    @abstractmethod
+    def _persona(self, expert: str, average: Persona) -> tuple[Persona, tuple[Group, ...]]:
+        """An expert's, as the export's note says, and in which groups it is not the average's."""
+
+    def _average_persona(self) -> Persona:
+        return read_persona(self.folder, read_json(self.folder / "config.json"))
+
+    @cached_property
+    def voices(self) -> Voices:
+        """The bundle's tokenizer, and each expert's template and settings."""
+        base = self._average_persona()
+        tokenizer = load_tokenizer(base)
+        lock = threading.RLock()  # whoever reads an answer decodes it
+        average = Voice(tokenizer, folder_defaults(self.folder, tokenizer), self.max_length, lock)
+        return Voices(average, lambda expert: self._persona(expert, base))
+
+    def max_length_of(self, expert: RowExpert = None) -> int:
+        """The served context is the same for all."""
+        return self.max_length
+
+    def defaults_of(self, expert: RowExpert = None) -> GenerationDefaults:
+        """What the exported generation_config.json says, or the expert's own."""
+        return self.voices.of(expert).defaults
+
+    def encode(self, text: str, *, special: bool = True, expert: RowExpert = None) -> list[int]:
+        """Token ids of a text."""
+        return self.voices.of(expert).encode(text, special=special)
+
+    def decode(self, ids: Sequence[int], *, expert: RowExpert = None) -> str:
+        """The text of token ids, without special tokens."""
+        return self.voices.of(expert).text(ids, False)
+
+    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None, go_on: bool = False) -> list[int]:
+        """Token ids of a conversation; without a chat template, its turns one below the other."""
+        return self.voices.of(expert).chat_prompt(messages, go_on=go_on)
