@@ -144,7 +144,8 @@ def add_expert(
             other_rows = record.vocabulary or record.rows
             tables_there = {task.name for task in tasks if task.tables and other_rows}
             ratios, ranks = ratios_of(notes), ranks_of(name, tasks, notes)
-            few = {t.name: kept_rows(n)[name] for t, n in zip(tasks, notes, strict=True) if name in kept_rows(n)}
+            pairs = zip(tasks, notes, strict=True)
+            few = {task.name: kept[name] for task, note in pairs if name in (kept := kept_rows(note))}
             manifest = bundle.manifest.with_expert(
                 name, record, files=files, ratios=ratios, tables=tables_there, ranks=ranks, rows=few
             )
