@@ -14,6 +14,7 @@ from .version import __version__ as __version__
 if TYPE_CHECKING:
     from .assess.start import assess_models as assess_models
     from .bundle.bundle import Bundle as Bundle
+    from .bundle.hub import pull_bundle as pull_bundle
     from .bundle.inspect import inspect_bundle as inspect_bundle
     from .compete.start import run_competition as run_competition
     from .demo.start import run_demo as run_demo
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .export import export_gguf as export_gguf
     from .export import export_peft as export_peft
     from .export import export_vllm as export_vllm
+    from .hub import push_bundle as push_bundle
     from .merging.footprint import footprint as footprint
     from .merging.grow import add_expert as add_expert
     from .merging.grow import remove_expert as remove_expert
@@ -82,6 +84,8 @@ _HOME = {
     "merge": "search.merge",
     "open_pipeline": "staged.opening",
     "plan_merge": "merging.plan",
+    "pull_bundle": "bundle.hub",
+    "push_bundle": "hub",
     "remove_expert": "merging.grow",
     "route": "router.requests",
     "run_competition": "compete.start",

@@ -12,7 +12,7 @@ from .words import Base
 
 
 def generate(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder, or its hub id.")],
     prompt: Annotated[str, typer.Argument(help="What to answer.")],
     expert: Annotated[str, typer.Option(help="An expert's name, average, or auto: the router chooses.")] = "average",
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 128,

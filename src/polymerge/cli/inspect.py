@@ -9,7 +9,7 @@ import typer
 
 
 def inspect(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder, or its hub id.")],
     html: Annotated[
         Path | None, typer.Option(help="Write a page of words and plots; its script lies beside it.")
     ] = None,

@@ -158,7 +158,7 @@ def _print(bundle: Bundle, output: Path, searched: list[Found], words: str) -> N
 
 
 def _print_costs(plan: MergePlan, bundle: Bundle) -> None:
-    """What residuals, embeddings and heads cost and would cost, and how far those are from the experts' own that were averaged."""
+    """What residuals and tables cost and would cost, and how far averaged tables are from the experts' own."""
     from ..merging.choices import averaged, bytes_of_choices, bytes_of_codes, moved
     from .console import say
     from .plan import embedding_costs, residual_costs

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
+from ..data.shown import shortened, table
 from ..errors import ModelError
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class GenerateRequest:
             and as often as it stands there; from -2 to 2, as OpenAI has them.
         logit_bias: token id -> what is added to its logit; from -100 to 100.
         ignore_eos: go on after an end token, up to `max_new_tokens`.
+        deadline: a time of `time.monotonic()` at which the answer is over with what it has, as at `max_new_tokens`;
+            engines of this process look at it with every token.
 
     Raises:
         ModelError: a number that means nothing.
@@ -66,6 +69,7 @@ class GenerateRequest:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     ignore_eos: bool = False
+    deadline: float | None = None
 
     def __post_init__(self) -> None:
         allowed = {
@@ -102,6 +106,13 @@ class Generation:
     prompt_tokens: int
     tokens: int
     finish: Literal["stop", "length"]
+
+    def __repr__(self) -> str:
+        cut = ", cut" if self.finish == "length" else ""
+        return f"Generation({shortened(self.text)!r}, {self.tokens} tokens{cut})"
+
+    def _repr_html_(self) -> str:
+        return table("Generation", {"text": self.text, "tokens": self.tokens, "ended by": self.finish})
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from .access import Access
 from .completions import completion_routes
 from .errors import ApiError, invalid, told
 from .judgements import judgement_routes
+from .kit import kit_routes
 from .models import model_routes
 from .playground import playground_routes
 from .service import Service
@@ -55,6 +56,7 @@ def create_app(
         completion_routes(service),
         model_routes(service),
         judgement_routes(service, router),
+        kit_routes(service),
         status_routes(service),
         playground_routes(),
     ):
