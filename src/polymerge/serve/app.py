@@ -16,6 +16,7 @@ from ..version import __version__
 from .access import Access
 from .completions import completion_routes
 from .errors import ApiError, invalid, told
+from .feedback import feedback_routes
 from .judgements import judgement_routes
 from .kit import kit_routes
 from .models import model_routes
@@ -57,6 +58,7 @@ def create_app(
         model_routes(service),
         judgement_routes(service, router),
         kit_routes(service),
+        feedback_routes(service),
         status_routes(service),
         playground_routes(),
     ):

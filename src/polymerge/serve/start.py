@@ -55,6 +55,7 @@ def serve_bundle(
     kernel: str = "plain",
     base: str = "16bit",
     log_prompts: bool = False,
+    feedback: str | Path | None = None,
     say: Callable[[str], None] | None = None,
     on_ready: Callable[[Running], None] | None = None,
 ) -> None:
@@ -77,6 +78,7 @@ def serve_bundle(
             made once in the cache), or an export that `bundle` is, or with `llama_url` a llama-server that runs.
         probe: check every expert first.
         kernel: plain or triton, and base: 16bit or fewer, as `load_model` takes them.
+        feedback: a file to which the playground's thumbs go, as JSONL; without one nothing is kept.
         say: told what is being done before the server listens.
         on_ready: told when it listens.
 
@@ -101,6 +103,7 @@ def serve_bundle(
         cors_origins=tuple(cors_origin or ()),
         hosts=tuple(name.lower() for name in allow_host or ()),
         log_prompts=log_prompts,
+        feedback=Path(feedback) if feedback else None,
     )
     said, ready = say or (lambda text: None), on_ready or (lambda running: None)
     check_engine(engine, gguf, llama_url, vllm=vllm or bool(vllm_url), staged=bool(recipe or thinker))
