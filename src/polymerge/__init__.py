@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .merging.grow import add_expert as add_expert
     from .merging.grow import remove_expert as remove_expert
     from .merging.plan import plan_merge as plan_merge
+    from .merging.room import cheapest_change as cheapest_change
     from .merging.sources import verify as verify
     from .merging.upgrade import upgrade as upgrade
     from .model import MixedModel as MixedModel
@@ -66,6 +67,7 @@ _HOME = {
     "Sample": "router.samples",
     "add_expert": "merging.grow",
     "assess_models": "assess.start",
+    "cheapest_change": "merging.room",
     "evaluate_bundle": "evaluate.start",
     "evaluate_router": "router.evaluation",
     "export_dense": "export",

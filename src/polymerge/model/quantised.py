@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import MissingExtraError, ModelError, install_line
 from ..host import dtype_name
+from ..recipe.response import Base as Base
 
-Base = Literal["16bit", "int8", "nf4", "int4", "fp8"]
 EXTRA = "quantized"
 
 

@@ -86,8 +86,11 @@ def open_thinker(settings: ThinkerSettings, device: str | None = None) -> Thinke
 
     if settings.endpoint is not None:
         return EndpointThinker(settings)
-    source, trust = str(settings.source), settings.trust_remote_code
-    return LocalThinker(source, lambda: HFEngine.from_checkpoint(source, device=device, trust_remote_code=trust))
+    source, trust, base = str(settings.source), settings.trust_remote_code, settings.base
+    name = source if base == "16bit" else f"{source} in {base}"
+    return LocalThinker(
+        name, lambda: HFEngine.from_checkpoint(source, device=device, trust_remote_code=trust, base=base)
+    )
 
 
 def stage_settings(base: StageSettings | None, **settings: Any) -> StageSettings:
