@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .export import export_gguf as export_gguf
     from .export import export_peft as export_peft
     from .export import export_vllm as export_vllm
+    from .export import quantize_bundle as quantize_bundle
     from .merging.footprint import footprint as footprint
     from .merging.grow import add_expert as add_expert
     from .merging.grow import remove_expert as remove_expert
@@ -84,6 +85,7 @@ _HOME = {
     "merge": "search.merge",
     "open_pipeline": "staged.opening",
     "plan_merge": "merging.plan",
+    "quantize_bundle": "export",
     "remove_expert": "merging.grow",
     "route": "router.requests",
     "run_competition": "compete.start",
