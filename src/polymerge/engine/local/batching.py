@@ -1,7 +1,7 @@
 """Continuous batching: requests join the running batch at any step and leave it when they are over.
 
-One thread owns the model. Between two steps it does what other callers want from the model (embeddings, scores), drops
-answers that nobody waits for, and reads the prompts of newcomers. Knows queues, budgets and failures; does not know
+One thread owns the model. Between two steps it does a slice of what other callers want from the model (embeddings,
+scores), drops what nobody waits for, and reads the prompts of newcomers. Knows queues, budgets and failures; does not know
 tokens' meaning (`polymerge.engine.answer`) or caches (`polymerge.engine.local.running`).
 """
 
@@ -14,21 +14,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...errors import DeadlineError, EngineBusyError, EngineDownError
+from ...errors import EngineBusyError, EngineDownError
 from ...model.assignment import Assignment
 from ..admission import DEFAULT_LIMITS, Limits, admit
 from ..answer import Answer, Collector, new_answer, taken
 from ..base import FloatArray, GenerateRequest, Generation, Message, Pooling, Prompt, Score, ScoreRequest
 from ..defaults import GenerationDefaults
-from ..jobs import Jobs
+from ..jobs import Jobs, Work
 from ..streaming import EngineState, Listener, Stream, StreamRequest
 from ..wrappers.forwarding import ForwardingEngine
 from .engine import HFEngine
-from .running import RunningBatch
+from .running import CHUNK, RunningBatch
+from .scores import ScoreGroup, grouped
 
 if TYPE_CHECKING:
     from ...model.assignment import RowExpert
@@ -41,7 +42,8 @@ RESTART_PAUSES = (0.0, 0.2, 1.0, 5.0)
 CALM_TURNS = 256
 # So long a closing engine waits for a step to end after its answers were given up.
 STEP_SECONDS = 1.0
-Result = TypeVar("Result")
+# Tokens of the texts that are embedded or scored between two steps: about what a piece of a long prompt is.
+SLICE_TOKENS = CHUNK
 
 
 class BatchingEngine(ForwardingEngine):
@@ -57,6 +59,7 @@ class BatchingEngine(ForwardingEngine):
     def __init__(self, engine: HFEngine, limits: Limits = DEFAULT_LIMITS) -> None:
         super().__init__(engine)
         self._limits, self._most_rows, self._calm = limits, limits.max_rows, 0
+        self._places = limits.max_rows + limits.max_waiting
         # A tokenizer changes its settings while it encodes, so every thread needs its own or a lock.
         self._front = copy.copy(engine)
         self._front.voices = engine.voices.apart()
@@ -107,22 +110,35 @@ class BatchingEngine(ForwardingEngine):
         return [collector.result(stream.prompt_tokens) for collector, stream in zip(collectors, streams, strict=True)]
 
     def loglikelihood(self, requests: Sequence[ScoreRequest]) -> list[Score]:
-        """As in the contract."""
-        return self._on_worker("score", requests, self._engine.loglikelihood)
+        """As in the contract. What is scored at the same time runs a slice at a time, between steps."""
+        with self._tokenizing:
+            groups = grouped(self._front, requests, self._check)
+        work = self._engine.loglikelihood
+
+        def run(items: Sequence[ScoreGroup]) -> list[list[Score]]:
+            scores = iter(work([request for group in items for request in group.requests]))
+            return [[next(scores) for _ in group.requests] for group in items]
+
+        rows = self._on_worker("score", groups, run, [group.tokens for group in groups])
+        ordered = {n: one for group, row in zip(groups, rows, strict=True) for n, one in zip(group.places, row)}
+        return [ordered[n] for n in range(len(requests))]
 
     def embed(
         self, prompts: Sequence[Prompt], *, layers: Sequence[int] = (-1,), pooling: Pooling = "last"
     ) -> FloatArray:
-        """As in the contract. Calls that wait at the same time run as one."""
+        """As in the contract. Calls that wait at the same time run together, a slice at a time, between steps."""
         import numpy as np
 
         if not len(prompts):
             return self._engine.embed([], layers=layers, pooling=pooling)
+        with self._tokenizing:
+            encoded = [self._front.embeddable(prompt) for prompt in prompts]
 
         def run(items: Sequence[Prompt]) -> list[FloatArray]:
             return list(self._engine.embed(items, layers=layers, pooling=pooling))
 
-        rows: list[FloatArray] = self._on_worker(("embed", tuple(layers), pooling), prompts, run)
+        key = ("embed", tuple(layers), pooling)
+        rows: list[FloatArray] = self._on_worker(key, encoded, run, [len(ids) for ids in encoded])
         return np.stack(rows)
 
     def submit(self, requests: Sequence[StreamRequest], listeners: Sequence[Listener]) -> list[Stream]:
@@ -137,8 +153,10 @@ class BatchingEngine(ForwardingEngine):
         self._thread.join(seconds)
         if self._thread.is_alive():
             with self._changed:
+                late = EngineDownError("the engine was stopped before the answer was whole")
                 for answer in [*self._waiting, *self._batch.answers]:
-                    answer.fail(EngineDownError("the engine was stopped before the answer was whole"))
+                    answer.fail(late)
+                self._jobs.fail(late)
             self._thread.join(STEP_SECONDS)
             if self._thread.is_alive():  # it ends with the process
                 logger.warning("the engine was left in the middle of a step")
@@ -148,31 +166,39 @@ class BatchingEngine(ForwardingEngine):
         with self._changed:
             if self._closing or self._status != "ready":
                 raise EngineDownError("the engine is " + ("stopping" if self._closing else self._status))
-            if bounded and len(self._waiting) + len(answers) > self._limits.max_waiting:
-                raise EngineBusyError(f"{len(self._waiting)} requests are waiting already; try again later")
+            if bounded and self._under_way + len(answers) > self._places:
+                raise EngineBusyError(f"{self._under_way} requests are under way already; try again later")
             self._waiting.extend(answers)
             self._changed.notify_all()
         return list(answers)
 
+    @property
+    def _under_way(self) -> int:
+        return sum(not answer.over for answer in (*self._waiting, *self._batch.answers))
+
     def _answer(self, request: StreamRequest, listener: Listener) -> Answer:
         asked = request.generate
         with self._tokenizing:
-            if self.experts:
-                self._checks.set(asked.expert, 1)
-            else:
-                self._front.check_expert(asked.expert)
+            self._check(asked.expert)
             prompt = self._front.ids(asked.prompt, asked.expert)
             voice = self._engine.voices.of(asked.expert)  # the worker's own
         return new_answer(request, prompt, listener, voice=voice)
 
-    def _on_worker(self, key: Any, items: Sequence[Any], run: Callable[[Sequence[Any]], list[Result]]) -> list[Result]:
-        """Runs something on the model between two steps."""
+    def _check(self, expert: RowExpert) -> None:
+        """Raises ModelError for an expert that there is not, without the model's own state."""
+        if self.experts:
+            self._checks.set(expert, 1)
+        else:
+            self._front.check_expert(expert)
+
+    def _on_worker(self, key: Any, items: Sequence[Any], run: Work, sizes: Sequence[int]) -> list[Any]:
+        """Runs something on the model, slice by slice between steps."""
         if threading.current_thread() is self._thread:
-            return run(items)
+            return list(run(items))
         with self._changed:
             if self._status == "stopped" or not self._thread.is_alive():
                 raise EngineDownError("the engine has stopped")
-            future = self._jobs.put(key, items, run)
+            future = self._jobs.put(key, items, run, sizes)
             self._changed.notify_all()
         return future.result()
 
@@ -200,7 +226,7 @@ class BatchingEngine(ForwardingEngine):
         """What happens between two steps, and one step."""
         if self._jobs:
             self._batch.pause()
-            self._jobs.run()
+            self._jobs.run(SLICE_TOKENS)
         self._drop()
         newcomers = self._newcomers()
         if newcomers:
@@ -216,12 +242,10 @@ class BatchingEngine(ForwardingEngine):
             self._batch.leave()
 
     def _drop(self) -> None:
-        """Forgets answers that were cancelled or came too late."""
-        now = time.monotonic()
+        """Forgets answers that were cancelled, came too late or have nobody who waits."""
         with self._changed:
             for answer in [*self._batch.answers, *self._waiting]:
-                if answer.due is not None and now > answer.due:
-                    answer.fail(DeadlineError(f"the answer was not whole within {answer.request.seconds:g} s"))
+                answer.give_up()
             if any(answer.over for answer in self._waiting):
                 self._waiting = deque(answer for answer in self._waiting if not answer.over)
         self._batch.leave()
