@@ -54,6 +54,11 @@ class Jobs:
     def __len__(self) -> int:
         return len(self._jobs) + len(self._doing)
 
+    @property
+    def waiting(self) -> int:
+        """Jobs of which nothing is being done now."""
+        return len(self._jobs)
+
     def put(
         self, key: Hashable, items: Sequence[Any], work: Work, sizes: Sequence[int] | None = None
     ) -> Future[list[Any]]:

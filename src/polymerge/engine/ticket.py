@@ -37,7 +37,8 @@ class Ticket:
         return not self.wanted() or (self.due is not None and time.monotonic() > self.due)
 
 
-_current: ContextVar[Ticket] = ContextVar("polymerge_ticket", default=Ticket())
+FOR_EVER = Ticket()
+_current: ContextVar[Ticket] = ContextVar("polymerge_ticket", default=FOR_EVER)
 
 
 def current_ticket() -> Ticket:

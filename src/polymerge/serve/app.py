@@ -17,6 +17,7 @@ from .access import Access
 from .completions import completion_routes
 from .errors import ApiError, invalid, told
 from .judgements import judgement_routes
+from .keys import KeyRing
 from .models import model_routes
 from .playground import playground_routes
 from .service import Service
@@ -39,7 +40,7 @@ def create_app(
         pipeline: a `polymerge.staged.Pipeline`; without one there is no model `staged`.
 
     Returns:
-        An application whose `state.service` is the `Service` behind it.
+        An application whose `state.service` is the `Service` behind it, and `state.keys` its `KeyRing`.
     """
     settings = settings or ServeSettings()
     service = Service(engine, router, pipeline, settings)
@@ -51,6 +52,7 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
+    app.state.keys = keys = KeyRing(settings.keys, settings.key_file)
     for routes in (
         completion_routes(service),
         model_routes(service),
@@ -63,7 +65,7 @@ def create_app(
     app.add_exception_handler(HTTPException, _on_http)
     for known in (ApiError, PolymergeError):
         app.add_exception_handler(known, _on_error)
-    app.add_middleware(Access, settings=settings, metrics=service.metrics)
+    app.add_middleware(Access, settings=settings, metrics=service.metrics, keys=keys)
     if settings.cors_origins:
         from starlette.middleware.cors import CORSMiddleware
 

@@ -1,18 +1,19 @@
 """Continuous batching: requests join the running batch at any step and leave it when they are over.
 
 One thread owns the model. Between two steps it does a slice of what other callers want from the model (embeddings,
-scores), drops what nobody waits for, and reads the prompts of newcomers. Knows queues, budgets and failures; does not know
-tokens' meaning (`polymerge.engine.answer`) or caches (`polymerge.engine.local.running`).
+scores), drops what nobody waits for, and reads the prompts of newcomers. Knows queues, budgets and failures; does not
+know tokens' meaning (`polymerge.engine.answer`) or caches (`polymerge.engine.local.running`).
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -120,8 +121,9 @@ class BatchingEngine(ForwardingEngine):
             return [[next(scores) for _ in group.requests] for group in items]
 
         rows = self._on_worker("score", groups, run, [group.tokens for group in groups])
-        ordered = {n: one for group, row in zip(groups, rows, strict=True) for n, one in zip(group.places, row)}
-        return [ordered[n] for n in range(len(requests))]
+        places = [place for group in groups for place in group.places]
+        ordered = dict(zip(places, itertools.chain.from_iterable(rows), strict=True))
+        return [ordered[place] for place in range(len(requests))]
 
     def embed(
         self, prompts: Sequence[Prompt], *, layers: Sequence[int] = (-1,), pooling: Pooling = "last"

@@ -34,9 +34,7 @@ class ScoreGroup:
     tokens: int = 0
 
 
-def grouped(
-    engine: HFEngine, requests: Sequence[ScoreRequest], check: Callable[[RowExpert], None]
-) -> list[ScoreGroup]:
+def grouped(engine: HFEngine, requests: Sequence[ScoreRequest], check: Callable[[RowExpert], None]) -> list[ScoreGroup]:
     """The requests by context, each context in its first one's place.
 
     Args:
