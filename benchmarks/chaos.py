@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import psutil
+import psutil  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.table import Table
 
@@ -175,15 +175,7 @@ def text_of(kind: str, answer: httpx2.Response) -> str:
     return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk.get("choices", ()))
 
 
-async def client(
-    number: int,
-    url: str,
-    until: float,
-    known: dict[str, str],
-    asked: Sequence[dict[str, Any]],
-    storm: Storm,
-    leave: float,
-) -> None:
+async def client(number: int, url: str, until: float, storm: Storm, leave: float) -> None:
     """One client: asks, and now and then hangs up."""
     draw = random.Random(number)
     async with httpx2.AsyncClient(base_url=url, timeout=None) as http:

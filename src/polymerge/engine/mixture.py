@@ -35,6 +35,12 @@ def expert_of(text: str) -> RowExpert:
     return mixture
 
 
+def members(expert: RowExpert) -> set[str]:
+    """The names in what an engine is asked for."""
+    named = {expert} if isinstance(expert, str) else set(expert or ())
+    return named - {AVERAGE}
+
+
 def _weight(words: str, text: str) -> float:
     try:
         weight = float(words)

@@ -16,6 +16,7 @@ from ..version import __version__
 from .access import Access
 from .completions import completion_routes
 from .errors import ApiError, invalid, told
+from .experts import LoadedExperts, expert_routes
 from .judgements import judgement_routes
 from .keys import KeyRing
 from .models import model_routes
@@ -31,12 +32,14 @@ def create_app(
     router: Routes | None = None,
     pipeline: Responds | None = None,
     settings: ServeSettings | None = None,
+    experts: LoadedExperts | None = None,
 ) -> FastAPI:
     """The application.
 
     Args:
         engine: stays the caller's, who closes it when the server has ended.
         router: without one there is no model `auto`.
+        experts: what loads and unloads experts; without it that cannot be done over HTTP.
         pipeline: a `polymerge.staged.Pipeline`; without one there is no model `staged`.
 
     Returns:
@@ -58,6 +61,7 @@ def create_app(
         model_routes(service),
         judgement_routes(service, router),
         status_routes(service),
+        *([expert_routes(experts, keys)] if experts else []),
         playground_routes(),
     ):
         app.include_router(routes)
@@ -72,7 +76,7 @@ def create_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],  # clients send headers of their own, such as OpenAI's x-stainless-*
             expose_headers=["x-polymerge-expert", "x-polymerge-field", "x-polymerge-confidence", "x-request-id"],
         )

@@ -12,12 +12,12 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from ..engine.base import Engine
-from ..engine.mixture import AVERAGE, expert_of
+from ..engine.mixture import AVERAGE, expert_of, members
 from ..router.route import Route, Routes
 from .errors import ApiError
 from .lanes import Lane
@@ -89,10 +89,15 @@ class Chooser:
     """
 
     def __init__(self, engine: Engine, router: Routes | None, settings: ServeSettings, *, staged: bool = False) -> None:
-        self._engine, self._router, self._settings = engine, router, settings
-        self.models = [*([AUTO] if router else []), *engine.experts, AVERAGE, *([STAGED] if staged else [])]
+        self._engine, self._router, self._settings, self._staged = engine, router, settings, staged
         self._known: OrderedDict[bytes, Route] = OrderedDict()
         self._lane = Lane("router", router.route, TEXTS_AT_ONCE) if router else None
+
+    @property
+    def models(self) -> list[str]:
+        """What `model` may be, mixtures apart."""
+        first, last = [AUTO] if self._router else [], [STAGED] if self._staged else []
+        return [*first, *self._engine.experts, AVERAGE, *last]
 
     async def choose(self, model: str, turns: Sequence[str], *, sticky: bool = True) -> Choice:
         """The expert for a conversation of these user turns; a plain text is one turn.
@@ -107,7 +112,11 @@ class Chooser:
         if not texts:
             return Choice(None, reason="there is no text to route by")
         routes = await self.routes(texts[-self._settings.max_turns :] if sticky else texts[-1:])
-        return self._walk(routes)
+        choice = self._walk(routes)
+        if missing := members(choice.expert).difference(self._engine.experts):
+            reason = f"the router chose {', '.join(sorted(missing))}, which is not loaded; the average answers"
+            return replace(choice, expert=None, reason=reason)
+        return choice
 
     def check(self, model: str) -> None:
         """Raises ApiError unless the model is there, or all members of a mixture are. ModelError: it is no mixture."""

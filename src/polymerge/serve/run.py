@@ -24,6 +24,7 @@ from ..errors import PolymergeError
 from ..router.route import Routes
 from .app import create_app
 from .connections import BACKLOG, http_protocol
+from .experts import LoadedExperts
 from .probe import probe as check
 from .settings import LOCAL_HOSTS, ServeSettings
 from .stages import Responds
@@ -109,13 +110,19 @@ def serve(
     with listener(host, port) as place:
         opened = Bundle.open(bundle)
         say(f"loading {opened.path}")
-        loaded = HFEngine.from_bundle(opened, device=device, kernel=kernel, base=base)
-        if probe:
-            check(loaded, opened, progress=lambda expert: say(f"checking expert {expert}"))
-        engine = BatchingEngine(loaded, settings.limits)
+
+        def load(chosen: Bundle) -> HFEngine:
+            made = HFEngine.from_bundle(chosen, device=device, kernel=kernel, base=base)
+            if probe:
+                check(made, chosen, progress=lambda expert: say(f"checking expert {expert}"))
+            return made
+
+        engine = BatchingEngine(load(opened), settings.limits)
         try:
             router = bundle_router(opened, engine, device)
-            app = create_app(engine, router, stages.open(opened, engine, router, device) if stages else None, settings)
+            pipeline = stages.open(opened, engine, router, device) if stages else None
+            experts = LoadedExperts(opened, engine, load, settings.seconds)
+            app = create_app(engine, router, pipeline, settings, experts)
             _listen(app, place, host, settings, on_ready)
         finally:
             engine.close(settings.close_seconds)

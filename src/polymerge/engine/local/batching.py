@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...errors import EngineBusyError, EngineDownError
+from ...errors import DeadlineError, EngineBusyError, EngineDownError, ModelError
 from ...model.assignment import Assignment
 from ..admission import DEFAULT_LIMITS, Limits, admit
 from ..answer import Answer, Collector, new_answer, taken
 from ..base import FloatArray, GenerateRequest, Generation, Message, Pooling, Prompt, Score, ScoreRequest
 from ..defaults import GenerationDefaults
 from ..jobs import Jobs, Work
+from ..mixture import members
 from ..streaming import EngineState, Listener, Stream, StreamRequest
 from ..wrappers.forwarding import ForwardingEngine
 from .engine import HFEngine
@@ -59,21 +60,49 @@ class BatchingEngine(ForwardingEngine):
 
     def __init__(self, engine: HFEngine, limits: Limits = DEFAULT_LIMITS) -> None:
         super().__init__(engine)
+        self._face(engine)
         self._limits, self._most_rows, self._calm = limits, limits.max_rows, 0
         self._places = limits.max_rows + limits.max_waiting
-        # A tokenizer changes its settings while it encodes, so every thread needs its own or a lock.
-        self._front = copy.copy(engine)
-        self._front.voices = engine.voices.apart()
         self._tokenizing = threading.Lock()
-        self._checks = Assignment(engine.experts, torch.device("cpu"))
         self._waiting: deque[Answer] = deque()
         self._batch = RunningBatch(engine)
         self._changed = threading.Condition()
         self._jobs = Jobs()
         self._status: Any = "ready"
         self._closing = False
+        self._next: HFEngine | None = None
+        self._leaving: frozenset[str] = frozenset()
         self._thread = threading.Thread(target=self._work, name="polymerge-engine", daemon=True)
         self._thread.start()
+
+    def _face(self, engine: HFEngine) -> None:
+        """What callers' threads use: a tokenizer changes its settings while it encodes, so it is not the worker's."""
+        self._engine, self._front = engine, copy.copy(engine)
+        self._front.voices = engine.voices.apart()
+        self._checks = Assignment(engine.experts, torch.device("cpu"))
+
+    @property
+    def experts(self) -> list[str]:
+        """The model's, but for those that are leaving."""
+        return [name for name in self._engine.experts if name not in self._leaving]
+
+    def replace(self, engine: HFEngine, seconds: float | None = None) -> None:
+        """Goes on with another model of the same average, which has more experts or fewer. Nothing is cut: answers of
+        an expert that it has not are finished before, and no new ones are begun; all others go on from the tokens that
+        they have.
+
+        Raises:
+            EngineDownError: the engine has stopped, or is given another model already. DeadlineError: not in time.
+        """
+        leaving = frozenset(self._engine.experts) - frozenset(engine.experts)
+        with self._changed:
+            if self._status == "stopped" or self._closing or self._next is not None:
+                raise EngineDownError("the engine takes no other model now")
+            self._next, self._leaving = engine, leaving
+            self._changed.notify_all()
+            if not self._changed.wait_for(lambda: self._next is None, seconds):
+                self._next, self._leaving = None, frozenset()
+                raise DeadlineError(f"answers of {', '.join(sorted(leaving))} did not end within {seconds:g} s")
 
     @property
     def state(self) -> EngineState:
@@ -168,6 +197,8 @@ class BatchingEngine(ForwardingEngine):
         with self._changed:
             if self._closing or self._status != "ready":
                 raise EngineDownError("the engine is " + ("stopping" if self._closing else self._status))
+            for answer in answers:  # another model may have come since it was made
+                self._check(answer.request.generate.expert)
             if bounded and self._under_way + len(answers) > self._places:
                 raise EngineBusyError(f"{self._under_way} requests are under way already; try again later")
             self._waiting.extend(answers)
@@ -188,7 +219,9 @@ class BatchingEngine(ForwardingEngine):
 
     def _check(self, expert: RowExpert) -> None:
         """Raises ModelError for an expert that there is not, without the model's own state."""
-        if self.experts:
+        if gone := self._leaving.intersection(members(expert)):
+            raise ModelError(f"expert {min(gone)!r} is being unloaded")
+        if self._engine.experts:
             self._checks.set(expert, 1)
         else:
             self._front.check_expert(expert)
@@ -207,7 +240,7 @@ class BatchingEngine(ForwardingEngine):
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not (self._waiting or len(self._batch) or self._jobs or self._closing):
+                while not (self._waiting or len(self._batch) or self._jobs or self._closing or self._next):
                     self._changed.wait()
                 if self._closing and not (self._waiting or len(self._batch) or self._jobs):
                     self._status = "stopped"
@@ -226,6 +259,8 @@ class BatchingEngine(ForwardingEngine):
 
     def _turn(self) -> None:
         """What happens between two steps, and one step."""
+        if self._next is not None:
+            self._take_next()
         if self._jobs:
             self._batch.pause()
             self._jobs.run(SLICE_TOKENS)
@@ -242,6 +277,21 @@ class BatchingEngine(ForwardingEngine):
         if len(self._batch):
             self._batch.step()
             self._batch.leave()
+
+    def _take_next(self) -> None:
+        """Goes over to the other model, unless an answer still needs an expert that it has not."""
+        with self._changed:
+            answers = [answer for answer in (*self._batch.answers, *self._waiting) if not answer.over]
+            needed = {name for answer in answers for name in members(answer.request.generate.expert)}
+            if self._next is None or needed & self._leaving:
+                return
+            running = [answer for answer in self._batch.clear() if not answer.over]
+            with self._tokenizing:
+                self._face(self._next)
+            self._batch = RunningBatch(self._engine)
+            self._waiting.extendleft(reversed(running))
+            self._next, self._leaving = None, frozenset()
+            self._changed.notify_all()
 
     def _drop(self) -> None:
         """Forgets answers that were cancelled, came too late or have nobody who waits."""
