@@ -76,6 +76,7 @@ class Bundle:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
+        self._chosen: tuple[str, ...] | None = None
         self._personas: dict[str | None, Persona] = {}
 
     @classmethod
@@ -107,8 +108,24 @@ class Bundle:
 
     @property
     def experts(self) -> list[str]:
-        """Names of the experts, in the recipe's order."""
-        return list(self.manifest.experts)
+        """Names of the experts, in the recipe's order: all, or those that `only` chose."""
+        return [name for name in self.manifest.experts if self._chosen is None or name in self._chosen]
+
+    def only(self, experts: Iterable[str]) -> Bundle:
+        """The same bundle with some of its experts, to load no others.
+
+        Raises:
+            BundleError: it has no such expert, or its experts are not each for itself: one's factors are another's too,
+                or the average is made of them.
+        """
+        chosen = tuple(experts)
+        for name in chosen:
+            self.expert_folder(name)
+        if any(layer.base != "average" or layer.borrowed for layer in self.manifest.layers):
+            raise BundleError(f"{self.path}: its experts share factors, so they are loaded all together")
+        made = type(self)(self.path, self.manifest)
+        made._chosen = chosen
+        return made
 
     @property
     def digest(self) -> str:
@@ -154,9 +171,9 @@ class Bundle:
         if self.layers[tensor].base == "average":
             return self.base_tensor(tensor)
         total = torch.zeros(self.layers[tensor].shape)
-        for expert in self.experts:
+        for expert in self.manifest.experts:
             total += self.reconstruct(expert, tensor)
-        return total / len(self.experts)
+        return total / len(self.manifest.experts)
 
     def adapter(self, expert: str, *, coded: Container[str] = (), apart: bool = False) -> dict[str, Tensor]:
         """All tensors of an expert's adapter, keys without PEFT's prefix. Tables come whole, but for those with
