@@ -19,6 +19,7 @@ from .errors import ApiError, invalid, told
 from .judgements import judgement_routes
 from .models import model_routes
 from .playground import playground_routes
+from .responding import response_routes
 from .service import Service
 from .settings import ServeSettings
 from .stages import Responds
@@ -53,6 +54,7 @@ def create_app(
     app.state.service = service
     for routes in (
         completion_routes(service),
+        response_routes(service),
         model_routes(service),
         judgement_routes(service, router),
         status_routes(service),

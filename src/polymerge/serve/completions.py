@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from .answering import calling_of, prompt_of
 from .errors import ApiError
 from .routing import STAGED, Choice
 from .schema import ChatRequest, CompletionRequest
@@ -24,15 +25,18 @@ def completion_routes(service: Service) -> APIRouter:
             return await service.respond_in_stages(request, body)
         turns = [message.text for message in body.messages if message.role == "user"]
         choice = await service.choose(request, body.model, turns, sticky=body.polymerge.sticky)
-        messages = [message.for_template() for message in body.messages]
-        prompt = await service.tokens(
-            lambda: service.engine.chat_prompt(messages, expert=choice.expert, go_on=body.continue_final_message),
-            "messages",
-        )
+        calling = calling_of(service.engine, body, choice.expert)
+        prompt = await service.tokens(lambda: prompt_of(service.engine, body, choice.expert, calling), "messages")
         requests = service.stream_requests(
-            body, [prompt], [choice], tokens=body.wanted_tokens, logprobs=body.wanted_logprobs
+            body, [prompt], [choice], tokens=body.wanted_tokens, logprobs=body.wanted_logprobs, calling=calling
         )
-        shape = ChatShape(body.model, service.engine.fingerprint, scored=bool(body.logprobs), stream=bool(body.stream))
+        shape = ChatShape(
+            body.model,
+            service.engine.fingerprint,
+            scored=bool(body.logprobs),
+            stream=bool(body.stream),
+            calling=calling,
+        )
         return await service.respond(request, body, shape, requests, [choice])
 
     @routes.post("/v1/completions")

@@ -95,10 +95,22 @@ class BatchingEngine(ForwardingEngine):
         with self._tokenizing:
             return self._front.decode(ids, expert=expert)
 
-    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None, go_on: bool = False) -> list[int]:
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        expert: RowExpert = None,
+        go_on: bool = False,
+        tools: Sequence[Message] = (),
+    ) -> list[int]:
         """As in the contract."""
         with self._tokenizing:
-            return self._front.chat_prompt(messages, expert=expert, go_on=go_on)
+            return self._front.chat_prompt(messages, expert=expert, go_on=go_on, tools=tools)
+
+    def chat_template_of(self, expert: RowExpert = None) -> str | None:
+        """As in the contract."""
+        with self._tokenizing:
+            return self._front.chat_template_of(expert)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """As in the contract; the requests share the running batch with everyone else's, however long the queue is."""
@@ -163,7 +175,8 @@ class BatchingEngine(ForwardingEngine):
                 self._front.check_expert(asked.expert)
             prompt = self._front.ids(asked.prompt, asked.expert)
             voice = self._engine.voices.of(asked.expert)  # the worker's own
-        return new_answer(request, prompt, listener, voice=voice)
+        matcher = self._engine.grammars.matcher(asked.structure, voice)
+        return new_answer(request, prompt, listener, voice=voice, matcher=matcher)
 
     def _on_worker(self, key: Any, items: Sequence[Any], run: Callable[[Sequence[Any]], list[Result]]) -> list[Result]:
         """Runs something on the model between two steps."""
