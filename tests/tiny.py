@@ -155,6 +155,6 @@ def text_model(tokenizer: hf.PreTrainedTokenizerFast, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     config = hf.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        num_key_value_heads=2, max_position_embeddings=16384, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     return hf.LlamaForCausalLM(config).eval()

@@ -92,8 +92,8 @@ class Grammars:
     def _compile(self, structure: Structure, voice: Voice) -> Any:
         with needs_extra("structured"):
             from llguidance import LLMatcher
-        tokenizer = self._tokenizer(voice)
         try:
+            tokenizer = self._tokenizer(voice)
             matcher = LLMatcher(tokenizer, _grammar(structure, voice.tokenizer), log_level=0)
         except ValueError as error:
             raise _refused(structure, str(error)) from None
@@ -113,8 +113,7 @@ class Grammars:
                 with voice.lock:
                     made = from_tokenizer(voice.tokenizer, n_vocab=size, eos_token=ends or None)
             except Exception as error:  # of a tokenizer that has no bytes, or is none of the fast ones
-                message = f"the model's tokenizer cannot hold an answer to a form ({_short(str(error))})"
-                raise ModelError(message) from None
+                raise ValueError(f"the model's tokenizer spells no bytes ({_short(str(error))})") from None
             self._tokenizers[key] = (made, voice.tokenizer)
         return self._tokenizers[key][0]
 
