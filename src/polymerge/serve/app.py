@@ -21,6 +21,7 @@ from .judgements import judgement_routes
 from .keys import KeyRing
 from .models import model_routes
 from .playground import playground_routes
+from .responding import response_routes
 from .service import Service
 from .settings import ServeSettings
 from .stages import Responds
@@ -58,6 +59,7 @@ def create_app(
     app.state.keys = keys = KeyRing(settings.keys, settings.key_file)
     for routes in (
         completion_routes(service),
+        response_routes(service),
         model_routes(service),
         judgement_routes(service, router),
         status_routes(service),

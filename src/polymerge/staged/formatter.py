@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..data.score import likeliest
 from ..engine.base import Engine, GenerateRequest, Score, ScoreRequest
+from ..engine.structure import Structure
 from ..recipe.response import LengthNorm
 
 if TYPE_CHECKING:
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked. With `choices` the answer is one of them, without it is free text."""
+    """What is asked. With `choices` the answer is one of them; without it is free text, of the form that `structure`
+    says."""
 
     text: str
     choices: tuple[str, ...] = ()
     max_new_tokens: int = 64
+    structure: Structure | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,12 @@ class Formatter:
 
     def _write(self, asked: Sequence[FormatRequest]) -> list[Answer]:
         requests = [
-            GenerateRequest(self._context(one, one.prompt), one.expert, max_new_tokens=one.question.max_new_tokens)
+            GenerateRequest(
+                self._context(one, one.prompt),
+                one.expert,
+                max_new_tokens=one.question.max_new_tokens,
+                structure=one.question.structure,
+            )
             for one in asked
         ]
         return [Answer(g.text, None, (), g.prompt_tokens, g.tokens) for g in self._engine.generate(requests)]

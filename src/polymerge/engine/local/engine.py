@@ -50,7 +50,8 @@ class HFEngine(LoadedModel):
     def _answer(self, request: GenerateRequest, listener: Listener) -> Answer:
         self.check_expert(request.expert)
         prompt, asked = self.ids(request.prompt, request.expert), StreamRequest(_seeded(request))
-        return new_answer(asked, prompt, listener, voice=self.voices.of(request.expert))
+        voice = self.voices.of(request.expert)
+        return new_answer(asked, prompt, listener, voice=voice, matcher=self.grammars.matcher(request.structure, voice))
 
     def _run(self, answers: Sequence[Answer]) -> None:
         if joins(self.hf):
