@@ -28,7 +28,7 @@ def hidden_states(model: Any, layers: Sequence[int], **inputs: Any) -> list[Tens
     blocks = _blocks(model)
     wanted = [layer if layer >= 0 else layer + len(blocks) + 1 for layer in layers]
     known: dict[int, Tensor] = {}
-    if blocks and 0 <= min(wanted) and max(wanted) < len(blocks):  # the last is only known after the final norm
+    if blocks and min(wanted) >= 0 and max(wanted) < len(blocks):  # the last is only known after the final norm
         with _reading(blocks, set(wanted), known), suppress(_Read):
             model(**inputs)
     if known:
