@@ -6,13 +6,16 @@ Bare prompts, greedy texts, choices by their summed log-likelihoods. Knows the f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.responses import JSONResponse, Response
 
 from ..data.score import likeliest
 from ..engine.base import Engine
+from ..model.assignment import RowExpert
 from ..staged.exact import exact_scores
 from ..staged.formatter import FormatRequest, Formatter, Question
 from .errors import ApiError
@@ -45,22 +48,27 @@ def kit_routes(service: Service) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/v1/answers")
-    async def answers(body: AnswersRequest) -> dict[str, Any]:
+    async def answers(body: AnswersRequest, request: Request) -> Response:
         """One answer a row, with the index and the scores of its choices or the tokens of prompt and text."""
+        service.chooser.check(body.model)
         if body.max_tokens > service.settings.max_tokens:
             raise ApiError(400, f"max_tokens: at most {service.settings.max_tokens}", param="max_tokens")
-        return {"object": "list", "data": await in_thread(lambda: _answered(service, body))}
+
+        async def answer() -> Response:
+            experts = [(await service.chooser.choose(body.model, [text], sticky=False)).expert for text in body.input]
+            data = await in_thread(lambda: _answered(service.engine, body, experts))
+            return JSONResponse({"object": "list", "data": data})
+
+        return await service.admitted(request, 1, answer)
 
     return routes
 
 
-def _answered(service: Service, body: AnswersRequest) -> list[dict[str, Any]]:
-    engine: Engine = service.engine
+def _answered(engine: Engine, body: AnswersRequest, experts: Sequence[RowExpert]) -> list[dict[str, Any]]:
     choices = body.choices or [[] for _ in body.input]
     questions = [
         Question(text, tuple(listed), body.max_tokens) for text, listed in zip(body.input, choices, strict=True)
     ]
-    experts = [service.chooser.choose(body.model, [q.text], sticky=False).expert for q in questions]
     pairs = list(zip(questions, experts, strict=True))
     if body.exact and body.choices is not None:
         rows = [exact_scores(engine, question.text, question.choices, expert) for question, expert in pairs]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..data.score import likeliest
 from ..engine.base import Engine, GenerateRequest, Score, ScoreRequest
+from ..engine.structure import Structure
 from ..recipe.response import LengthNorm
 from .lead import Lead
 
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked. With `choices` the answer is one of them, without it is free text."""
+    """What is asked. With `choices` the answer is one of them; without it is free text, of the form that `structure`
+    says."""
 
     text: str
     choices: tuple[str, ...] = ()
     max_new_tokens: int = 64
+    structure: Structure | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Formatter:
         requests = [
             GenerateRequest(
                 self._context(one, one.prompt), one.expert, max_new_tokens=one.question.max_new_tokens,
-                deadline=deadline,
+                structure=one.question.structure, deadline=deadline,
             )
             for one in asked
         ]  # fmt: skip
