@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..bundle.bundle import Bundle
 from ..bundle.files import write_bytes
 from .evidence import FILE, Evidence
 from .opening import open_pipeline
@@ -53,5 +54,5 @@ def validate_stages(
         pipeline.engine, pipeline.thinker, fields, settings=pipeline.settings, chat=chat, progress=progress
     )
     if save:
-        write_bytes(Path(bundle) / FILE, measured.to_bytes())
+        write_bytes(Bundle.open(bundle).path / FILE, measured.to_bytes())
     return measured
