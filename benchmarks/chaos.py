@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import http.client
 import json
 import os
 import platform
@@ -175,43 +176,44 @@ def text_of(kind: str, answer: httpx2.Response) -> str:
     return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk.get("choices", ()))
 
 
-async def client(number: int, url: str, until: float, storm: Storm, leave: float) -> None:
+async def client(number: int, asking: httpx2.AsyncClient, until: float, storm: Storm, leave: float) -> None:
     """One client: asks, and now and then hangs up."""
     draw = random.Random(number)
-    async with httpx2.AsyncClient(base_url=url, timeout=None) as http:
-        while time.monotonic() < until:
-            kind, path, body = drawn(draw, storm.asked)
-            patience = draw.uniform(0.05, 4.0) if draw.random() < leave else None
-            began = time.monotonic()
-            try:
-                answer = await asyncio.wait_for(http.post(path, json=body), patience)
-            except TimeoutError:
-                storm.note(kind, "left", time.monotonic() - began)
-                continue
-            except httpx2.HTTPError as error:
-                storm.note(kind, type(error).__name__, time.monotonic() - began)
-                continue
-            failed = kind == "stream" and '"error"' in answer.text
-            status = "error event" if failed else str(answer.status_code)
-            storm.note(kind, status, time.monotonic() - began)
-            if status == "200" and kind in ("chat", "stream"):
-                storm.compare(body, text_of(kind, answer))
-            if status == "429":
-                await asyncio.sleep(draw.uniform(0.2, 1.0))
-
-
-async def watch(url: str, process: psutil.Process, began: float, until: float, storm: Storm) -> None:
-    """/health by connections of its own, and the server's memory."""
     while time.monotonic() < until:
-        asked = time.monotonic()
-        async with httpx2.AsyncClient(base_url=url, timeout=30) as http:
-            try:
-                status = (await http.get("/health")).status_code
-            except httpx2.HTTPError:
-                status = 0
-        storm.health.append(time.monotonic() - asked if status == 200 else float("inf"))
+        kind, path, body = drawn(draw, storm.asked)
+        patience = draw.uniform(0.05, 4.0) if draw.random() < leave else None
+        began = time.monotonic()
+        try:
+            answer = await asyncio.wait_for(asking.post(path, json=body), patience)
+        except TimeoutError:
+            storm.note(kind, "left", time.monotonic() - began)
+            continue
+        except httpx2.HTTPError as error:
+            storm.note(kind, type(error).__name__, time.monotonic() - began)
+            continue
+        failed = kind == "stream" and '"error"' in answer.text
+        status = "error event" if failed else str(answer.status_code)
+        storm.note(kind, status, time.monotonic() - began)
+        if status == "200" and kind in ("chat", "stream"):
+            storm.compare(body, text_of(kind, answer))
+        if status == "429":
+            await asyncio.sleep(draw.uniform(0.2, 1.0))
+
+
+def watch(url: str, process: psutil.Process, began: float, until: float, storm: Storm) -> None:
+    """/health by connections of its own, from a thread of its own, and the server's memory."""
+    while time.monotonic() < until:
         storm.memory.append((time.monotonic() - began, process.memory_info().rss))
-        await asyncio.sleep(0.5)
+        asked = time.monotonic()
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+        try:
+            connection.request("GET", "/health")
+            status = connection.getresponse().status
+        except (OSError, http.client.HTTPException):
+            status = 0
+        connection.close()
+        storm.health.append(time.monotonic() - asked if status == 200 else float("inf"))
+        time.sleep(0.5)
 
 
 async def half_open(url: str, count: int, start: float, until: float) -> int:
@@ -237,17 +239,18 @@ async def half_open(url: str, count: int, start: float, until: float) -> int:
 
 async def run(url: str, process: psutil.Process, options: argparse.Namespace) -> tuple[Storm, int]:
     """Answers one by one, then the storm."""
-    async with httpx2.AsyncClient(base_url=url, timeout=600) as http:
-        models = [one["id"] for one in (await http.get("/v1/models")).json()["data"]]
+    async with httpx2.AsyncClient(base_url=url, timeout=600) as alone:
+        models = [one["id"] for one in (await alone.get("/v1/models")).json()["data"]]
         experts = [name for name in models if name not in ("auto", "average", "staged")]
         asked = questions(experts, options.tokens)
-        known = [text_of("chat", await http.post("/v1/chat/completions", json=body)) for body in asked]
+        known = [text_of("chat", await alone.post("/v1/chat/completions", json=body)) for body in asked]
     storm, began = Storm(options.deadline, asked, known), time.monotonic()
     until = began + options.seconds
-    clients = [client(n, url, until, storm, options.leave) for n in range(options.clients)]
-    watcher = asyncio.create_task(watch(url, process, began, until, storm))
+    watcher = asyncio.create_task(asyncio.to_thread(watch, url, process, began, until, storm))
     holders = asyncio.create_task(half_open(url, options.half_open, began + options.seconds / 2, until))
-    await asyncio.gather(*clients)
+    unlimited = httpx2.Limits(max_connections=None, max_keepalive_connections=options.clients)
+    async with httpx2.AsyncClient(base_url=url, timeout=None, limits=unlimited) as asking:
+        await asyncio.gather(*[client(n, asking, until, storm, options.leave) for n in range(options.clients)])
     await watcher
     return storm, await holders
 

@@ -114,7 +114,7 @@ class Answer:
         self.made.append(token)
         self.sampler.take(token)
         if score is not None:
-            self._scores.append((self._text.read, score))
+            self._scores.append((self._text.read, replace(score, start=self._text.read)))
         if token in self.ends:
             self._end(self._text.finish(), "stop")
             return
