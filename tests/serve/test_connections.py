@@ -1,7 +1,12 @@
 """Connections that bring no request, on real sockets."""
 
+import json
 import logging
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +24,7 @@ from polymerge.serve.connections import Refusals, connections_that_fit
 from polymerge.serve.keys import KeyRing, read_keys
 from polymerge.serve.run import listener, run_app
 from polymerge.serve.settings import ServeSettings
+from tests.conftest import Merged
 from tests.serve.conftest import KEY
 
 
@@ -154,3 +160,33 @@ def test_keys_are_read_again_and_a_bad_file_changes_nothing(tmp_path: Path, capl
     file.write_text("bob " + "b" * 16 + "\n")
     read_keys(file)
     assert "chmod 600" in caplog.text and "b" * 16 not in caplog.text
+
+
+def test_keys_change_on_sighup_and_no_stream_is_cut(merged: Merged, tmp_path: Path) -> None:
+    """The command itself, in a process of its own."""
+    bundle, file = merged("llama")[0], tmp_path / "keys"
+    file.write_text(f"old {KEY}\n")
+    file.chmod(0o600)
+    code = f"from tests.serve.slow import main; main({str(bundle.path)!r}, '--api-key-file', {str(file)!r})"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(["src", "."]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    old, new = ({"authorization": f"Bearer {key}"} for key in (KEY, "n" * 16))
+    body = {"model": "e1", "prompt": [5, 6, 7], "max_tokens": 60, "stream": True}
+    try:
+        url = json.loads(process.stdout.readline())["url"]
+        with httpx2.stream("POST", f"{url}/v1/completions", json=body, headers=old, timeout=60) as stream:
+            lines = stream.iter_lines()
+            assert next(lines).startswith("data:")
+            file.write_text("new " + "n" * 16 + "\n")
+            process.send_signal(signal.SIGHUP)
+            until = time.monotonic() + 20
+            while httpx2.get(f"{url}/v1/models", headers=new).status_code != 200:
+                assert time.monotonic() < until
+            assert httpx2.get(f"{url}/v1/models", headers=old).status_code == 401
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.stdout.close()
