@@ -19,8 +19,10 @@ from .errors import ApiError, invalid, told
 from .experts import LoadedExperts, expert_routes
 from .judgements import judgement_routes
 from .keys import KeyRing
+from .kit import kit_routes
 from .models import model_routes
 from .playground import playground_routes
+from .responding import response_routes
 from .service import Service
 from .settings import ServeSettings
 from .stages import Responds
@@ -58,8 +60,10 @@ def create_app(
     app.state.keys = keys = KeyRing(settings.keys, settings.key_file)
     for routes in (
         completion_routes(service),
+        response_routes(service),
         model_routes(service),
         judgement_routes(service, router),
+        kit_routes(service),
         status_routes(service),
         *([expert_routes(experts, keys)] if experts else []),
         playground_routes(),

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ..engine.mixture import expert_of
+from .answering import calling_of, prompt_of
 from .errors import ApiError
 from .routing import AUTO, STAGED, Choice
 from .schema import ChatRequest, CompletionRequest
@@ -29,16 +30,19 @@ def completion_routes(service: Service) -> APIRouter:
         async def answer() -> Response:
             turns = [message.text for message in body.messages if message.role == "user"]
             choice = await service.choose(request, body.model, turns, sticky=body.polymerge.sticky)
-            messages = [message.for_template() for message in body.messages]
-            prompt = await service.tokens(
-                lambda: service.engine.chat_prompt(messages, expert=choice.expert, go_on=body.continue_final_message),
-                "messages",
-            )
+            calling = calling_of(service.engine, body, choice.expert)
+            prompt = await service.tokens(lambda: prompt_of(service.engine, body, choice.expert, calling), "messages")
             requests = service.stream_requests(
-                request, body, [prompt], [choice], tokens=body.wanted_tokens, logprobs=body.wanted_logprobs
+                request,
+                body,
+                [prompt],
+                [choice],
+                tokens=body.wanted_tokens,
+                logprobs=body.wanted_logprobs,
+                calling=calling,
             )
             scored, stream = bool(body.logprobs), bool(body.stream)
-            shape = ChatShape(body.model, service.engine.fingerprint, scored=scored, stream=stream)
+            shape = ChatShape(body.model, service.engine.fingerprint, scored=scored, stream=stream, calling=calling)
             return await service.respond(request, body, shape, requests, [choice])
 
         return await service.admitted(request, answers, answer)

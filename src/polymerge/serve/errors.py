@@ -10,6 +10,11 @@ from ..errors import DeadlineError, EngineBusyError, EngineDownError, ModelError
 RETRY_SECONDS = 2  # what a client that has to come again is told
 
 
+# Fields of a request that only the engine can check.
+GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
+ANSWERED = frozenset((*GUIDED, "response_format", "tools", "text", "logit_bias", "ignore_eos"))
+
+
 class ApiError(Exception):
     """An error that a client is told.
 
@@ -51,7 +56,8 @@ def told(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ModelError):
-        return ApiError(400, str(error))
+        field = str(error).partition(":")[0]
+        return ApiError(400, str(error), param=field if field.split(".")[0] in ANSWERED else None)
     if isinstance(error, EngineBusyError):
         return ApiError(429, str(error), code="queue_full", retry_after=RETRY_SECONDS)
     if isinstance(error, EngineDownError):

@@ -15,9 +15,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ..engine.base import GenerateRequest
 from ..engine.streaming import Finish, Piece, StreamingEngine, StreamRequest
+from ..engine.structure import Structure
 from ..errors import ModelError
 from ..router.route import Routes
 from ..staged import Question
+from .answering import Calling
 from .answers import Gathered, Run, while_wanted
 from .errors import ApiError, told
 from .gate import Gate
@@ -130,6 +132,8 @@ class Service:
         tokens: int | None,
         logprobs: int | None,
         score_prompt: bool = False,
+        calling: Calling | None = None,
+        structure: Structure | None = None,
     ) -> list[StreamRequest]:
         """`n` requests a prompt. The k-th answer of a seeded request has the seed plus k.
 
@@ -155,6 +159,8 @@ class Service:
                 frequency_penalty=body.frequency_penalty or 0.0,
                 logit_bias=body.biases,
                 ignore_eos=bool(body.ignore_eos),
+                structure=calling.structure if calling else structure or body.structure,
+                skip_special_tokens=calling is None,
             )
             seeds = [None if body.seed is None else body.seed + k for k in range(count)]
             requests += [
@@ -165,6 +171,12 @@ class Service:
             ]
         return requests
 
+    def run(self, request: Request, requests: Sequence[StreamRequest]) -> Run:
+        """The requests under way; they end with the response."""
+        run = Run(self.engine, requests, self.metrics, began=request.state.began)
+        request.state.ends.callback(self._end, run, requests)
+        return run
+
     async def respond(
         self,
         request: Request,
@@ -174,8 +186,7 @@ class Service:
         choices: Sequence[Choice],
     ) -> Response:
         """Submits and answers, whole or as a stream. `choices` has one entry a prompt."""
-        run = Run(self.engine, requests, self.metrics, began=request.state.began)
-        request.state.ends.callback(self._end, run, requests)
+        run = self.run(request, requests)
         count = len(requests) // len(choices)
         read = sum(run.prompt_tokens[::count])
         self.metrics.tokens.labels("prompt").inc(read)
@@ -277,8 +288,9 @@ async def _events(run: Run, shape: Shape, extra: dict[str, Any], read: int, with
                 untold.discard(number)
         async for number, piece in run:
             told_now = extra if piece.finish or number in untold else {}
-            untold.discard(number)
-            yield event(head | {"choices": [shape.delta(number, piece)]} | blank | told_now)
+            if (delta := shape.delta(number, piece)) is not None:
+                untold.discard(number)
+                yield event(head | {"choices": [delta]} | blank | told_now)
         if with_usage:
             spent = usage(read, sum(answer.tokens for answer in run.answers))
             yield event(head | {"choices": [], "usage": spent})

@@ -103,11 +103,12 @@ def question_of(body: ChatRequest) -> Question:
         "repetition_penalty": body.repetition_penalty not in (None, 1.0),
         "ignore_eos": bool(body.ignore_eos),
         "continue_final_message": body.continue_final_message,
+        "tools": bool(body.callable_tools),
     }
     for name, given in refused.items():
         if given:
             raise ApiError(400, f"{name}: a staged response is greedy and whole; leave it out", param=name)
     if len(body.messages) == 1:
-        return Question(body.messages[0].text)
+        return Question(body.messages[0].text, structure=body.structure)
     turns = [f"{message.role.capitalize()}: {message.text}" for message in body.messages]
-    return Question("\n\n".join(turns))
+    return Question("\n\n".join(turns), structure=body.structure)

@@ -128,10 +128,22 @@ class BatchingEngine(ForwardingEngine):
         with self._tokenizing:
             return self._front.decode(ids, expert=expert)
 
-    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None, go_on: bool = False) -> list[int]:
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        expert: RowExpert = None,
+        go_on: bool = False,
+        tools: Sequence[Message] = (),
+    ) -> list[int]:
         """As in the contract."""
         with self._tokenizing:
-            return self._front.chat_prompt(messages, expert=expert, go_on=go_on)
+            return self._front.chat_prompt(messages, expert=expert, go_on=go_on, tools=tools)
+
+    def chat_template_of(self, expert: RowExpert = None) -> str | None:
+        """As in the contract."""
+        with self._tokenizing:
+            return self._front.chat_template_of(expert)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """As in the contract; the requests share the running batch with everyone else's, however long the queue is."""
@@ -215,7 +227,8 @@ class BatchingEngine(ForwardingEngine):
             self._check(asked.expert)
             prompt = self._front.ids(asked.prompt, asked.expert)
             voice = self._engine.voices.of(asked.expert)  # the worker's own
-        return new_answer(request, prompt, listener, voice=voice)
+        matcher = self._engine.grammars.matcher(asked.structure, voice)
+        return new_answer(request, prompt, listener, voice=voice, matcher=matcher)
 
     def _check(self, expert: RowExpert) -> None:
         """Raises ModelError for an expert that there is not, without the model's own state."""

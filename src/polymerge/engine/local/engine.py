@@ -22,6 +22,7 @@ from ..scoring import scored_pair
 from ..streaming import Listener, StreamRequest
 from .cache import joins
 from .fixed import answer_fixed
+from .hidden import hidden_states
 from .loaded import LoadedModel, positions
 from .offline import answer_all
 
@@ -50,7 +51,8 @@ class HFEngine(LoadedModel):
     def _answer(self, request: GenerateRequest, listener: Listener) -> Answer:
         self.check_expert(request.expert)
         prompt, asked = self.ids(request.prompt, request.expert), StreamRequest(_seeded(request))
-        return new_answer(asked, prompt, listener, voice=self.voices.of(request.expert))
+        voice = self.voices.of(request.expert)
+        return new_answer(asked, prompt, listener, voice=voice, matcher=self.grammars.matcher(request.structure, voice))
 
     def _run(self, answers: Sequence[Answer]) -> None:
         if joins(self.hf):
@@ -176,14 +178,15 @@ class HFEngine(LoadedModel):
     def _embed_batch(self, rows: Sequence[list[int]], layers: Sequence[int], pooling: Pooling) -> list[FloatArray]:
         ids, mask = self.padded(rows)
         with self.assigned(None, len(rows)):
-            output = self.hf.base_model(
+            read = hidden_states(
+                self.hf.base_model,
+                layers,
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions(mask),
                 use_cache=False,
-                output_hidden_states=True,
             )
-        states = torch.stack([output.hidden_states[layer] for layer in layers], dim=1).float()  # [B, L, T, H]
+        states = torch.stack(read, dim=1).float()  # [B, L, T, H]
         if pooling == "last":
             pooled = states[:, :, -1]
         else:
