@@ -56,6 +56,7 @@ class Storm:
         late: requests whose end came more than a second after the deadline, with their seconds.
         health: seconds of every /health.
         memory: (seconds since the begin, bytes of the server).
+        lag: seconds by which this process itself woke too late: what the machine adds to every figure.
     """
 
     deadline: float
@@ -67,6 +68,7 @@ class Storm:
     late: list[tuple[str, float]] = field(default_factory=list)
     health: list[float] = field(default_factory=list)
     memory: list[tuple[float, int]] = field(default_factory=list)
+    lag: list[float] = field(default_factory=list)
     compared: int = 0
     differ: list[str] = field(default_factory=list)
 
@@ -125,7 +127,20 @@ def thinker(seconds: float) -> Iterator[str]:
 @contextmanager
 def server(bundle: Path, arguments: Sequence[str], log: Path) -> Iterator[tuple[str, psutil.Process]]:
     """`polymerge serve` in a process of its own, which must end by itself on SIGTERM."""
-    command = [sys.executable, "-m", "polymerge", "serve", str(bundle), "--port", "0", "--json", "--quiet", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "polymerge",
+        "serve",
+        str(bundle),
+        "--engine",
+        "transformers",
+        "--port",
+        "0",
+        "--json",
+        "--quiet",
+        *arguments,
+    ]
     with log.open("w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
     assert process.stdout is not None
@@ -216,6 +231,13 @@ def watch(url: str, process: psutil.Process, began: float, until: float, storm: 
         time.sleep(0.5)
 
 
+async def notice_lag(until: float, storm: Storm) -> None:
+    while time.monotonic() < until:
+        asked = time.monotonic()
+        await asyncio.sleep(0.05)
+        storm.lag.append(time.monotonic() - asked - 0.05)
+
+
 async def half_open(url: str, count: int, start: float, until: float) -> int:
     """Connections with half a header, each opened again when the server closes it. Returns how often that was."""
     host, _, port = url.removeprefix("http://").partition(":")
@@ -248,10 +270,11 @@ async def run(url: str, process: psutil.Process, options: argparse.Namespace) ->
     until = began + options.seconds
     watcher = asyncio.create_task(asyncio.to_thread(watch, url, process, began, until, storm))
     holders = asyncio.create_task(half_open(url, options.half_open, began + options.seconds / 2, until))
+    lagging = asyncio.create_task(notice_lag(until, storm))
     unlimited = httpx2.Limits(max_connections=None, max_keepalive_connections=options.clients)
     async with httpx2.AsyncClient(base_url=url, timeout=None, limits=unlimited) as asking:
         await asyncio.gather(*[client(n, asking, until, storm, options.leave) for n in range(options.clients)])
-    await watcher
+    await asyncio.gather(watcher, lagging)
     return storm, await holders
 
 
@@ -285,6 +308,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--waiting", type=int, default=48)
     parser.add_argument("--tokens", type=int, default=12, help="of a chat's answer")
+    parser.add_argument("--device", help="the server's, such as cpu")
     parser.add_argument("--log", type=Path, default=Path("chaos.log"), help="the server's")
     parser.add_argument("--output", type=Path, default=Path("benchmark-chaos.json"))
     options = parser.parse_args()
@@ -297,6 +321,7 @@ def main() -> None:
             "--max-waiting",
             str(options.waiting),
         ]
+        limits += ["--device", options.device] if options.device else []
         staged = ["--thinker", endpoint, "--model", "scripted", "--policy", "always"]
         with server(options.bundle, [*limits, *staged, "--no-probe"], options.log) as (url, process):
             storm, opened = asyncio.run(run(url, process, options))
@@ -309,6 +334,9 @@ def main() -> None:
     console = Console(width=120)
     console.print(table)
     console.print(f"{dict(storm.statuses)}; {opened} half-open connections; the end took {ended:.1f} s;")
+    console.print(
+        f"this process woke too late by {percentile(storm.lag, 0.99):.2f} s (p99), {max(storm.lag):.2f} s at most"
+    )
     console.print(f"the log has {options.log.stat().st_size:,} bytes")
     for line in storm.differ[:5]:
         console.print(line, markup=False)
@@ -319,6 +347,7 @@ def main() -> None:
         "half_open": opened,
         "seconds": {k: {"p50": percentile(v, 0.5), "p99": percentile(v, 0.99)} for k, v in storm.seconds.items()},
         "late": storm.late,
+        "lag": {"p50": percentile(storm.lag, 0.5), "p99": percentile(storm.lag, 0.99), "max": max(storm.lag)},
         "promises": {promise: {"measured": measured, "kept": good} for promise, (measured, good) in kept.items()},
     }
     options.output.write_text(json.dumps(report, indent=2))
