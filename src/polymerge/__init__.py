@@ -14,7 +14,6 @@ from .version import __version__ as __version__
 if TYPE_CHECKING:
     from .assess.start import assess_models as assess_models
     from .bundle.bundle import Bundle as Bundle
-    from .bundle.hub import pull_bundle as pull_bundle
     from .bundle.inspect import inspect_bundle as inspect_bundle
     from .compete.start import run_competition as run_competition
     from .demo.start import run_demo as run_demo
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from .export import export_peft as export_peft
     from .export import export_vllm as export_vllm
     from .export import quantize_bundle as quantize_bundle
+    from .hub import pull_bundle as pull_bundle
     from .hub import push_bundle as push_bundle
     from .merging.footprint import footprint as footprint
     from .merging.grow import add_expert as add_expert
@@ -88,7 +88,7 @@ _HOME = {
     "open_pipeline": "staged.opening",
     "plan_merge": "merging.plan",
     "quantize_bundle": "export",
-    "pull_bundle": "bundle.hub",
+    "pull_bundle": "hub",
     "push_bundle": "hub",
     "remove_expert": "merging.grow",
     "route": "router.requests",

@@ -7,23 +7,14 @@ part of a message.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..errors import BundleError
 from ..sources.hub import hub_answers
 from ..sources.opening import HUB_ID
-from .files import disk_errors
-from .lock import writing
-from .place import begin_work, check_output, mark_of, publish, restore, settled, work_folder
-
-if TYPE_CHECKING:
-    from .bundle import Bundle
-
-STAGED = "bundle"
+from .manifest import MANIFEST
 
 
 def hub_id(text: str | Path) -> str | None:
@@ -45,48 +36,16 @@ def fetched(words: str) -> Path:
     Raises:
         BundleError: it is not there, is no bundle, or the hub cannot be reached.
     """
-    return _snapshot(words, None)
+    return snapshot(words, None)
 
 
-def pull_bundle(repo: str, output: str | Path | None = None, *, overwrite: bool = False) -> Bundle:
-    """Brings a bundle from the hub into a folder of its own, checks every hash, and moves it to its place.
-
-    Args:
-        repo: `org/name` or `org/name@revision`.
-        output: by default a folder of the bundle's name, here. What an interrupted pull has brought is gone on with.
+def snapshot(words: str, folder: Path | None) -> Path:
+    """A repository's files in a folder, or in the hub's cache. Never code, whatever the repository holds.
 
     Raises:
-        BundleError: no hub id, not there, damaged on the way, or the hub cannot be reached.
-        OutputExistsError, LockedError, DiskSpaceError: as for a merge.
+        BundleError: as `fetched`.
     """
-    from .verify import verify_files
-
-    name = repo.partition("@")[0]
-    if not HUB_ID.fullmatch(name):
-        raise BundleError(f"{repo}: not a hub id; write org/name, or org/name@revision")
-    output = settled(output or name.partition("/")[2])
-    check_output(output, overwrite=overwrite)
-    work = work_folder(output)
-    with disk_errors(output), writing(output):
-        restore(output)
-        if (mark_of(work) or {}).get("repo") != repo:
-            begin_work(work, "pull", repo=repo)
-        staged = _snapshot(repo, work / STAGED)
-        shutil.rmtree(staged / ".cache", ignore_errors=True)
-        from .bundle import Bundle
-
-        result = verify_files(Bundle.open(staged), None)
-        if not result.ok:
-            raise BundleError(f"{repo}: {result.problems[0]}; pull it again")
-        publish(staged, output)
-        return Bundle.open(output)
-
-
-def _snapshot(words: str, folder: Path | None) -> Path:
-    """A repository's files in a folder, or in the hub's cache. Never code, whatever the repository holds."""
     from huggingface_hub import constants, snapshot_download
-
-    from .manifest import MANIFEST
 
     repo, _, revision = words.partition("@")
     here = not hub_answers()

@@ -18,7 +18,7 @@ def pull(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Bring a bundle from the hub into a folder and check every hash. Run again after a stop, it goes on."""
-    from ..bundle.hub import pull_bundle
+    from ..hub import pull_bundle
     from .console import print_json, say, size
 
     bundle = pull_bundle(repo, output, overwrite=overwrite)
