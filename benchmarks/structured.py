@@ -43,10 +43,8 @@ def main() -> None:
     schemas, refused = compiled(engine, list(schemas_of(given.folder)), given.expert)
     schemas = schemas[: given.limit]
     asked = [
-        GenerateRequest(
-            PROMPT, given.expert, given.max_tokens, given.temperature, seed=n, structure=structure_of(schema)
-        )
-        for n, (_, schema) in enumerate(schemas)
+        GenerateRequest(PROMPT, given.expert, given.max_tokens, given.temperature, seed=n, structure=structure_of(s))
+        for n, (_, s) in enumerate(schemas)
     ]
     began = time.monotonic()
     answers = engine.generate(asked)

@@ -12,7 +12,8 @@ import llm
 folder = pathlib.Path(os.environ["HOME"])
 os.environ["LLM_USER_PATH"] = str(folder)
 (folder / "extra-openai-models.yaml").write_text(
-    f"- model_id: poly\n  model_name: average\n  api_base: {sys.argv[1]}\n  supports_schema: true\n  supports_tools: true\n"
+    f"- model_id: poly\n  model_name: average\n  api_base: {sys.argv[1]}\n"
+    "  supports_schema: true\n  supports_tools: true\n"
 )
 model = llm.get_model("poly")
 model.key = "none"
