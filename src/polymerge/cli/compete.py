@@ -16,7 +16,7 @@ def compete(
     output: Annotated[Path, typer.Option("--output", "-o", help="The submission: id, prediction, dummy_field.")],
     expert: Annotated[
         str | None,
-        typer.Option(help="A name, average, or auto: the bundle's router, which is the default if it has one."),
+        typer.Option(help="A name, average, math:0.7+code:0.3, or auto: the router, the default if there is one."),
     ] = None,
     staged: Annotated[bool, typer.Option("--staged/--direct", help="Let a thinker reason first.")] = False,
     recipe: Annotated[Path | None, typer.Option(help="Take thinker, stages and memory_limit from this recipe.")] = None,

@@ -14,7 +14,9 @@ from .words import Base
 def generate(
     bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
     prompt: Annotated[str, typer.Argument(help="What to answer.")],
-    expert: Annotated[str, typer.Option(help="An expert's name, average, or auto: the router chooses.")] = "average",
+    expert: Annotated[
+        str, typer.Option(help="An expert's name, average, auto (the router chooses), or math:0.7+code:0.3.")
+    ] = "average",
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that make up this share.")] = 1.0,

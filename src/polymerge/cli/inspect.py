@@ -38,6 +38,8 @@ def inspect(
     ranks = f"rank {inspection.rank_range[0]} to {inspection.rank_range[1]}"
     rate = escape(in_words(inspection.compress_rate))
     out.print(f"compressed   rate {rate}, {ranks}, code {inspection.code}, scale {inspection.scale}")
+    if inspection.base_code != inspection.dtype:
+        out.print(f"base         linear layers stored in {inspection.base_code}")
     storage = ", ".join(f"{n} {kind}" for kind, n in inspection.storage.items())
     out.print(f"tensors      {inspection.tensors}; linear: {storage}")
     kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in inspection.energy_by_kind.items())

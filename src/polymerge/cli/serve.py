@@ -51,7 +51,7 @@ def serve(
     vllm_url: Annotated[str | None, typer.Option(help="The same with a vLLM server that runs already.")] = None,
     vllm_python: Annotated[str | None, typer.Option(help="The python that has vLLM; by default `vllm` is run.")] = None,
     vllm_arg: Arguments = None,
-    engine: Annotated[str, typer.Option(help="transformers, vllm (as --vllm) or llamacpp, for CPUs.")] = "transformers",
+    engine: Annotated[str, typer.Option(help="auto says which and why; transformers, vllm, or llamacpp.")] = "auto",
     gguf: Annotated[Path | None, typer.Option(help="The bundle's export for llama.cpp; by default made once.")] = None,
     llama_url: Annotated[str | None, typer.Option(help="A llama-server that runs already with the export.")] = None,
     probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Check every expert first.")] = True,

@@ -13,13 +13,14 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from ..errors import ModelError
+from ..errors import DeadlineError, ModelError
 from .admission import Demand
 from .base import Generation
 from .grammar import Matcher
 from .sampling import Sampler
 from .streaming import Finish, Listener, Piece, StreamRequest, TokenScore
 from .text import Decode, TextStream
+from .ticket import current_ticket, not_wanted
 from .voices import Voice
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,9 @@ class Answer:
         self.failures = 0
         self.passed = 0
         self.sampler = Sampler(request.generate, prompt, matcher)
-        self.due = time.monotonic() + request.seconds if request.seconds is not None else None
+        since = time.monotonic() if request.since is None else request.since
+        self.due = since + request.seconds if request.seconds is not None else None
+        self._ticket = current_ticket()
         self.text_of = decode
         shown = decode if request.generate.skip_special_tokens else lambda ids, special: decode(ids, True)
         self._text = TextStream(shown, request.generate.stop)
@@ -94,6 +97,13 @@ class Answer:
         if not self.over:
             self.over = True
             self._tell(error)
+
+    def give_up(self) -> None:
+        """Ends with an error if it is late, or if nobody waits for it any more."""
+        if self.due is not None and time.monotonic() > self.due:
+            self.fail(DeadlineError(f"the answer was not whole within {self.request.seconds:g} s"))
+        elif self._ticket.over:
+            self.fail(not_wanted())
 
     def take_prompt(self, scores: Sequence[TokenScore]) -> None:
         """The prompt was read. An answer of no tokens is over with it."""

@@ -68,6 +68,16 @@ def _sample(row: PromptRow, field: str) -> Sample:
     return Sample(row.prompt, field, row.text("answer") or "")
 
 
+def repeated(training: Sequence[Sample], validation: Sequence[Sample]) -> list[Sample]:
+    """Validation samples whose text is a training sample's too, but for case and spaces: no measure of anything."""
+    known = {_plain(sample.text) for sample in training}
+    return [sample for sample in validation if _plain(sample.text) in known]
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
 def check_training(samples: Sequence[Sample]) -> list[str]:
     """The fields, sorted. Raises RouterError where a classifier cannot learn from these samples."""
     counts = Counter(sample.field for sample in samples)
@@ -76,8 +86,6 @@ def check_training(samples: Sequence[Sample]) -> list[str]:
         raise RouterError("no training samples; DIR/NAME/train.jsonl holds those of the field NAME")
     if OUTSIDE in counts:
         raise RouterError(f"a field cannot be called {OUTSIDE!r}: that is the name of texts that belong to no field")
-    if len(fields) == 1:
-        raise RouterError(f"only one field ({fields[0]}) among the training samples; routing needs two or more")
     for name, count in sorted(counts.items()):
         if count < 2:
             raise RouterError(f"field {name!r} has one training sample; give it at least 2")

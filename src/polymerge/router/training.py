@@ -38,7 +38,7 @@ def fit_router(
     self_label: bool = False,
     chat: bool = True,
     fallback: str = "average",
-    coverage: float = 0.96,
+    coverage: float | None = None,
     accuracy: float | None = None,
     seed: int = 0,
     device: str | None = None,

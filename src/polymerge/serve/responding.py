@@ -11,11 +11,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ..engine.streaming import Piece
 from .answering import calling_of, prompt_of
-from .answers import Run, while_connected
+from .answers import Run
 from .errors import ApiError, told
 from .items import Items, spent
 from .responses import ResponseRequest, echoed
 from .routing import STAGED
+from .schema import ChatRequest
 from .service import SSE_HEADERS, Service
 from .shapes import event
 
@@ -33,33 +34,35 @@ def response_routes(service: Service) -> APIRouter:
         if body.model == STAGED:
             raise ApiError(400, "model: staged answers at /v1/chat/completions", param="model")
         chat = body.as_chat()
-        turns = [message.text for message in chat.messages if message.role == "user"]
-        choice = await service.choose(request, body.model, turns, sticky=body.polymerge.sticky)
-        calling = calling_of(service.engine, chat, choice.expert)
-        if calling and body.structure:
-            raise ApiError(400, "text.format: not together with tools; leave one of both out", param="text.format")
-        prompt = await service.tokens(lambda: prompt_of(service.engine, chat, choice.expert, calling), "input")
-        requests = service.stream_requests(
-            chat, [prompt], [choice], tokens=body.max_output_tokens, logprobs=None, calling=calling,
-            structure=body.structure,
-        )  # fmt: skip
-        run = Run(service.engine, requests, service.metrics, began=request.state.began)
-        read = sum(run.prompt_tokens)
-        service.metrics.tokens.labels("prompt").inc(read)
-        items, extra = Items(echoed(body), calling), {"polymerge": choice.body}
-        if body.stream:
-            source = _events(run, items, read, extra)
-            return StreamingResponse(source, media_type="text/event-stream", headers=SSE_HEADERS | choice.headers)
-        try:
-            [answer] = await while_connected(request, run.whole())
-        finally:
-            run.close()
-        for _ in items.add(Piece(answer.text, answer.tokens, answer.finish)):
-            pass
-        whole = items.end(spent(read, answer.tokens), answer.finish, extra)["response"]
-        return JSONResponse(whole, headers=choice.headers)
+        places = service.check_limits(chat, body.max_output_tokens)
+        return await service.admitted(request, places, lambda: _answer(service, request, body, chat))
 
     return routes
+
+
+async def _answer(service: Service, request: Request, body: ResponseRequest, chat: ChatRequest) -> Response:
+    turns = [message.text for message in chat.messages if message.role == "user"]
+    choice = await service.choose(request, body.model, turns, sticky=body.polymerge.sticky)
+    calling = calling_of(service.engine, chat, choice.expert)
+    if calling and body.structure:
+        raise ApiError(400, "text.format: not together with tools; leave one of both out", param="text.format")
+    prompt = await service.tokens(lambda: prompt_of(service.engine, chat, choice.expert, calling), "input")
+    requests = service.stream_requests(
+        request, chat, [prompt], [choice], tokens=body.max_output_tokens, logprobs=None, calling=calling,
+        structure=body.structure,
+    )  # fmt: skip
+    run = service.run(request, requests)
+    read = sum(run.prompt_tokens)
+    service.metrics.tokens.labels("prompt").inc(read)
+    items, extra = Items(echoed(body), calling), {"polymerge": choice.body}
+    if body.stream:
+        source = _events(run, items, read, extra)
+        return StreamingResponse(source, media_type="text/event-stream", headers=SSE_HEADERS | choice.headers)
+    [answer] = await run.whole()
+    for _ in items.add(Piece(answer.text, answer.tokens, answer.finish)):
+        pass
+    whole = items.end(spent(read, answer.tokens), answer.finish, extra)["response"]
+    return JSONResponse(whole, headers=choice.headers)
 
 
 async def _events(run: Run, items: Items, read: int, extra: dict[str, Any]) -> AsyncIterator[bytes]:

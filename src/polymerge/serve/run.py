@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import signal
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,6 +23,8 @@ from ..engine.streaming import StreamingEngine
 from ..errors import PolymergeError
 from ..router.route import Routes
 from .app import create_app
+from .connections import BACKLOG, http_protocol
+from .experts import LoadedExperts
 from .probe import probe as check
 from .settings import LOCAL_HOSTS, ServeSettings
 from .stages import Responds
@@ -106,13 +110,19 @@ def serve(
     with listener(host, port) as place:
         opened = Bundle.open(bundle)
         say(f"loading {opened.path}")
-        loaded = HFEngine.from_bundle(opened, device=device, kernel=kernel, base=base)
-        if probe:
-            check(loaded, opened, progress=lambda expert: say(f"checking expert {expert}"))
-        engine = BatchingEngine(loaded, settings.limits)
+
+        def load(chosen: Bundle) -> HFEngine:
+            made = HFEngine.from_bundle(chosen, device=device, kernel=kernel, base=base)
+            if probe:
+                check(made, chosen, progress=lambda expert: say(f"checking expert {expert}"))
+            return made
+
+        engine = BatchingEngine(load(opened), settings.limits)
         try:
             router = bundle_router(opened, engine, device)
-            app = create_app(engine, router, stages.open(opened, engine, router, device) if stages else None, settings)
+            pipeline = stages.open(opened, engine, router, device) if stages else None
+            experts = LoadedExperts(opened, engine, load, settings.seconds)
+            app = create_app(engine, router, pipeline, settings, experts)
             _listen(app, place, host, settings, on_ready)
         finally:
             engine.close(settings.close_seconds)
@@ -141,7 +151,7 @@ def serve_vllm(
     Raises:
         PolymergeError: as `serve`; ModelError: vLLM does not start or does not answer as the export says.
     """
-    from ..engine.vllm.engine import vllm_engine
+    from ..engine.vllm.engine import CONCURRENCY, vllm_engine
     from ..engine.vllm.streaming import VllmStreaming
 
     settings = guarded(settings or ServeSettings(), host, everyone=everyone)
@@ -151,7 +161,8 @@ def serve_vllm(
     ):
         engine.max_waiting = settings.max_waiting
         try:
-            _listen(create_app(engine, settings=settings), place, host, settings, on_ready)
+            places = replace(settings, max_rows=CONCURRENCY)  # vLLM makes its own batches
+            _listen(create_app(engine, settings=places), place, host, settings, on_ready)
         finally:
             engine.close(settings.close_seconds)
 
@@ -248,7 +259,7 @@ def bundle_router(bundle: Bundle, engine: StreamingEngine, device: str | None = 
 
 
 class _Server(uvicorn.Server):
-    """Tells when it listens, and lets /ready say when it ends."""
+    """Tells when it listens, reads the keys again on SIGHUP, and lets /ready say when it ends."""
 
     def __init__(self, config: uvicorn.Config, app: FastAPI, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
@@ -256,6 +267,8 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._app.state.keys.reread)
         self._on_ready()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
@@ -267,6 +280,9 @@ def run_app(app: FastAPI, place: socket.socket, settings: ServeSettings, on_read
     """Answers on a bound socket until a signal; then finishes what runs, for `drain_seconds` at most."""
     config = uvicorn.Config(
         app,
+        http=http_protocol(settings),
+        ws="none",
+        backlog=BACKLOG,
         log_config=None,
         access_log=False,
         server_header=False,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine.base import GenerateRequest
+from ..engine.mixture import expert_of
 from ..engine.streaming import Piece
 from ..engine.structure import asked_structure
 from ..errors import PolymergeError
@@ -58,7 +59,7 @@ def generate(
     """Answers a prompt with one expert, the average, or the expert that the bundle's router chooses.
 
     Args:
-        expert: a name, `average`, or `auto`.
+        expert: a name, `average`, `auto`, or several by their weights: `math:0.7+code:0.3`.
         temperature: 0 takes the likeliest token every time.
         chat: use the chat template, if there is one.
         base: of the average in memory, as `load_model` takes it.
@@ -120,7 +121,7 @@ def _straight(
         [route] = load_router(bundle, device, engine=loaded).route([text])
         if on_route:
             on_route(route)
-    expert = route.expert if route else None if asked.expert == "average" else asked.expert
+    expert = route.expert if route else expert_of(str(asked.expert))
     templated = chat and loaded.tokenizer_of(expert).chat_template is not None
     prompt = loaded.chat_prompt([{"role": "user", "content": text}], expert=expert) if templated else text
     pieces: list[Piece] = []

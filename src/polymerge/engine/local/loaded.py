@@ -19,7 +19,7 @@ from ...bundle.bundle import Bundle
 from ...errors import ModelError, PolymergeError
 from ...host import DTYPES, free_memory, pick_device, pick_dtype
 from ...model import MixedModel, load_model
-from ...model.quantised import held_digest
+from ...model.quantised import check_base, held_digest, quantization_config
 from ...model.vocabulary import tokens_of
 from ...recipe.merge import Source
 from ...sources.checkpoint import Checkpoint
@@ -85,8 +85,12 @@ class LoadedModel:
         dtype: str | None = None,
         trust_remote_code: bool = False,
         batch_tokens: int | None = None,
+        base: str = "16bit",
     ) -> Self:
         """A plain model: a folder, a hub id, a GGUF file, an adapter over its base or `package:NAME`, as in a recipe.
+
+        Args:
+            base: how its linear layers are held, as `load_model` takes it.
 
         Raises:
             SourceError: it cannot be read. ModelError: transformers cannot load it.
@@ -96,9 +100,13 @@ class LoadedModel:
         checkpoint = open_checkpoint(source)
         place = pick_device(device)
         chosen = pick_dtype(dtype, place, _stored_dtype(checkpoint))
-        options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        check_base(base, place)
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        held: dict[str, Any] = {}
+        if base != "16bit":
+            held = {"quantization_config": quantization_config(base, chosen), "device_map": {"": place}}
         try:
-            model = dense_model(checkpoint, dtype=chosen, **options)
+            model = dense_model(checkpoint, dtype=chosen, **options, **held)
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, padding_side="left", **options)
         except PolymergeError:
             raise
@@ -107,9 +115,11 @@ class LoadedModel:
             raise ModelError(f"{checkpoint.label}: transformers cannot load it ({reason})") from None
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        model.eval().requires_grad_(False).to(place)
+        model.eval().requires_grad_(False)
+        if not held:  # which is there already, and must not be moved
+            model.to(place)
         parts = [*checkpoint.fingerprint(), digest_beside(checkpoint.folder)]
-        digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()
+        digest = held_digest(hashlib.sha256(" ".join(parts).encode()).hexdigest(), base)
         return cls(model, tokenizer, fingerprint=digest, batch_tokens=batch_tokens)
 
     @property

@@ -26,9 +26,8 @@ from ...engine.vllm.folder import NOTE, ServedExpert, VllmNote, serve_arguments
 from ...errors import ModelError
 from ...host import peak_memory, pick_device
 from ...merging.run import OnProgress, Progress
-from ...sources.checkpoint import read_json
 from ...version import __version__
-from ..average import write_average
+from ..average import average_config, write_average
 from ..expressed import HEAD, Factored
 from ..factors import FactorMaker, write_peft
 from ..place import placed
@@ -79,7 +78,7 @@ def write_vllm(
     check_tokenizer(bundle)
     needed = bundle.sizes().base + plan.adapter_bytes
     with placed(output, overwrite=overwrite, needed=needed) as staged, steady(bundle):
-        copy_model_files(bundle.path, staged, read_json(bundle.path / "config.json"), code=True)
+        copy_model_files(bundle.path, staged, average_config(bundle), code=True)
         write_average(bundle, staged)
         clock, calibration = _Clock(plan, progress), Calibration(bundle, samples or builtin_prompts(), place)
         factors, measured = FactorMaker(bundle, plan.norms, place, plan.dtype), {}
