@@ -97,7 +97,7 @@ def compiled(
 
 
 def judged(answer: Generation, schema: Any) -> str:
-    """Whether an answer is cut, valid or invalid."""
+    """Whether an answer is cut, valid or invalid, or the judge cannot read the schema (patterns that Python lacks)."""
     if answer.finish == "length":
         return "cut"
     kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
@@ -105,6 +105,8 @@ def judged(answer: Generation, schema: Any) -> str:
         kind(schema, format_checker=kind.FORMAT_CHECKER).validate(json.loads(answer.text))
     except (ValueError, jsonschema.ValidationError):
         return "invalid"
+    except Exception:  # the judge's own: a pattern with \\p, a reference that it would have to fetch
+        return "not judged"
     return "valid"
 
 
