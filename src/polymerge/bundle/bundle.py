@@ -18,14 +18,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..data.rows import read_rows
+from ..data.shown import table
 from ..errors import BundleError, SourceError
 from ..host import DTYPES
 from ..method.code import Code
 from ..method.dense import dense
+from ..recipe.rates import in_words
 from ..sources.checkpoint import Checkpoint, open_folder, read_json
 from ..sources.fused import SlicedCheckpoint
 from ..sources.packed import PackedCheckpoint
 from ..sources.persona import Persona, read_persona
+from .hub import fetched, hub_id
 from .kept import ROW_NUMBERS, numbers_problem
 from .lock import come_back
 from .manifest import INHERITED_FILE, MANIFEST, SCALES_FILE, STATS, BundleLayer, Manifest, read_manifest
@@ -79,9 +82,18 @@ class Bundle:
         self._chosen: tuple[str, ...] | None = None
         self._personas: dict[str | None, Persona] = {}
 
+    def __repr__(self) -> str:
+        method = self.manifest.method
+        kind = f"{self.manifest.architecture}, {method.code} at {in_words(method.compress_rate)}"
+        return f"Bundle({str(self.path)!r}: {', '.join(self.experts)}; {kind})"
+
+    def _repr_html_(self) -> str:
+        sources = {name: record.source for name, record in self.manifest.experts.items()}
+        return table(repr(self), sources)
+
     @classmethod
     def open(cls, path: str | Path | Bundle) -> Bundle:
-        """Opens a bundle's folder.
+        """Opens a bundle's folder, or by its hub id one of the hub, from the hub's cache if it is there.
 
         Raises:
             BundleError: not a bundle, another format version, a file that the manifest lists is missing, or one that it
@@ -90,7 +102,8 @@ class Bundle:
         """
         if isinstance(path, Bundle):
             return path
-        path = Path(path).expanduser()
+        remote = hub_id(path)
+        path = fetched(remote) if remote else Path(path).expanduser()
         come_back(path)
         manifest = read_manifest(path)
         check_shadows(path, manifest)

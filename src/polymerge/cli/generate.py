@@ -12,7 +12,7 @@ from .words import Base
 
 
 def generate(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder, or its hub id.")],
     prompt: Annotated[str, typer.Argument(help="What to answer.")],
     expert: Annotated[
         str, typer.Option(help="An expert's name, average, auto (the router chooses), or math:0.7+code:0.3.")

@@ -130,11 +130,15 @@ class Answer:
             self._end(text, "stop")
         elif self.sampler.complete:
             self._end(text + self._text.finish(), "stop")
-        elif len(self.made) >= self.request.generate.max_new_tokens:
+        elif len(self.made) >= self.request.generate.max_new_tokens or self._is_late():
             text += self._text.finish()
             self._end(text, "stop" if self._text.stopped else "length")
         elif text or self._prompt_scores:
             self._tell(self._piece(text, self._text.shown, None))
+
+    def _is_late(self) -> bool:
+        deadline = self.request.generate.deadline
+        return deadline is not None and time.monotonic() >= deadline
 
     def _end(self, text: str, finish: Finish) -> None:
         self.over = True

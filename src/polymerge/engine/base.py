@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
+from ..data.shown import shortened, table
 from ..errors import ModelError
 from .structure import Structure
 
@@ -50,6 +51,8 @@ class GenerateRequest:
         ignore_eos: go on after an end token, up to `max_new_tokens`.
         structure: the form that the answer must have. It ends where the form is whole; `max_new_tokens` may cut it.
         skip_special_tokens: off, the answer's text holds its special tokens, but for the one that ends it.
+        deadline: a time of `time.monotonic()` at which the answer is over with what it has, as at `max_new_tokens`;
+            engines of this process look at it with every token.
 
     Raises:
         ModelError: a number that means nothing.
@@ -71,6 +74,7 @@ class GenerateRequest:
     ignore_eos: bool = False
     structure: Structure | None = None
     skip_special_tokens: bool = True
+    deadline: float | None = None
 
     def __post_init__(self) -> None:
         allowed = {
@@ -109,6 +113,13 @@ class Generation:
     prompt_tokens: int
     tokens: int
     finish: Literal["stop", "length"]
+
+    def __repr__(self) -> str:
+        cut = ", cut" if self.finish == "length" else ""
+        return f"Generation({shortened(self.text)!r}, {self.tokens} tokens{cut})"
+
+    def _repr_html_(self) -> str:
+        return table("Generation", {"text": self.text, "tokens": self.tokens, "ended by": self.finish})
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from .errors import ApiError, invalid, told
 from .experts import LoadedExperts, expert_routes
 from .judgements import judgement_routes
 from .keys import KeyRing
+from .kit import kit_routes
 from .models import model_routes
 from .playground import playground_routes
 from .responding import response_routes
@@ -62,6 +63,7 @@ def create_app(
         response_routes(service),
         model_routes(service),
         judgement_routes(service, router),
+        kit_routes(service),
         status_routes(service),
         *([expert_routes(experts, keys)] if experts else []),
         playground_routes(),

@@ -9,7 +9,7 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,18 @@ from .settings import LOCAL_HOSTS, ServeSettings
 from .stages import Responds
 
 Say = Callable[[str], None]
+# Given what ends the server.
+OnReady = Callable[[Callable[[], None]], None]
 
 
 @dataclass(frozen=True)
 class Running:
-    """What is served, told when it listens."""
+    """What is served, told when it listens. `stop` ends the server as a signal would."""
 
     url: str
     models: list[str]
     keys: int
+    stop: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         return {"url": self.url, "models": self.models, "keys": self.keys}
@@ -222,7 +225,7 @@ def _listen(
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{place.getsockname()[1]}"
     models = app.state.service.chooser.models
-    run_app(app, place, settings, lambda: on_ready(Running(url, models, len(settings.keys))))
+    run_app(app, place, settings, lambda stop: on_ready(Running(url, models, len(settings.keys), stop)))
 
 
 def guarded(settings: ServeSettings, host: str, *, everyone: bool = False) -> ServeSettings:
@@ -261,7 +264,7 @@ def bundle_router(bundle: Bundle, engine: StreamingEngine, device: str | None = 
 class _Server(uvicorn.Server):
     """Tells when it listens, reads the keys again on SIGHUP, and lets /ready say when it ends."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, on_ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, app: FastAPI, on_ready: OnReady) -> None:
         super().__init__(config)
         self._app, self._on_ready = app, on_ready
 
@@ -269,15 +272,19 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._app.state.keys.reread)
-        self._on_ready()
+        self._on_ready(self.stop)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self._app.state.service.ready = False
         super().handle_exit(sig, frame)
 
+    def stop(self) -> None:
+        self.handle_exit(signal.SIGTERM, None)
 
-def run_app(app: FastAPI, place: socket.socket, settings: ServeSettings, on_ready: Callable[[], None]) -> None:
-    """Answers on a bound socket until a signal; then finishes what runs, for `drain_seconds` at most."""
+
+def run_app(app: FastAPI, place: socket.socket, settings: ServeSettings, on_ready: OnReady) -> None:
+    """Answers on a bound socket until a signal, or until what `on_ready` is given is called; then finishes what runs,
+    for `drain_seconds` at most. In a thread other than the first, which gets no signals, only the latter ends it."""
     config = uvicorn.Config(
         app,
         http=http_protocol(settings),
@@ -290,7 +297,8 @@ def run_app(app: FastAPI, place: socket.socket, settings: ServeSettings, on_read
         timeout_keep_alive=int(settings.keep_alive_seconds),
     )
     # uvicorn raises the signal that ended it once more when it is done; by then it has been obeyed
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
     try:
         _Server(config, app, on_ready).run(sockets=[place])
     finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..engine.base import Engine, GenerateRequest
 from ..errors import MissingExtraError, PolymergeError, SourceError
@@ -72,12 +72,14 @@ class LocalThinker:
         except (PolymergeError, RuntimeError, MemoryError) as error:
             return [failed(f"the thinker could not be loaded: {error}")] * len(prompts)
         thoughts = [failed(OUT_OF_TIME)] * len(prompts)
+        heat = 0.0 if seed is None else DRAWN_AT
+        limits = {"max_new_tokens": max_tokens, "deadline": deadline, "temperature": heat, "seed": seed}
         order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
         for start in range(0, len(order), ROUND):
             if deadline is not None and time.monotonic() >= deadline:
                 break
             numbers = order[start : start + ROUND]
-            written = self._round(engine, [prompts[number] for number in numbers], max_tokens, seed)
+            written = self._round(engine, [prompts[number] for number in numbers], limits)
             for number, thought in zip(numbers, written, strict=True):
                 thoughts[number] = thought
         return thoughts
@@ -87,18 +89,14 @@ class LocalThinker:
         self._engine = None
         _collect()
 
-    def _round(self, engine: Engine, prompts: Sequence[str], max_tokens: int, seed: int | None) -> list[Thought]:
-        heat = 0.0 if seed is None else DRAWN_AT
+    def _round(self, engine: Engine, prompts: Sequence[str], limits: dict[str, Any]) -> list[Thought]:
         try:
-            requests = [
-                GenerateRequest(_prompt(engine, prompt), max_new_tokens=max_tokens, temperature=heat, seed=seed)
-                for prompt in prompts
-            ]
+            requests = [GenerateRequest(_prompt(engine, prompt), **limits) for prompt in prompts]
             generations = engine.generate(requests)
         except (PolymergeError, RuntimeError, MemoryError) as error:
             if len(prompts) == 1:
                 return [failed(str(error) or type(error).__name__)]
-            return [thought for prompt in prompts for thought in self._round(engine, [prompt], max_tokens, seed)]
+            return [thought for prompt in prompts for thought in self._round(engine, [prompt], limits)]
         return [Thought(g.text.strip(), g.prompt_tokens, g.tokens, g.finish) for g in generations]
 
 
