@@ -42,7 +42,7 @@ def test_what_was_right_and_wrong_is_learned_and_kept(fitted: tuple[Bundle, Any]
     told = rows(
         tmp_path,
         ("zeta eta theta", "e1", "right"),
-        ("omega psi", "e2", "wrong"),
+        ("object omega psi", "e2", "wrong"),
         ("zeta eta", "e0", "wrong"),
         ("zeta eta", "e1", "right"),
         ("chi rho", "average", "right"),
@@ -51,10 +51,10 @@ def test_what_was_right_and_wrong_is_learned_and_kept(fitted: tuple[Bundle, Any]
     after = Router.load(bundle, engine)
     assert (learned.samples, learned.strangers) == (2, 2)
     assert {*after.samples} - {*before.samples} == {Sample("zeta eta theta", "shell"), Sample("zeta eta", "shell")}
-    assert {s.text for s in after.held} - {s.text for s in before.held} == {"omega psi", "chi rho"}
+    assert {s.text for s in after.held} - {s.text for s in before.held} == {"object omega psi", "chi rho"}
     route = after.route(["eta zeta theta"])[0]
     assert route.field == "shell" and route.scores["shell"] > before.route(["eta zeta theta"])[0].scores["shell"]
-    known = [router.judge(router.embedder.embed(["psi omega"]).vectors).known[0] for router in (before, after)]
+    known = [router.judge(router.embedder.embed(["object psi omega"]).vectors).known[0] for router in (before, after)]
     assert known[1] < known[0]
     again = learn_from_feedback(bundle, told).fitted.router
     assert again.samples == after.samples and again.held == after.held

@@ -11,7 +11,7 @@ import pytest
 from polymerge import Bundle
 from polymerge.engine.local.batching import BatchingEngine
 from polymerge.router import Route
-from polymerge.router.embed import EmbedSettings
+from polymerge.router.embed import Embedded, EmbedSettings
 from polymerge.router.fit import fit_samples
 from polymerge.router.samples import Sample
 from polymerge.router.settings import FitSettings
@@ -119,7 +119,7 @@ def test_the_route_endpoint_tells_routes_and_makes_no_tokens(server: Server) -> 
 def test_embeddings_are_the_routers_where_it_has_some(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     class Embedder:
         def embed(self, texts: list[str]) -> Any:
-            return type("Embedded", (), {"vectors": np.ones((len(texts), 2), dtype=np.float32)})
+            return Embedded(np.ones((len(texts), 2), dtype=np.float32), [7 * (text == "w9") for text in texts])
 
     router = ScriptedRouter()
     router.embedder = Embedder()  # type: ignore[attr-defined]
@@ -127,6 +127,9 @@ def test_embeddings_are_the_routers_where_it_has_some(server: Server, monkeypatc
         body = {"model": "auto", "input": ["w5", "w6"]}
         reply = httpx2.post(f"{other.url}/v1/embeddings", json=body).json()
         assert [one["embedding"] for one in reply["data"]] == [[1.0, 1.0]] * 2
+        assert "polymerge" not in reply
+        cut = httpx2.post(f"{other.url}/v1/embeddings", json=body | {"input": ["w5", "w9"]}).json()
+        assert cut["polymerge"] == {"truncated": [0, 7]}
         assert httpx2.post(f"{other.url}/v1/embeddings", json=body | {"input": " "}).status_code == 400
 
 

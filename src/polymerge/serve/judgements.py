@@ -23,14 +23,16 @@ def judgement_routes(service: Service, router: Routes | None) -> APIRouter:
     @routes.post("/v1/embeddings")
     async def embeddings(body: EmbeddingRequest) -> dict[str, Any]:
         """The vectors that the router judges by; without a router, the average's state after the last token."""
-        vectors, tokens = await in_thread(lambda: _embedded(service, router, body))
+        vectors, tokens, truncated = await in_thread(lambda: _embedded(service, router, body))
         data = [
             {"object": "embedding", "index": n, "embedding": _encoded(vector, body.encoding_format)}
             for n, vector in enumerate(vectors)
         ]
         spent = usage(tokens, 0)
         del spent["completion_tokens"]
-        return {"object": "list", "data": data, "model": body.model, "usage": spent}
+        answer = {"object": "list", "data": data, "model": body.model, "usage": spent}
+        # tokens that were cut out of each text's middle, where any were
+        return {**answer, "polymerge": {"truncated": truncated}} if any(truncated) else answer
 
     @routes.post("/v1/route")
     async def route(body: RouteRequest) -> dict[str, Any]:
@@ -48,18 +50,18 @@ def judgement_routes(service: Service, router: Routes | None) -> APIRouter:
     return routes
 
 
-def _embedded(service: Service, router: Routes | None, body: EmbeddingRequest) -> tuple[FloatArray, int]:
+def _embedded(service: Service, router: Routes | None, body: EmbeddingRequest) -> tuple[FloatArray, int, list[int]]:
     service.chooser.check(body.model)
     engine = service.engine
     ids = [engine.encode(given) if isinstance(given, str) else given for given in body.inputs]
     embedder = getattr(router, "embedder", None)  # `polymerge.router.Router` has one, other routers need not
     if embedder is None:
-        return engine.embed(ids)[:, 0], sum(map(len, ids))
+        return engine.embed(ids)[:, 0], sum(map(len, ids)), []
     texts = [given if isinstance(given, str) else engine.decode(given) for given in body.inputs]
     if not all(text.strip() for text in texts):
         raise ApiError(400, "input: an empty text has no embedding", param="input")
-    vectors: FloatArray = embedder.embed(texts).vectors
-    return vectors, sum(map(len, ids))
+    vectors, truncated = embedder.embed(texts)
+    return vectors, sum(map(len, ids)), truncated
 
 
 def _encoded(vector: FloatArray, kind: str | None) -> list[float] | str:
