@@ -9,7 +9,7 @@ import typer
 
 
 def fit(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder, or its hub id.")],
     data: Annotated[
         Path, typer.Option(help="Folder with NAME/train.jsonl and NAME/validation.jsonl; NAME is a field.")
     ],

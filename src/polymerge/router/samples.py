@@ -7,7 +7,7 @@ line with `prompt`; the folder's name is the field.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,29 @@ class Sample:
     text: str
     field: str
     answer: str = ""
+
+
+def samples_of(
+    data: str | Path | Sequence[Sample] | Mapping[str, Sequence[str]],
+    split: str,
+    *,
+    fields: Sequence[str] | None = None,
+    limit: int | None = None,
+) -> list[Sample]:
+    """The samples of a folder's split as `read_fields` gives them; or those at hand, which are all for training.
+
+    Raises:
+        RouterError: as `read_fields`; or fields beside samples at hand.
+    """
+    if isinstance(data, str | Path):
+        return read_fields(Path(data), split, fields=fields, limit=limit)
+    if fields is not None:
+        raise RouterError("fields choose among a folder's; of samples at hand, give those that count")
+    if split != "train":
+        return []
+    if isinstance(data, Mapping):
+        return [Sample(text, name) for name, texts in data.items() for text in texts]
+    return list(data)
 
 
 def read_fields(
