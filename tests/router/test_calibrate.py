@@ -91,7 +91,7 @@ def test_signs_halfway_between_known_and_unknown_are_as_likely_either() -> None:
 
 def test_signs_that_point_the_wrong_way_are_not_turned_round() -> None:
     chances = calibrated(0.6, 0.2).known(np.array([[0.2, 0.5], [0.6, 0.5]]))
-    assert chances[0] == pytest.approx(chances[1])
+    assert chances[0] >= chances[1] and chances[0] == pytest.approx(chances[1], abs=0.01)
 
 
 def test_calibration_error_is_of_folds_that_the_temperature_has_not_seen() -> None:
