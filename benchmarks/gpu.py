@@ -29,6 +29,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -171,13 +172,16 @@ class Mixed:
     def weights(self) -> int:
         """Bytes that a step reads of weights and factors."""
         base = sum(m.weight.nbytes for m in self.linear.values()) + self.hf.lm_head.weight.nbytes
-        return base + sum(b.nbytes for layer in self.layers.values() for b in (layer.stacked_a, layer.stacked_b))
+        factors = sum(b.nbytes for layer in self.layers.values() for b in (layer.stacked_a, layer.stacked_b))
+        total: int = base + factors
+        return total
 
     def cache(self, rows: int, tokens: int) -> int:
         config = self.hf.config
         head = config.hidden_size // config.num_attention_heads
         each = 2 * config.num_hidden_layers * config.num_key_value_heads * head * self.dtype.itemsize
-        return rows * tokens * each
+        total: int = rows * tokens * each
+        return total
 
     def decoder(self, rows: int, context: int) -> Callable[[], Any]:
         """One step of a batch after a context; the cache is cut back after each."""
@@ -322,14 +326,14 @@ def coded(report: Report, size: Size, device: torch.device, dtype: torch.dtype) 
     state.set([f"e{n % count}" for n in range(size.rows)], size.rows)
     x = torch.randn(size.rows, 1, shape[1], device=device, dtype=dtype)
     for name, layer in both.items():
-        took, held = seconds(lambda layer=layer: layer(x), device, size.steps), sum(b.nbytes for b in layer.buffers())
+        took, held = seconds(partial(layer, x), device, size.steps), sum(b.nbytes for b in layer.buffers())
         report.add("coded", f"{name}: {took * 1e3:.3f} ms, {held / 1e6:.0f} MB", way=name, seconds=took, bytes=held)
 
 
 def merge(report: Report, size: Size, device: torch.device, dtype: torch.dtype) -> None:
     for code in ("factors", "int4"):
         for place in dict.fromkeys((device, torch.device("cpu"))):
-            took = seconds(lambda code=code, place=place: _merged(size, code, place), place, 1)  # type: ignore[misc]
+            took = seconds(partial(_merged, size, code, place), place, 1)
             read = 3 * size.inner * size.hidden * 2 / took
             text = f"{code} on {place.type}: {took:.2f} s for 3 of {size.inner} x {size.hidden}, {read / 1e9:.2f} GB/s"
             report.add("merge", text, code=code, device=place.type, seconds=took, bytes=read)
