@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .export import export_peft as export_peft
     from .export import export_vllm as export_vllm
     from .export import quantize_bundle as quantize_bundle
+    from .hub import pull_bundle as pull_bundle
+    from .hub import push_bundle as push_bundle
     from .merging.footprint import footprint as footprint
     from .merging.grow import add_expert as add_expert
     from .merging.grow import remove_expert as remove_expert
@@ -86,6 +88,8 @@ _HOME = {
     "open_pipeline": "staged.opening",
     "plan_merge": "merging.plan",
     "quantize_bundle": "export",
+    "pull_bundle": "hub",
+    "push_bundle": "hub",
     "remove_expert": "merging.grow",
     "route": "router.requests",
     "run_competition": "compete.start",

@@ -18,14 +18,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..data.rows import read_rows
+from ..data.shown import table
 from ..errors import BundleError, SourceError
 from ..host import DTYPES
 from ..method.code import Code
 from ..method.dense import dense
+from ..recipe.rates import in_words
 from ..sources.checkpoint import Checkpoint, open_folder, read_json
 from ..sources.fused import SlicedCheckpoint
 from ..sources.packed import PackedCheckpoint
 from ..sources.persona import Persona, read_persona
+from .hub import fetched, hub_id
 from .kept import ROW_NUMBERS, numbers_problem
 from .lock import come_back
 from .manifest import INHERITED_FILE, MANIFEST, SCALES_FILE, STATS, BundleLayer, Manifest, read_manifest
@@ -76,11 +79,21 @@ class Bundle:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
+        self._chosen: tuple[str, ...] | None = None
         self._personas: dict[str | None, Persona] = {}
+
+    def __repr__(self) -> str:
+        method = self.manifest.method
+        kind = f"{self.manifest.architecture}, {method.code} at {in_words(method.compress_rate)}"
+        return f"Bundle({str(self.path)!r}: {', '.join(self.experts)}; {kind})"
+
+    def _repr_html_(self) -> str:
+        sources = {name: record.source for name, record in self.manifest.experts.items()}
+        return table(repr(self), sources)
 
     @classmethod
     def open(cls, path: str | Path | Bundle) -> Bundle:
-        """Opens a bundle's folder.
+        """Opens a bundle's folder, or by its hub id one of the hub, from the hub's cache if it is there.
 
         Raises:
             BundleError: not a bundle, another format version, a file that the manifest lists is missing, or one that it
@@ -89,7 +102,8 @@ class Bundle:
         """
         if isinstance(path, Bundle):
             return path
-        path = Path(path).expanduser()
+        remote = hub_id(path)
+        path = fetched(remote) if remote else Path(path).expanduser()
         come_back(path)
         manifest = read_manifest(path)
         check_shadows(path, manifest)
@@ -107,8 +121,24 @@ class Bundle:
 
     @property
     def experts(self) -> list[str]:
-        """Names of the experts, in the recipe's order."""
-        return list(self.manifest.experts)
+        """Names of the experts, in the recipe's order: all, or those that `only` chose."""
+        return [name for name in self.manifest.experts if self._chosen is None or name in self._chosen]
+
+    def only(self, experts: Iterable[str]) -> Bundle:
+        """The same bundle with some of its experts, to load no others.
+
+        Raises:
+            BundleError: it has no such expert, or its experts are not each for itself: one's factors are another's too,
+                or the average is made of them.
+        """
+        chosen = tuple(experts)
+        for name in chosen:
+            self.expert_folder(name)
+        if any(layer.base != "average" or layer.borrowed for layer in self.manifest.layers):
+            raise BundleError(f"{self.path}: its experts share factors, so they are loaded all together")
+        made = type(self)(self.path, self.manifest)
+        made._chosen = chosen
+        return made
 
     @property
     def digest(self) -> str:
@@ -154,9 +184,9 @@ class Bundle:
         if self.layers[tensor].base == "average":
             return self.base_tensor(tensor)
         total = torch.zeros(self.layers[tensor].shape)
-        for expert in self.experts:
+        for expert in self.manifest.experts:
             total += self.reconstruct(expert, tensor)
-        return total / len(self.experts)
+        return total / len(self.manifest.experts)
 
     def adapter(self, expert: str, *, coded: Container[str] = (), apart: bool = False) -> dict[str, Tensor]:
         """All tensors of an expert's adapter, keys without PEFT's prefix. Tables come whole, but for those with

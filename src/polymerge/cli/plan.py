@@ -55,7 +55,7 @@ def plan(
     """Say what a merge will write, read and need in memory, without reading a weight."""
     from rich.markup import escape
 
-    from ..merging.choices import averaged, bytes_of_choices
+    from ..merging.choices import averaged, bytes_of_choices, bytes_of_codes
     from ..merging.footprint import footprint
     from ..merging.plan import plan_merge
     from ..merging.room import cheapest_change
@@ -68,8 +68,8 @@ def plan(
         base=base, gpu=gpu, context=context, requests=requests,
     )  # fmt: skip
     change = cheapest_change(planned)
-    needs, costs = footprint(planned), bytes_of_choices(planned)
-    summary = planned.summary() | {"embedding_bytes": costs, "answering": needs.to_json()}
+    needs, costs, codes = footprint(planned), bytes_of_choices(planned), bytes_of_codes(planned)
+    summary = planned.summary() | {"embedding_bytes": costs, "code_bytes": codes, "answering": needs.to_json()}
     summary["change"] = {"words": change.words, "answering": change.needs.to_json()} if change else None
     if as_json:
         print_json(summary)
@@ -93,6 +93,8 @@ def plan(
     out.print(f"  average    {size(summary['base_bytes'])}")
     out.print(f"  an expert  {size(summary['residual_bytes_per_expert'])} of residuals ({summary['code']})", end="")
     out.print(f", {size(summary['own_bytes_per_expert'])} of its own tensors (embeddings, norms ...)")
+    if codes:
+        say(f"residuals    of all experts: {residual_costs(codes)}")
     if costs:
         say(f"embeddings   of all experts, with the head: {embedding_costs(costs, planned.recipe.embedding_rate)}")
     if averaged(planned):
@@ -103,6 +105,13 @@ def plan(
     _print_change(needs, change)
     for note in summary["notes"]:
         out.print(f"note: {note}", markup=False)
+
+
+def residual_costs(costs: Mapping[str, int]) -> str:
+    """Bytes of residuals in every code, in words."""
+    from .console import size
+
+    return ", ".join(f"{name} {size(count)}" for name, count in costs.items())
 
 
 def embedding_costs(costs: Mapping[str, int], rates: AnyRates) -> str:

@@ -26,7 +26,7 @@ Margin = Annotated[float, typer.Option(help="How much likelier a new field must 
 
 
 def serve(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder, or its hub id.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
     api_key_file: Annotated[Path | None, typer.Option(help="A file with a line KEY or NAME KEY for each key.")] = None,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import PolymergeError, needs_extra
-from .settings import ServeSettings, read_keys
+from .settings import ServeSettings
 
 if TYPE_CHECKING:
     from .run import Running
@@ -62,7 +62,7 @@ def serve_bundle(
 
     Args:
         port: 0 takes a free one.
-        api_key_file: a file with a line KEY or NAME KEY for each key.
+        api_key_file: a file with a line KEY, NAME KEY or NAME KEY admin for each key; SIGHUP reads it again.
         open: listen to other machines although there are no keys.
         rate_limit: requests a minute for each key.
         allow_host, cors_origin: host names by which the server may be asked, and origins of web pages that may.
@@ -86,10 +86,12 @@ def serve_bundle(
         MissingExtraError: the extra `serve` is not installed.
     """
     with needs_extra("serve"):
+        from .keys import read_keys
         from .run import ThinkerChoice, serve, serve_llamacpp, serve_vllm
 
     settings = ServeSettings(
         keys=read_keys(api_key_file) if api_key_file else {},
+        key_file=Path(api_key_file) if api_key_file else None,
         requests_per_minute=rate_limit,
         max_body_bytes=max_body,
         max_tokens=max_tokens,

@@ -28,6 +28,7 @@ from ...sources.fingerprint import digest_beside
 from ...sources.opening import open_checkpoint
 from ..base import Message, Prompt
 from ..defaults import GenerationDefaults, checkpoint_defaults
+from ..grammar import Grammars
 from ..voices import Voice, Voices
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class LoadedModel:
 
     Attributes:
         voices: each expert's tokenizer, end tokens, settings and context.
+        grammars: the forms that answers are held to.
 
     Raises:
         ModelError: generation_config.json says something that means nothing.
@@ -61,6 +63,7 @@ class LoadedModel:
         self.hf: Any = model.hf if self._mixed else model
         self.batch_tokens = batch_tokens or tokens_that_fit(self.hf.config, self.hf.dtype, free_memory(self.device))
         self._tokens = tokens_of(self.hf)
+        self.grammars = Grammars(self._tokens)
         label = str(model.bundle.path if self._mixed else self.hf.config.name_or_path or "the model")
         defaults = checkpoint_defaults(self.hf.generation_config, tokenizer, label)
         average = Voice(tokenizer, defaults, _context(self.hf, tokenizer))
@@ -159,9 +162,20 @@ class LoadedModel:
         """The text of token ids, without special tokens. Raises ModelError for ids outside the vocabulary."""
         return self.voices.of(expert).text(self.checked(ids, expert), False)
 
-    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None, go_on: bool = False) -> list[int]:
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        expert: RowExpert = None,
+        go_on: bool = False,
+        tools: Sequence[Message] = (),
+    ) -> list[int]:
         """Token ids of a conversation; without a chat template, its turns one below the other."""
-        return self.voices.of(expert).chat_prompt(messages, go_on=go_on)
+        return self.voices.of(expert).chat_prompt(messages, go_on=go_on, tools=tools)
+
+    def chat_template_of(self, expert: RowExpert = None) -> str | None:
+        """An expert's own."""
+        return self.voices.of(expert).chat_template
 
     def ids(self, prompt: Prompt, expert: RowExpert = None) -> list[int]:
         """Token ids of a prompt. Raises ModelError as `checked` does."""
