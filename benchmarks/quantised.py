@@ -26,7 +26,7 @@ from polymerge import Bundle, export_gguf, load_model, quantize_bundle
 from polymerge.cli.console import hush_libraries
 from polymerge.demo.run import DemoSettings, load_skills
 from polymerge.export.gguf.measure import measure_served
-from polymerge.model import MixedModel
+from polymerge.model.mixed import MixedModel
 from polymerge.search.examples import Example, read_examples
 from polymerge.search.sweep import Reference
 

@@ -26,7 +26,7 @@ from polymerge import inspect_bundle, load_model, merge
 from polymerge.bundle.bundle import Bundle
 from polymerge.cli.console import hush_libraries
 from polymerge.demo.skills import Skill
-from polymerge.model import MixedModel
+from polymerge.model.mixed import MixedModel
 from polymerge.search.examples import Example
 from polymerge.search.sweep import Reference
 

@@ -36,7 +36,7 @@ from peer_methods.task import Task
 from polymerge import load_model, merge
 from polymerge.demo.skills import Skill
 from polymerge.demo.train import encode
-from polymerge.model import MixedModel
+from polymerge.model.mixed import MixedModel
 from polymerge.search.examples import Example
 from polymerge.search.sweep import ExampleAgreement, Reference
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from polymerge.bundle.bundle import Bundle
-from polymerge.model import MixedModel
+from polymerge.model.mixed import MixedModel
 from polymerge.model.own import OwnTensor
 
 HALF = 2

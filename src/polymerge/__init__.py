@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from .merging.room import cheapest_change as cheapest_change
     from .merging.sources import verify as verify
     from .merging.upgrade import upgrade as upgrade
-    from .model import MixedModel as MixedModel
-    from .model import load_model as load_model
+    from .model.loading import load_model as load_model
+    from .model.mixed import MixedModel as MixedModel
     from .recipe.merge import Recipe as Recipe
     from .recipe.merge import load_recipe as load_recipe
     from .router.evaluation import evaluate_router as evaluate_router
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Bundle": "bundle.bundle",
     "FitSettings": "router.settings",
-    "MixedModel": "model",
+    "MixedModel": "model.mixed",
     "Pipeline": "staged",
     "PolymergeError": "errors",
     "Question": "staged",
@@ -83,7 +83,7 @@ _HOME = {
     "generate": "staged.generate",
     "inspect_bundle": "bundle.inspect",
     "learn_from_feedback": "router.feedback",
-    "load_model": "model",
+    "load_model": "model.loading",
     "load_recipe": "recipe.merge",
     "merge": "search.merge",
     "open_pipeline": "staged.opening",

@@ -14,8 +14,8 @@ from polymerge.engine.base import GenerateRequest, ScoreRequest
 from polymerge.engine.local.engine import HFEngine
 from polymerge.errors import ModelError
 from polymerge.export import plan_vllm
-from polymerge.model import MixedModel
 from polymerge.model import loading as loading_module
+from polymerge.model.mixed import MixedModel
 from polymerge.serve.probe import probe
 from tests.fine_tunes import CHATML, PLAIN, ROOM, TEXT, Original
 from tests.tiny import VOCAB

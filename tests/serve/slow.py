@@ -28,7 +28,7 @@ def slowed(engine: BatchingEngine, seconds: float) -> None:
 def main(bundle: str, *words: str) -> None:
     """`polymerge serve` on a free port, slowed down."""
     from polymerge.cli.main import app
-    from polymerge.model import MixedModel
+    from polymerge.model.mixed import MixedModel
 
     start = BatchingEngine.__init__
 

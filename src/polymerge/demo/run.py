@@ -19,7 +19,8 @@ from torch import Tensor
 from ..bundle.bundle import Bundle
 from ..host import peak_memory
 from ..merging.run import OnProgress
-from ..model import MixedModel, load_model
+from ..model.loading import load_model
+from ..model.mixed import MixedModel
 from ..search.merge import merge
 from ..sources.gguf import package_gguf, unpack
 from .measure import accuracy, answer_log_probabilities, kl_divergence

@@ -8,10 +8,6 @@ moe.py         fused mixture-of-experts blocks
 loading.py     from a bundle's files to these modules
 mixed.py       the model that a caller sees
 triton/        residuals left as they are stored, and a kernel that reads them; imported only when asked for
+
+Layers need torch alone (`benchmarks/gpu.py` runs with them), so nothing is imported here.
 """
-
-from .assignment import Experts, RowExpert
-from .loading import load_model
-from .mixed import MixedModel
-
-__all__ = ["Experts", "MixedModel", "RowExpert", "load_model"]

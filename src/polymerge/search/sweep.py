@@ -26,7 +26,7 @@ from ..merging.executor import Executor, in_threads
 from ..merging.plan import MergePlan, plan_merge
 from ..merging.run import run_plan
 from ..method.codes import PLAIN
-from ..model import load_model
+from ..model.loading import load_model
 from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, Source, load_recipe
 from ..recipe.rates import AnyRates, in_words
 from .examples import LIMIT, Example, Prompts, read_prompts

@@ -18,7 +18,7 @@ from polymerge.export import plan_vllm, write_vllm
 from polymerge.export.vllm.calibrate import applied, read_adapter
 from polymerge.export.vllm.norms import gain_ratio, norm_modules, norm_readers
 from polymerge.export.vllm.prompts import CalibrationPrompt, read_prompts
-from polymerge.model import MixedModel
+from polymerge.model.mixed import MixedModel
 from tests.tiny import make_experts, tiny_tokenizer
 
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8]])

@@ -18,7 +18,8 @@ from torch import Tensor
 from ...bundle.bundle import Bundle
 from ...errors import ModelError, PolymergeError
 from ...host import DTYPES, free_memory, pick_device, pick_dtype
-from ...model import MixedModel, load_model
+from ...model.loading import load_model
+from ...model.mixed import MixedModel
 from ...model.quantised import check_base, held_digest, quantization_config
 from ...model.vocabulary import tokens_of
 from ...recipe.merge import Source

@@ -64,6 +64,7 @@ class Calibration:
         self.bundle, self._samples = bundle, samples
         self._engine = HFEngine.from_bundle(bundle, device=str(device))
         self._rows: dict[str, list[tuple[list[int], int]]] = dict(rows or {})
+        self._said: tuple[str, list[Tensor]] = "", []  # of the expert that was read last
 
     @torch.inference_mode()
     def input_sizes(self, expert: str, modules: Collection[str]) -> dict[str, Tensor]:
@@ -77,8 +78,7 @@ class Calibration:
             for name in modules
         ]
         try:
-            for ids, _ in self._answers(expert):
-                _log_probabilities(self._engine, ids, expert)
+            self._said = expert, [_log_probabilities(self._engine, ids, expert) for ids, _ in self._answers(expert)]
         finally:
             for hook in hooks:
                 hook.remove()
@@ -91,19 +91,29 @@ class Calibration:
         exported = read_adapter(load_file(folder / ADAPTER_FILE))
         layers, tied = self.bundle.layers.values(), self.bundle.manifest.tied_embedding
         unfolded = read_adapter(as_peft(self.bundle.adapter(expert), layers, tied=(tied, HEAD) if tied else None))
-        return _measured(self._engine, expert, self._answers(expert), exported, unfolded)
+        return _measured(self._engine, self._answers(expert), self._truths(expert), exported, unfolded)
 
     @torch.inference_mode()
     def truths(self, expert: str) -> Iterator[tuple[list[int], int, Tensor]]:
         """What an export must answer: token ids, where the answer begins, and the log-probabilities of the bundle's
         expert for every token but the first, [T - 1, V] float32 on the CPU."""
-        for ids, start in self._answers(expert):
-            yield ids, start, _log_probabilities(self._engine, ids, expert).cpu()
+        if self._said[0] != expert:
+            for ids, start in self._answers(expert):
+                yield ids, start, _log_probabilities(self._engine, ids, expert).cpu()
+            return
+        for (ids, start), said in zip(self._answers(expert), self._said[1], strict=True):
+            yield ids, start, said.cpu()
+
+    def _truths(self, expert: str) -> list[Tensor]:
+        """Log-probabilities of the bundle's expert for the tokens of its answers, each read once."""
+        if self._said[0] != expert:
+            self._said = expert, [_log_probabilities(self._engine, ids, expert) for ids, _ in self._answers(expert)]
+        return self._said[1]
 
     def _answers(self, expert: str) -> list[tuple[list[int], int]]:
         if expert not in self._rows:
             samples = self._samples[expert] if isinstance(self._samples, Mapping) else self._samples
-            self._rows[expert] = [_row(self._engine, expert, sample) for sample in samples]
+            self._rows[expert] = _rows(self._engine, expert, samples)
         return self._rows[expert]
 
 
@@ -165,29 +175,57 @@ def applied(model: nn.Module, adapter: Adapter) -> Iterator[None]:
             one.remove()
 
 
-def _row(engine: HFEngine, expert: str, sample: CalibrationPrompt) -> tuple[list[int], int]:
-    """Token ids of a prompt with its answer, and where the answer begins."""
-    prompt = engine.chat_prompt([{"role": "user", "content": sample.prompt}], expert=expert)[-engine.max_length // 2 :]
+def _rows(engine: HFEngine, expert: str, samples: Sequence[CalibrationPrompt]) -> list[tuple[list[int], int]]:
+    """Token ids of prompts with their answers, and where these begin. Missing answers are written in one batch."""
+    half = engine.max_length // 2
+    prompts = [_prompt(engine, expert, sample)[-half:] for sample in samples]
+    unanswered = [prompt for prompt, sample in zip(prompts, samples, strict=True) if sample.answer is None]
+    written = iter(_written(engine, expert, unanswered))
+    rows = []
+    for prompt, sample in zip(prompts, samples, strict=True):
+        if sample.answer is None:
+            answer = next(written)
+        else:
+            answer = engine.encode(sample.answer, special=False, expert=expert)[: half - 1]
+        rows.append(([*prompt, *answer], len(prompt)))
+    return rows
+
+
+def _prompt(engine: HFEngine, expert: str, sample: CalibrationPrompt) -> list[int]:
+    prompt = engine.chat_prompt([{"role": "user", "content": sample.prompt}], expert=expert)
     if not prompt:
         raise ModelError(f"the calibration prompt {sample.prompt!r} has no tokens in the bundle's tokenizer")
-    if sample.answer is not None:
-        answer = engine.encode(sample.answer, special=False, expert=expert)[: engine.max_length // 2 - 1]
-        return [*prompt, *answer], len(prompt)
-    ids = torch.tensor([prompt], device=engine.device)
+    return prompt
+
+
+def _written(engine: HFEngine, expert: str, prompts: Sequence[list[int]]) -> list[list[int]]:
+    """The expert's greedy answers, each up to its end token."""
+    if not prompts:
+        return []
+    ids, mask = engine.padded(prompts)
     made = engine.model.generate(
-        ids, attention_mask=torch.ones_like(ids), experts=expert, max_new_tokens=ANSWER_TOKENS, do_sample=False
+        ids, attention_mask=mask, experts=expert, max_new_tokens=ANSWER_TOKENS, do_sample=False
     )
-    return made[0].tolist(), len(prompt)
+    return [_up_to_end(row[ids.shape[1] :].tolist(), engine.defaults_of(expert).ends) for row in made]
+
+
+def _up_to_end(tokens: list[int], ends: Collection[int]) -> list[int]:
+    """What follows an end token is padding."""
+    end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: end + 1]
 
 
 def _measured(
-    engine: HFEngine, expert: str, rows: Sequence[tuple[list[int], int]], exported: Adapter, unfolded: Adapter
+    engine: HFEngine,
+    rows: Sequence[tuple[list[int], int]],
+    truths: Sequence[Tensor],
+    exported: Adapter,
+    unfolded: Adapter,
 ) -> Measured:
     hf = engine.model.hf
     sums, tokens, same = dict.fromkeys(("exported", "unfolded", "average"), 0.0), 0, 0
     probes = []
-    for ids, start in rows:
-        truth = _log_probabilities(engine, ids, expert)
+    for (ids, start), truth in zip(rows, truths, strict=True):
         others = {"average": _log_probabilities(engine, ids, None)}
         for name, adapter in (("exported", exported), ("unfolded", unfolded)):
             with applied(hf, adapter):
