@@ -28,7 +28,7 @@ CompressRate = Annotated[
     float | None, typer.Option(help="Share of a residual's parameters to drop, over the recipe's; 0.95 is published.")
 ]
 Code = Annotated[
-    str | None, typer.Option(help="Of the residuals: auto, factors, int8, int4, entropy, over the recipe's.")
+    str | None, typer.Option(help="Of residuals: auto, factors, int8, int4 or entropy, over the recipe's.")
 ]
 Scale = Annotated[str | None, typer.Option(help="per_expert or shared, over the recipe's.")]
 DType = Annotated[str | None, typer.Option(help="Of the bundle: float32, bfloat16 or float16, over the recipe's.")]
