@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from polymerge.report.blocks import COLOURS, html_page, plot, plotly, section
+from polymerge.report.blocks import COLOURS, plot, plotly, section, write_page
 
 FOLDS = 5
 POINTS = 101
@@ -62,7 +62,7 @@ def measures(weak: Any, strong: Any, gain: Any) -> dict[str, Any]:
 
 def draw_curves(curves: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     """A page with the curve of every data set, against the straight line of sending questions at random."""
-    go, _ = plotly()
+    go = plotly()
     parts = []
     for name, curve in curves.items():
         figure = go.Figure()
@@ -75,4 +75,4 @@ def draw_curves(curves: Mapping[str, Mapping[str, Any]], file: Path) -> None:
         )
         text = f"{curve['rows']} questions; APGR {curve['apgr']:.3f}, where sending at random gives 0.5."
         parts.append(section(name, text, plot(figure, 380)))
-    file.write_text(html_page("Cost and quality", "".join(parts), "benchmarks/route.py"), encoding="utf-8")
+    write_page(file, "Cost and quality", "".join(parts), "benchmarks/route.py")

@@ -1,11 +1,11 @@
-"""How many experts fit a GPU: arithmetic from an architecture's shapes, or from an exported folder's own sizes.
+"""How many experts fit a GPU: the bytes that `polymerge plan` counts, or an exported folder's own sizes.
 
     python benchmarks/fit.py --config llama-3-8b --gpu-memory 24 48 80
     python benchmarks/fit.py --export exported --gpu-memory 24
 
-    usable = 0.9 x memory - base - cache            cache = tokens x 2 x layers x kv_heads x head_dim x bytes
-    embedded engine: usable / (residuals + own)     own: an expert's embedding and head, where they are kept
-    vLLM:            usable / slot - 1              slot: factors of all linear layers at one rank; one slot is spare
+    usable = 0.9 x memory - base - cache, shared out among experts: residuals, and what each has of its own
+    embedded engine: with the average's linear layers in 16 bits, int8 or nf4
+    vLLM:            slots of one rank for all linear layers; one is spare
 
 Nothing is run and no weight is read. Activations are in the tenth that is left (vLLM's `--gpu-memory-utilization`).
 """
@@ -15,16 +15,19 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
 from polymerge.engine.vllm.folder import padded_rank, read_note
-from polymerge.method.rsvd import rank_for_rate
+from polymerge.merging.footprint import footprint, held_bytes
+from polymerge.merging.plan import MergePlan, plan_merge, replanned
+from polymerge.merging.work import USABLE
 
 KNOWN = {
     "llama-3-8b": {
@@ -44,70 +47,71 @@ KNOWN = {
         "vocab_size": 128256,
     },
 }
-USABLE = 0.9
-BYTES = 2  # bfloat16
+BASES = ("16bit", "int8", "nf4")
+TABLES = ("keep", "compress", "average")
 
 
-def shapes_of(name: str) -> tuple[Any, list[tuple[int, int]], list[tuple[int, int]], int]:
-    """Configuration, shapes of the linear layers, shapes of embedding and head, and all parameters of a model."""
-    config = LlamaConfig(**KNOWN[name]) if name in KNOWN else AutoConfig.from_pretrained(name, local_files_only=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    ends = [model.get_input_embeddings(), head]
-    whole = sum(parameter.numel() for parameter in model.parameters())
-    return config, [_shape(module) for module in linear], [_shape(module) for module in ends], whole
+def plans_of(folder: str, tokens: int) -> list[MergePlan]:
+    """Of two experts and of three with a configuration's shapes: what one more costs is what lies between."""
+    return [
+        plan_merge(
+            {"experts": {f"e{n}": f"shapes/e{n}" for n in range(count)}, "config": folder, "dtype": "bfloat16"},
+            weights=False,
+            context=tokens,
+        )
+        for count in (2, 3)
+    ]
 
 
-def _shape(module: Any) -> tuple[int, int]:
-    rows, columns = module.weight.shape
-    return rows, columns
+def configured(name: str, folder: Path) -> str:
+    """A folder with the configuration of that name, or the folder that was named."""
+    if name not in KNOWN:
+        return name
+    config = LlamaConfig(**KNOWN[name], architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    config.max_position_embeddings = 2**20  # the cache is of many conversations together
+    config.save_pretrained(folder)
+    return str(folder)
 
 
-def cache_bytes(config: Any, tokens: int) -> int:
-    """Keys and values of so many tokens."""
-    heads = config.num_key_value_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    total: int = tokens * 2 * config.num_hidden_layers * heads * width * BYTES
-    return total
-
-
-def fits(memory: float, base: int, cache: int, each: float) -> int:
+def fits(memory: float, taken: float, each: float) -> int:
     """How many of `each` bytes fit."""
-    return max(0, int((USABLE * memory - base - cache) / each))
+    return max(0, int((USABLE * memory - taken) / each))
 
 
 def rows_of_config(name: str, memories: list[float], tokens: int, rates: list[float]) -> Iterator[dict[str, Any]]:
-    config, linear, ends, whole = shapes_of(name)
-    base, cache = whole * BYTES, cache_bytes(config, tokens)
-    tied = bool(config.tie_word_embeddings)
-    own_bytes = sum(a * b for a, b in ends[: 1 if tied else 2]) * BYTES
-    for rate in rates:
-        ranks = [rank_for_rate(a, b, rate) for a, b in linear]
-        residuals = sum(rank * (a + b) for rank, (a, b) in zip(ranks, linear, strict=True)) * BYTES
-        padded = padded_rank(max(ranks))
-        slot = sum(a + b for a, b in linear) * padded * BYTES
-        for memory in memories:
-            yield {
-                "gpu": memory,
-                "rate": rate,
-                "base": base,
-                "cache": cache,
-                "residuals": residuals,
-                "own": own_bytes,
-                "max_lora_rank": padded,
-                "slot": slot,
-                "dense_models": fits(memory, 0, cache, base),
-                "embedded_kept": fits(memory, base, cache, residuals + own_bytes),
-                "embedded_averaged": fits(memory, base, cache, residuals),
-                "vllm": max(0, fits(memory, base, cache, slot) - 1),
-            }
+    with TemporaryDirectory() as folder:
+        two, three = plans_of(configured(name, Path(folder)), tokens)
+        needs = footprint(two)
+        cache = needs.bundle_cache * tokens // needs.bundle_tokens
+        for rate in rates:
+            for tables in TABLES:
+                settings = {"compress_rate": rate, "embeddings": tables, "lm_head": tables}
+                yield from _rows(replanned(two, **settings), replanned(three, **settings), memories, cache)  # type: ignore[arg-type]
+
+
+def _rows(two: MergePlan, three: MergePlan, memories: list[float], cache: int) -> Iterator[dict[str, Any]]:
+    each = held_bytes(three) - held_bytes(two)
+    bases = {base: held_bytes(replace(two, base=base)) - 2 * each for base in BASES}
+    linear = [task for task in two.tasks if task.record.role == "linear"]
+    padded = padded_rank(max(task.rank for task in linear))
+    slot = sum(sum(task.matrix_shape) for task in linear) * padded * two.dtype.itemsize
+    for memory in memories:
+        yield {
+            "gpu": memory,
+            "rate": two.recipe.compress_rate,
+            "embeddings": two.recipe.embeddings,
+            "base": bases["16bit"],
+            "an_expert": each,
+            "dense_models": fits(memory, cache, two.base_bytes),
+            **{f"embedded_{base}": fits(memory, taken + cache, each) for base, taken in bases.items()},
+            "vllm": max(0, fits(memory, bases["16bit"] + cache, slot) - 1),
+        }
 
 
 def rows_of_export(folder: Path, memories: list[float], tokens: int) -> Iterator[dict[str, Any]]:
-    note, config = read_note(folder), AutoConfig.from_pretrained(folder, local_files_only=True)
-    cache = cache_bytes(config, tokens)
+    note = read_note(folder)
+    needs = footprint(plans_of(str(folder), tokens)[0])
+    cache = needs.bundle_cache * tokens // needs.bundle_tokens
     for memory in memories:
         yield {
             "gpu": memory,
@@ -115,8 +119,8 @@ def rows_of_export(folder: Path, memories: list[float], tokens: int) -> Iterator
             "cache": cache,
             "max_lora_rank": note.max_lora_rank,
             "slot": note.slot_bytes,
-            "dense_models": fits(memory, 0, cache, note.base_bytes),
-            "vllm": max(0, fits(memory, note.base_bytes, cache, note.slot_bytes) - 1),
+            "dense_models": fits(memory, cache, note.base_bytes),
+            "vllm": max(0, fits(memory, note.base_bytes + cache, note.slot_bytes) - 1),
         }
 
 
@@ -140,7 +144,7 @@ def main() -> None:
         table.add_column(column.replace("_", " "), justify="right")
     for row in rows:
         table.add_row(
-            *(f"{v / 1e9:.2f} GB" if isinstance(v, float | int) and v > 1e6 else f"{v:g}" for v in row.values())
+            *(f"{v / 1e9:.2f} GB" if isinstance(v, float | int) and v > 1e6 else f"{v}" for v in row.values())
         )
     Console().print(table)
     if options.json:

@@ -224,7 +224,7 @@ def serve_dense(folder: str) -> None:
     app = create_app(engine)  # its only model is "average", a plain model itself
     place = listener("127.0.0.1", 0)
     told = json.dumps({"url": f"http://127.0.0.1:{place.getsockname()[1]}"})
-    run_app(app, place, ServeSettings(drain_seconds=5), lambda: print(told, flush=True))
+    run_app(app, place, ServeSettings(drain_seconds=5), lambda stop: print(told, flush=True))
     engine.close(5)
 
 

@@ -31,7 +31,7 @@ FLOORS = (
     ("router",),
     ("staged", "evaluate"),
     ("assess", "compete", "serve"),
-    ("report",),
+    ("report", "hub"),
     ("demo",),
     ("cli",),
     ("__main__", "__init__"),

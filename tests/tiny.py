@@ -131,3 +131,30 @@ def recipe_folder(folder: Path, rows: Sequence[dict[str, str]], **settings: int)
     (folder / "recipe.yaml").write_text("experts:\n" + "".join(f"  {n}: {path}\n" for n, path in experts.items()))
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def text_tokenizer() -> hf.PreTrainedTokenizerFast:
+    """One byte a token, of all 256, so that it can write anything; special tokens as in `tiny_tokenizer`, and a chat
+    template that knows no tools."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {letter: 3 + n for n, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.BPE(words, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    made = hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+    made.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    return made
+
+
+def text_model(tokenizer: hf.PreTrainedTokenizerFast, seed: int = 0) -> Any:
+    """A random model of two layers that knows the tokenizer's words."""
+    torch.manual_seed(seed)
+    config = hf.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=16384, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    return hf.LlamaForCausalLM(config).eval()

@@ -23,10 +23,14 @@ if TYPE_CHECKING:
     from .export import export_gguf as export_gguf
     from .export import export_peft as export_peft
     from .export import export_vllm as export_vllm
+    from .export import quantize_bundle as quantize_bundle
+    from .hub import pull_bundle as pull_bundle
+    from .hub import push_bundle as push_bundle
     from .merging.footprint import footprint as footprint
     from .merging.grow import add_expert as add_expert
     from .merging.grow import remove_expert as remove_expert
     from .merging.plan import plan_merge as plan_merge
+    from .merging.room import cheapest_change as cheapest_change
     from .merging.sources import verify as verify
     from .merging.upgrade import upgrade as upgrade
     from .model import MixedModel as MixedModel
@@ -66,6 +70,7 @@ _HOME = {
     "Sample": "router.samples",
     "add_expert": "merging.grow",
     "assess_models": "assess.start",
+    "cheapest_change": "merging.room",
     "evaluate_bundle": "evaluate.start",
     "evaluate_router": "router.evaluation",
     "export_dense": "export",
@@ -82,6 +87,9 @@ _HOME = {
     "merge": "search.merge",
     "open_pipeline": "staged.opening",
     "plan_merge": "merging.plan",
+    "quantize_bundle": "export",
+    "pull_bundle": "hub",
+    "push_bundle": "hub",
     "remove_expert": "merging.grow",
     "route": "router.requests",
     "run_competition": "compete.start",

@@ -65,6 +65,13 @@ def free_memory(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
+def gpu_memory() -> int:
+    """Bytes of this machine's GPU, used or free. Raises DeviceError where there is none."""
+    if not torch.cuda.is_available():
+        raise DeviceError("auto: this machine has no GPU that torch sees; say its memory, such as 24GB")
+    return torch.cuda.mem_get_info()[1]
+
+
 def cache_folder() -> Path:
     """Where polymerge keeps what can be made again: `$POLYMERGE_CACHE`, else `~/.cache/polymerge`."""
     return Path(os.environ.get("POLYMERGE_CACHE") or Path.home() / ".cache" / "polymerge")

@@ -60,8 +60,8 @@ def without(*keys: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a list": (lambda data: [data], "format version None"),
     "another version": (
-        lambda data: data | {"format_version": 7},
-        "format version 7; .* reads versions 1, 2, 3, 4, 5 and 6",
+        lambda data: data | {"format_version": 8},
+        "format version 8; .* reads versions 1, 2, 3, 4, 5, 6 and 7",
     ),
     "no version": (without("format_version"), "format version None"),
     "another format": (lambda data: data | {"format": "zip"}, "format: "),

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from polymerge import load_model, load_recipe
-from polymerge.errors import ModelError, SourceError
+from polymerge.errors import DeviceError, ModelError, RecipeError, SourceError
 from polymerge.merging.footprint import footprint
 from polymerge.merging.plan import plan_merge
+from polymerge.merging.room import cheapest_change
 from polymerge.merging.run import fingerprint, run_plan
+from polymerge.merging.work import work_of
 from polymerge.sources.opening import open_checkpoint
 from polymerge.sources.outline import OutlineCheckpoint, outline
 from tests.conftest import Merged
@@ -103,3 +105,45 @@ def test_a_loaded_bundle_holds_what_was_said(code: str, tmp_path: Path) -> None:
     tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
     held = sum(t.numel() * t.element_size() for t in tensors.values())
     assert footprint(plan).bundle == pytest.approx(held, rel=0.03)
+
+
+EIGHT = {"weights": False, "gpu": "24GB", "context": 8192, "requests": 4}
+
+
+def test_three_experts_and_a_thinker_fit_24_gb_with_two_changes() -> None:
+    plan = plan_merge(ROOT / "recipes" / "neurips2024.yaml", **EIGHT)
+    needs, change = footprint(plan), cheapest_change(plan)
+    assert needs.fits is False and needs.limit == 21_600_000_000 and needs.bundle_tokens == 32_768
+    assert change and change.words == ("thinker: base: nf4", "--base int8")
+    assert change.needs.fits and change.needs.thinker_base == "nf4" and change.needs.base == "int8"
+    assert change.needs.total == pytest.approx(19.9e9, rel=0.01)
+
+
+def test_ten_experts_fit_24_gb_without_a_thinker() -> None:
+    experts = {f"e{n}": f"shapes/e{n}" for n in range(10)}
+    config = str(ROOT / "recipes" / "configs" / "llama-3-8b")
+    change = cheapest_change(plan_merge({"experts": experts, "config": config, "dtype": "bfloat16"}, **EIGHT))
+    assert change and change.words == ("--base int8", "embeddings: compress") and change.needs.fits
+
+
+def test_what_fits_needs_no_change_and_what_cannot_has_none(merged: Merged) -> None:
+    _, experts = merged("llama")
+    recipe = {"experts": {n: str(p) for n, p in experts.items()}}
+    roomy = cheapest_change(plan_merge(recipe, gpu="1GB"))
+    assert roomy and roomy.words == ()
+    needs = footprint(plan_merge(recipe, gpu="1GB", context=100, requests=3))
+    assert needs.bundle_tokens == 300 and needs.room and needs.room > 300
+    assert cheapest_change(plan_merge(recipe, gpu="1kB")) is None
+    with pytest.raises(RecipeError, match="'big' is not a size"):
+        plan_merge(recipe, gpu="big")
+    with pytest.raises(RecipeError, match="whole numbers from 1 on"):
+        plan_merge(recipe, requests=0)
+
+
+def test_auto_is_this_machines_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(DeviceError, match="no GPU that torch sees"):
+        work_of("auto", None, 1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (1, 1000))
+    assert work_of("auto", None, 1).usable == 900

@@ -1,28 +1,45 @@
-"""The report is one page that asks the network for nothing and shows the bundle it was written of."""
+"""The report is a page that asks the network for nothing and answers in words before it draws."""
 
 import re
 from pathlib import Path
 
 import pytest
 
+from polymerge.bundle.inspect import inspect_bundle
+from polymerge.bundle.verdict import SAID
 from polymerge.report import write_report
 from tests.conftest import Merged
 
 pytest.importorskip("plotly")
 
 
-def test_a_bundles_page_has_every_section_of_the_merge_and_no_address(merged: Merged, tmp_path: Path) -> None:
+def test_a_bundles_page_answers_in_words_then_shows_three_plots_and_folds_the_rest(
+    merged: Merged, tmp_path: Path
+) -> None:
     bundle, _ = merged("llama")
     page = write_report(bundle, tmp_path / "report.html").read_text()
-    titles = re.findall(r"<h2>([^<]+)</h2>", page)
-    assert titles[:3] == ["Size", "Experts", "Error by layer"] and "Tensors that lost most" in titles
-    assert bundle.digest[:16] in page
-    assert not re.findall(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="?https?:', page)
+    seen, folded = page.split("<details>", 1)
+    assert re.findall(r"<h2>([^<]+)</h2>", seen) == [
+        "Do they answer as before?", "Size", "What each expert kept", "Error by layer",
+    ]  # fmt: skip
+    for expert in inspect_bundle(bundle).experts:
+        assert f"<b>{expert.name}</b>{SAID[expert.verdict.answers]}" in seen
+    assert "Tensors that lost most" in folded and bundle.digest[:16] in page
 
 
-def test_a_demos_table_stands_first(merged: Merged, tmp_path: Path) -> None:
+def test_a_page_is_small_and_asks_no_network_for_its_script(merged: Merged, tmp_path: Path) -> None:
+    bundle, _ = merged("llama")
+    page = write_report(bundle, tmp_path / "report.html").read_text()
+    write_report(bundle, tmp_path / "again.html")
+    assert len(page) < 300_000
+    (script,) = tmp_path.glob("*.js")
+    assert re.findall(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="([^"]+)"', page) == [script.name]
+
+
+def test_what_a_demo_measured_goes_before_what_is_predicted(merged: Merged, tmp_path: Path) -> None:
     bundle, _ = merged("llama")
     shares = {"original": 1.0, "average": 0.2, "bundle": 0.9, "kept": 0.9, "kl_average": 0.5, "kl_bundle": 0.1}
     page = write_report(bundle, tmp_path / "r.html", demo=[{"skill": "a<b", "examples": 4, **shares}]).read_text()
-    assert re.findall(r"<h2>([^<]+)</h2>", page)[0] == "What the experts keep"
-    assert "a&lt;b" in page
+    seen, folded = page.split("<details>", 1)
+    assert "Measured on held-out requests." in seen and "keeps 90.0% of its accuracy" in seen
+    assert "a&lt;b" in seen and "What the experts keep" in seen and "Predicted from the energy kept" in folded

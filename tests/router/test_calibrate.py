@@ -10,6 +10,7 @@ from polymerge.router.calibrate import (
     accuracy_against_coverage,
     auroc,
     calibration_error,
+    cross_fitted,
     fit_temperature,
     reliability,
     softmax,
@@ -31,9 +32,12 @@ def test_the_temperature_undoes_a_scaling_of_the_logits() -> None:
     assert calibration_error(tempered.max(1), right) < 0.03 < calibration_error(softmax(logits * 5).max(1), right)
 
 
-def test_a_perfect_classifier_keeps_a_finite_temperature() -> None:
-    logits = np.eye(3)[[0, 1, 2, 0]] * 3
-    assert 0 < fit_temperature(logits, np.array([0, 1, 2, 0])) < 1
+@pytest.mark.parametrize("count", [3, 30, 300])
+def test_samples_that_are_all_right_are_no_proof(count: int) -> None:
+    labels = np.arange(count) % 3
+    logits = np.eye(3)[labels] * 3
+    likeliest = softmax(logits / fit_temperature(logits, labels)).max(axis=1)
+    assert likeliest == pytest.approx((count + 1) / (count + 2), abs=1e-3)
 
 
 def test_calibration_error_of_what_is_known() -> None:
@@ -73,21 +77,29 @@ def test_the_curve_ends_at_the_accuracy_of_all() -> None:
 
 
 def calibrated(near: float, far: float) -> Outside:
-    """An Outside whose first sign is `near` among known samples and `far` among strangers; the second says nothing."""
-    inside = np.stack([RNG.normal(near, 0.03, 300), np.full(300, 0.5)], axis=1)
-    outside = np.stack([RNG.normal(far, 0.03, 60), np.full(60, 0.5)], axis=1)
-    mix, middle, slope = calibrate_outside(inside, outside)
-    return Outside(np.zeros((1, 1), np.float32), np.zeros(1, np.float32), mix, middle, slope)
+    """An Outside whose first sign is `near` among known samples and `far` among strangers; the others say nothing."""
+    inside = np.stack([RNG.normal(near, 0.03, 300), *np.full((2, 300), 0.5)], axis=1)
+    outside = np.stack([RNG.normal(far, 0.03, 60), *np.full((2, 60), 0.5)], axis=1)
+    nothing = np.zeros((1, 1), np.float32)
+    return calibrate_outside(Outside(nothing, nothing[0], nothing), inside, outside)
 
 
 def test_signs_halfway_between_known_and_unknown_are_as_likely_either() -> None:
-    calibration = calibrated(0.2, 0.6)
-    chances = calibration.known(np.array([[0.2, 0.5], [0.6, 0.5], [0.4, 0.5]]))
-    assert chances[0] > 0.95 and chances[1] < 0.05 and 0.2 < chances[2] < 0.8
+    chances = calibrated(0.2, 0.6).known(np.array([[0.2, 0.5, 0.5], [0.6, 0.5, 0.5], [0.4, 0.5, 0.5]]))
+    assert chances[0] > 0.9 and chances[1] < 0.1 and 0.2 < chances[2] < 0.8
 
 
 def test_signs_that_point_the_wrong_way_are_not_turned_round() -> None:
-    assert calibrated(0.6, 0.2).slope > 0
+    chances = calibrated(0.6, 0.2).known(np.array([[0.2, 0.5, 0.5], [0.6, 0.5, 0.5]]))
+    assert chances[0] == pytest.approx(chances[1])
+
+
+def test_calibration_error_is_of_folds_that_the_temperature_has_not_seen() -> None:
+    logits = RNG.normal(size=(40, 3))
+    labels = logits.argmax(axis=1)
+    first = np.arange(40) % 5 == 0
+    expected = softmax(logits[first] / fit_temperature(logits[~first], labels[~first]))
+    assert np.allclose(cross_fitted(logits, labels)[first], expected)
 
 
 @pytest.mark.parametrize("fields", [2, 5])

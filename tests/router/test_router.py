@@ -1,5 +1,6 @@
 """Routers fitted, stored, loaded and asked, on scripted vectors: what is kept, what is refused, what falls back."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 import polymerge.router.router as router_module
 from polymerge import Bundle, remove_expert
@@ -152,7 +154,6 @@ def test_another_model_that_embeds_must_be_the_one_of_the_fit(bundle: Bundle, en
     ("training", "held", "options", "message"),
     [
         ([], [], {}, "no training samples"),
-        (make_samples(4, fields=["math"]), [], {}, "only one field"),
         ([*make_samples(4, fields=["math"]), Sample("grep", "shell")], [], {}, "'shell' has one training sample"),
         ([*TRAIN, Sample("n1", "none")], [], {}, "cannot be called 'none'"),
         (TRAIN, [Sample("n1", "law")], {}, "'law' has validation samples but no training"),
@@ -187,6 +188,49 @@ def test_two_fields_are_enough(bundle: Bundle, engine: Any) -> None:
     routes = router.route(["sum plus", "grep files"])
     assert [route.field for route in routes] == fields
     assert all(set(route.scores) == set(fields) for route in routes)
+
+
+@pytest.mark.parametrize("fields", [["math"], ["math", "shell"]])
+def test_one_field_or_two_refuse_strangers(bundle: Bundle, engine: Any, fields: list[str]) -> None:
+    samples, experts = make_samples(24, fields=fields), {f: EXPERTS[f] for f in fields}
+    router = fit_samples(bundle, engine, samples, experts=experts).router
+    evaluation = measure_router(router, [*make_samples(30, seed=5, fields=fields), *strangers(60)])
+    assert evaluation.auroc is not None and evaluation.auroc > 0.95
+    assert evaluation.kept is not None and evaluation.kept > 0.9
+    assert evaluation.outside_to_fallback is not None and evaluation.outside_to_fallback > 0.8
+    router.save(bundle)
+    texts = [sample.text for sample in samples]
+    assert Router.load(bundle, engine).route(texts) == router.route(texts)
+
+
+def test_validation_samples_that_are_training_samples_are_left_out_and_said(bundle: Bundle, engine: Any) -> None:
+    twice = [Sample(sample.text.upper() + " ", sample.field) for sample in TRAIN[:5]]
+    fitted = fit(bundle, engine, [*HELD, *twice])
+    assert fitted.report["repeated"] == 5
+    assert fitted.router.record == fit(bundle, engine).router.record
+
+
+def test_a_router_of_before_there_was_a_background_answers_as_it_did(bundle: Bundle, engine: Any) -> None:
+    """Two signs, four numbers of calibration, no thresholds of fields: what version 1 of the file first held."""
+    router = fit(bundle, engine).router
+    router.save(bundle)
+    folder = router_folder(bundle.path)
+    record = json.loads((folder / "router.json").read_text())
+    arrays = dict(router.head.to_arrays())
+    del arrays["outside.background"]
+    arrays["outside.calibration"] = np.array([2.0, 0.5, 0.4, 3.0])
+    data = save(arrays)
+    record["weights"] = f"weights-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+    del record["thresholds"]
+    (folder / record["weights"]).write_bytes(data)
+    (folder / "router.json").write_text(json.dumps(record))
+    opened = Router.load(bundle, engine)
+    raw = opened.embedder.embed(["sum plus n1", "n3 n4 n5"]).vectors
+    vectors = opened.head.space(raw).astype(np.float64)
+    claims = vectors @ arrays["outside.weights"].T.astype(np.float64) + arrays["outside.bias"]
+    far = 1 - np.sort(vectors @ arrays["vectors"].T.astype(np.float64), axis=1)[:, -5:].mean(axis=1)
+    expected = 1 / (1 + np.exp(3.0 * (-2.0 * claims.max(axis=1) + 0.5 * far - 0.4)))
+    assert np.allclose(opened.judge(raw).known, expected, atol=1e-6)
 
 
 def test_the_table_sends_a_field_to_its_best_expert(bundle: Bundle, engine: Any) -> None:

@@ -37,4 +37,4 @@ def main(bundle: str) -> None:
         slowed(self, 0.02)
 
     with patch.object(BatchingEngine, "__init__", slow_start), patch.object(MixedModel, "tokenizer", tiny_tokenizer()):
-        app(["serve", bundle, "--port", "0", "--json", "--quiet"])
+        app(["serve", bundle, "--engine", "transformers", "--port", "0", "--json", "--quiet"])

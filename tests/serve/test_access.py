@@ -13,8 +13,9 @@ from polymerge.engine.local.batching import BatchingEngine
 from polymerge.errors import PolymergeError
 from polymerge.serve.access import Buckets
 from polymerge.serve.app import create_app
+from polymerge.serve.keys import read_keys
 from polymerge.serve.run import guarded
-from polymerge.serve.settings import ServeSettings, read_keys
+from polymerge.serve.settings import ServeSettings
 from tests.serve.conftest import KEY, ScriptedRouter, Server, running
 
 BODY = {"model": "e0", "messages": [{"role": "user", "content": "w5 w6"}], "max_tokens": 2}

@@ -1,7 +1,9 @@
 """Which expert answers a conversation."""
 
+import asyncio
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -30,8 +32,22 @@ class Experts:
     experts = ("e0", "e1", "e2")
 
 
-def chooser(router: Any = None, **limits: Any) -> Chooser:
-    return Chooser(Experts(), router, ServeSettings(**limits))  # type: ignore[arg-type]
+class Asked:
+    """A chooser that is asked without an event loop of one's own."""
+
+    def __init__(self, chooser: Chooser) -> None:
+        self._chooser, self.models = chooser, chooser.models
+
+    def choose(self, *args: Any, **more: Any) -> Choice:
+        return asyncio.run(self._chooser.choose(*args, **more))
+
+    @property
+    def known(self) -> int:
+        return len(self._chooser._known)
+
+
+def chooser(router: Any = None, **limits: Any) -> Asked:
+    return Asked(Chooser(Experts(), router, ServeSettings(**limits)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +88,7 @@ def test_only_new_turns_are_embedded_and_few_are_remembered() -> None:
     assert router.asked == ["w10", "w11"]
     for number in range(40):
         choose.choose("auto", [f"text {number}"])
-    assert len(choose._known) == 30
+    assert choose.known == 30
 
 
 def test_only_the_latest_turns_and_a_clear_lead_count() -> None:
@@ -119,7 +135,8 @@ def test_the_route_endpoint_tells_routes_and_makes_no_tokens(server: Server) -> 
 def test_embeddings_are_the_routers_where_it_has_some(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     class Embedder:
         def embed(self, texts: list[str]) -> Any:
-            return type("Embedded", (), {"vectors": np.ones((len(texts), 2), dtype=np.float32)})
+            vectors = np.ones((len(texts), 2), dtype=np.float32)
+            return SimpleNamespace(vectors=vectors, truncated=[0, 3][: len(texts)])
 
     router = ScriptedRouter()
     router.embedder = Embedder()  # type: ignore[attr-defined]
@@ -127,6 +144,7 @@ def test_embeddings_are_the_routers_where_it_has_some(server: Server, monkeypatc
         body = {"model": "auto", "input": ["w5", "w6"]}
         reply = httpx2.post(f"{other.url}/v1/embeddings", json=body).json()
         assert [one["embedding"] for one in reply["data"]] == [[1.0, 1.0]] * 2
+        assert [one.get("cut_tokens") for one in reply["data"]] == [None, 3]
         assert httpx2.post(f"{other.url}/v1/embeddings", json=body | {"input": " "}).status_code == 400
 
 

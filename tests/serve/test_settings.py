@@ -1,11 +1,11 @@
 """The limits of a server: one home, checked once, the same in Python, on the command line and in the docs."""
 
+import asyncio
 import inspect
 import re
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -107,16 +107,15 @@ def test_more_questions_than_may_wait_for_the_thinker_are_refused() -> None:
             assert gate.wait(30)
             return [Staged(question.text) for question in questions]
 
-    stages = Stages(Slow(), ServeSettings(max_questions=2))
-    with ThreadPoolExecutor(3) as pool:
-        answers = [pool.submit(stages.ask, Question("w5"))]
-        assert begun.wait(30)
-        answers += [pool.submit(stages.ask, Question(f"w{n}")) for n in (6, 7)]
-        for _ in range(3000):
-            if len(stages._jobs) == 2:
-                break
-            time.sleep(0.01)
+    async def ask() -> list[str]:
+        stages, due = Stages(Slow(), ServeSettings(max_questions=2)), time.monotonic() + 30
+        first = asyncio.create_task(stages.ask(Question("w5"), due=due))
+        assert await asyncio.to_thread(begun.wait, 30)
+        others = [asyncio.create_task(stages.ask(Question(f"w{n}"), due=due)) for n in (6, 7)]
+        await asyncio.sleep(0)
         with pytest.raises(EngineBusyError, match=r"^2 questions are waiting"):
-            stages.ask(Question("w8"))
+            await stages.ask(Question("w8"), due=due)
         gate.set()
-        assert [answer.result(30).text for answer in answers] == ["w5", "w6", "w7"]
+        return [(await answer).text for answer in (first, *others)]
+
+    assert asyncio.run(ask()) == ["w5", "w6", "w7"]

@@ -18,14 +18,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..data.rows import read_rows
+from ..data.shown import table
 from ..errors import BundleError, SourceError
 from ..host import DTYPES
 from ..method.code import Code
 from ..method.dense import dense
 from ..method.factors import Factors
+from ..recipe.rates import in_words
 from ..sources.checkpoint import Checkpoint, open_folder, read_json
 from ..sources.fused import SlicedCheckpoint
+from ..sources.packed import PackedCheckpoint
 from ..sources.persona import Persona, read_persona
+from .hub import fetched, hub_id
 from .kept import ROW_NUMBERS, numbers_problem
 from .lock import come_back
 from .manifest import INHERITED_FILE, MANIFEST, SCALES_FILE, STATS, BundleLayer, Manifest, read_manifest
@@ -41,15 +45,12 @@ class Sizes:
     Attributes:
         base: the average.
         experts: expert -> its adapter and scales.
-        one_model: one dense model in the bundle's dtype (equals `base`).
+        one_model: one dense model in the bundle's dtype; the base, where that is not stored in fewer bits.
     """
 
     base: int
     experts: dict[str, int]
-
-    @property
-    def one_model(self) -> int:
-        return self.base
+    one_model: int
 
     @property
     def total(self) -> int:
@@ -57,7 +58,7 @@ class Sizes:
 
     @property
     def separate_models(self) -> int:
-        return self.base * len(self.experts)
+        return self.one_model * len(self.experts)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -79,11 +80,21 @@ class Bundle:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
+        self._chosen: tuple[str, ...] | None = None
         self._personas: dict[str | None, Persona] = {}
+
+    def __repr__(self) -> str:
+        method = self.manifest.method
+        kind = f"{self.manifest.architecture}, {method.code} at {in_words(method.compress_rate)}"
+        return f"Bundle({str(self.path)!r}: {', '.join(self.experts)}; {kind})"
+
+    def _repr_html_(self) -> str:
+        sources = {name: record.source for name, record in self.manifest.experts.items()}
+        return table(repr(self), sources)
 
     @classmethod
     def open(cls, path: str | Path | Bundle) -> Bundle:
-        """Opens a bundle's folder.
+        """Opens a bundle's folder, or by its hub id one of the hub, from the hub's cache if it is there.
 
         Raises:
             BundleError: not a bundle, another format version, a file that the manifest lists is missing, or one that it
@@ -92,7 +103,8 @@ class Bundle:
         """
         if isinstance(path, Bundle):
             return path
-        path = Path(path).expanduser()
+        remote = hub_id(path)
+        path = fetched(remote) if remote else Path(path).expanduser()
         come_back(path)
         manifest = read_manifest(path)
         check_shadows(path, manifest)
@@ -110,8 +122,24 @@ class Bundle:
 
     @property
     def experts(self) -> list[str]:
-        """Names of the experts, in the recipe's order."""
-        return list(self.manifest.experts)
+        """Names of the experts, in the recipe's order: all, or those that `only` chose."""
+        return [name for name in self.manifest.experts if self._chosen is None or name in self._chosen]
+
+    def only(self, experts: Iterable[str]) -> Bundle:
+        """The same bundle with some of its experts, to load no others.
+
+        Raises:
+            BundleError: it has no such expert, or its experts are not each for itself: one's factors are another's too,
+                or the average is made of them.
+        """
+        chosen = tuple(experts)
+        for name in chosen:
+            self.expert_folder(name)
+        if any(layer.base != "average" or layer.borrowed for layer in self.manifest.layers):
+            raise BundleError(f"{self.path}: its experts share factors, so they are loaded all together")
+        made = type(self)(self.path, self.manifest)
+        made._chosen = chosen
+        return made
 
     @property
     def digest(self) -> str:
@@ -161,9 +189,9 @@ class Bundle:
         if self.layers[tensor].base == "average":
             return self.base_tensor(tensor)
         total = torch.zeros(self.layers[tensor].shape)
-        for expert in self.experts:
+        for expert in self.manifest.experts:
             total += self.reconstruct(expert, tensor)
-        return total / len(self.experts)
+        return total / len(self.manifest.experts)
 
     def adapter(self, expert: str, *, coded: Container[str] = (), apart: bool = False) -> dict[str, Tensor]:
         """All tensors of an expert's adapter, keys without PEFT's prefix. Tables come whole, but for those with
@@ -355,6 +383,11 @@ class Bundle:
             return []
         return [line for _, line in read_rows(file) if line["expert"] in self.manifest.experts]
 
+    def packed(self) -> PackedCheckpoint | None:
+        """The base as it is stored in fewer bits; None where it is not."""
+        stored = base_of(self.path, ())
+        return stored if isinstance(stored, PackedCheckpoint) else None
+
     def sizes(self) -> Sizes:
         """Bytes of the base's and the experts' weight files."""
         files = self.manifest.files
@@ -365,7 +398,11 @@ class Bundle:
             )
             for name in self.experts
         }
-        return Sizes(base, experts)
+        return Sizes(base, experts, self._one_model() if self.manifest.base_code else base)
+
+    def _one_model(self) -> int:
+        infos = self.base.tensors.values()
+        return sum(info.numel * (info.dtype.itemsize if info.dtype else 1) for info in infos)
 
     def expert_reader(self, expert: str) -> ExpertReader:
         """Rebuilds an expert's dense tensors one at a time."""
@@ -533,6 +570,8 @@ class _StoredTensors:
 def base_of(folder: Path, layers: Iterable[BundleLayer]) -> Checkpoint:
     """The average's weights in a bundle's folder, matrix by matrix as in the layers."""
     base, slices = open_folder(folder, label=str(folder)), {x.tensor: x.slice for x in layers if x.slice}
+    if base.config.get("quantization_config"):
+        base = PackedCheckpoint(base, DTYPES.get(str(base.config.get("dtype")), torch.float32))
     return SlicedCheckpoint(base, slices) if slices else base
 
 

@@ -59,6 +59,7 @@ class Inspection:
     dtype: str
     compress_rate: AnyRates
     code: str
+    base_code: str
     scale: str
     layers_from: str
     base_bytes: int
@@ -103,6 +104,7 @@ def inspect_bundle(bundle: Bundle | str | Path) -> Inspection:
         dtype=manifest.dtype,
         compress_rate=manifest.method.compress_rate,
         code=manifest.method.code,
+        base_code=manifest.base_code or manifest.dtype,
         scale=manifest.method.scale,
         layers_from=manifest.layers_from,
         base_bytes=sizes.base,

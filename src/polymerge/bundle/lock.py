@@ -33,9 +33,13 @@ def writing(output: Path, *, patience: float = 0.0) -> Iterator[None]:
         patience: seconds to wait for another process.
 
     Raises:
-        LockedError: another process is at it, or no lock can be made there.
+        LockedError: another process is at it, no lock can be made there, or it is the hub's cache.
     """
     place = output.resolve()
+    if any(parent.name == "snapshots" and (parent.parent / "blobs").is_dir() for parent in place.parents):
+        raise LockedError(
+            f"{output}: is the hub's cache, which is only read; `polymerge pull` makes a folder of your own"
+        )
     file = place.parent / f".{place.name}.polymerge.lock"
     lock = FileLock(file)
     try:

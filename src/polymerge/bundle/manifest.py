@@ -33,8 +33,11 @@ FORMAT = "polymerge-bundle"
 # in one, or that experts have other rows or tokens in their tables; version 5 in that residuals have ranks of their
 # own, are taken against the model under the experts' adapters, are one for two experts, or are those of embeddings and
 # heads, or that experts have processors of their own; version 6 in that of a table a few rows are an expert's, or that
-# two experts have a tensor alike; version 7 in that a residual of a bundle with a code is stored as numbers.
+# two experts have a tensor alike; version 7 in that the base is stored in fewer bits, or a residual
+# of a bundle with a code as numbers.
 FormatVersion = Literal[1, 2, 3, 4, 5, 6, 7]
+# How linear layers of the base are stored, where not in the bundle's dtype (`polymerge.sources.packed`).
+BaseCode = Literal["int8"]
 MANIFEST = "polymerge.json"
 STATS = "merge_stats.jsonl"
 # PEFT's name for an adapter's weights. What an expert's file is called in a bundle says its code.
@@ -199,6 +202,7 @@ class Manifest(_Strict):
     Attributes:
         tied_embedding: the module of the input embedding that is also the output head; None where they are two.
         vocabulary: as an expert's, of the average.
+        base_code: of linear layers of the base; None where they are in the bundle's dtype.
     """
 
     format: Literal["polymerge-bundle"] = "polymerge-bundle"
@@ -206,6 +210,7 @@ class Manifest(_Strict):
     polymerge_version: str
     method: Method
     dtype: str
+    base_code: BaseCode | None = None
     architecture: str
     layers_from: Literal["architecture", "shapes"]
     tied_embedding: str | None = None
@@ -230,8 +235,9 @@ class Manifest(_Strict):
             del data["method"]["embedding_rate"]
         for name, record in data["experts"].items():
             data["experts"][name] = {key: value for key, value in record.items() if value not in (None, [])}
-        if self.vocabulary is None:
-            del data["vocabulary"]
+        for key in ("vocabulary", "base_code"):
+            if data[key] is None:
+                del data[key]
         unsaid: dict[str, object] = {
             "dtype": None,
             "slice": None,
@@ -248,6 +254,9 @@ class Manifest(_Strict):
     def checked(self) -> Manifest:
         """Itself, parsed again: a change must give a manifest that opens. Raises ValidationError otherwise."""
         return Manifest.model_validate(json.loads(self.to_json()))
+
+    def _version(self, experts: Iterable[ExpertRecord], layers: Sequence[BundleLayer]) -> FormatVersion:
+        return version_of(self.method, self.code, experts, layers, self.vocabulary, self.base_code)
 
     def with_expert(
         self,
@@ -279,7 +288,7 @@ class Manifest(_Strict):
         )
         return self.model_copy(
             update={
-                "format_version": version_of(self.method, self.code, experts.values(), layers, self.vocabulary),
+                "format_version": self._version(experts.values(), layers),
                 "experts": experts,
                 "layers": layers,
                 "files": dict(sorted({**self.files, **files}.items())),
@@ -299,7 +308,7 @@ class Manifest(_Strict):
         layers = tuple(_without(layer, name) for layer in layers)
         return self.model_copy(
             update={
-                "format_version": version_of(self.method, self.code, experts.values(), layers, self.vocabulary),
+                "format_version": self._version(experts.values(), layers),
                 "experts": experts,
                 "layers": layers,
                 "files": {
@@ -327,11 +336,12 @@ class Manifest(_Strict):
         for dtype in {self.dtype, *(layer.dtype for layer in self.layers if layer.dtype)}:
             if dtype not in DTYPES:
                 raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-        expected = version_of(self.method, self.code, self.experts.values(), self.layers, self.vocabulary)
+        expected = self._version(self.experts.values(), self.layers)
         if self.format_version != expected:
             raise ValueError(
                 f"format version {self.format_version} does not fit code {self.method.code!r}, the experts' personas "
-                "and vocabularies, the tensors' dtypes and their slices, and the layers' rates, ranks and bases"
+                "and vocabularies, the tensors' dtypes and their slices, the layers' rates, ranks and bases, and the "
+                "base's code"
             )
         for layer in self.layers:
             lenders = (lent.of for lent in layer.borrowed.values() if lent.of is not None)
@@ -383,10 +393,11 @@ def version_of(
     experts: Iterable[ExpertRecord],
     layers: Sequence[BundleLayer],
     vocabulary: int | None = None,
+    base_code: BaseCode | None = None,
 ) -> FormatVersion:
     """The lowest format version that has all this."""
     experts = list(experts)
-    if any(layer.numbers for layer in layers):
+    if base_code is not None or any(layer.numbers for layer in layers):
         return 7
     if any(layer.rows or any(map(layer.lends_whole, layer.borrowed)) for layer in layers):
         return 6

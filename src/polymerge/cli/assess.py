@@ -20,7 +20,7 @@ def assess(
     base: Base = "16bit",
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is remembered.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the assessment as JSON.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a self-contained page with a heatmap.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with a heatmap; its script lies beside it.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the tables.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -27,8 +27,10 @@ def compete_progress(quiet: bool) -> OnProgress | None:
     return show
 
 
-def print_summary(summary: Summary) -> None:
-    """What a competition's run did."""
+def print_summary(summary: Summary, tokens: int) -> None:
+    """What a competition's run did, and what may be wrong with its answers."""
+    from ..compete.flaws import words_of
+
     late = " [red](over the limit)[/]" if summary.seconds > summary.time_limit else ""
     out.print(f"{summary.rows} rows in {duration(summary.seconds)} of {duration(summary.time_limit)}{late}, ", end="")
     out.print(f"peak memory {size(summary.peak_memory)}")
@@ -39,5 +41,8 @@ def print_summary(summary: Summary) -> None:
         out.print(f"direct: {rows} rows: {reason}", markup=False, soft_wrap=True)
     for name, value in summary.scores.items():
         out.print(f"{name}: {value:.4f}")
+    warning = words_of(summary.written, summary.flaws, tokens)
+    if warning:
+        err.print(f"warning: {warning}", markup=False, soft_wrap=True)
     for line in summary.skipped:
         err.print(f"skipped: {line}", markup=False, soft_wrap=True)

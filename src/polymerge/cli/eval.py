@@ -11,7 +11,7 @@ from .words import Base
 
 
 def eval(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder, or its hub id.")],
     tasks: Annotated[
         str | None,
         typer.Option(help="Separated by commas: names or patterns of the harness, YAML files, data sets of --data."),

@@ -12,7 +12,7 @@ from ..errors import PolymergeError
 
 
 def export(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder, or its hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     expert: Annotated[str | None, typer.Option(help="The expert's name; vLLM and llama.cpp get all of them.")] = None,
     to: Annotated[

@@ -65,7 +65,7 @@ def told_before(runtime: str, folded: dict[str, int], lost: tuple[str, ...]) -> 
         lines.append("folded into the factors: " + ", ".join(f"{count} {kind}" for kind, count in folded.items()))
     lines += [f"{runtime} cannot express {line}" for line in lost[:MOST_LINES]]
     if len(lost) > MOST_LINES:
-        kinds = Counter(line.rsplit(": ", 1)[-1] for line in lost)
+        kinds = Counter(line.split(": ", 2)[-1] for line in lost)
         more = ", ".join(f"{count} because {why}" for why, count in kinds.items())
         lines.append(f"... {len(lost)} tensors in all: {more}")
     return lines

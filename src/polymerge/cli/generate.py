@@ -12,9 +12,11 @@ from .words import Base
 
 
 def generate(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder, or its hub id.")],
     prompt: Annotated[str, typer.Argument(help="What to answer.")],
-    expert: Annotated[str, typer.Option(help="An expert's name, average, or auto: the router chooses.")] = "average",
+    expert: Annotated[
+        str, typer.Option(help="An expert's name, average, auto (the router chooses), or math:0.7+code:0.3.")
+    ] = "average",
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that make up this share.")] = 1.0,
@@ -25,7 +27,11 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when done.")] = False,
     staged: Annotated[bool, typer.Option("--staged", help="Let a thinker reason first, as the policy says.")] = False,
     show_thoughts: Annotated[bool, typer.Option("--show-thoughts", help="Print the thought as well.")] = False,
-    choice: Annotated[list[str] | None, typer.Option(help="With --staged: one of the answers to choose from.")] = None,
+    choice: Annotated[list[str] | None, typer.Option(help="One of the answers to choose from; give it again.")] = None,
+    json_schema: Annotated[str | None, typer.Option(help="The answer is JSON of this schema (a file).")] = None,
+    json_object: Annotated[bool, typer.Option("--json-object", help="The answer is a JSON object.")] = False,
+    regex: Annotated[str | None, typer.Option(help="The answer matches this regular expression.")] = None,
+    grammar: Annotated[str | None, typer.Option(help="The answer is of this grammar, Lark or GBNF.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="With --staged: take thinker and stages from it.")] = None,
     thinker: Annotated[str | None, typer.Option(help="With --staged: a source or the URL of an endpoint.")] = None,
     model: Annotated[str | None, typer.Option(help="The endpoint's name for the model.")] = None,
@@ -45,7 +51,9 @@ def generate(
     hush_libraries()
     response = run(
         bundle, prompt, expert=expert, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
-        chat=chat, device=device, base=base, staged=staged, choice=choice, recipe=recipe, thinker=thinker, model=model,
+        chat=chat, device=device, base=base, staged=staged, choice=choice,
+        json_schema=json_schema, json_object=json_object, regex=regex, grammar=grammar,
+        recipe=recipe, thinker=thinker, model=model,
         key_env=key_env, policy=policy, prompts=prompts, thought_tokens=thought_tokens, low_memory=low_memory,
         on_route=None if as_json else tell_route, on_text=None if as_json else write,
     )  # fmt: skip

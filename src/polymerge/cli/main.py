@@ -21,6 +21,9 @@ from .generate import generate
 from .inspect import inspect
 from .merge import merge
 from .plan import plan
+from .pull import pull
+from .push import push
+from .quantize import quantize
 from .remove import remove
 from .route import route
 from .router import router
@@ -39,7 +42,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 VERBS: dict[str, list[Callable[..., None]]] = {
-    "The bundle": [demo, plan, merge, inspect, verify, add, remove, upgrade, export],
+    "The bundle": [demo, plan, merge, inspect, verify, add, remove, upgrade, quantize, export, push, pull],
     "Answers": [generate, route, stages, serve],
     "Measuring": [assess, eval, compete, sweep, search],
 }

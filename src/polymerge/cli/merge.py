@@ -75,6 +75,7 @@ def merge(
     from ..bundle.inspect import inspect_bundle
     from ..search.merge import merge as run
     from .console import err, hush_libraries, merge_progress, out, print_json
+    from .interrupted import half_done_work, interruptible
     from .verdicts import print_measured, print_verdicts
 
     if target is not None or prompts:
@@ -103,7 +104,8 @@ def merge(
         "align": align,
         "method": method,
     }
-    with merge_progress(quiet or as_json) as progress:
+    half_done_work(output, resume=resume, say=say)
+    with merge_progress(quiet or as_json) as progress, interruptible(output, progress) as progress:
         bundle = run(
             read_recipe(recipe), output, target=target,
             prompts=read_pairs(prompts, "NAME=FILE") if prompts else None, codes=read_list(codes), limit=limit,
@@ -117,7 +119,7 @@ def merge(
     elif not quiet:
         options = [f"--{key.replace('_', '-')} {value}" for key, value in kept.items() if value is not None]
         _print(bundle, output, searched, " ".join([*recipe, "-o", str(output), *options]))
-        _print_embeddings(plans[-1], bundle)
+        _print_costs(plans[-1], bundle)
         if measured:
             given = [f"--prompts {pair}" for pair in prompts or ()] + ([f"--limit {limit}"] if limit else [])
             print_measured(measured[-1], " ".join([*recipe, "-o", str(output), *options, *given]))
@@ -155,13 +157,15 @@ def _print(bundle: Bundle, output: Path, searched: list[Found], words: str) -> N
         out.print(f"repeat: polymerge merge {words} {at}", markup=False, soft_wrap=True)
 
 
-def _print_embeddings(plan: MergePlan, bundle: Bundle) -> None:
-    """What embeddings and heads cost, and how far those are from the experts' own that were averaged."""
-    from ..merging.choices import averaged, bytes_of_choices, moved
+def _print_costs(plan: MergePlan, bundle: Bundle) -> None:
+    """What residuals and tables cost and would cost, and how far averaged tables are from the experts' own."""
+    from ..merging.choices import averaged, bytes_of_choices, bytes_of_codes, moved
     from .console import say
-    from .plan import embedding_costs
+    from .plan import embedding_costs, residual_costs
 
-    costs = bytes_of_choices(plan)
+    costs, codes = bytes_of_choices(plan), bytes_of_codes(plan)
+    if codes:
+        say(f"residuals of all experts ({plan.recipe.code}): {residual_costs(codes)}")
     if costs:
         say(f"embeddings and heads of all experts: {embedding_costs(costs, plan.recipe.embedding_rate)}")
     if averaged(plan):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ..merging.footprint import Footprint
+    from ..merging.room import Change
     from ..recipe.rates import AnyRates
 
 
@@ -42,24 +43,34 @@ def plan(
     align: Align = None,
     method: Method = None,
     base: Base = "16bit",
+    gpu: Annotated[
+        str | None, typer.Option(help="Its memory, such as 24GB, or auto: does it fit, and what change makes it fit?")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of one conversation; by default the model's whole context.")
+    ] = None,
+    requests: Annotated[int, typer.Option(help="Conversations at once.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what a merge will write, read and need in memory, without reading a weight."""
     from rich.markup import escape
 
-    from ..merging.choices import averaged, bytes_of_choices
+    from ..merging.choices import averaged, bytes_of_choices, bytes_of_codes
     from ..merging.footprint import footprint
     from ..merging.plan import plan_merge
+    from ..merging.room import cheapest_change
     from ..recipe.rates import in_words
     from .console import out, print_json, say, size
 
     planned = plan_merge(
         read_recipe(recipe), weights=False, compress_rate=compress_rate, code=code, scale=scale, dtype=dtype,
         embeddings=embeddings, lm_head=lm_head, embedding_rate=embedding_rate, norms=norms, align=align, method=method,
-        base=base,
+        base=base, gpu=gpu, context=context, requests=requests,
     )  # fmt: skip
-    needs, costs = footprint(planned), bytes_of_choices(planned)
-    summary = planned.summary() | {"embedding_bytes": costs, "answering": needs.to_json()}
+    change = cheapest_change(planned)
+    needs, costs, codes = footprint(planned), bytes_of_choices(planned), bytes_of_codes(planned)
+    summary = planned.summary() | {"embedding_bytes": costs, "code_bytes": codes, "answering": needs.to_json()}
+    summary["change"] = {"words": change.words, "answering": change.needs.to_json()} if change else None
     if as_json:
         print_json(summary)
         return
@@ -82,6 +93,8 @@ def plan(
     out.print(f"  average    {size(summary['base_bytes'])}")
     out.print(f"  an expert  {size(summary['residual_bytes_per_expert'])} of residuals ({summary['code']})", end="")
     out.print(f", {size(summary['own_bytes_per_expert'])} of its own tensors (embeddings, norms ...)")
+    if codes:
+        say(f"residuals    of all experts: {residual_costs(codes)}")
     if costs:
         say(f"embeddings   of all experts, with the head: {embedding_costs(costs, planned.recipe.embedding_rate)}")
     if averaged(planned):
@@ -89,8 +102,16 @@ def plan(
     out.print(f"reads        {size(summary['read_bytes'])}")
     out.print(f"memory       about {size(summary['memory_bytes'])} beside the program itself")
     _print_footprint(needs)
+    _print_change(needs, change)
     for note in summary["notes"]:
         out.print(f"note: {note}", markup=False)
+
+
+def residual_costs(costs: Mapping[str, int]) -> str:
+    """Bytes of residuals in every code, in words."""
+    from .console import size
+
+    return ", ".join(f"{name} {size(count)}" for name, count in costs.items())
 
 
 def embedding_costs(costs: Mapping[str, int], rates: AnyRates) -> str:
@@ -114,5 +135,23 @@ def _print_footprint(needs: Footprint) -> None:
     if needs.base != "16bit":
         say(f"             the average's linear layers in {needs.base}")
     if needs.thinker:
+        held = "" if needs.thinker_base == "16bit" else f" in {needs.thinker_base}"
         cache = f"cache {size(needs.thinker_cache)} ({needs.thinker_tokens} tokens)"
-        out.print(f"  thinker    {size(needs.thinker)}, {cache}")
+        out.print(f"  thinker    {size(needs.thinker)}{held}, {cache}")
+
+
+def _print_change(needs: Footprint, change: Change | None) -> None:
+    """Whether it fits, and the cheapest change with which it does."""
+    from .console import out, say, size
+
+    if needs.limit is None:
+        return
+    if needs.fits:
+        say(f"fits         yes, with room for {needs.room} tokens of cache")
+    elif change is None:
+        out.print(
+            "[red]fits         no, and no choice of base, tables, code and rate makes it fit[/]: fewer experts or"
+        )
+        say(f"             tokens, or a thinker elsewhere (an endpoint); there is room for {needs.room} tokens")
+    else:
+        say(f"fits         no; with {', '.join(change.words)} it does: {size(change.needs.total)}")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def route(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder, or its hub id.")],
     text: Annotated[str | None, typer.Argument(help="The request.")] = None,
     file: Annotated[
         Path | None, typer.Option(help="Instead, requests from a JSONL file whose rows have `prompt`.")

@@ -9,7 +9,7 @@ import typer
 
 
 def evaluate(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder, or its hub id.")],
     data: Annotated[Path | None, typer.Option(help="Folder with NAME/test.jsonl; NAME is a field.")] = None,
     file: Annotated[
         Path | None, typer.Option(help="Instead, a JSONL file whose rows have `prompt` and name their field.")

@@ -9,7 +9,7 @@ import typer
 
 
 def fit(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder, or its hub id.")],
     data: Annotated[
         Path, typer.Option(help="Folder with NAME/train.jsonl and NAME/validation.jsonl; NAME is a field.")
     ],
@@ -33,7 +33,9 @@ def fit(
     ] = False,
     chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Label through the chat template.")] = True,
     fallback: Annotated[str, typer.Option(help="Under the threshold: average, an expert, or mixture.")] = "average",
-    coverage: Annotated[float, typer.Option(help="Share of known requests that stay over the threshold.")] = 0.96,
+    coverage: Annotated[
+        float | None, typer.Option(help="Share of known requests over the threshold, whatever a mistake costs.")
+    ] = None,
     accuracy: Annotated[float | None, typer.Option(help="Instead, share of right fields wanted over it.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draws for the learning curve.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...; by default the GPU where there is one.")] = None,

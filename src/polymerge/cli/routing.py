@@ -12,6 +12,7 @@ from .console import out
 if TYPE_CHECKING:
     from ..router.evaluation import RouterEvaluation
     from ..router.fit import Fitted
+    from ..router.record import RouterRecord
 
 
 def print_fit(bundle: Path, fitted: Fitted) -> None:
@@ -28,11 +29,20 @@ def print_fit(bundle: Path, fitted: Fitted) -> None:
     out.print(f"accuracy     {report['accuracy']:.1%} ({report['measured_on']})")
     error, before = report["calibration_error"], report["calibration_error_before"]
     out.print(f"calibration  error {error:.3f} ({before:.3f} before), temperature {record.temperature:.3g}")
-    kept, right = report["coverage"], report["accuracy_over_threshold"]
-    said = "" if right is None else f", {right:.1%} of them right"
-    out.print(f"threshold    {record.threshold:.3f}: {kept:.1%} of known requests stay over it{said}")
+    if report["repeated"]:
+        out.print(f"repeated     {report['repeated']} validation samples are training samples too, and were left out")
+    out.print(f"threshold    {', '.join(_thresholds(record))}", markup=False, soft_wrap=True)
+    kept, refused = report["new_wording_kept"], report["strangers_refused"]
+    out.print(f"gate         {kept:.1%} of samples of new wording pass, {refused:.1%} of strangers do not")
     out.print(f"fallback     {record.fallback}")
     out.print(f'try: polymerge route {bundle} "a request"', markup=False, soft_wrap=True)
+
+
+def _thresholds(record: RouterRecord) -> list[str]:
+    """The one of all fields, or each field's where they differ."""
+    if not record.thresholds:
+        return [f"{record.threshold:.3f}"]
+    return [f"{field} {record.threshold_of(field):.3f}" for field in record.fields]
 
 
 def print_evaluation(evaluation: RouterEvaluation) -> None:
@@ -45,7 +55,7 @@ def print_evaluation(evaluation: RouterEvaluation) -> None:
     out.print(confusion)
     lines = [
         ("accuracy", evaluation.accuracy, "of the likeliest field"),
-        ("kept", evaluation.kept, f"of known requests over the threshold {evaluation.threshold:.3f}"),
+        ("kept", evaluation.kept, "of known requests over the threshold"),
         ("right", evaluation.accuracy_kept, "of those"),
         ("fallback", evaluation.outside_to_fallback, "of requests out of domain"),
     ]

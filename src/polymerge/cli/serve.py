@@ -26,7 +26,7 @@ Margin = Annotated[float, typer.Option(help="How much likelier a new field must 
 
 
 def serve(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder, or its hub id.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
     api_key_file: Annotated[Path | None, typer.Option(help="A file with a line KEY or NAME KEY for each key.")] = None,
@@ -51,7 +51,7 @@ def serve(
     vllm_url: Annotated[str | None, typer.Option(help="The same with a vLLM server that runs already.")] = None,
     vllm_python: Annotated[str | None, typer.Option(help="The python that has vLLM; by default `vllm` is run.")] = None,
     vllm_arg: Arguments = None,
-    engine: Annotated[str, typer.Option(help="transformers, vllm (as --vllm) or llamacpp, for CPUs.")] = "transformers",
+    engine: Annotated[str, typer.Option(help="auto says which and why; transformers, vllm, or llamacpp.")] = "auto",
     gguf: Annotated[Path | None, typer.Option(help="The bundle's export for llama.cpp; by default made once.")] = None,
     llama_url: Annotated[str | None, typer.Option(help="A llama-server that runs already with the export.")] = None,
     probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Check every expert first.")] = True,

@@ -9,7 +9,7 @@ import typer
 
 
 def stages(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder, or its hub id.")],
     data: Annotated[list[str], typer.Argument(help="FIELD=FILE: validation rows as JSON lines (prompt, answer).")],
     recipe: Annotated[Path | None, typer.Option(help="Take thinker and stages from this recipe.")] = None,
     thinker: Annotated[str | None, typer.Option(help="A source or the URL of an endpoint.")] = None,

@@ -10,7 +10,7 @@ import typer
 
 
 def verify(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder, or its hub id.")],
     sources: Annotated[
         bool, typer.Option("--sources", help="Rebuild every expert and compare it with its checkpoint.")
     ] = False,

@@ -62,6 +62,10 @@ class Clock:
         """Seconds for so much work; None while nothing is known."""
         return self.spent / self.cost * cost if self.cost else None
 
+    def spare(self, cost: float) -> float:
+        """Seconds until the limit, less those that so much other work will take."""
+        return max(0.0, self.limit - self.seconds - (self.needs(cost) or 0.0))
+
     def allows(self, cost: float) -> bool:
         needed = self.needs(cost)
         return self.seconds + (needed or 0.0) < self.limit

@@ -18,6 +18,7 @@ from ..bundle.place import begin_work, check_output, publish, restore, work_fold
 from ..bundle.reading import steady
 from ..errors import OutputExistsError, PolymergeError
 from ..search.merge import merge
+from ..staged.exact import exact_scores
 from ..staged.formatter import Question
 from ..staged.opening import open_pipeline
 from ..staged.pipeline import Pipeline
@@ -130,15 +131,8 @@ class PolymergeMerges:
             publish(copy, target)
 
     def _exact(self, question: Question) -> tuple[float, ...]:
-        from ..engine.base import ScoreRequest
-
-        pipeline = self.pipeline
-        (step,) = pipeline.steps([question])
-        read = pipeline.engine.encode(question.text, expert=step.expert)
-        ids = [pipeline.engine.encode(choice, expert=step.expert) for choice in question.choices]
-        requests = [ScoreRequest([*read, choice[0]], choice[1:], step.expert) for choice in ids if len(choice) > 1]
-        scores = iter(pipeline.engine.loglikelihood(requests))
-        return tuple(next(scores).log_likelihood if len(choice) > 1 else 0.0 for choice in ids)
+        (step,) = self.pipeline.steps([question])
+        return exact_scores(self.pipeline.engine, question.text, question.choices, step.expert)
 
 
 def _choices(value: Any) -> tuple[str, ...]:

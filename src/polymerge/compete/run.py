@@ -11,7 +11,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from ..staged.pipeline import Pipeline, Response, Step
 from ..staged.thought import Thought
 from ..version import __version__
 from .clock import TIME_LIMIT, Clock, OnProgress, Progress, cost_of, peak_bytes
+from .flaws import flaw_of, flaws_of
 from .journal import Journal
 from .scoring import check_scorable, score
 from .table import BadRow, CompetitionRow, Table, read_table, submission
@@ -45,6 +46,7 @@ class Summary:
         direct: reason -> rows that were answered directly.
         experts: expert -> rows.
         scores: where the input has targets.
+        written: answers that were generated; flaws: how many of them are empty, cut or repeated.
     """
 
     rows: int
@@ -56,6 +58,8 @@ class Summary:
     time_limit: float
     peak_memory: int
     scores: dict[str, float]
+    written: int = 0
+    flaws: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -159,7 +163,8 @@ class _Run:
                 done[number] = [[step.expert, step.field, step.version, step.reason] for step in routed]
                 self._note("steps", number, done[number])
                 done_rows, all_rows = start + len(questions), len(self.questions)
-                self._show("routing", done_rows, all_rows, 0.0 if done_rows == all_rows else None)
+                if self.pipeline.routes:
+                    self._show("routing", done_rows, all_rows, 0.0 if done_rows == all_rows else None)
             for question, (expert, area, version, reason) in zip(questions, done[number], strict=True):
                 steps.append(Step(question, expert, area, None, version, reason))
         return steps
@@ -217,21 +222,23 @@ class _Run:
             steps = [step.direct(SHORT_OF_TIME) if step.version else step for step in steps]
             cost = sum(cost_of(step.question, None) for step in steps)
         began = time.monotonic()
-        answers = self._respond(steps, thoughts)
+        answers = self._respond(steps, thoughts, began + self.clock.spare(left))
         self.clock.note(cost, time.monotonic() - began)
         return answers
 
-    def _respond(self, steps: Sequence[Step], thoughts: Sequence[Thought | None]) -> list[dict[str, Any]]:
+    def _respond(
+        self, steps: Sequence[Step], thoughts: Sequence[Thought | None], deadline: float
+    ) -> list[dict[str, Any]]:
         """A piece that fails is tried row by row, so that one row cannot take the others with it."""
         try:
-            return [_noted(response) for response in self.pipeline.answer(steps, thoughts)]
+            return [_noted(response) for response in self.pipeline.answer(steps, thoughts, deadline=deadline)]
         except PolymergeError as error:
             if self.on_error == "fail":
                 raise
             if len(steps) == 1:
                 return [{"failed": str(error), "text": "", "index": None}]
         pairs = zip(steps, thoughts, strict=True)
-        return [note for step, thought in pairs for note in self._respond([step], [thought])]
+        return [note for step, thought in pairs for note in self._respond([step], [thought], deadline)]
 
     def _short_of_memory(self) -> bool:
         return self.memory_limit is not None and peak_bytes() > self.memory_limit
@@ -277,6 +284,7 @@ def _noted(response: Response) -> dict[str, Any]:
         "stage": response.stage,
         "reason": response.reason,
         "expert": response.expert,
+        "flaw": flaw_of(response.text, response.finish) if response.index is None else None,
     }
 
 
@@ -300,6 +308,7 @@ def _summary(table: Table, answers: Sequence[dict[str, Any]], run: _Run) -> Summ
     rows: list[CompetitionRow] = [row for row, _ in whole]
     reasons = Counter(answer["reason"] for _, answer in whole if answer["stage"] == "direct")
     experts = Counter(_name(answer["expert"]) for _, answer in whole)
+    written, flaws = flaws_of(answer for _, answer in whole)
     return Summary(
         rows=len(table.rows),
         skipped=skipped,
@@ -310,6 +319,8 @@ def _summary(table: Table, answers: Sequence[dict[str, Any]], run: _Run) -> Summ
         time_limit=run.clock.limit,
         peak_memory=peak_bytes(),
         scores=score(rows, [_prediction(answer) for _, answer in whole]),
+        written=written,
+        flaws=flaws,
     )
 
 

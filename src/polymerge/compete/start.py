@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import RecipeError
 from ..recipe.merge import load_recipe, parse_size
+from ..staged.lead import Lead
 from ..staged.opening import open_pipeline
 from .clock import OnProgress
 from .run import MAX_NEW_TOKENS, OnError, Summary, compete
@@ -25,6 +26,9 @@ def run_competition(
     policy: str | None = None,
     prompts: str | None = None,
     thought_tokens: int | None = None,
+    chat: bool = False,
+    few_shot: str | Path | None = None,
+    system: str | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     time_limit: float = 60.0,
     memory_limit: int | str | None = None,
@@ -43,6 +47,9 @@ def run_competition(
         expert: a name, `average`, or `auto`: the bundle's router, which is the default if it has one.
         staged: let a thinker reason first; recipe, thinker, model, key_env, policy, prompts and thought_tokens are as
             for `generate`.
+        chat: ask in each expert's chat template; off, prompts are bare, as in the kit.
+        few_shot: JSONL rows with prompt and answer that are shown before every question.
+        system: a text before everything.
         max_new_tokens: of a generated answer; 64 is the kit's.
         time_limit: minutes for all of it.
         memory_limit: bytes, or a text such as 48GB; over it the thinker is unloaded. By default the recipe's.
@@ -55,7 +62,8 @@ def run_competition(
     memory = _bytes(memory_limit) or (load_recipe(recipe).memory_limit if recipe else None)
     pipeline = open_pipeline(
         bundle, recipe=recipe, staged=staged, thinker=thinker, model=model, key_env=key_env, expert=expert,
-        device=device, base=base, chat=False, use=policy, prompts=prompts, thought_tokens=thought_tokens,
+        device=device, base=base, chat=chat, use=policy, prompts=prompts, thought_tokens=thought_tokens,
+        lead=Lead.read(system, few_shot),
     )  # fmt: skip
     return compete(
         pipeline, input, output, limit=limit, time_limit=60 * time_limit, memory_limit=memory,

@@ -27,7 +27,7 @@ LONGEST_CHOICES, MOST_CHOICES = 200_000, 1000  # characters of the cell, choices
 
 @dataclass(frozen=True)
 class CompetitionRow:
-    """One row. `choices` is () for free text, `target` None where the file has none."""
+    """One row. `choices` is () for free text, `target` None where the file, or the row's cell, has none."""
 
     line: int
     id: str
@@ -165,4 +165,5 @@ def _row(line: int, cells: dict[str, str | None]) -> CompetitionRow | BadRow:
         return BadRow(line, number, str(error))
     if kind == "multiple_choice" and not choices:
         return BadRow(line, number, "is multiple_choice and has no answer_choices")
-    return CompetitionRow(line, number, text, choices, cells.get("target"))
+    target = cells.get("target")
+    return CompetitionRow(line, number, text, choices, target if target and target.strip() else None)

@@ -13,12 +13,14 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from ..errors import ModelError
+from ..errors import DeadlineError, ModelError
 from .admission import Demand
 from .base import Generation
+from .grammar import Matcher
 from .sampling import Sampler
 from .streaming import Finish, Listener, Piece, StreamRequest, TokenScore
 from .text import Decode, TextStream
+from .ticket import current_ticket, not_wanted
 from .voices import Voice
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,7 @@ class Answer:
     Args:
         prompt: token ids.
         ends: tokens after which the answer is over.
+        matcher: holds it to its form, where the tokens are chosen in this process.
 
     Attributes:
         made: tokens of the answer so far, the end token among them.
@@ -48,16 +51,20 @@ class Answer:
         *,
         ends: Collection[int],
         decode: Decode,
+        matcher: Matcher | None = None,
     ) -> None:
         self.request, self.prompt, self._listener, self.ends = request, list(prompt), listener, ends
         self.made: list[int] = []
         self.over = False
         self.failures = 0
         self.passed = 0
-        self.sampler = Sampler(request.generate, prompt)
-        self.due = time.monotonic() + request.seconds if request.seconds is not None else None
+        self.sampler = Sampler(request.generate, prompt, matcher)
+        since = time.monotonic() if request.since is None else request.since
+        self.due = since + request.seconds if request.seconds is not None else None
+        self._ticket = current_ticket()
         self.text_of = decode
-        self._text = TextStream(decode, request.generate.stop)
+        shown = decode if request.generate.skip_special_tokens else lambda ids, special: decode(ids, True)
+        self._text = TextStream(shown, request.generate.stop)
         self._scores: list[tuple[int, TokenScore]] = []  # where a token's text begins, and its score
         self._prompt_scores: tuple[TokenScore, ...] = ()
 
@@ -91,6 +98,13 @@ class Answer:
             self.over = True
             self._tell(error)
 
+    def give_up(self) -> None:
+        """Ends with an error if it is late, or if nobody waits for it any more."""
+        if self.due is not None and time.monotonic() > self.due:
+            self.fail(DeadlineError(f"the answer was not whole within {self.request.seconds:g} s"))
+        elif self._ticket.over:
+            self.fail(not_wanted())
+
     def take_prompt(self, scores: Sequence[TokenScore]) -> None:
         """The prompt was read. An answer of no tokens is over with it."""
         self._prompt_scores = tuple(scores)
@@ -102,7 +116,10 @@ class Answer:
         if self.over:
             return
         self.made.append(token)
-        self.sampler.take(token)
+        if not self.sampler.take(token):
+            asked = self.request.generate.structure
+            self.fail(ModelError(f"{asked.name if asked else 'structure'}: this form cannot be held to its end"))
+            return
         if score is not None:
             self._scores.append((self._text.read, score))
         if token in self.ends:
@@ -111,11 +128,17 @@ class Answer:
         text = self._text.push(token)
         if self._text.stopped:
             self._end(text, "stop")
-        elif len(self.made) >= self.request.generate.max_new_tokens:
+        elif self.sampler.complete:
+            self._end(text + self._text.finish(), "stop")
+        elif len(self.made) >= self.request.generate.max_new_tokens or self._is_late():
             text += self._text.finish()
             self._end(text, "stop" if self._text.stopped else "length")
         elif text or self._prompt_scores:
             self._tell(self._piece(text, self._text.shown, None))
+
+    def _is_late(self) -> bool:
+        deadline = self.request.generate.deadline
+        return deadline is not None and time.monotonic() >= deadline
 
     def _end(self, text: str, finish: Finish) -> None:
         self.over = True
@@ -146,6 +169,7 @@ def new_answer(
     voice: Voice,
     max_length: int | None = None,
     spare: int = 0,
+    matcher: Matcher | None = None,
 ) -> Answer:
     """The answer to a request of a model: its budget is what its own context has room for, whoever runs beside it, and
     what the checkpoint decides is written into it.
@@ -154,6 +178,7 @@ def new_answer(
         voice: its expert's.
         max_length: of the context, in tokens, where that is shorter than the voice's.
         spare: tokens that the context must have room for even where no answer is wanted.
+        matcher: as `Answer` takes it.
 
     Raises:
         ModelError: an empty prompt, or one that leaves no room; a bias of a token that its tokenizer does not have.
@@ -170,7 +195,7 @@ def new_answer(
     penalty = defaults.repetition_penalty if asked.repetition_penalty is None else asked.repetition_penalty
     asked = replace(asked, max_new_tokens=min(asked.max_new_tokens, room), repetition_penalty=penalty)
     ends = frozenset[int]() if asked.ignore_eos else defaults.ends
-    return Answer(replace(request, generate=asked), prompt, listener, ends=ends, decode=voice.text)
+    return Answer(replace(request, generate=asked), prompt, listener, ends=ends, decode=voice.text, matcher=matcher)
 
 
 def taken(waiting: deque[Answer], places: Sequence[int]) -> list[Answer]:

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
+from ..data.shown import shortened, table
 from ..errors import ModelError
+from .structure import Structure
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,6 +49,10 @@ class GenerateRequest:
             and as often as it stands there; from -2 to 2, as OpenAI has them.
         logit_bias: token id -> what is added to its logit; from -100 to 100.
         ignore_eos: go on after an end token, up to `max_new_tokens`.
+        structure: the form that the answer must have. It ends where the form is whole; `max_new_tokens` may cut it.
+        skip_special_tokens: off, the answer's text holds its special tokens, but for the one that ends it.
+        deadline: a time of `time.monotonic()` at which the answer is over with what it has, as at `max_new_tokens`;
+            engines of this process look at it with every token.
 
     Raises:
         ModelError: a number that means nothing.
@@ -66,6 +72,9 @@ class GenerateRequest:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     ignore_eos: bool = False
+    structure: Structure | None = None
+    skip_special_tokens: bool = True
+    deadline: float | None = None
 
     def __post_init__(self) -> None:
         allowed = {
@@ -81,6 +90,8 @@ class GenerateRequest:
         for name, fits in allowed.items():
             if not fits:
                 raise ModelError(f"generate: {name} cannot be {getattr(self, name)}")
+        if self.structure and self.ignore_eos:
+            raise ModelError(f"ignore_eos: not with {self.structure.name}, whose answer ends where it is whole")
 
     @property
     def greedy(self) -> bool:
@@ -102,6 +113,13 @@ class Generation:
     prompt_tokens: int
     tokens: int
     finish: Literal["stop", "length"]
+
+    def __repr__(self) -> str:
+        cut = ", cut" if self.finish == "length" else ""
+        return f"Generation({shortened(self.text)!r}, {self.tokens} tokens{cut})"
+
+    def _repr_html_(self) -> str:
+        return table("Generation", {"text": self.text, "tokens": self.tokens, "ended by": self.finish})
 
 
 @dataclass(frozen=True)
@@ -152,12 +170,23 @@ class Engine(Protocol):
     def decode(self, ids: Sequence[int], *, expert: RowExpert = None) -> str:
         """The text of token ids, without special tokens."""
 
-    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None, go_on: bool = False) -> list[int]:
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        expert: RowExpert = None,
+        go_on: bool = False,
+        tools: Sequence[Message] = (),
+    ) -> list[int]:
         """Token ids of a conversation that waits for the model's turn, by the expert's chat template.
 
         Args:
             go_on: the last message is the beginning of the model's turn, which it goes on with.
+            tools: what the model may call, as chat templates know it: {"type": "function", "function": {...}}.
         """
+
+    def chat_template_of(self, expert: RowExpert = None) -> str | None:
+        """An expert's chat template, that with tools where it has several; None without one."""
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """Raises ModelError for an unknown expert or a prompt that leaves no room in the context."""

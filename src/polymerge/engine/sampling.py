@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .base import GenerateRequest
+from .grammar import Matcher
 
 # The nucleus is looked for among so many of the likeliest tokens before the whole vocabulary is sorted.
 NUCLEUS = 256
@@ -24,10 +25,11 @@ class Sampler:
         generator: its own random numbers, so that a seeded answer is the same whatever else runs.
         seen: the tokens of its prompt and of the answer so far.
         made: token -> how often it stands in the answer so far.
+        matcher: holds the answer to its form; None where it has none.
     """
 
-    def __init__(self, request: GenerateRequest, prompt: Iterable[int]) -> None:
-        self.request, self.seen = request, set(prompt)
+    def __init__(self, request: GenerateRequest, prompt: Iterable[int], matcher: Matcher | None = None) -> None:
+        self.request, self.seen, self.matcher = request, set(prompt), matcher
         self.made: Counter[int] = Counter()
         self.generator = torch.Generator()
         if request.seed is None:
@@ -40,10 +42,16 @@ class Sampler:
         penalty = self.request.repetition_penalty
         return 1.0 if penalty is None else penalty
 
-    def take(self, token: int) -> None:
-        """One more token of the answer."""
+    def take(self, token: int) -> bool:
+        """One more token of the answer. False where its form could not be held."""
         self.seen.add(token)
         self.made[token] += 1
+        return self.matcher is None or self.matcher.take(token)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer's form is whole and allows nothing more."""
+        return self.matcher is not None and self.matcher.complete
 
     def added(self, vocabulary: int) -> dict[int, float]:
         """Token -> what is added to its logit: the request's bias, less OpenAI's penalties of what the answer has."""
@@ -59,13 +67,14 @@ class Sampler:
 def choose_tokens(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     """The next token of every row, each by its own sampler. A row that draws takes one number from its generator.
 
-    First biases and penalties, then the likeliest token or, over a softmax at the row's temperature, a draw from what
-    `min_p`, `top_k` and `top_p` leave, in this order: that of vLLM. All rows that draw do so together.
+    First biases, penalties and what the row's form allows, then the likeliest token or, over a softmax at the row's
+    temperature, a draw from what `min_p`, `top_k` and `top_p` leave, in this order: that of vLLM. All rows that draw do
+    so together.
 
     Args:
         logits: [B, V], left as they are.
     """
-    logits = _penalised(_biased(logits.float(), samplers), samplers)
+    logits = _formed(_penalised(_biased(logits.float(), samplers), samplers), samplers)
     chosen = logits.argmax(dim=-1)
     drawing = [row for row, sampler in enumerate(samplers) if not sampler.request.greedy]
     # Apart, for these draw in other orders of the tokens, and a row's draw must not depend on who is beside it.
@@ -99,6 +108,16 @@ def _penalised(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     factors = torch.tensor(penalties, dtype=logits.dtype, device=logits.device)
     values = logits[index]
     return logits.index_put(index, torch.where(values < 0, values * factors, values / factors))
+
+
+def _formed(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    """Logits with -inf for tokens that the form of a row's answer does not allow. [B, V]"""
+    held = [(row, sampler.matcher) for row, sampler in enumerate(samplers) if sampler.matcher is not None]
+    if not held:
+        return logits
+    allowed = torch.stack([torch.from_numpy(matcher.allowed(logits.shape[1])) for _, matcher in held])
+    rows = torch.tensor([row for row, _ in held], device=logits.device)
+    return logits.index_copy(0, rows, logits[rows].masked_fill(~allowed.to(logits.device), -torch.inf))
 
 
 def _sample(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:

@@ -68,6 +68,17 @@ class ServedEngine(ABC):
         """The text of token ids, without special tokens."""
         return self.voices.of(expert).text(ids, False)
 
-    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None, go_on: bool = False) -> list[int]:
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        expert: RowExpert = None,
+        go_on: bool = False,
+        tools: Sequence[Message] = (),
+    ) -> list[int]:
         """Token ids of a conversation; without a chat template, its turns one below the other."""
-        return self.voices.of(expert).chat_prompt(messages, go_on=go_on)
+        return self.voices.of(expert).chat_prompt(messages, go_on=go_on, tools=tools)
+
+    def chat_template_of(self, expert: RowExpert = None) -> str | None:
+        """As in the contract."""
+        return self.voices.of(expert).chat_template

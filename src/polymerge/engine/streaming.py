@@ -27,13 +27,15 @@ class StreamRequest:
         generate: as for `Engine.generate`; `max_new_tokens` may be 0 where only the prompt's scores are asked for.
         logprobs: tell every token's log-probability and so many of the likeliest alternatives; None tells nothing.
         score_prompt: tell them for the prompt's tokens too, in the first piece.
-        seconds: the answer must be whole so long after it was submitted; None waits for ever.
+        seconds: the answer must be whole so long after it was asked for; None waits for ever.
+        since: the time of `time.monotonic()` at which it was asked for; None is when it is submitted.
     """
 
     generate: GenerateRequest
     logprobs: int | None = None
     score_prompt: bool = False
     seconds: float | None = None
+    since: float | None = None
 
 
 @dataclass(frozen=True)

@@ -54,10 +54,20 @@ class Voice:
             text: str = self.tokenizer.decode(list(ids), skip_special_tokens=not special)
             return text
 
-    def chat_prompt(self, messages: Sequence[Message], *, go_on: bool = False) -> list[int]:
+    def chat_prompt(
+        self, messages: Sequence[Message], *, go_on: bool = False, tools: Sequence[Message] = ()
+    ) -> list[int]:
         """Token ids of a conversation; without a chat template, its turns one below the other."""
         with self.lock:
-            return chat_ids(self.tokenizer, messages, go_on=go_on)
+            return chat_ids(self.tokenizer, messages, go_on=go_on, tools=tools)
+
+    @property
+    def chat_template(self) -> str | None:
+        """That with tools, where there are several."""
+        template = self.tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("tool_use", template.get("default"))
+        return None if template is None else str(template)
 
 
 class Voices:

@@ -92,7 +92,7 @@ def evaluate(
     options = {key: value for key, value in asdict(settings).items() if key != "seed"}
     limit = options["limit"]
     options["limit"] = int(limit) if limit is not None and limit >= 1 else limit
-    with _harness_errors():
+    with _harness_errors(), _no_git():
         results: dict[str, Any] = simple_evaluate(
             model=model,
             tasks=loaded,
@@ -179,6 +179,20 @@ def _harness_errors() -> Iterator[None]:
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         log.debug("the harness's own error", exc_info=True)
         raise ModelError(f"lm-evaluation-harness: {type(error).__name__}: {_one_line(error)}") from None
+
+
+@contextmanager
+def _no_git() -> Iterator[None]:
+    """The harness notes the commit of whatever repository one stands in, and where there is none its git complains on
+    the terminal. The results say polymerge's version and the bundle's fingerprint in its place."""
+    from lm_eval import evaluator
+
+    asked = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = asked
 
 
 def _one_line(error: BaseException) -> str:

@@ -5,16 +5,33 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..bundle.bundle import Bundle
 from ..bundle.files import Rows, entry_of, raw_bytes
 from ..bundle.manifest import stored_layers, stored_shape
 from ..bundle.write import write_weights
+from ..sources.checkpoint import read_json
 
 
-def write_average(bundle: Bundle, folder: Path) -> None:
-    """The weights of the average: the bundle's own files, or made where these are the model under adapters."""
-    if all(layer.base == "average" for layer in bundle.manifest.layers):
+def is_stored(bundle: Bundle) -> bool:
+    """Whether the bundle's own files are the average's weights, and not those of the model under adapters."""
+    return all(layer.base == "average" for layer in bundle.manifest.layers)
+
+
+def average_config(bundle: Bundle) -> dict[str, Any]:
+    """config.json beside what `write_average` writes."""
+    config = read_json(bundle.path / "config.json")
+    return config if is_stored(bundle) else {k: v for k, v in config.items() if k != "quantization_config"}
+
+
+def write_average(bundle: Bundle, folder: Path, *, plain: bool = False) -> None:
+    """The weights of the average: the bundle's own files, or made where these are not.
+
+    Args:
+        plain: in the bundle's dtype, where its files hold them in fewer bits.
+    """
+    if is_stored(bundle) and not (plain and bundle.manifest.base_code):
         for file in (name for name in bundle.manifest.files if "/" not in name and ".safetensors" in name):
             shutil.copyfile(bundle.path / file, folder / file)
         return

@@ -161,14 +161,15 @@ class Expressed:
         # experts have the same KL to two digits), fills a slot, and keeps vLLM from scoring prompts.
         own_head = any(self._is_head(x) and _changed(x, stored, scales) for x in self.bundle.layers.values())
         folded = self._own_small(expert, own_head=own_head and self._takes_embeddings)
-        tasks, whole = [], []
+        tasks: list[Factored] = []
+        whole: list[BundleLayer] = []
         for layer in self.bundle.layers.values():
             norm = folded.get(layer.module)
             replaced = _key(layer) in stored
             exact = _exact_rank(layer, expert) if replaced and self.runtime.whole else None
             takes = layer.role == "linear" or (layer.role in ("embedding", "lm_head") and self._takes_embeddings)
             if replaced and takes and not self.runtime.whole and min(layer.shape) > self.rank:
-                whole.append(layer.tensor)
+                whole.append(layer)
             factored = f"{layer.module}.lora_A.weight" in stored or layer.module in self._averaged
             if layer.role == "linear" and (replaced or factored or norm or scales.get(layer.tensor, 1.0) != 1.0):
                 tasks.append(self._task(layer, layer.module, norm, exact))
@@ -176,7 +177,8 @@ class Expressed:
                 changed = _changed(layer, stored, scales)
                 tasks += self._ends(expert, layer, changed, folded.get(HEAD), exact)
         if whole:
-            self.lost.append(f"{expert}: {whole[0]}: {len(whole)} whole tensors beyond rank {self.rank}")
+            count = f"{len(whole)} whole tensors beyond rank {self.rank}"
+            self.lost.append(f"{expert}: {whole[0].tensor}: {count} ({_cure(whole)})")
         return sorted(tasks, key=lambda task: natural_key(task.module))
 
     def _task(
@@ -228,6 +230,14 @@ class Expressed:
                 lost = _share(theirs, base) > self.runtime.negligible
                 (self.lost if lost else self.negligible).append(f"{expert}: {layer.tensor}: {why}")
         return folded
+
+
+def _cure(whole: Sequence[BundleLayer]) -> str:
+    """What lets an expert's whole tensors into an adapter."""
+    roles = {layer.role for layer in whole}
+    keys = {"embedding": "`embeddings: compress`", "lm_head": "`lm_head: compress`", "linear": "a higher rate for them"}
+    merged = " and ".join(key for role, key in keys.items() if role in roles)
+    return f"a higher --max-rank keeps more; merged with {merged} they have factors that fit"
 
 
 def _exact_rank(layer: BundleLayer, expert: str) -> int:

@@ -1,4 +1,4 @@
-"""What each choice for embeddings and heads costs, and what averaging them may lose.
+"""What each choice for embeddings, heads and the code of residuals costs, and what averaging them may lose.
 
 The bytes follow from the plan alone; how far an expert's own are from the average, the merge has measured.
 Knows tables; what happens to each is `polymerge.merging.treatment`'s to say.
@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from ..bundle.bundle import Bundle
 from ..bundle.stats import relative_error
+from ..method.codes import PLAIN, code_of
 from .plan import MergePlan
 from .treatment import TensorTask, task_of
 
@@ -30,6 +31,18 @@ def bytes_of_choices(plan: MergePlan) -> dict[str, int]:
         costs[choice] = sum(
             task.expert_bytes(plan.dtype, plan.code, expert) for task in made for expert in plan.checkpoints
         )
+    return costs if any(costs.values()) else {}
+
+
+def bytes_of_codes(plan: MergePlan) -> dict[str, int]:
+    """What all experts together have of residuals in each code that needs no extra, and in the plan's own; nothing
+    where none has any."""
+    named = dict.fromkeys((*PLAIN, plan.recipe.code))
+    low_rank = [task for task in plan.tasks if task.treatment == "low_rank"]
+    costs = {}
+    for name in named:
+        code = code_of(name, plan.dtype)
+        costs[name] = sum(t.expert_bytes(plan.dtype, code, expert) for t in low_rank for expert in plan.checkpoints)
     return costs if any(costs.values()) else {}
 
 

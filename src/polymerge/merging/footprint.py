@@ -1,4 +1,4 @@
-"""What answering needs in memory: the bundle, the thinker, and the caches of what they read.
+"""What answering needs in memory: the bundle, the thinker, and the caches of what they read. The one place that counts.
 
 From configurations alone. Knows no weights and runs nothing; activations are not counted, they are small beside these.
 """
@@ -14,14 +14,12 @@ from ..host import DTYPES
 from ..model.quantised import share_of_bytes
 from ..recipe.response import ThinkerSettings
 from ..sources.checkpoint import Checkpoint
-from ..sources.layers import meta_model
+from ..sources.layers import map_layers, meta_model
 from ..sources.opening import open_checkpoint
 from ..sources.outline import outline
 from .plan import MergePlan
 from .treatment import TensorTask
-
-# Tokens that are in work at once: the engine's batches hold so many, or one text of the model's whole context.
-BATCH_TOKENS = 4096
+from .work import Work
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,8 @@ class Footprint:
             the average's linear layers in `base`.
         bundle_cache, thinker_cache: keys and values of `bundle_tokens` and `thinker_tokens` tokens.
         thinker: its weights; 0 without one in this process.
-        limit: the recipe's `memory_limit`, or None.
+        limit: what the GPU that was named may give, or else the recipe's `memory_limit`, or None.
+        base, thinker_base: how linear layers are held.
     """
 
     bundle: int
@@ -44,6 +43,7 @@ class Footprint:
     thinker_tokens: int
     limit: int | None
     base: str = "16bit"
+    thinker_base: str = "16bit"
 
     @property
     def total(self) -> int:
@@ -54,6 +54,14 @@ class Footprint:
     def fits(self) -> bool | None:
         """Whether it is within the limit; None without one."""
         return None if self.limit is None else self.total <= self.limit
+
+    @property
+    def room(self) -> int | None:
+        """How many tokens of cache there is room for beside the weights; None without a limit."""
+        each = max(_each(self.bundle_cache, self.bundle_tokens), _each(self.thinker_cache, self.thinker_tokens))
+        if self.limit is None or not each:
+            return None
+        return max(0, int((self.limit - self.bundle - self.thinker) / each))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -67,6 +75,8 @@ class Footprint:
             "limit_bytes": self.limit,
             "fits": self.fits,
             "base": self.base,
+            "thinker_base": self.thinker_base,
+            "room_tokens": self.room,
         }
 
 
@@ -76,17 +86,25 @@ def footprint(plan: MergePlan) -> Footprint:
     Raises:
         SourceError: the thinker's configuration cannot be had.
     """
-    tokens, cache = _cache(plan.first, plan.dtype)
-    settings = plan.recipe.thinker
+    settings, work = plan.recipe.thinker, plan.work
+    tokens, cache = _cache(plan.first, plan.dtype, work)
     thinker = _thinker(settings) if settings and settings.source else None
+    held = settings.base if settings else "16bit"
     dtype = _dtype(thinker) if thinker else torch.float32
-    weights = sum(info.numel for info in thinker.tensors.values()) * dtype.itemsize if thinker else 0
-    thinker_tokens, thinker_cache = _cache(thinker, dtype) if thinker else (0, 0)
-    limit = plan.recipe.memory_limit
-    return Footprint(_held_bytes(plan), cache, tokens, weights, thinker_cache, thinker_tokens, limit, plan.base)
+    weights = _thinker_bytes(thinker, dtype, held) if thinker else 0
+    thinker_tokens, thinker_cache = _cache(thinker, dtype, work) if thinker else (0, 0)
+    limit = plan.recipe.memory_limit if work.usable is None else work.usable
+    return Footprint(
+        held_bytes(plan), cache, tokens, weights, thinker_cache, thinker_tokens, limit, plan.base,
+        held if thinker else "16bit",
+    )  # fmt: skip
 
 
-def _held_bytes(plan: MergePlan) -> int:
+def _each(cache: int, tokens: int) -> float:
+    return cache / tokens if tokens else 0.0
+
+
+def held_bytes(plan: MergePlan) -> int:
     """Of a loaded bundle. An expert with a few rows of its own has a whole table in memory, with the average's others;
     coded factors are decoded into the bundle's dtype."""
     more = 0 if plan.code.peft_readable else sum(_decoded_bytes(task, plan) for task in plan.tasks)
@@ -111,12 +129,20 @@ def _thinker(settings: ThinkerSettings) -> Checkpoint:
     return outline(source, settings.config) or open_checkpoint(source)
 
 
+def _thinker_bytes(thinker: Checkpoint, dtype: torch.dtype, base: str) -> int:
+    """In memory, its linear layers as `base` has them."""
+    linear = {name for name, record in map_layers(thinker).records.items() if record.role == "linear"}
+    bytes_of = {name: info.numel * dtype.itemsize for name, info in thinker.tensors.items()}
+    saved = sum(count for name, count in bytes_of.items() if name in linear) * (1 - share_of_bytes(base, dtype))
+    return sum(bytes_of.values()) - int(saved)
+
+
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     stored = next((info.dtype for info in checkpoint.tensors.values() if info.dtype), torch.float32)
     return DTYPES.get(str(checkpoint.config.get("dtype")), stored)
 
 
-def _cache(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[int, int]:
+def _cache(checkpoint: Checkpoint, dtype: torch.dtype, work: Work) -> tuple[int, int]:
     """(tokens in work at once, bytes of their keys and values). Every layer counts as one that sees all of them: an
     upper bound where layers have windows."""
     model = meta_model(checkpoint.folder)
@@ -125,5 +151,5 @@ def _cache(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[int, int]:
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    tokens = max(BATCH_TOKENS, int(getattr(config, "max_position_embeddings", 0) or 0))
+    tokens = work.tokens(int(getattr(config, "max_position_embeddings", 0) or 0))
     return tokens, tokens * 2 * config.num_hidden_layers * heads * width * dtype.itemsize

@@ -20,8 +20,8 @@ from ..method.code import Code
 from ..method.codes import code_of
 from ..model.quantised import base_of
 from ..recipe.automatic import settled
-from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, load_recipe
-from ..recipe.rates import AnyRates, misfit
+from ..recipe.merge import Recipe, RecipeLike, RecipeSettings, load_recipe
+from ..recipe.rates import misfit
 from ..sources.axes import axes_of, shapes_of
 from ..sources.checkpoint import Checkpoint, architecture_of
 from ..sources.layers import LayerMap
@@ -42,6 +42,7 @@ from .treatment import (
     with_differences,
 )
 from .vocabulary import Tables, merged_tables
+from .work import Work, work_of
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class MergePlan:
         tables: the rows of experts whose vocabularies differ; None where all have one.
         alignments: expert -> how it was aligned, once it was (`polymerge.merging.align`).
         base: how answering will hold the average in memory.
+        work: what it will do at once, and where.
     """
 
     recipe: Recipe
@@ -66,6 +68,7 @@ class MergePlan:
     tables: Tables | None = None
     alignments: Mapping[str, Alignment] = field(default_factory=dict)
     base: str = "16bit"
+    work: Work = field(default_factory=Work)
 
     @property
     def first(self) -> Checkpoint:
@@ -149,7 +152,14 @@ class MergePlan:
 
 
 def plan_merge(
-    recipe: RecipeLike, *, weights: bool = True, base: str = "16bit", **settings: Unpack[RecipeSettings]
+    recipe: RecipeLike,
+    *,
+    weights: bool = True,
+    base: str = "16bit",
+    gpu: int | str | None = None,
+    context: int | None = None,
+    requests: int = 1,
+    **settings: Unpack[RecipeSettings],
 ) -> MergePlan:
     """Opens every source, checks that they fit each other and decides each tensor's treatment.
 
@@ -157,12 +167,15 @@ def plan_merge(
         recipe, settings: as for `load_recipe`.
         weights: off, hub ids are not downloaded: their tensors are taken from their configuration, or from the
             recipe's `config`. Such a plan says sizes; it cannot be merged.
-        base: how answering will hold the average in memory, as `load_model` takes it; for `footprint` alone.
+        base: how answering will hold the average in memory, as `load_model` takes it; for `footprint` alone, as are
+        gpu: bytes of memory, a text such as `24GB`, or `auto`; what `cheapest_change` makes it fit;
+        context, requests: tokens of a conversation, by default the model's context, and how many go on at once.
 
     Raises:
         RecipeError: the recipe cannot be used. SourceError: naming the first tensors or settings that differ.
+        DeviceError: `auto`, and no GPU is here.
     """
-    recipe, base = load_recipe(recipe, **settings), base_of(base)
+    recipe, base, work = load_recipe(recipe, **settings), base_of(base), work_of(gpu, context, requests)
     opened = {name: _opened(recipe, name, weights) for name in recipe.experts}
     experts = [expert_of(n, c, trust_remote_code=recipe.trust_remote_code) for n, c in opened.items()]
     checkpoints = {expert.name: expert.checkpoint for expert in experts}
@@ -195,7 +208,17 @@ def plan_merge(
     notes += _adapter_notes(tasks, checkpoints)
     tied = untied is None
     return MergePlan(
-        recipe, checkpoints, reference.layer_map, tasks, dtype, tied, tuple(notes), personas, tables, base=base
+        recipe,
+        checkpoints,
+        reference.layer_map,
+        tasks,
+        dtype,
+        tied,
+        tuple(notes),
+        personas,
+        tables,
+        base=base,
+        work=work,
     )
 
 
@@ -208,9 +231,9 @@ def _check_rates(recipe: Recipe, tasks: Sequence[TensorTask]) -> None:
             raise RecipeError(f"recipe: {key}: {reason}")
 
 
-def replanned(plan: MergePlan, *, compress_rate: AnyRates, code: CodeName) -> MergePlan:
-    """The same experts at another rate and with another code, without opening them again."""
-    recipe = plan.recipe.model_copy(update={"compress_rate": compress_rate, "code": code})
+def replanned(plan: MergePlan, **settings: Unpack[RecipeSettings]) -> MergePlan:
+    """The same experts at another rate, with another code or other choices for tables, without opening them again."""
+    recipe = plan.recipe.model_copy(update=dict(settings))
     tasks = [replace(task_of(t.record, t.shape, t.sources, recipe), dtype=t.dtype, tables=t.tables) for t in plan.tasks]
     return replace(plan, recipe=recipe, tasks=with_adapters(with_differences(tasks), plan.checkpoints, recipe))
 

@@ -32,6 +32,8 @@ TOLERANCE = 1e-4
 EXACT = 1e-6
 # Half a unit in the last place, relative.
 ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+# Relative, of a matrix in 8 bits with a scale a row: 0.009 of Gaussian numbers.
+BASE_ROUNDING = 0.03
 # A ratio is stored in float32; the norms behind it are sums of squares.
 SAME_RATIO = 1e-5
 SAME_MEAN = 1e-12
@@ -43,6 +45,11 @@ class Finding:
 
     error: float
     problem: str | None = None
+
+
+def _base_rounding(bundle: Bundle, task: TensorTask) -> float:
+    """What a base in fewer bits may be away from the average."""
+    return BASE_ROUNDING if bundle.manifest.base_code and task.record.role == "linear" else 0.0
 
 
 def method_problems(bundle: Bundle) -> Iterator[str]:
@@ -76,7 +83,7 @@ def held_against(
     """
     original, rebuilt = checkpoint.read(task.sources[expert]), reader.read(task.name)
     error = relative_error(original, rebuilt)
-    rounding = ROUNDING[dtype_name(task.dtype) if task.dtype else bundle.manifest.dtype]
+    rounding = ROUNDING[dtype_name(task.dtype) if task.dtype else bundle.manifest.dtype] + _base_rounding(bundle, task)
     if task.treatment == "copy":
         return Finding(error, None if same_numbers(original, rebuilt) else f"is {error:.3g} from")
     own_rows = bundle.manifest.experts[expert].own_rows if bundle.layers[task.name].table else []
@@ -143,7 +150,7 @@ def average_problems(
             mean = mean_of_tables(tables, read).double()
         else:
             mean = _mean(task, base, list(tasks), read)
-        rounding = ROUNDING[bundle.layers[task.name].dtype or bundle.manifest.dtype]
+        rounding = ROUNDING[bundle.layers[task.name].dtype or bundle.manifest.dtype] + _base_rounding(bundle, task)
         error = relative_error(mean, base)
         if not error <= TOLERANCE + rounding:
             yield f"base: tensor {task.name!r} is {error:.3g} from the experts' average"

@@ -95,7 +95,14 @@ def _settings(bundle: Bundle, expert: str) -> dict[str, Any] | None:
 
 def _manifest(bundle: Bundle) -> Manifest:
     manifest = bundle.manifest
-    version = version_of(manifest.method, bundle.code, manifest.experts.values(), manifest.layers, manifest.vocabulary)
+    version = version_of(
+        manifest.method,
+        bundle.code,
+        manifest.experts.values(),
+        manifest.layers,
+        manifest.vocabulary,
+        manifest.base_code,
+    )
     return manifest.model_copy(update={"format_version": version, "polymerge_version": __version__})
 
 
@@ -107,7 +114,7 @@ def _write(old: Bundle, folder: Path, manifest: Manifest, settings: dict[str, di
     for name, said in settings.items():
         files[name] = write_json(folder / name, said)
     new = Bundle(folder, manifest.model_copy(update={"files": files}))
-    followed = _follow(folder / ROUTER, old.digest, new.digest)
+    followed = follow_router(folder, old.digest, new.digest)
     write_manifest(folder, new.manifest.checked().to_json())
     return (*settings, *followed, MANIFEST)
 
@@ -130,8 +137,9 @@ def _carry(source: Path, target: Path) -> None:
         shutil.copyfile(real, target)
 
 
-def _follow(record: Path, before: str, after: str) -> list[str]:
+def follow_router(folder: Path, before: str, after: str) -> list[str]:
     """The bundle answers as it did, so the router that was fitted for it is still its router."""
+    record = folder / ROUTER
     if before == after or not record.exists():
         return []
     said = read_json(record)

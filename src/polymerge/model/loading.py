@@ -14,17 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from ..bundle.bundle import Bundle
+from ..bundle.manifest import BundleLayer
 from ..bundle.reading import steady
 from ..errors import ModelError
 from ..host import DTYPES, free_memory, pick_device, pick_dtype
 from ..sources.classes import opener_of
+from ..sources.dense import dense_model
 from ..sources.layers import meta_model
+from ..sources.packed import PackedCheckpoint
 from .assignment import Assignment
 from .divergence import divergence, in_words, log_probabilities
 from .mixed import MixedModel
 from .placing import CodedPlacer, Placed, Placer
 from .positions import place_positions
-from .quantised import Base, check_base, quantization_config
+from .quantised import Base, check_base, hold_packed, quantization_config
 from .sampled import check_layers
 from .trial import Trial
 from .vocabulary import Vocabularies, place_vocabularies, tokens_of
@@ -52,9 +55,11 @@ def load_model(
         kernel: `triton` leaves the factors of linear layers in memory as they are stored, and adds them with a kernel
             that reads their code. It is checked first; where it cannot be used, a warning says why and the model is
             the plain one, whose factors are decoded.
-        base: `int8`, `nf4`, `int4` or `fp8` holds the average's linear layers quantised, by transformers and the
-            libraries of the extra `quantized`; embeddings, heads and residuals stay as they are. How far that moves
-            the answers is measured against the 16-bit bundle, which is loaded first, and logged.
+        base: a bundle whose base is stored in `int8` (`polymerge quantize`) is held so with `int8`, and with `16bit` as
+            the numbers that it stands for. Of any other, `int8`, `nf4`, `int4` or `fp8` holds the average's linear
+            layers quantised, by transformers and the libraries of the extra `quantized`; embeddings, heads and
+            residuals stay as they are. How far that moves the answers is measured against the 16-bit bundle, which is
+            loaded first, and logged.
 
     Raises:
         BundleError: incomplete or unsafe, or changed by another process meanwhile. ModelError: an adapter holds
@@ -64,14 +69,22 @@ def load_model(
     bundle = Bundle.open(bundle)
     place = pick_device(device)
     check_base(base, place)
+    stored = bundle.manifest.base_code
+    if stored is not None and base not in ("16bit", stored):
+        raise ModelError(f"{bundle.path}: its base is stored in {stored}; load it with base {stored}, or 16bit")
     with steady(bundle):
-        exact = None if base == "16bit" else _exact(bundle, place, dtype, trust_remote_code)
+        exact = None if base in ("16bit", stored) else _exact(bundle, place, dtype, trust_remote_code)
         model = _loaded(bundle, place, dtype, trust_remote_code, kernel, base)
     if base != "16bit":
         model.base = base
+    if base not in ("16bit", stored):
         model.base_divergence = divergence(exact, log_probabilities(model)) if exact else None
         logger.warning("base %s: %s", base, in_words(model.base_divergence))
     return model
+
+
+def _packed_layers(bundle: Bundle, packed: PackedCheckpoint) -> list[BundleLayer]:
+    return [layer for layer in bundle.manifest.layers if packed.is_packed(layer.tensor)]
 
 
 def _exact(
@@ -102,16 +115,22 @@ def _loaded(
     chosen = pick_dtype(dtype, place, DTYPES[bundle.manifest.dtype])
     placer = CodedPlacer if _uses_kernel(kernel, bundle, place, chosen) else Placer
     quantised: dict[str, Any] = {}
-    if base != "16bit":
+    if base != "16bit" and bundle.manifest.base_code is None:
         quantised = {"quantization_config": quantization_config(base, chosen), "device_map": {"": place}}
+    packed = bundle.packed()
     try:
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-        opener = opener_of(AutoConfig.from_pretrained(bundle.path, **options))
-        hf = opener.from_pretrained(bundle.path, dtype=chosen, **options, **quantised)
+        if packed is not None:
+            hf = dense_model(packed, dtype=chosen, **options)
+        else:
+            opener = opener_of(AutoConfig.from_pretrained(bundle.path, **options))
+            hf = opener.from_pretrained(bundle.path, dtype=chosen, **options, **quantised)
     except Exception as error:  # an unknown architecture, or a configuration that the weights do not fit
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{bundle.path}: transformers cannot load it ({reason})") from None
     hf.eval().requires_grad_(False)
+    if packed is not None and base != "16bit":
+        hold_packed(hf, {x.module: packed.numbers(x.tensor) for x in _packed_layers(bundle, packed)}, chosen)
     if not quantised:  # which is there already, and must not be moved
         hf.to(place)
     trial = Trial(hf)

@@ -7,17 +7,18 @@ layers (`polymerge.model.placing`) or what it costs (`polymerge.model.divergence
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import MissingExtraError, ModelError, install_line
 from ..host import dtype_name
+from ..recipe.response import Base as Base
 
-Base = Literal["16bit", "int8", "nf4", "int4", "fp8"]
 EXTRA = "quantized"
 
 
@@ -90,6 +91,17 @@ def quantization_config(base: str, dtype: torch.dtype) -> Any:
             raise ModelError(f"base int4 computes in bfloat16, not in {dtype_name(dtype)}; load it with that dtype")
         return TorchAoConfig(ao.Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d"))
     return TorchAoConfig(ao.Int8WeightOnlyConfig() if base == "int8" else ao.Float8WeightOnlyConfig())
+
+
+def hold_packed(model: nn.Module, numbers: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
+    """Puts whole numbers, int8 [out, in] with scales [out, 1], in the place of linear layers' weights: torchao's tensor
+    of a weight in 8 bits, with these very numbers."""
+    from torchao.quantization import Int8Tensor
+
+    for name, (weight, scale) in numbers.items():
+        held = Int8Tensor(weight, scale.float(), [1, weight.shape[1]], dtype)
+        module = model.get_submodule(name)
+        module.weight = nn.Parameter(held.to(next(module.parameters()).device), requires_grad=False)
 
 
 def is_quantised(parameter: Any) -> bool:

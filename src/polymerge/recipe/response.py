@@ -11,6 +11,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Use = Literal["always", "never", "auto"]
+# How a model's linear layers are held in memory (`polymerge.model.quantised`).
+Base = Literal["16bit", "int8", "nf4", "int4", "fp8"]
 PromptVersion = Literal["v1", "v2"]
 LengthNorm = Literal["none", "tokens", "characters"]
 
@@ -26,6 +28,7 @@ class ThinkerSettings(BaseModel):
         timeout: seconds for one request to the endpoint, from its first byte sent to its last byte read.
         retries: after a refused connection, a time-out, a 429 or an error of the server.
         concurrency: requests to the endpoint at once.
+        base: how a `source`'s linear layers are held in memory, as `load_model` takes it for a bundle's.
         config: folder with the source's config.json, for `polymerge plan` where the source is not here.
         trust_remote_code: allow the source's own modelling code to run. Off.
     """
@@ -39,6 +42,7 @@ class ThinkerSettings(BaseModel):
     timeout: Annotated[float, Field(gt=0, le=3600)] = 60.0
     retries: Annotated[int, Field(ge=0, le=10)] = 3
     concurrency: Annotated[int, Field(ge=1, le=256)] = 8
+    base: Base = "16bit"
     config: str | None = None
     trust_remote_code: bool = False
 
@@ -50,6 +54,8 @@ class ThinkerSettings(BaseModel):
             raise ValueError("endpoint must be a URL such as https://host/v1, without user name and password")
         if self.endpoint is not None and not self.model:
             raise ValueError("an endpoint needs model, its name for the model")
+        if self.endpoint is not None and self.base != "16bit":
+            raise ValueError("base is for a source that runs here; an endpoint holds its model as it likes")
         return self
 
 

@@ -1,7 +1,8 @@
 """The bundle's HTML report.
 
 page.py         a bundle's page: which sections, in which order
-blocks.py       a page's frame, headings, tables, plots
+answers.py      which expert answers as before, in words
+blocks.py       a page's frame, headings, tables, plots, folds
 merge.py        sizes, errors, energy and ranks of the merge
 assessment.py   accuracy of every candidate on every field; also a page of its own
 router.py       learning curve, right and wrong fields, calibration, the embeddings in the plane

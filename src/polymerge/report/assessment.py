@@ -13,10 +13,9 @@ from typing import Any
 
 from ..assess.results import FORMAT
 from ..bundle.bundle import Bundle
-from ..bundle.files import write_bytes
 from ..errors import BundleError
 from ..router.record import assessment_file
-from .blocks import cards, html_page, plot, plotly, section, size, table
+from .blocks import cards, plot, plotly, section, size, table, write_page
 
 
 def write_assessment(assessment: Mapping[str, Any], path: Path) -> Path:
@@ -38,8 +37,7 @@ def write_assessment(assessment: Mapping[str, Any], path: Path) -> Path:
         else ""
     )
     body = top + "".join(assessment_sections(assessment))
-    write_bytes(path, html_page("Assessment", body, f"polymerge {assessment['polymerge_version']}").encode())
-    return path
+    return write_page(path, "Assessment", body, f"polymerge {assessment['polymerge_version']}")
 
 
 def bundle_sections(bundle: Bundle) -> list[str]:
@@ -68,7 +66,7 @@ def assessment_sections(assessment: Mapping[str, Any]) -> list[str]:
 
 
 def _heatmap(assessment: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -> str:
-    go, _ = plotly()
+    go = plotly()
     fields = list(assessment["fields"])
     names = [name for name, model in models.items() if model["accuracy"]]
     grid = [[models[name]["accuracy"].get(field) for field in fields] for name in names]

@@ -1,4 +1,4 @@
-"""What every section of the report is made of: headings, tables, plots, and numbers in words.
+"""What every section of the report is made of: headings, tables, plots, folds, and numbers in words.
 
 Knows plotly and HTML; knows nothing of what is drawn.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
+from ..bundle.files import write_bytes
 from ..errors import MissingExtraError, install_line
 
 # One sober palette for every plot (Okabe and Ito's, told apart by colour-blind readers too).
@@ -28,23 +30,71 @@ p { margin: 4px 0 12px; color: var(--soft); max-width: 80ch; }
 th, td { text-align: right; padding: 7px 12px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
 td.source { text-align: left; max-width: 340px; overflow: hidden; text-overflow: ellipsis; }
+.verdicts { list-style: none; margin: 16px 0; padding: 0; } .verdicts li { margin: 8px 0; padding-left: 14px;
+       border-left: 4px solid var(--line); } .verdicts b { margin-right: 6px; }
+.verdicts .good { border-color: #009E73; } .verdicts .near { border-color: #E69F00; }
+.verdicts .bad { border-color: #D55E00; } .verdicts span { color: var(--soft); }
+details { border-top: 1px solid var(--line); } details:last-of-type { border-bottom: 1px solid var(--line); }
+summary { cursor: pointer; padding: 12px 0; font-weight: 600; } details h2 { font-size: 16px; margin: 8px 0; }
+.fold { padding-bottom: 16px; } .missing { color: #a33b00; }
 code { font: 13px ui-monospace, Menlo, Consolas, monospace; }
 footer { margin-top: 48px; color: var(--soft); font-size: 14px; }
 """
 
 
-def html_page(title: str, body: str, footer: str) -> str:
-    """A whole page that needs no network. `title` and `footer` are text, `body` is HTML.
+# A plot in a closed fold has no width until the fold is opened.
+RESIZE = """
+for (const fold of document.querySelectorAll("details"))
+  fold.addEventListener("toggle", () => {
+    if (fold.open && window.Plotly)
+      for (const plot of fold.querySelectorAll(".js-plotly-plot")) Plotly.Plots.resize(plot);
+  });
+"""
+
+
+def write_page(path: str | Path, title: str, body: str, footer: str) -> Path:
+    """A page and, beside it, the one script that all pages of its folder draw their plots with; no network is asked.
+
+    Args:
+        title, footer: text. body: HTML.
 
     Raises:
         MissingExtraError: plotly is not installed.
     """
-    _, plotly_js = plotly()
+    path, script = Path(path), script_name()
+    beside = path.with_name(script)
+    if not beside.exists():
+        from plotly.offline import get_plotlyjs
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(beside, get_plotlyjs().encode())
+    write_bytes(path, html_page(title, body, footer, script).encode())
+    return path
+
+
+def script_name() -> str:
+    """Of the script beside a page. Raises MissingExtraError."""
+    plotly()
+    from plotly import __version__
+
+    return f"plotly-{__version__}.min.js"
+
+
+def html_page(title: str, body: str, footer: str, script: str) -> str:
+    """A whole page, whose script lies beside it; without that, it says so and has its words and tables."""
+    said = f"The plots need the file {script} beside this page."
+    missing = f"document.documentElement.dataset.plots = {said!r}"
+    tell = (
+        "const lost = document.documentElement.dataset.plots; if (lost) { const line = document.createElement('p');"
+        "line.className = 'missing'; line.textContent = lost; document.querySelector('h1').after(line); "
+        "window.Plotly = { newPlot() {} }; }"
+    )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}: polymerge report</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>'
-        f"<script>{plotly_js}</script></head><body><h1>{escape(title)}</h1>{body}"
-        f"<footer>{escape(footer)}</footer></body></html>\n"
+        f'<script src="{escape(script)}" onerror="{escape(missing)}"></script></head>'
+        f"<body><h1>{escape(title)}</h1><script>{tell}</script>{body}"
+        f"<footer>{escape(footer)}</footer><script>{RESIZE}</script></body></html>\n"
     )
 
 
@@ -61,6 +111,15 @@ def section(title: str, text: str, content: str) -> str:
     return f"<section><h2>{escape(title)}</h2><p>{escape(text)}</p>{content}</section>"
 
 
+def paragraph(text: str) -> str:
+    return f"<p>{escape(text)}</p>"
+
+
+def fold(title: str, content: str) -> str:
+    """What is there for those who ask. `content` is HTML already."""
+    return f'<details><summary>{escape(title)}</summary><div class="fold">{content}</div></details>'
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, last_is_source: bool = False) -> str:
     """A table of texts, which are escaped here."""
 
@@ -74,7 +133,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, last_is_source:
 
 
 def plot(figure: Any, height: int) -> str:
-    """A plotly figure as HTML, in the report's look."""
+    """A plotly figure as HTML, in the report's look. Without its toolbar, which lies over legends: a plot is zoomed
+    by dragging and brought back by a double click."""
     figure.update_layout(
         template="plotly_white",
         height=height,
@@ -83,23 +143,22 @@ def plot(figure: Any, height: int) -> str:
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
     )
     html: str = figure.to_html(
-        full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True}
+        full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True}
     )
     return html
 
 
-def plotly() -> tuple[Any, str]:
-    """plotly's graph objects and its script.
+def plotly() -> Any:
+    """plotly's graph objects.
 
     Raises:
         MissingExtraError: plotly is not installed.
     """
     try:
         import plotly.graph_objects as go
-        from plotly.offline import get_plotlyjs
     except ImportError:
         raise MissingExtraError(f"the HTML report needs plotly; {install_line('report')}") from None
-    return go, get_plotlyjs()
+    return go
 
 
 def mean(values: Sequence[float]) -> float | None:

@@ -1,4 +1,4 @@
-"""The report's sections of the merge: sizes, experts, errors, energy and ranks.
+"""The report's plots of the merge, and what is folded under them: sizes, experts, errors, energy and ranks.
 
 Knows how to draw them; every number comes from `polymerge.bundle.inspect`.
 """
@@ -10,21 +10,45 @@ from html import escape
 from typing import Any
 
 from ..bundle.inspect import Inspection
-from ..bundle.stats import module_kind
+from ..bundle.stats import energy_kept, module_kind
+from ..bundle.verdict import AS_BEFORE
 from ..recipe.rates import layer_number
-from .blocks import COLOURS, mean, plot, plotly, section, size, table
+from .blocks import COLOURS, mean, paragraph, plot, plotly, section, size, table
 
 
-def merge_sections(inspection: Inspection, stats: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every section of a merge; without statistics only the sizes and the experts."""
-    sections = [_sizes(inspection), _experts(inspection)]
+def merge_plots(inspection: Inspection, stats: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What everybody sees: bytes, what each expert kept, errors by layer; without statistics only the bytes."""
+    return [_sizes(inspection), *([_kinds(stats), _errors(stats)] if stats else [])]
+
+
+def merge_folds(inspection: Inspection, stats: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Title -> what is there for those who ask."""
+    folds = {"Every expert in figures": _experts(inspection)}
     if stats:
-        sections += [_errors(stats), _energy(stats), _ranks(stats), _worst(inspection)]
-    return sections
+        folds |= {
+            "Energy kept by layer and kind of module": _energy(stats),
+            "Rank by kind of module": _ranks(stats),
+            "Tensors that lost most": _worst(inspection),
+        }
+    return folds
+
+
+def _kinds(stats: Sequence[Mapping[str, Any]]) -> str:
+    """Bars of energy kept, a group for every kind of module and a bar for every expert."""
+    go, figure = plotly(), plotly().Figure()
+    kinds = sorted({module_kind(line["module"]) for line in stats})
+    experts = list(dict.fromkeys(line["expert"] for line in stats))
+    for expert, colour in zip(experts, COLOURS * len(experts), strict=False):
+        lines = [line for line in stats if line["expert"] == expert]
+        shares = [energy_kept([x for x in lines if module_kind(x["module"]) == kind]) for kind in kinds]
+        figure.add_trace(go.Bar(x=kinds, y=shares, name=escape(expert), marker_color=colour))
+    figure.update_layout(barmode="group", yaxis={"title": "energy kept", "tickformat": ".0%", "range": [0, 1]})
+    text = f"From {AS_BEFORE:.0%} on an expert is taken to answer as before. Where bars are short, rank is."
+    return section("What each expert kept", text, plot(figure, 300))
 
 
 def _sizes(inspection: Inspection) -> str:
-    go, _ = plotly()
+    go = plotly()
     residuals = sum(e.residual_bytes for e in inspection.experts)
     own_bytes = sum(e.bytes for e in inspection.experts) - residuals
     figure = go.Figure()
@@ -78,19 +102,17 @@ def _experts(inspection: Inspection) -> str:
         for e in inspection.experts
     ]
     text = "Errors are relative Frobenius norms over all compressed tensors of an expert."
-    words = "".join(f"<li><b>{escape(e.name)}</b> {escape(e.verdict.words)}</li>" for e in inspection.experts)
-    said = f"<ul>{words}</ul><p>Predicted from the energy kept; merge with held-out requests to measure it.</p>"
-    return section("Experts", text, said + table(head, rows, last_is_source=True))
+    return paragraph(text) + table(head, rows, last_is_source=True)
 
 
 def _errors(stats: Sequence[Mapping[str, Any]]) -> str:
     """Per layer, what averaging loses and what is left after the residuals."""
-    go, _ = plotly()
+    go = plotly()
     figure = go.Figure()
     experts = list(dict.fromkeys(line["expert"] for line in stats))
     for expert, colour in zip(experts, COLOURS * len(experts), strict=False):
         lines = [line for line in stats if line["expert"] == expert]
-        numbers = sorted({layer_number(line["module"]) for line in lines})
+        numbers = sorted({layer_number(line["module"]) for line in lines if layer_number(line["module"]) >= 0})
         for key, dash, label in (("residual_norm", "dot", "average alone"), ("relative_error", "solid", "bundle")):
             means = [mean([x[key] for x in lines if layer_number(x["module"]) == n]) for n in numbers]
             figure.add_scatter(
@@ -108,7 +130,7 @@ def _errors(stats: Sequence[Mapping[str, Any]]) -> str:
 
 def _energy(stats: Sequence[Mapping[str, Any]]) -> str:
     """A heatmap of layer by module kind for every expert."""
-    go, _ = plotly()
+    go = plotly()
     kinds = sorted({module_kind(line["module"]) for line in stats})
     numbers = sorted({layer_number(line["module"]) for line in stats})
     plots = []
@@ -134,11 +156,11 @@ def _energy(stats: Sequence[Mapping[str, Any]]) -> str:
         figure.update_layout(title={"text": escape(expert), "font": {"size": 15}}, xaxis_title="layer")
         plots.append(plot(figure, 150 + 26 * len(kinds)))
     text = "Share of a residual's squared norm that its factors keep. A higher rank would help most where it is dark."
-    return section("Energy kept by layer and kind of module", text, "".join(plots))
+    return paragraph(text) + "".join(plots)
 
 
 def _ranks(stats: Sequence[Mapping[str, Any]]) -> str:
-    go, _ = plotly()
+    go = plotly()
     by_kind: dict[str, dict[str, Any]] = {}
     for line in stats:
         by_kind.setdefault(module_kind(line["module"]), dict(line))
@@ -154,7 +176,7 @@ def _ranks(stats: Sequence[Mapping[str, Any]]) -> str:
     )
     figure.update_layout(yaxis_title="rank")
     text = "Rank 0 means that the experts' matrices are kept whole, or that the average alone is."
-    return section("Rank by kind of module", text, plot(figure, 300))
+    return paragraph(text) + plot(figure, 300)
 
 
 def _worst(inspection: Inspection) -> str:
@@ -170,4 +192,4 @@ def _worst(inspection: Inspection) -> str:
         )
         for line in inspection.worst
     ]
-    return section("Tensors that lost most", "By relative error of the rebuilt weight.", table(head, rows))
+    return paragraph("By relative error of the rebuilt weight.") + table(head, rows)

@@ -44,7 +44,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _learning_curve(fitted: Mapping[str, Any]) -> str:
-    go, _ = plotly()
+    go = plotly()
     curve = fitted["learning_curve"]
     figure = go.Figure()
     figure.add_scatter(
@@ -68,7 +68,7 @@ def _learning_curve(fitted: Mapping[str, Any]) -> str:
 
 
 def _confusion(measured: Mapping[str, Any]) -> str:
-    go, _ = plotly()
+    go = plotly()
     rows: Mapping[str, Mapping[str, int]] = measured["confusion"]
     fields = list(next(iter(rows.values())))
     counts = [[row[name] for name in fields] for row in rows.values()]
@@ -97,7 +97,7 @@ def _confusion(measured: Mapping[str, Any]) -> str:
 
 
 def _reliability(measured: Mapping[str, Any]) -> str:
-    go, _ = plotly()
+    go = plotly()
     bins = measured["reliability"]
     figure = go.Figure()
     figure.add_scatter(
@@ -123,7 +123,7 @@ def _reliability(measured: Mapping[str, Any]) -> str:
 
 
 def _coverage(measured: Mapping[str, Any]) -> str:
-    go, _ = plotly()
+    go = plotly()
     curve = measured["coverage_curve"]
     figure = go.Figure()
     figure.add_scatter(
@@ -146,7 +146,7 @@ def _coverage(measured: Mapping[str, Any]) -> str:
 
 
 def _picture(points: Sequence[Mapping[str, Any]]) -> str:
-    go, _ = plotly()
+    go = plotly()
     figure = go.Figure()
     fields = list(dict.fromkeys(point["field"] for point in points))
     for field, colour in zip(fields, COLOURS * len(fields), strict=False):

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..bundle.files import write_bytes
 from ..recipe.rates import in_words
-from .blocks import COLOURS, cards, html_page, plot, plotly, section, size, table
+from .blocks import COLOURS, cards, plot, plotly, section, size, table, write_page
 
 
 def write_search(explored: Mapping[str, Any], path: str | Path, *, footer: str) -> Path:
@@ -28,13 +27,11 @@ def write_search(explored: Mapping[str, Any], path: str | Path, *, footer: str) 
     body = cards(figures) + section("Trials", text, _plot(explored))
     text = "On the front are those that no other beats in both bytes and KL."
     body += section("All trials", text, _table(trials, best))
-    path = Path(path)
-    write_bytes(path, html_page("search", body, footer).encode())
-    return path
+    return write_page(path, "search", body, footer)
 
 
 def _plot(explored: Mapping[str, Any]) -> str:
-    go, _ = plotly()
+    go = plotly()
     figure, trials = go.Figure(), explored["trials"]
     for colour, code in zip(COLOURS, dict.fromkeys(trial["code"] for trial in trials), strict=False):
         of_code = [trial for trial in trials if trial["code"] == code]

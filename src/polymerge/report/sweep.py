@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..bundle.files import write_bytes
-from .blocks import COLOURS, html_page, plot, plotly, section, size, table
+from .blocks import COLOURS, plot, plotly, section, size, table, write_page
 
 
 def write_sweep(points: Sequence[Mapping[str, Any]], path: str | Path, *, footer: str) -> Path:
@@ -26,13 +25,11 @@ def write_sweep(points: Sequence[Mapping[str, Any]], path: str | Path, *, footer
             "shares of their originals' accuracy."
         )
         body += section("Accuracy", text, _accuracies(points))
-    path = Path(path)
-    write_bytes(path, html_page("sweep", body, footer).encode())
-    return path
+    return write_page(path, "sweep", body, footer)
 
 
 def _plot(points: Sequence[Mapping[str, Any]]) -> str:
-    go, _ = plotly()
+    go = plotly()
     figure = go.Figure()
     for colour, code in zip(COLOURS, dict.fromkeys(point["code"] for point in points), strict=False):
         line = sorted((p for p in points if p["code"] == code), key=lambda p: p["total_bytes"])

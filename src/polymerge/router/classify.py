@@ -56,6 +56,8 @@ def fit_classifier(kind: Kind, vectors: FloatArray, labels: Ints) -> Classifier:
 def _fit_logistic(vectors: FloatArray, labels: Ints) -> dict[str, Floats]:
     from sklearn.linear_model import LogisticRegression
 
+    if not labels.any():  # a single field
+        return {"weights": np.zeros((1, vectors.shape[1])), "bias": np.zeros(1)}
     fitted = LogisticRegression(C=LOGISTIC_C, max_iter=1000).fit(vectors, labels)
     weights, bias = fitted.coef_, fitted.intercept_
     if len(weights) == 1:  # two fields: scikit-learn keeps the second's weights alone
@@ -69,9 +71,7 @@ def _logistic_logits(vectors: Floats, arrays: Arrays) -> Floats:
 
 
 def _fit_centroid(vectors: FloatArray, labels: Ints) -> dict[str, Floats]:
-    from sklearn.neighbors import NearestCentroid
-
-    return {"centroids": NearestCentroid().fit(vectors, labels).centroids_}
+    return {"centroids": np.stack([vectors[labels == n].mean(axis=0) for n in range(int(labels.max()) + 1)])}
 
 
 def _centroid_logits(vectors: Floats, arrays: Arrays) -> Floats:

@@ -126,7 +126,8 @@ def measure_router(router: Router, samples: Sequence[Sample], *, progress: Progr
     labels = np.array([fields.index(sample.field) if sample.field != OUTSIDE else -1 for sample in samples])
     likeliest = judged.probabilities.argmax(axis=1)
     right = likeliest == labels
-    confidence, kept = judged.confidence, judged.confidence >= router.record.threshold
+    confidence = judged.confidence
+    kept = confidence >= np.array([router.record.threshold_of(name) for name in fields])[likeliest]
     pairs = Counter(zip([s.field for s in samples], [fields[n] for n in likeliest], strict=True))
     probability = judged.probabilities.max(axis=1)[inside]
     return RouterEvaluation(

@@ -6,7 +6,8 @@ that the head has not seen comes from the validation samples or, without those, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,44 +17,38 @@ from ..bundle.bundle import Bundle
 from ..engine.base import Engine, FloatArray
 from ..errors import RouterError
 from ..version import __version__
+from .background import background
 from .calibrate import (
     Bools,
     Floats,
     Ints,
     calibration_error,
+    cross_fitted,
     fit_temperature,
     softmax,
     threshold_for_accuracy,
     threshold_for_coverage,
 )
 from .classify import fit_classifier
+from .cost import USUAL, thresholds
 from .embed import Embedder
+from .gate import fit_gate
 from .head import Head, fit_head
-from .outside import calibrate_outside, fit_outside
+from .outside import fit_outside
 from .record import RouterRecord
 from .router import Router
-from .samples import Sample, check_training
+from .samples import Sample, check_training, repeated
 from .settings import FitSettings
 from .space import fit_space
 from .table import MIXTURE, Table, check_expert, experts_of_fields
+from .unseen import Labelled, at_random
 
 CURVE_SIZES = (4, 8, 16, 32, 64, 128, 256, 512)
 CURVE_DRAWS = 5
-FOLDS = 5
 EMBED_BATCH = 256  # texts between two notes of progress
 
 # done, of all
 Progress = Callable[[int, int], None]
-
-
-class Labelled(NamedTuple):
-    """Raw vectors [n, d] and the numbers of their fields [n]."""
-
-    vectors: FloatArray
-    labels: Ints
-
-    def take(self, numbers: Ints | Bools) -> Labelled:
-        return Labelled(self.vectors[numbers], self.labels[numbers])
 
 
 class Fitted(NamedTuple):
@@ -95,12 +90,11 @@ def fit_samples(
     of_fields = experts_of_fields(fields, bundle.experts, table=table, given=experts)
     if settings.fallback != MIXTURE:
         check_expert(settings.fallback, bundle.experts, "the fallback")
+    seen = repeated(training, validation)
+    validation = [sample for sample in validation if sample not in seen]
     embedder = Embedder(engine, settings.embed)
-    vectors = embed_all(embedder, [s.text for s in (*training, *validation)], progress)
-    labels = np.array([fields.index(s.field) for s in (*training, *validation)], dtype=np.int64)
-    everything = Labelled(vectors, labels)
-    train, held = everything.take(np.arange(len(training))), everything.take(np.arange(len(training), len(labels)))
-    calibrated = calibrate(train, held if len(held.labels) else None, settings)
+    train, held, others = _embedded(embedder, training, validation, fields, progress)
+    calibrated = calibrate(train, held if len(held.labels) else None, others, settings)
     record = RouterRecord(
         polymerge_version=__version__,
         bundle=bundle.digest,
@@ -113,16 +107,38 @@ def fit_samples(
         fallback=settings.fallback,
         temperature=calibrated.temperature,
         threshold=calibrated.threshold,
+        thresholds={} if settings.fixed else thresholds(of_fields, settings.fallback, table),
     )
-    curve = learning_curve(train, held, settings) if len(held.labels) else []
     report = {
         "fields": fields,
         "samples": {name: int((train.labels == n).sum()) for n, name in enumerate(fields)},
+        "repeated": len(seen),
         "measured_on": "validation" if len(held.labels) else "cross-validation",
-        "learning_curve": curve,
+        "learning_curve": learning_curve(train, held, settings) if len(held.labels) else [],
         **calibrated.report,
     }
     return Fitted(Router(record, calibrated.head, training, engine), report)
+
+
+def _embedded(
+    embedder: Embedder,
+    training: Sequence[Sample],
+    validation: Sequence[Sample],
+    fields: Sequence[str],
+    progress: Progress | None,
+) -> tuple[Labelled, Labelled, Labelled]:
+    """Training and validation samples by their fields, and the background by its topics."""
+    topics = list(dict.fromkeys(sample.field for sample in background()))
+    samples = [*training, *validation, *background()]
+    vectors = embed_all(embedder, [sample.text for sample in samples], progress)
+    labels = np.array([fields.index(s.field) for s in (*training, *validation)], dtype=np.int64)
+    others = np.array([topics.index(sample.field) for sample in background()], dtype=np.int64)
+    count = len(training)
+    return (
+        Labelled(vectors[:count], labels[:count]),
+        Labelled(vectors[count : len(labels)], labels[count:]),
+        Labelled(vectors[len(labels) :], others),
+    )
 
 
 def embed_all(embedder: Embedder, texts: Sequence[str], progress: Progress | None = None) -> FloatArray:
@@ -144,66 +160,60 @@ class Calibrated(NamedTuple):
     report: dict[str, Any]
 
 
-def calibrate(train: Labelled, held: Labelled | None, settings: FitSettings) -> Calibrated:
-    """Temperature, the calibration of distances and the threshold."""
-    scores, signs, labels, inside, outside = [], [], [], [], []
-    for fitting, measuring in _splits(train, held, settings.seed):
-        head = fit_head(settings.classifier, fitting.vectors, fitting.labels)
-        scores.append(head.logits(measuring.vectors))
-        signs.append(head.signs(measuring.vectors))
-        labels.append(measuring.labels)
-        near, far = leave_fields_out(fitting, measuring)
-        inside.append(near)
-        outside.append(far)
-    logits, right_ones = np.concatenate(scores), np.concatenate(labels)
-    temperature = fit_temperature(logits, right_ones)
-    gate = calibrate_outside(np.concatenate(inside), np.concatenate(outside))
-    head = fit_head(settings.classifier, train.vectors, train.labels).calibrated(*gate)
-    probabilities = softmax(logits / temperature)
-    confidence: Floats = probabilities.max(axis=1) * head.outside.known(np.concatenate(signs))
-    right: Bools = probabilities.argmax(axis=1) == right_ones
-    if settings.accuracy is None:
-        threshold = threshold_for_coverage(confidence, settings.coverage)
-    else:
-        threshold = threshold_for_accuracy(confidence, right, settings.accuracy)
-    kept = confidence >= threshold
+def calibrate(train: Labelled, held: Labelled | None, others: Labelled, settings: FitSettings) -> Calibrated:
+    """Head with its gate, temperature and threshold.
+
+    Args:
+        others: the background, by topic.
+    """
+    logits, labels = _unseen_logits(train, held, settings)
+    temperature = fit_temperature(logits, labels)
+    head = fit_head(settings.classifier, train.vectors, train.labels)
+    gate = fit_gate(head.space, train, held, others, settings.seed)
+    head = replace(head, outside=gate.outside)
+    probabilities = cross_fitted(logits, labels)
+    right: Bools = probabilities.argmax(axis=1) == labels
+    threshold = USUAL
+    if settings.fixed:
+        confidence = probabilities.max(axis=1) * _unseen_known(head, train, held, settings)
+        threshold = _threshold(confidence, right, settings)
     report = {
         "accuracy": float(right.mean()),
         "temperature": temperature,
         "calibration_error_before": calibration_error(softmax(logits).max(axis=1), right),
         "calibration_error": calibration_error(probabilities.max(axis=1), right),
         "threshold": threshold,
-        "coverage": float(kept.mean()),
-        "accuracy_over_threshold": float(right[kept].mean()) if kept.any() else None,
+        "new_wording_kept": float((gate.known >= threshold).mean()),
+        "strangers_refused": float((gate.strange < threshold).mean()),
     }
     return Calibrated(head, temperature, threshold, report)
 
 
-def _splits(train: Labelled, held: Labelled | None, seed: int) -> Iterator[tuple[Labelled, Labelled]]:
-    """(to fit on, to measure on): the validation samples, or folds that hold every field on both sides."""
-    if held is not None:
-        yield train, held
-        return
-    from sklearn.model_selection import StratifiedKFold
-
-    count = min(FOLDS, int(np.bincount(train.labels).min()))
-    folds = StratifiedKFold(count, shuffle=True, random_state=seed)
-    for fitting, measuring in folds.split(train.vectors, train.labels):
-        yield train.take(fitting), train.take(measuring)
+def _unseen_logits(train: Labelled, held: Labelled | None, settings: FitSettings) -> tuple[Floats, Ints]:
+    """Logits of samples that the head that gave them had not seen, and their labels."""
+    logits, labels = [], []
+    for fitting, measuring in at_random(train, held, settings.seed):
+        head = fit_head(settings.classifier, fitting.vectors, fitting.labels)
+        logits.append(head.logits(measuring.vectors))
+        labels.append(measuring.labels)
+    return np.concatenate(logits), np.concatenate(labels)
 
 
-def leave_fields_out(fitting: Labelled, measuring: Labelled) -> tuple[Floats, Floats]:
-    """Signs of `measuring`'s samples of known fields, and of those of a field that was kept away: every field in its
-    turn plays the one that nobody has seen. That is what a stranger looks like, with no strangers at hand."""
-    inside, outside = [], []
-    for field in np.unique(fitting.labels):
-        rest = fitting.take(fitting.labels != field)
-        space = fit_space(rest.vectors)
-        vectors = space(rest.vectors)
-        signs = fit_outside(vectors, rest.labels).signs(space(measuring.vectors), vectors)
-        inside.append(signs[measuring.labels != field])
-        outside.append(signs[measuring.labels == field])
-    return np.concatenate(inside), np.concatenate(outside)
+def _unseen_known(head: Head, train: Labelled, held: Labelled | None, settings: FitSettings) -> Floats:
+    """Probabilities of being known for the samples of `_unseen_logits`, by gates that had not seen them."""
+    known = []
+    for fitting, measuring in at_random(train, held, settings.seed):
+        vectors = head.space(fitting.vectors)
+        outside = fit_outside(vectors, fitting.labels, head.outside.background)
+        known.append(head.outside.known(outside.signs(head.space(measuring.vectors), vectors)))
+    return np.concatenate(known)
+
+
+def _threshold(confidence: Floats, right: Bools, settings: FitSettings) -> float:
+    """The threshold at which the wanted share of these samples is kept, or right."""
+    if settings.accuracy is not None:
+        return threshold_for_accuracy(confidence, right, settings.accuracy)
+    return threshold_for_coverage(confidence, settings.coverage or 1.0)
 
 
 def learning_curve(train: Labelled, held: Labelled, settings: FitSettings) -> list[dict[str, float]]:

@@ -5,14 +5,14 @@ Knows vectors and numbers of fields; does not know texts, models or files.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from ..engine.base import FloatArray
 from .calibrate import Floats, Ints
 from .classify import Arrays, Classifier, Kind, fit_classifier
-from .outside import Outside, fit_outside
+from .outside import Outside
 from .space import Space, fit_space
 
 
@@ -39,7 +39,7 @@ class Head:
         return self.outside.known(self.signs(raw))
 
     def signs(self, raw: FloatArray) -> Floats:
-        """[m, 2], the signs of being unlike all training samples."""
+        """[m, 3], the signs of being unlike all training samples."""
         return self.outside.signs(self.space(raw), self.vectors)
 
     def nearest(self, raw: FloatArray, count: int) -> tuple[Ints, Floats]:
@@ -47,10 +47,6 @@ class Head:
         cosines = self.space(raw).astype(np.float64) @ self.vectors.T.astype(np.float64)
         order = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
         return order, np.take_along_axis(cosines, order, axis=1)
-
-    def calibrated(self, mix: tuple[float, float], middle: float, slope: float) -> Head:
-        """The same head with calibrated signs."""
-        return replace(self, outside=replace(self.outside, mix=mix, middle=middle, slope=slope))
 
     def to_arrays(self) -> dict[str, FloatArray]:
         """Everything as named arrays, for a file."""
@@ -61,23 +57,28 @@ class Head:
             "vectors": self.vectors,
             "outside.weights": outside.weights,
             "outside.bias": outside.bias,
+            "outside.background": outside.background,
             "outside.calibration": np.array([*outside.mix, outside.middle, outside.slope]),  # float64
             **{f"classifier.{name}": array for name, array in self.classifier.arrays.items()},
         }
 
     @classmethod
     def from_arrays(cls, kind: Kind, arrays: Arrays) -> Head:
-        """The head that `to_arrays` wrote. Raises KeyError where an array is missing."""
+        """The head that `to_arrays` wrote, or wrote when there was no background yet: its gate had two signs, and
+        answers as it did. Raises KeyError where an array is missing."""
         classifier = {
             name.removeprefix("classifier."): a for name, a in arrays.items() if name.startswith("classifier.")
         }
-        first, second, middle, slope = map(float, arrays["outside.calibration"])
-        outside = Outside(arrays["outside.weights"], arrays["outside.bias"], (first, second), middle, slope)
+        first, second, *third, middle, slope = map(float, arrays["outside.calibration"])
+        mix = (first, second, third[0] if third else 0.0)
+        background = arrays["outside.background"] if third else arrays["vectors"][:0]
+        outside = Outside(arrays["outside.weights"], arrays["outside.bias"], background, mix, middle, slope)
         return cls(Space(arrays["mean"], arrays["scale"]), Classifier(kind, classifier), arrays["vectors"], outside)
 
 
 def fit_head(kind: Kind, raw: FloatArray, labels: Ints) -> Head:
-    """Fits space and classifier to raw vectors [n, d] with the numbers of their fields [n]."""
+    """Fits space and classifier to raw vectors [n, d] with the numbers of their fields [n]; there is no gate yet."""
     space = fit_space(raw)
     vectors = space(raw)
-    return Head(space, fit_classifier(kind, vectors, labels), vectors, fit_outside(vectors, labels))
+    nothing = np.zeros((1, vectors.shape[1]), np.float32)
+    return Head(space, fit_classifier(kind, vectors, labels), vectors, Outside(nothing, nothing[:, 0], vectors[:0]))

@@ -52,6 +52,7 @@ class RouterRecord(BaseModel):
         fallback: "average", an expert's name, or "mixture": the experts weighted by their fields' probability.
         temperature: the classifier's logits are divided by it.
         threshold: of the confidence; under it the fallback answers.
+        thresholds: field -> its own, where the assessment says what its expert gains and loses.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -69,6 +70,7 @@ class RouterRecord(BaseModel):
     fallback: str
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     threshold: Annotated[float, Field(allow_inf_nan=False)]
+    thresholds: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
     weights: Annotated[str, Field(pattern=rf"^({WEIGHTS.pattern})?$")] = ""
     samples: Annotated[str, Field(pattern=rf"^({SAMPLES.pattern})?$")] = ""
 
@@ -85,6 +87,10 @@ class RouterRecord(BaseModel):
         if not self.fields or sorted(self.fields) != sorted(self.experts):
             raise ValueError("fields and experts are not those of one router")
         return self
+
+    def threshold_of(self, field: str) -> float:
+        """The least confidence at which the field's expert answers."""
+        return self.thresholds.get(field, self.threshold)
 
 
 def router_folder(bundle: Path) -> Path:

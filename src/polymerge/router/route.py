@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..data.shown import table
+
 if TYPE_CHECKING:
     from ..model.assignment import RowExpert
 
@@ -42,6 +44,14 @@ class Route:
     reason: str = ""
     neighbours: tuple[Neighbour, ...] = ()
     truncated: int = 0
+
+    def __repr__(self) -> str:
+        why = " (fallback)" if self.fallback else ""
+        return f"Route({self.expert or 'average'}{why}: {self.field} at {self.confidence:.1%})"
+
+    def _repr_html_(self) -> str:
+        near = {f"near, {n.similarity:.2f}": f"{n.field}: {n.text}" for n in self.neighbours}
+        return table(repr(self), {"reason": self.reason} | near)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

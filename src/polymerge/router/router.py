@@ -148,14 +148,15 @@ class Router:
     ) -> Route:
         field = max(scores, key=lambda name: scores[name])
         confidence = scores[field] * known
-        fallback = confidence < self.record.threshold
+        threshold = self.record.threshold_of(field)
+        fallback = confidence < threshold
         return Route(
             expert=self._fallback(scores) if fallback else _asked(self.record.experts[field]),
             field=field,
             confidence=confidence,
             scores=scores,
             fallback=fallback,
-            reason=self._reason(field, scores[field], known, neighbours, fallback),
+            reason=_reason(field, scores[field], known, neighbours, threshold),
             neighbours=neighbours,
             truncated=truncated,
         )
@@ -169,15 +170,14 @@ class Router:
             mixture[expert] = mixture.get(expert, 0.0) + probability
         return mixture
 
-    def _reason(
-        self, field: str, probability: float, known: float, neighbours: tuple[Neighbour, ...], fallback: bool
-    ) -> str:
-        share = sum(neighbour.field == field for neighbour in neighbours)
-        near = f"{share} of the {len(neighbours)} nearest samples are of {field}"
-        if not fallback:
-            return f"{field} at {probability:.0%}; {near}"
-        doubt = "unlike the samples of any field" if known < probability else f"{field} at {probability:.0%} only"
-        return f"{doubt}: confidence {known * probability:.2f} is under the threshold {self.record.threshold:.2f}"
+
+def _reason(field: str, probability: float, known: float, neighbours: tuple[Neighbour, ...], threshold: float) -> str:
+    share = sum(neighbour.field == field for neighbour in neighbours)
+    near = f"{share} of the {len(neighbours)} nearest samples are of {field}"
+    if known * probability >= threshold:
+        return f"{field} at {probability:.0%}; {near}"
+    doubt = "unlike the samples of any field" if known < probability else f"{field} at {probability:.0%} only"
+    return f"{doubt}: confidence {known * probability:.2f} is under the threshold {threshold:.2f}"
 
 
 def read_head(folder: Path, record: RouterRecord) -> Head:

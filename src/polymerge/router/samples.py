@@ -7,7 +7,7 @@ line with `prompt`; the folder's name is the field.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,29 @@ class Sample:
     text: str
     field: str
     answer: str = ""
+
+
+def samples_of(
+    data: str | Path | Sequence[Sample] | Mapping[str, Sequence[str]],
+    split: str,
+    *,
+    fields: Sequence[str] | None = None,
+    limit: int | None = None,
+) -> list[Sample]:
+    """The samples of a folder's split as `read_fields` gives them; or those at hand, which are all for training.
+
+    Raises:
+        RouterError: as `read_fields`; or fields beside samples at hand.
+    """
+    if isinstance(data, str | Path):
+        return read_fields(Path(data), split, fields=fields, limit=limit)
+    if fields is not None:
+        raise RouterError("fields choose among a folder's; of samples at hand, give those that count")
+    if split != "train":
+        return []
+    if isinstance(data, Mapping):
+        return [Sample(text, name) for name, texts in data.items() for text in texts]
+    return list(data)
 
 
 def read_fields(
@@ -68,6 +91,16 @@ def _sample(row: PromptRow, field: str) -> Sample:
     return Sample(row.prompt, field, row.text("answer") or "")
 
 
+def repeated(training: Sequence[Sample], validation: Sequence[Sample]) -> list[Sample]:
+    """Validation samples whose text is a training sample's too, but for case and spaces: no measure of anything."""
+    known = {_plain(sample.text) for sample in training}
+    return [sample for sample in validation if _plain(sample.text) in known]
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
 def check_training(samples: Sequence[Sample]) -> list[str]:
     """The fields, sorted. Raises RouterError where a classifier cannot learn from these samples."""
     counts = Counter(sample.field for sample in samples)
@@ -76,8 +109,6 @@ def check_training(samples: Sequence[Sample]) -> list[str]:
         raise RouterError("no training samples; DIR/NAME/train.jsonl holds those of the field NAME")
     if OUTSIDE in counts:
         raise RouterError(f"a field cannot be called {OUTSIDE!r}: that is the name of texts that belong to no field")
-    if len(fields) == 1:
-        raise RouterError(f"only one field ({fields[0]}) among the training samples; routing needs two or more")
     for name, count in sorted(counts.items()):
         if count < 2:
             raise RouterError(f"field {name!r} has one training sample; give it at least 2")

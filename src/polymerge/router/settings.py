@@ -16,7 +16,7 @@ class FitSettings(BaseModel):
     """How a router is fitted.
 
     Attributes:
-        coverage: share of known texts that stay over the threshold.
+        coverage: share of known texts that stay over the threshold; None for the threshold of `cost.py`.
         accuracy: instead, share of right fields wanted among the texts over the threshold.
         fallback: what answers under the threshold: "average", an expert's name, or "mixture".
         seed: of the draws for the learning curve and of the cross-validation.
@@ -26,10 +26,15 @@ class FitSettings(BaseModel):
 
     embed: EmbedSettings = EmbedSettings()
     classifier: Kind = "logistic"
-    coverage: float = Field(default=0.96, gt=0, le=1)
+    coverage: float | None = Field(default=None, gt=0, le=1)
     accuracy: float | None = Field(default=None, gt=0, le=1)
     fallback: str = "average"
     seed: int = Field(default=0, ge=0)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether a share of texts was asked for, whatever experts gain and lose."""
+        return self.coverage is not None or self.accuracy is not None
 
 
 def fit_settings(

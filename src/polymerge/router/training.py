@@ -15,7 +15,7 @@ from .fit import Fitted, Progress, fit_samples
 from .loading import load_engine
 from .picture import draw_samples
 from .record import assessment_file, router_folder
-from .samples import Sample, read_fields
+from .samples import Sample, samples_of
 from .settings import fit_settings
 from .table import Table, label_by_experts, read_table
 
@@ -24,7 +24,7 @@ FIT_REPORT = "fit.json"
 
 def fit_router(
     bundle: Bundle | str | Path,
-    data: str | Path,
+    data: str | Path | Sequence[Sample] | Mapping[str, Sequence[str]],
     *,
     fields: Sequence[str] | None = None,
     samples: int | None = 256,
@@ -38,7 +38,7 @@ def fit_router(
     self_label: bool = False,
     chat: bool = True,
     fallback: str = "average",
-    coverage: float = 0.96,
+    coverage: float | None = None,
     accuracy: float | None = None,
     seed: int = 0,
     device: str | None = None,
@@ -47,6 +47,7 @@ def fit_router(
     """Fits a router to `data`/NAME/train.jsonl and validation.jsonl and saves it in the bundle.
 
     Args:
+        data: a folder; or samples, or texts by their field, which are cross-validated.
         fields: which folders; all that have a train.jsonl otherwise.
         samples: of a field and split, at most.
         classifier, fallback, coverage, accuracy, seed: as in `FitSettings`.
@@ -65,8 +66,8 @@ def fit_router(
         coverage=coverage, accuracy=accuracy, seed=seed,
     )  # fmt: skip
     bundle = Bundle.open(bundle)
-    training = read_fields(Path(data), "train", fields=fields, limit=samples)
-    validation = read_fields(Path(data), "validation", fields=fields, limit=samples)
+    training = samples_of(data, "train", fields=fields, limit=samples)
+    validation = samples_of(data, "validation", fields=fields, limit=samples)
     labeller = load_engine(bundle, None, device) if self_label else None
     embeds = labeller if labeller and embed_with is None else load_engine(bundle, embed_with, device)
     if labeller is not None:

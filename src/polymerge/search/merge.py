@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Unpack
 
@@ -21,6 +22,7 @@ from ..merging.run import OnProgress, run_plan
 from ..method.codes import PLAIN
 from ..recipe.merge import RecipeLike, RecipeSettings
 from ..recipe.rates import in_words
+from ..sources.memory import models_as_folders
 from .examples import LIMIT, Prompts, read_prompts
 from .find import Found, find
 from .sweep import Agreement, agreements, check_examples, run_originals
@@ -54,7 +56,8 @@ def merge(
     the merge was killed and resumed. Nothing appears at `output` before the bundle is whole.
 
     Args:
-        recipe: a Recipe, its dict, the experts alone as {name: source}, or a YAML file.
+        recipe: a Recipe, its dict, the experts alone as {name: source}, or a YAML file. A source may also be a model
+            in memory, of transformers or PEFT, or a pair of it and its tokenizer.
         target: `kl=0.001`, `accuracy=99%`, `size=600MB` or `size=1.2x`: rate and code are found.
         prompts: expert -> its held-out requests. A target of KL or accuracy is measured on them; without a target,
             the bundle is, against the originals, once it is there.
@@ -83,26 +86,30 @@ def merge(
     goal = read_target(target) if target is not None else None
     examples = read_prompts(prompts or {}, limit or LIMIT)
     output = Path(output).expanduser()
-    plan, chosen = plan_merge(recipe, **settings), None
-    if examples and not goal:
-        check_examples(plan.recipe, examples)
-    if on_plan:
-        on_plan(plan)
-    with _opened(executor, address) as tasks:
-        if goal:
-            check_output(output, overwrite=overwrite)  # now and not after the work
-            folder = next(parent for parent in output.absolute().parents if parent.exists())
-            chosen = find(
-                plan.recipe, goal, examples, codes=codes or PLAIN, folder=folder, executor=tasks, progress=say
-            )
-            _tell(chosen, goal, say, on_found)
-            plan = replanned(plan, compress_rate=chosen.recipe.compress_rate, code=chosen.recipe.code)
-        bundle = run_plan(plan, output, overwrite=overwrite, resume=resume, executor=tasks, progress=progress)
-    if chosen:
-        chosen.check(bundle)
-    elif examples and on_measured:
-        on_measured(agreements(bundle, run_originals(plan.recipe, examples, say or (lambda text: None))))
-    return bundle
+    with models_as_folders(recipe, output) as (recipe, in_memory):
+        plan, chosen = plan_merge(recipe, **settings), None
+        for name, called in in_memory.items():
+            checkpoint = plan.checkpoints[name]
+            checkpoint.origin = replace(checkpoint.whence, source=called)
+        if examples and not goal:
+            check_examples(plan.recipe, examples)
+        if on_plan:
+            on_plan(plan)
+        with _opened(executor, address) as tasks:
+            if goal:
+                check_output(output, overwrite=overwrite)  # now and not after the work
+                folder = next(parent for parent in output.absolute().parents if parent.exists())
+                chosen = find(
+                    plan.recipe, goal, examples, codes=codes or PLAIN, folder=folder, executor=tasks, progress=say
+                )
+                _tell(chosen, goal, say, on_found)
+                plan = replanned(plan, compress_rate=chosen.recipe.compress_rate, code=chosen.recipe.code)
+            bundle = run_plan(plan, output, overwrite=overwrite, resume=resume, executor=tasks, progress=progress)
+        if chosen:
+            chosen.check(bundle)
+        elif examples and on_measured:
+            on_measured(agreements(bundle, run_originals(plan.recipe, examples, say or (lambda text: None))))
+        return bundle
 
 
 def _check_together(

@@ -6,21 +6,19 @@ Plain ASGI: knows headers and bytes, not routes or requests' meaning.
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import hashlib
-import hmac
 import json
 import logging
 import re
 import time
 import uuid
 from collections.abc import Callable, MutableMapping
+from contextlib import ExitStack
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import ApiError, told
+from .errors import RETRY_SECONDS, ApiError, told
+from .keys import KeyRing
 from .metrics import Metrics
 from .settings import ServeSettings
 
@@ -49,9 +47,8 @@ class Buckets:
 class Access:
     """The middleware. What it refuses, it answers itself."""
 
-    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics) -> None:
-        self._app, self._settings, self._metrics = app, settings, metrics
-        self._digests = {name: hashlib.sha256(key.encode()).digest() for name, key in settings.keys.items()}
+    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics, keys: KeyRing) -> None:
+        self._app, self._settings, self._metrics, self._keys = app, settings, metrics, keys
         self._buckets = Buckets(settings.requests_per_minute) if settings.requests_per_minute else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -60,7 +57,8 @@ class Access:
             return
         began, status = time.monotonic(), 0
         request = uuid.uuid4().hex
-        scope.setdefault("state", {}).update(began=began, key=None)
+        ends = ExitStack()  # what a request has taken is given back with its end, whatever that is
+        scope.setdefault("state", {}).update(began=began, key=None, ends=ends)
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -77,12 +75,17 @@ class Access:
             await self._app(scope, receive, noted)
         except ApiError as error:
             await _answer(error, noted)
+        except asyncio.CancelledError:  # only the server's end cancels a request
+            logger.warning("request %s was cut off by the server's end", request)
+            if not status:
+                await _answer(ApiError(503, "the server is ending", retry_after=RETRY_SECONDS), noted)
         except Exception as error:
             logger.exception("request %s failed", request)
             if status:
                 raise
             await _answer(told(error), noted)
         finally:
+            ends.close()
             self._note(scope, status, time.monotonic() - began, request)
 
     def _note(self, scope: Scope, status: int, seconds: float, request: str) -> None:
@@ -102,25 +105,15 @@ class Access:
         host = re.sub(r":\d*$", "", headers.get("host", ""))  # an IPv6 address stands in brackets
         if self._settings.hosts and host.lower() not in self._settings.hosts:
             raise ApiError(421, "this server is not asked by that name; start it with --allow-host to allow it")
-        name = self._name(headers.get("authorization", ""))
+        name = self._keys.name(headers.get("authorization", ""))
         scope["state"]["key"] = name
         wait = self._buckets.take(name or "") if self._buckets else 0.0
         if wait:
             raise ApiError(429, "too many requests with this key", code="rate_limit", retry_after=int(wait) + 1)
 
-    def _name(self, authorization: str) -> str | None:
-        """The name of the key that was sent. All keys are compared, each in constant time."""
-        if not self._digests:
-            return None
-        sent = hashlib.sha256(_key(authorization).encode()).digest()
-        matches = [name for name, digest in self._digests.items() if hmac.compare_digest(sent, digest)]
-        if not matches:
-            raise ApiError(401, "no valid API key; send `Authorization: Bearer KEY`", code="invalid_api_key")
-        return matches[0]
-
     async def _read(self, scope: Scope, receive: Receive) -> Receive:
         """Takes the whole body, as far as it is allowed; what follows (the client's going) is heard as before."""
-        if scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        if scope["method"] not in ("POST", "PUT", "PATCH"):
             return receive
         kind = _headers(scope).get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # the others are what a web page may send anywhere without being asked
@@ -156,19 +149,6 @@ class Access:
 
 def _headers(scope: MutableMapping[str, Any]) -> dict[str, str]:
     return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-
-
-def _key(authorization: str) -> str:
-    """The key of `Bearer KEY`, or the password of `Basic ...`, which a browser asks for."""
-    kind, _, value = authorization.partition(" ")
-    if kind.lower() == "bearer":
-        return value.strip()
-    if kind.lower() == "basic":
-        try:
-            return base64.b64decode(value, validate=True).decode().partition(":")[2]
-        except (binascii.Error, UnicodeDecodeError):
-            return ""
-    return ""
 
 
 async def _answer(error: ApiError, send: Send) -> None:

@@ -16,9 +16,13 @@ from ..version import __version__
 from .access import Access
 from .completions import completion_routes
 from .errors import ApiError, invalid, told
+from .experts import LoadedExperts, expert_routes
 from .judgements import judgement_routes
+from .keys import KeyRing
+from .kit import kit_routes
 from .models import model_routes
 from .playground import playground_routes
+from .responding import response_routes
 from .service import Service
 from .settings import ServeSettings
 from .stages import Responds
@@ -30,16 +34,18 @@ def create_app(
     router: Routes | None = None,
     pipeline: Responds | None = None,
     settings: ServeSettings | None = None,
+    experts: LoadedExperts | None = None,
 ) -> FastAPI:
     """The application.
 
     Args:
         engine: stays the caller's, who closes it when the server has ended.
         router: without one there is no model `auto`.
+        experts: what loads and unloads experts; without it that cannot be done over HTTP.
         pipeline: a `polymerge.staged.Pipeline`; without one there is no model `staged`.
 
     Returns:
-        An application whose `state.service` is the `Service` behind it.
+        An application whose `state.service` is the `Service` behind it, and `state.keys` its `KeyRing`.
     """
     settings = settings or ServeSettings()
     service = Service(engine, router, pipeline, settings)
@@ -51,11 +57,15 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
+    app.state.keys = keys = KeyRing(settings.keys, settings.key_file)
     for routes in (
         completion_routes(service),
+        response_routes(service),
         model_routes(service),
         judgement_routes(service, router),
+        kit_routes(service),
         status_routes(service),
+        *([expert_routes(experts, keys)] if experts else []),
         playground_routes(),
     ):
         app.include_router(routes)
@@ -63,14 +73,14 @@ def create_app(
     app.add_exception_handler(HTTPException, _on_http)
     for known in (ApiError, PolymergeError):
         app.add_exception_handler(known, _on_error)
-    app.add_middleware(Access, settings=settings, metrics=service.metrics)
+    app.add_middleware(Access, settings=settings, metrics=service.metrics, keys=keys)
     if settings.cors_origins:
         from starlette.middleware.cors import CORSMiddleware
 
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],  # clients send headers of their own, such as OpenAI's x-stainless-*
             expose_headers=["x-polymerge-expert", "x-polymerge-field", "x-polymerge-confidence", "x-request-id"],
         )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from ..engine.mixture import expert_of
+from .answering import calling_of, prompt_of
 from .errors import ApiError
-from .routing import STAGED, Choice
+from .routing import AUTO, STAGED, Choice
 from .schema import ChatRequest, CompletionRequest
 from .service import Service
 from .shapes import ChatShape, CompletionShape
@@ -19,47 +23,58 @@ def completion_routes(service: Service) -> APIRouter:
     @routes.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         """An answer to a conversation."""
-        service.chooser.check(body.model)
+        answers = service.check_limits(body, body.wanted_tokens)
         if body.model == STAGED:
-            return await service.respond_in_stages(request, body)
-        turns = [message.text for message in body.messages if message.role == "user"]
-        choice = await service.choose(request, body.model, turns, sticky=body.polymerge.sticky)
-        messages = [message.for_template() for message in body.messages]
-        prompt = await service.tokens(
-            lambda: service.engine.chat_prompt(messages, expert=choice.expert, go_on=body.continue_final_message),
-            "messages",
-        )
-        requests = service.stream_requests(
-            body, [prompt], [choice], tokens=body.wanted_tokens, logprobs=body.wanted_logprobs
-        )
-        shape = ChatShape(body.model, service.engine.fingerprint, scored=bool(body.logprobs), stream=bool(body.stream))
-        return await service.respond(request, body, shape, requests, [choice])
+            return await service.admitted(request, 1, lambda: service.respond_in_stages(request, body))
+
+        async def answer() -> Response:
+            turns = [message.text for message in body.messages if message.role == "user"]
+            choice = await service.choose(request, body.model, turns, sticky=body.polymerge.sticky)
+            calling = calling_of(service.engine, body, choice.expert)
+            prompt = await service.tokens(lambda: prompt_of(service.engine, body, choice.expert, calling), "messages")
+            requests = service.stream_requests(
+                request,
+                body,
+                [prompt],
+                [choice],
+                tokens=body.wanted_tokens,
+                logprobs=body.wanted_logprobs,
+                calling=calling,
+            )
+            scored, stream = bool(body.logprobs), bool(body.stream)
+            shape = ChatShape(body.model, service.engine.fingerprint, scored=scored, stream=stream, calling=calling)
+            return await service.respond(request, body, shape, requests, [choice])
+
+        return await service.admitted(request, answers, answer)
 
     @routes.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Goes on with texts or token ids; with `echo` and `logprobs` it scores them, as lm-eval wants it."""
         if body.model == STAGED:
             raise ApiError(400, "model: staged answers conversations; use /v1/chat/completions", param="model")
-        engine, prompts, texts, choices = service.engine, [], [], []
-        named = body.model if body.model in engine.experts else None
-        for given in body.prompts:
+        answers = service.check_limits(body, body.max_tokens, len(body.prompts))
+
+        async def answer() -> Response:
+            engine = service.engine
+            named = None if body.model == AUTO else expert_of(body.model)
             # the router reads text; token ids are the average's where no expert is named
-            text = given if isinstance(given, str) else engine.decode(given, expert=named)
-            choice = await service.choose(request, body.model, [text])
-            choices.append(choice)
-            prompts.append(await _ids(service, given, choice))
-            texts.append(text)
-        requests = service.stream_requests(
-            body,
-            prompts,
-            choices,
-            tokens=16 if body.max_tokens is None else body.max_tokens,
-            logprobs=body.logprobs,
-            score_prompt=bool(body.echo) and body.logprobs is not None,
-        )
-        echoes = [text for text in texts for _ in range(body.n or 1)] if body.echo else None
-        shape = CompletionShape(body.model, engine.fingerprint, scored=body.logprobs is not None, echoes=echoes)
-        return await service.respond(request, body, shape, requests, choices)
+            texts = [given if isinstance(given, str) else engine.decode(given, expert=named) for given in body.prompts]
+            choices = await asyncio.gather(*[service.choose(request, body.model, [text]) for text in texts])
+            prompts = [await _ids(service, *pair) for pair in zip(body.prompts, choices, strict=True)]
+            requests = service.stream_requests(
+                request,
+                body,
+                prompts,
+                choices,
+                tokens=16 if body.max_tokens is None else body.max_tokens,
+                logprobs=body.logprobs,
+                score_prompt=bool(body.echo) and body.logprobs is not None,
+            )
+            echoes = [text for text in texts for _ in range(body.n or 1)] if body.echo else None
+            shape = CompletionShape(body.model, engine.fingerprint, scored=body.logprobs is not None, echoes=echoes)
+            return await service.respond(request, body, shape, requests, choices)
+
+        return await service.admitted(request, answers, answer)
 
     return routes
 

@@ -10,6 +10,11 @@ from ..errors import DeadlineError, EngineBusyError, EngineDownError, ModelError
 RETRY_SECONDS = 2  # what a client that has to come again is told
 
 
+# Fields of a request that only the engine can check.
+GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
+ANSWERED = frozenset((*GUIDED, "response_format", "tools", "text", "logit_bias", "ignore_eos"))
+
+
 class ApiError(Exception):
     """An error that a client is told.
 
@@ -51,7 +56,8 @@ def told(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ModelError):
-        return ApiError(400, str(error))
+        field = str(error).partition(":")[0]
+        return ApiError(400, str(error), param=field if field.split(".")[0] in ANSWERED else None)
     if isinstance(error, EngineBusyError):
         return ApiError(429, str(error), code="queue_full", retry_after=RETRY_SECONDS)
     if isinstance(error, EngineDownError):
@@ -63,10 +69,11 @@ def told(error: Exception) -> ApiError:
 
 def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """The first of pydantic's errors, with the field that it is about."""
-    first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
+    first = next((error for error in errors if error["type"] == "extra_forbidden"), _telling(errors))
     path = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
     # an alternative of a union (`messages.0.content.str`) is no field
-    field = ".".join(part for part in path if part.isidentifier() or part.isdigit()) or None
+    named = [part for part in path if part.isidentifier() or part.isdigit()]
+    field = ".".join(part for part in named if part not in ("str", "int", "float", "bool", "list", "dict")) or None
     if first["type"] == "extra_forbidden":
         message = f"{field}: not a field of this request, or one that this server does not support"
         return ApiError(400, message, param=field, code="unknown_parameter")
@@ -74,3 +81,9 @@ def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         return ApiError(400, "the body is not JSON")
     message = str(first["msg"]).removeprefix("Value error, ")
     return ApiError(400, f"{field}: {message}" if field else message, param=field)
+
+
+def _telling(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The first one; of a field with alternatives, the first of an alternative whose type was met."""
+    about = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
+    return next((error for error in about if not str(error["type"]).endswith("_type")), errors[0])

@@ -3,63 +3,101 @@
 from __future__ import annotations
 
 import base64
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
-from ..engine.base import FloatArray
+from ..engine.base import FloatArray, Prompt
 from ..router.route import Routes
 from .errors import ApiError
+from .lanes import Lane
+from .routing import TEXTS_AT_ONCE
 from .schema import EmbeddingRequest, RouteRequest
-from .service import Service, in_thread
+from .service import Service
 from .shapes import usage
+
+
+class Embedding(NamedTuple):
+    """One text's vector, and how many of its tokens were cut out to fit."""
+
+    vector: FloatArray
+    cut: int
 
 
 def judgement_routes(service: Service, router: Routes | None) -> APIRouter:
     """Both endpoints."""
-    routes = APIRouter()
+    routes, embed = APIRouter(), embedding_lane(service, router)
 
     @routes.post("/v1/embeddings")
-    async def embeddings(body: EmbeddingRequest) -> dict[str, Any]:
+    async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         """The vectors that the router judges by; without a router, the average's state after the last token."""
-        vectors, tokens = await in_thread(lambda: _embedded(service, router, body))
-        data = [
-            {"object": "embedding", "index": n, "embedding": _encoded(vector, body.encoding_format)}
-            for n, vector in enumerate(vectors)
-        ]
-        spent = usage(tokens, 0)
-        del spent["completion_tokens"]
-        return {"object": "list", "data": data, "model": body.model, "usage": spent}
+        service.chooser.check(body.model)
+        _check_count(service, body.inputs)
+        return await service.admitted(request, 1, lambda: _embedded(service, embed, body, by_text=router is not None))
 
     @routes.post("/v1/route")
-    async def route(body: RouteRequest) -> dict[str, Any]:
+    async def route(body: RouteRequest, request: Request) -> Response:
         """Where texts, or a conversation, would go. Nothing is generated."""
-        if body.messages is not None:
-            turns = [message.text for message in body.messages if message.role == "user"]
-            choice = await in_thread(lambda: service.chooser.choose("auto", turns, sticky=body.polymerge.sticky))
-            return {"object": "route", "polymerge": choice.body, "route": choice.route and choice.route.to_json()}
         texts = [body.input] if isinstance(body.input, str) else body.input or []
+        _check_count(service, texts)
         if not all(text.strip() for text in texts):
             raise ApiError(400, "input: an empty text cannot be routed", param="input")
-        chosen = await in_thread(lambda: service.chooser.routes(texts))
-        return {"object": "list", "data": [route.to_json() for route in chosen]}
+
+        async def routed() -> Response:
+            if body.messages is None:
+                routes = await service.chooser.routes(texts)
+                return JSONResponse({"object": "list", "data": [route.to_json() for route in routes]})
+            turns = [message.text for message in body.messages if message.role == "user"]
+            choice = await service.chooser.choose("auto", turns, sticky=body.polymerge.sticky)
+            one = choice.route and choice.route.to_json()
+            return JSONResponse({"object": "route", "polymerge": choice.body, "route": one})
+
+        return await service.admitted(request, 1, routed)
 
     return routes
 
 
-def _embedded(service: Service, router: Routes | None, body: EmbeddingRequest) -> tuple[FloatArray, int]:
-    service.chooser.check(body.model)
-    engine = service.engine
-    ids = [engine.encode(given) if isinstance(given, str) else given for given in body.inputs]
+def embedding_lane(service: Service, router: Routes | None) -> Lane[Prompt, Embedding]:
+    """Embeds texts as the router does, or without one, token ids by the engine."""
     embedder = getattr(router, "embedder", None)  # `polymerge.router.Router` has one, other routers need not
-    if embedder is None:
-        return engine.embed(ids)[:, 0], sum(map(len, ids))
-    texts = [given if isinstance(given, str) else engine.decode(given) for given in body.inputs]
-    if not all(text.strip() for text in texts):
-        raise ApiError(400, "input: an empty text has no embedding", param="input")
-    vectors: FloatArray = embedder.embed(texts).vectors
-    return vectors, sum(map(len, ids))
+
+    def embed(given: Sequence[Prompt]) -> list[Embedding]:
+        if embedder is None:
+            return [Embedding(vector, 0) for vector in service.engine.embed(given)[:, 0]]
+        made = embedder.embed(given)
+        return [Embedding(*pair) for pair in zip(made.vectors, made.truncated, strict=True)]
+
+    return Lane("embeddings", embed, TEXTS_AT_ONCE)
+
+
+def _check_count(service: Service, texts: Sequence[Any]) -> None:
+    if len(texts) > service.settings.max_texts:
+        raise ApiError(400, f"input: at most {service.settings.max_texts} texts a request", param="input")
+
+
+async def _embedded(
+    service: Service, embed: Lane[Prompt, Embedding], body: EmbeddingRequest, *, by_text: bool
+) -> Response:
+    engine = service.engine
+    ids = await service.each(body.inputs, lambda given: engine.encode(given) if isinstance(given, str) else given)
+    items: list[Prompt] = list(ids)
+    if by_text:
+        items = await service.each(body.inputs, lambda given: given if isinstance(given, str) else engine.decode(given))
+        if not all(isinstance(text, str) and text.strip() for text in items):
+            raise ApiError(400, "input: an empty text has no embedding", param="input")
+    made = await embed.ask(items)
+    data = [
+        {"object": "embedding", "index": n, "embedding": _encoded(one.vector, body.encoding_format)}
+        | ({"cut_tokens": one.cut} if one.cut else {})
+        for n, one in enumerate(made)
+    ]
+    spent = usage(sum(map(len, ids)), 0)
+    del spent["completion_tokens"]
+    return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": spent})
 
 
 def _encoded(vector: FloatArray, kind: str | None) -> list[float] | str:

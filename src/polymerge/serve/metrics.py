@@ -18,9 +18,10 @@ class Metrics:
 
     Args:
         state: the engine's.
+        places: of the server's gate, that are taken.
     """
 
-    def __init__(self, state: Callable[[], EngineState]) -> None:
+    def __init__(self, state: Callable[[], EngineState], places: Callable[[], int]) -> None:
         registry = self._registry = CollectorRegistry()
         self.requests = Counter(
             "polymerge_requests", "Requests by endpoint and status.", ["endpoint", "status"], registry=registry
@@ -48,6 +49,8 @@ class Metrics:
         for name, what in (("running", "Answers in the running batch."), ("waiting", "Requests in the queue.")):
             gauge = Gauge(f"polymerge_{name}", what, registry=registry)
             gauge.set_function(lambda name=name: float(getattr(state(), name)))  # type: ignore[misc]
+        held = Gauge("polymerge_under_way", "Places of requests that have not ended.", registry=registry)
+        held.set_function(lambda: float(places()))
 
     def routed(self, choice: Choice) -> None:
         """Counts a choice of the router."""

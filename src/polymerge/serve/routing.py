@@ -10,22 +10,25 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from ..engine.base import Engine
+from ..engine.mixture import AVERAGE, expert_of, members
 from ..router.route import Route, Routes
 from .errors import ApiError
+from .lanes import Lane
 from .settings import ServeSettings
 
 if TYPE_CHECKING:
     from ..model.assignment import RowExpert
 
-AUTO, AVERAGE, STAGED = "auto", "average", "staged"
+# Texts that the router is given in one call; others wait for as long as that takes.
+TEXTS_AT_ONCE = 8
+AUTO, STAGED = "auto", "staged"
 
 
 @dataclass(frozen=True)
@@ -79,19 +82,24 @@ class Choice:
 
 
 class Chooser:
-    """Names and texts to experts. Blocks while the router embeds; called from threads.
+    """Names and texts to experts. Used from the event loop; the router embeds in a thread of its own.
 
     Args:
         settings: its `margin`, `max_turns` and `max_routes` count.
     """
 
     def __init__(self, engine: Engine, router: Routes | None, settings: ServeSettings, *, staged: bool = False) -> None:
-        self._engine, self._router, self._settings = engine, router, settings
-        self.models = [*([AUTO] if router else []), *engine.experts, AVERAGE, *([STAGED] if staged else [])]
+        self._engine, self._router, self._settings, self._staged = engine, router, settings, staged
         self._known: OrderedDict[bytes, Route] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lane = Lane("router", router.route, TEXTS_AT_ONCE) if router else None
 
-    def choose(self, model: str, turns: Sequence[str], *, sticky: bool = True) -> Choice:
+    @property
+    def models(self) -> list[str]:
+        """What `model` may be, mixtures apart."""
+        first, last = [AUTO] if self._router else [], [STAGED] if self._staged else []
+        return [*first, *self._engine.experts, AVERAGE, *last]
+
+    async def choose(self, model: str, turns: Sequence[str], *, sticky: bool = True) -> Choice:
         """The expert for a conversation of these user turns; a plain text is one turn.
 
         Raises:
@@ -99,16 +107,27 @@ class Chooser:
         """
         self.check(model)
         if model != AUTO:
-            return Choice(None if model == AVERAGE else model)
+            return Choice(expert_of(model))
         texts = [turn for turn in turns if turn.strip()]
         if not texts:
             return Choice(None, reason="there is no text to route by")
-        routes = self.routes(texts[-self._settings.max_turns :] if sticky else texts[-1:])
-        return self._walk(routes)
+        routes = await self.routes(texts[-self._settings.max_turns :] if sticky else texts[-1:])
+        choice = self._walk(routes)
+        if missing := members(choice.expert).difference(self._engine.experts):
+            reason = f"the router chose {', '.join(sorted(missing))}, which is not loaded; the average answers"
+            return replace(choice, expert=None, reason=reason)
+        return choice
 
     def check(self, model: str) -> None:
-        """Raises ApiError unless the model is there."""
+        """Raises ApiError unless the model is there, or all members of a mixture are. ModelError: it is no mixture."""
         if model in self.models:
+            return
+        mixture = expert_of(model)
+        if isinstance(mixture, Mapping):
+            for member in mixture:
+                self.check(member)
+                if member in (AUTO, STAGED):
+                    raise ApiError(400, f"model: {member} is no part of a mixture", param="model")
             return
         near = difflib.get_close_matches(model, self.models, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(self.models)}"
@@ -116,22 +135,20 @@ class Chooser:
             hint = "; this bundle has no router, name an expert"
         raise ApiError(404, f"no model {model!r}{hint}", param="model", code="model_not_found")
 
-    def routes(self, texts: Sequence[str]) -> list[Route]:
+    async def routes(self, texts: Sequence[str]) -> list[Route]:
         """One route a text; only those not remembered are embedded."""
-        if self._router is None:
+        if self._lane is None:
             raise ApiError(404, "this bundle has no router", code="model_not_found")
         keys = [hashlib.sha256(text.encode()).digest() for text in texts]
-        with self._lock:
-            routes = {key: self._known[key] for key in keys if key in self._known}
+        routes = {key: self._known[key] for key in keys if key in self._known}
         new = {key: text for key, text in zip(keys, texts, strict=True) if key not in routes}
         if new:
-            routes |= dict(zip(new, self._router.route(list(new.values())), strict=True))
-        with self._lock:
-            for key in keys:
-                self._known[key] = routes[key]
-                self._known.move_to_end(key)
-            while len(self._known) > self._settings.max_routes:
-                self._known.popitem(last=False)
+            routes |= dict(zip(new, await self._lane.ask(list(new.values())), strict=True))
+        for key in keys:
+            self._known[key] = routes[key]
+            self._known.move_to_end(key)
+        while len(self._known) > self._settings.max_routes:
+            self._known.popitem(last=False)
         return [routes[key] for key in keys]
 
     def _walk(self, routes: Sequence[Route]) -> Choice:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import signal
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +23,25 @@ from ..engine.streaming import StreamingEngine
 from ..errors import PolymergeError
 from ..router.route import Routes
 from .app import create_app
+from .connections import BACKLOG, http_protocol
+from .experts import LoadedExperts
 from .probe import probe as check
 from .settings import LOCAL_HOSTS, ServeSettings
 from .stages import Responds
 
 Say = Callable[[str], None]
+# Given what ends the server.
+OnReady = Callable[[Callable[[], None]], None]
 
 
 @dataclass(frozen=True)
 class Running:
-    """What is served, told when it listens."""
+    """What is served, told when it listens. `stop` ends the server as a signal would."""
 
     url: str
     models: list[str]
     keys: int
+    stop: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         return {"url": self.url, "models": self.models, "keys": self.keys}
@@ -106,13 +113,19 @@ def serve(
     with listener(host, port) as place:
         opened = Bundle.open(bundle)
         say(f"loading {opened.path}")
-        loaded = HFEngine.from_bundle(opened, device=device, kernel=kernel, base=base)
-        if probe:
-            check(loaded, opened, progress=lambda expert: say(f"checking expert {expert}"))
-        engine = BatchingEngine(loaded, settings.limits)
+
+        def load(chosen: Bundle) -> HFEngine:
+            made = HFEngine.from_bundle(chosen, device=device, kernel=kernel, base=base)
+            if probe:
+                check(made, chosen, progress=lambda expert: say(f"checking expert {expert}"))
+            return made
+
+        engine = BatchingEngine(load(opened), settings.limits)
         try:
             router = bundle_router(opened, engine, device)
-            app = create_app(engine, router, stages.open(opened, engine, router, device) if stages else None, settings)
+            pipeline = stages.open(opened, engine, router, device) if stages else None
+            experts = LoadedExperts(opened, engine, load, settings.seconds)
+            app = create_app(engine, router, pipeline, settings, experts)
             _listen(app, place, host, settings, on_ready)
         finally:
             engine.close(settings.close_seconds)
@@ -141,7 +154,7 @@ def serve_vllm(
     Raises:
         PolymergeError: as `serve`; ModelError: vLLM does not start or does not answer as the export says.
     """
-    from ..engine.vllm.engine import vllm_engine
+    from ..engine.vllm.engine import CONCURRENCY, vllm_engine
     from ..engine.vllm.streaming import VllmStreaming
 
     settings = guarded(settings or ServeSettings(), host, everyone=everyone)
@@ -151,7 +164,8 @@ def serve_vllm(
     ):
         engine.max_waiting = settings.max_waiting
         try:
-            _listen(create_app(engine, settings=settings), place, host, settings, on_ready)
+            places = replace(settings, max_rows=CONCURRENCY)  # vLLM makes its own batches
+            _listen(create_app(engine, settings=places), place, host, settings, on_ready)
         finally:
             engine.close(settings.close_seconds)
 
@@ -211,7 +225,7 @@ def _listen(
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{place.getsockname()[1]}"
     models = app.state.service.chooser.models
-    run_app(app, place, settings, lambda: on_ready(Running(url, models, len(settings.keys))))
+    run_app(app, place, settings, lambda stop: on_ready(Running(url, models, len(settings.keys), stop)))
 
 
 def guarded(settings: ServeSettings, host: str, *, everyone: bool = False) -> ServeSettings:
@@ -248,25 +262,34 @@ def bundle_router(bundle: Bundle, engine: StreamingEngine, device: str | None = 
 
 
 class _Server(uvicorn.Server):
-    """Tells when it listens, and lets /ready say when it ends."""
+    """Tells when it listens, reads the keys again on SIGHUP, and lets /ready say when it ends."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, on_ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, app: FastAPI, on_ready: OnReady) -> None:
         super().__init__(config)
         self._app, self._on_ready = app, on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._on_ready()
+        if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._app.state.keys.reread)
+        self._on_ready(self.stop)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self._app.state.service.ready = False
         super().handle_exit(sig, frame)
 
+    def stop(self) -> None:
+        self.handle_exit(signal.SIGTERM, None)
 
-def run_app(app: FastAPI, place: socket.socket, settings: ServeSettings, on_ready: Callable[[], None]) -> None:
-    """Answers on a bound socket until a signal; then finishes what runs, for `drain_seconds` at most."""
+
+def run_app(app: FastAPI, place: socket.socket, settings: ServeSettings, on_ready: OnReady) -> None:
+    """Answers on a bound socket until a signal, or until what `on_ready` is given is called; then finishes what runs,
+    for `drain_seconds` at most. In a thread other than the first, which gets no signals, only the latter ends it."""
     config = uvicorn.Config(
         app,
+        http=http_protocol(settings),
+        ws="none",
+        backlog=BACKLOG,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -274,7 +297,8 @@ def run_app(app: FastAPI, place: socket.socket, settings: ServeSettings, on_read
         timeout_keep_alive=int(settings.keep_alive_seconds),
     )
     # uvicorn raises the signal that ended it once more when it is done; by then it has been obeyed
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
     try:
         _Server(config, app, on_ready).run(sockets=[place])
     finally:

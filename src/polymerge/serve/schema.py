@@ -9,58 +9,17 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from ..engine.base import MOST_BIAS, MOST_PENALTY
+from .strict import Harmless, Neutral, NoList, NoText, Nothing, Strict
+from .structure import Structured
+from .tools import Tooled
 
 # OpenAI's own bounds, the same at every server; this one's are in `polymerge.serve.settings`.
 MOST_LOGPROBS = 20
 MOST_STOPS = 4
 LARGEST_SEED = 2**63 - 1
-
-
-class Neutral:
-    """Marks a field whose only accepted values are those that ask for nothing."""
-
-    def __init__(self, *values: Any) -> None:
-        self.values = values
-
-    def __call__(self, value: Any) -> Any:
-        if value is not None and value not in self.values:
-            raise ValueError(f"not supported; leave it out or send {self.values[0]!r}")
-        return value
-
-
-Nothing = Annotated[Any, AfterValidator(Neutral(None))]
-NoText = Annotated[Any, AfterValidator(Neutral(""))]
-NoList = Annotated[Any, AfterValidator(Neutral([]))]
-
-
-def _has_bytes(value: Any) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    except (TypeError, ValueError):  # no JSON; the fields say so
-        return True
-    return True
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_text(cls, data: Any) -> Any:
-        """A lone half of a character (surrogate) has no bytes and no tokens."""
-        for key, value in data.items() if isinstance(data, dict) else ():
-            if not _has_bytes(value):
-                raise ValueError(f"{key}: holds half a character (a lone surrogate), which is no text")
-        return data
-
-
-# Asks for something that cannot change the answer: where it is kept, billed, cached or found again.
-Harmless = Any
 
 
 class StreamOptions(Strict):
@@ -155,7 +114,7 @@ TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
 Stop = str | Annotated[list[str], Field(max_length=MOST_STOPS)]
 
 
-class Generating(Strict):
+class Generating(Structured):
     """What chat and plain completions share."""
 
     model: str = "auto"
@@ -198,7 +157,7 @@ class Generating(Strict):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class ChatRequest(Generating):
+class ChatRequest(Tooled, Generating):
     """POST /v1/chat/completions"""
 
     messages: list[ChatMessage] = Field(min_length=1)
@@ -206,10 +165,6 @@ class ChatRequest(Generating):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
-    response_format: Annotated[Any, AfterValidator(Neutral({"type": "text"}))] = None
-    tools: NoList = None
-    tool_choice: Annotated[Any, AfterValidator(Neutral("none", "auto"))] = None
-    parallel_tool_calls: Annotated[Any, AfterValidator(Neutral(True, False))] = None
     modalities: Annotated[Any, AfterValidator(Neutral(["text"]))] = None
     prediction: Harmless = None
     continue_final_message: bool = False

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio.to_thread import run_sync
@@ -14,11 +15,14 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ..engine.base import GenerateRequest
 from ..engine.streaming import Finish, Piece, StreamingEngine, StreamRequest
+from ..engine.structure import Structure
 from ..errors import ModelError
 from ..router.route import Routes
 from ..staged import Question
-from .answers import Gathered, Run, while_connected
+from .answering import Calling
+from .answers import Gathered, Run, while_wanted
 from .errors import ApiError, told
+from .gate import Gate
 from .metrics import Metrics
 from .routing import Choice, Chooser
 from .schema import ChatRequest, Generating
@@ -30,7 +34,10 @@ if TYPE_CHECKING:
     from ..model.assignment import RowExpert
 
 logger = logging.getLogger("polymerge.serve")
+Item = TypeVar("Item")
 Result = TypeVar("Result")
+# Texts that become tokens in one go; a client that goes is noticed between.
+TOKENIZED_AT_ONCE = 32
 SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -38,6 +45,7 @@ class Service:
     """The parts of a running server.
 
     Attributes:
+        gate: what every request that touches the model passes first.
         ready: whether new requests are welcome; turned off while the server ends.
     """
 
@@ -46,14 +54,32 @@ class Service:
     ) -> None:
         self.engine, self.settings = engine, settings
         self.stages = Stages(pipeline, settings) if pipeline else None
-        self.metrics = Metrics(lambda: engine.state)
+        self.gate = Gate(settings.max_rows + settings.max_waiting)
+        self.metrics = Metrics(lambda: engine.state, lambda: self.gate.held)
         self.chooser = Chooser(engine, router, settings, staged=pipeline is not None)
         self.ready = True
+
+    async def admitted(self, request: Request, places: int, work: Callable[[], Awaitable[Response]]) -> Response:
+        """The response of all work that touches the model. Its places are taken before anything is done, and given
+        back when the response has ended; the work ends with its client, and with its time, counted from when the
+        request came.
+
+        Raises:
+            ApiError: more places than there are. EngineBusyError: too many requests are under way. DeadlineError.
+        """
+        if places > self.gate.most:
+            raise ApiError(400, f"n: this server makes at most {self.gate.most} answers at a time", param="n")
+        request.state.ends.callback(self.gate.take(places))
+        return await while_wanted(request, work(), due=self.due(request), seconds=self.settings.seconds)
+
+    def due(self, request: Request) -> float:
+        """Until when a request must be answered, as a time of `time.monotonic()`."""
+        return float(request.state.began) + self.settings.seconds
 
     async def choose(self, request: Request, model: str, turns: Sequence[str], *, sticky: bool = True) -> Choice:
         """The expert, counted and noted for the log."""
         began = time.monotonic()
-        choice = await in_thread(lambda: self.chooser.choose(model, turns, sticky=sticky))
+        choice = await self.chooser.choose(model, turns, sticky=sticky)
         if choice.route is not None:
             self.metrics.route_seconds.observe(time.monotonic() - began)
         self.metrics.routed(choice)
@@ -73,8 +99,32 @@ class Service:
             raise ApiError(400, f"{param}: is empty", param=param)
         return ids
 
+    async def each(self, given: Sequence[Item], make: Callable[[Item], Result]) -> list[Result]:
+        """`make` of every item, off the event loop; between a few of them the request can be cancelled."""
+        made: list[Result] = []
+        for start in range(0, len(given), TOKENIZED_AT_ONCE):
+            some = given[start : start + TOKENIZED_AT_ONCE]
+            made += await in_thread(partial(_all, make, some))
+        return made
+
+    def check_limits(self, body: Generating, tokens: int | None, prompts: int = 1) -> int:
+        """What can be refused before any work. Returns the answers that are asked for.
+
+        Raises:
+            ApiError: no such model, more tokens or answers than this server gives.
+        """
+        self.chooser.check(body.model)
+        answers = (body.n or 1) * prompts
+        if answers > self.settings.max_choices:
+            asked = "n" if prompts == 1 else "prompt"
+            raise ApiError(400, f"{asked}: at most {self.settings.max_choices} answers a request", param=asked)
+        if tokens is not None and tokens > self.settings.max_tokens:
+            raise ApiError(400, f"max_tokens: this server gives at most {self.settings.max_tokens}", param="max_tokens")
+        return answers
+
     def stream_requests(
         self,
+        request: Request,
         body: Generating,
         prompts: Sequence[list[int]],
         choices: Sequence[Choice],
@@ -82,15 +132,15 @@ class Service:
         tokens: int | None,
         logprobs: int | None,
         score_prompt: bool = False,
+        calling: Calling | None = None,
+        structure: Structure | None = None,
     ) -> list[StreamRequest]:
         """`n` requests a prompt. The k-th answer of a seeded request has the seed plus k.
 
         Raises:
-            ApiError: more tokens or answers than the server or the model's context allow.
+            ApiError: more tokens than the model's context has room for.
         """
         count = body.n or 1
-        if count * len(prompts) > self.settings.max_choices:
-            raise ApiError(400, f"n: at most {self.settings.max_choices} answers a request", param="n")
         requests = []
         for prompt, choice in zip(prompts, choices, strict=True):
             defaults = self.engine.defaults_of(choice.expert)
@@ -109,13 +159,23 @@ class Service:
                 frequency_penalty=body.frequency_penalty or 0.0,
                 logit_bias=body.biases,
                 ignore_eos=bool(body.ignore_eos),
+                structure=calling.structure if calling else structure or body.structure,
+                skip_special_tokens=calling is None,
             )
             seeds = [None if body.seed is None else body.seed + k for k in range(count)]
             requests += [
-                StreamRequest(replace(asked, seed=seed), logprobs, score_prompt, self.settings.seconds)
+                StreamRequest(
+                    replace(asked, seed=seed), logprobs, score_prompt, self.settings.seconds, request.state.began
+                )
                 for seed in seeds
             ]
         return requests
+
+    def run(self, request: Request, requests: Sequence[StreamRequest]) -> Run:
+        """The requests under way; they end with the response."""
+        run = Run(self.engine, requests, self.metrics, began=request.state.began)
+        request.state.ends.callback(self._end, run, requests)
+        return run
 
     async def respond(
         self,
@@ -126,7 +186,7 @@ class Service:
         choices: Sequence[Choice],
     ) -> Response:
         """Submits and answers, whole or as a stream. `choices` has one entry a prompt."""
-        run = Run(self.engine, requests, self.metrics, began=request.state.began)
+        run = self.run(request, requests)
         count = len(requests) // len(choices)
         read = sum(run.prompt_tokens[::count])
         self.metrics.tokens.labels("prompt").inc(read)
@@ -134,11 +194,7 @@ class Service:
         if body.stream:
             source = _events(run, shape, extra, read, body.usage_at_the_end)
             return StreamingResponse(source, media_type="text/event-stream", headers=SSE_HEADERS | choices[0].headers)
-        try:
-            answers = await while_connected(request, run.whole())
-        finally:
-            run.close()
-        self._log(requests, answers)
+        answers = await run.whole()
         listed = [shape.choice(number, answer) for number, answer in enumerate(answers)]
         if len(choices) > 1:
             listed = [one | {"polymerge": choices[n // count].body} for n, one in enumerate(listed)]
@@ -151,7 +207,7 @@ class Service:
         if stages is None:
             raise ApiError(404, "this server has no thinker", param="model", code="model_not_found")
         question = await self._staged_question(body)
-        response = await while_connected(request, in_thread(lambda: stages.ask(question)))
+        response = await stages.ask(question, due=self.due(request))
         thoughts = response.thought if body.polymerge.thoughts else None
         choice = Choice(
             response.expert, response.route, stage=response.stage, reason=response.reason, thoughts=thoughts
@@ -160,6 +216,8 @@ class Service:
         self.metrics.tokens.labels("prompt").inc(response.prompt_tokens)
         self.metrics.tokens.labels("completion").inc(response.tokens)
         request.state.expert = choice.name
+        if self.settings.log_prompts:
+            logger.info("prompt %r answer %r", question.text, response.text)
         written = response.tokens - response.thinker_tokens
         finish: Finish = "length" if written >= question.max_new_tokens else "stop"
         piece = Piece(response.text, response.tokens, finish)
@@ -195,23 +253,27 @@ class Service:
         if tokens is None:
             usual = self.engine.defaults_of(expert).max_new_tokens or room
             tokens = max(1, min(room, usual, self.settings.max_tokens))
-        if tokens > self.settings.max_tokens:
-            raise ApiError(400, f"max_tokens: this server gives at most {self.settings.max_tokens}", param="max_tokens")
         if tokens > room:
             message = f"the prompt has {prompt} tokens and the answer up to {tokens}; the context is {length}"
             raise ApiError(400, message, param="max_tokens", code="context_length_exceeded")
         return tokens
 
-    def _log(self, requests: Sequence[StreamRequest], answers: Sequence[Gathered]) -> None:
+    def _end(self, run: Run, requests: Sequence[StreamRequest]) -> None:
+        """Whole answers, streams and those whose client has gone: all are stopped, and logged where that is wanted."""
+        run.close()
         if self.settings.log_prompts:
-            for request, answer in zip(requests, answers, strict=True):
+            for request, answer in zip(requests, run.answers, strict=True):
                 asked = request.generate
                 text = self.engine.decode(asked.prompt, expert=asked.expert)  # type: ignore[arg-type]  # ids by now
                 logger.info("prompt %r answer %r", text, answer.text)
 
 
+def _all(make: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    return [make(item) for item in items]
+
+
 async def in_thread(call: Callable[[], Result]) -> Result:
-    """Runs what blocks (tokenizers, the router) beside the event loop."""
+    """Runs what blocks for a moment (tokenizers) beside the event loop. What waits for the model has a `Lane`."""
     return await run_sync(call)
 
 
@@ -226,8 +288,9 @@ async def _events(run: Run, shape: Shape, extra: dict[str, Any], read: int, with
                 untold.discard(number)
         async for number, piece in run:
             told_now = extra if piece.finish or number in untold else {}
-            untold.discard(number)
-            yield event(head | {"choices": [shape.delta(number, piece)]} | blank | told_now)
+            if (delta := shape.delta(number, piece)) is not None:
+                untold.discard(number)
+                yield event(head | {"choices": [delta]} | blank | told_now)
         if with_usage:
             spent = usage(read, sum(answer.tokens for answer in run.answers))
             yield event(head | {"choices": [], "usage": spent})
@@ -237,5 +300,3 @@ async def _events(run: Run, shape: Shape, extra: dict[str, Any], read: int, with
         if known.status == 500:
             logger.exception("an answer failed")
         yield event(known.body)
-    finally:
-        run.close()

@@ -18,7 +18,6 @@ from ..errors import PolymergeError
 # Names that a browser on this machine may call a server by. Another name that leads here is an attack on it
 # (a web page whose name was pointed at 127.0.0.1 after it was loaded).
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
-SHORTEST_KEY = 16
 
 
 def _limit(default: Any, least: float, most: float = float("inf")) -> Any:
@@ -30,7 +29,8 @@ class ServeSettings:
     """Limits of a server.
 
     Attributes:
-        keys: name -> API key; without any, everyone may ask.
+        keys: name -> API key (`polymerge.serve.keys`); without any, everyone may ask.
+        key_file: where they come from, and from which SIGHUP reads them again.
         cors_origins: web pages of other origins that may ask.
         hosts: names under which the server may be asked; none is any.
         log_prompts: write prompts and answers to the log.
@@ -40,7 +40,9 @@ class ServeSettings:
         body_seconds: a body must be there so long after its headers.
         max_tokens: of one answer; also what an answer may have where a request names no number.
         max_choices: answers that one request may ask for.
-        seconds: an answer must be whole so long after it was asked for; the model `staged` begins no thought later.
+        max_texts: that one request may embed or route.
+        seconds: an answer must be whole so long after its request came, whatever it waited for; the model `staged`
+            begins no thought later.
         max_questions: that wait for the thinker of the model `staged`; more are refused.
 
         margin: how much likelier the field of a new turn must be for a conversation to change its expert.
@@ -48,8 +50,10 @@ class ServeSettings:
         max_routes: that are remembered, by a hash of their text.
 
         max_rows, max_waiting, cache_tokens, prompt_tokens: of the running batch and the queue before it; see
-            `polymerge.engine.admission.Limits`. With vLLM, which makes its own batches, only `max_waiting` counts.
+            `polymerge.engine.admission.Limits`. Requests of all kinds together have `max_rows + max_waiting` places.
 
+        max_connections: at a time; beyond, the one that has waited longest without a request is closed.
+        header_seconds: a connection must have sent a request's headers so long after it was opened.
         keep_alive_seconds: a connection without a request is kept so long.
         drain_seconds: what runs when the server ends may go on so long.
         close_seconds: what the engine still makes after that.
@@ -59,6 +63,7 @@ class ServeSettings:
     """
 
     keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    key_file: Path | None = None
     cors_origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     log_prompts: bool = False
@@ -68,6 +73,7 @@ class ServeSettings:
     body_seconds: float = _limit(60.0, 0)
     max_tokens: int = _limit(2048, 1)
     max_choices: int = _limit(64, 1)
+    max_texts: int = _limit(2048, 1)
     seconds: float = _limit(600.0, 0)
     max_questions: int = _limit(64, 1)
 
@@ -80,6 +86,8 @@ class ServeSettings:
     cache_tokens: int = _limit(Limits.cache_tokens, 1)
     prompt_tokens: int = _limit(Limits.prompt_tokens, 1)
 
+    max_connections: int = _limit(1024, 1)
+    header_seconds: float = _limit(10.0, 0)
     keep_alive_seconds: float = _limit(75.0, 0)
     drain_seconds: float = _limit(60.0, 0)
     close_seconds: float = _limit(5.0, 0)
@@ -98,31 +106,3 @@ class ServeSettings:
     def limits(self) -> Limits:
         """Those of the engine."""
         return Limits(self.max_rows, self.max_waiting, self.cache_tokens, self.prompt_tokens)
-
-
-def read_keys(file: str | Path) -> dict[str, str]:
-    """API keys of a file: a line each, `KEY` or `NAME KEY`; empty lines and lines that begin with # are skipped.
-
-    Raises:
-        PolymergeError: the file cannot be read or a line of it is no key. No message holds a key.
-    """
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PolymergeError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
-    keys: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        words = line.split()
-        if not words or words[0].startswith("#"):
-            continue
-        name, key = words if len(words) == 2 else (f"key-{number}", words[0])
-        if len(words) > 2 or len(key) < SHORTEST_KEY or not key.isascii():
-            raise PolymergeError(
-                f"{file}, line {number}: not KEY or NAME KEY, the key of at least {SHORTEST_KEY} ASCII characters"
-            )
-        if name in keys or key in keys.values():
-            raise PolymergeError(f"{file}, line {number}: this name or key was given before")
-        keys[name] = key
-    if not keys:
-        raise PolymergeError(f"{file}: holds no key")
-    return keys

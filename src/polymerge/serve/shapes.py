@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from ..engine.streaming import Piece, TokenScore
+from .answering import Calling
 from .answers import Gathered
+from .calls import CallPiece, CallReader, read_piece, whole_calls
 
 LOWEST = -9999.0  # stands for minus infinity, which JSON does not know
 
@@ -26,33 +28,54 @@ class Shape(Protocol):
     def opening(self, number: int) -> list[dict[str, Any]]:
         """What a stream tells of an answer before its text."""
 
-    def delta(self, number: int, piece: Piece) -> dict[str, Any]:
-        """One piece of it."""
+    def delta(self, number: int, piece: Piece) -> dict[str, Any] | None:
+        """One piece of it; None where it shows nothing yet."""
 
 
 class ChatShape:
-    """chat.completion"""
+    """chat.completion
 
-    def __init__(self, model: str, fingerprint: str, *, scored: bool, stream: bool) -> None:
-        self._scored = scored
+    Args:
+        calling: how answers may call tools.
+    """
+
+    def __init__(
+        self, model: str, fingerprint: str, *, scored: bool, stream: bool, calling: Calling | None = None
+    ) -> None:
+        self._scored, self._calling = scored, calling
+        self._readers: dict[int, CallReader] = {}
         self._head = _head("chatcmpl", "chat.completion" + (".chunk" if stream else ""), model, fingerprint)
 
     def head(self) -> dict[str, Any]:
         return dict(self._head)
 
     def choice(self, number: int, answer: Gathered) -> dict[str, Any]:
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        finish: str = answer.finish
+        if self._calling is not None:
+            text, calls = whole_calls(self._calling.reader(), answer.text)
+            if calls:
+                message |= {"content": text or None, "tool_calls": [_call(call) for call in calls]}
+                finish = "tool_calls" if finish == "stop" else finish
         logprobs = self._logprobs(answer.scores)
-        return {"index": number, "message": message, "logprobs": logprobs, "finish_reason": answer.finish}
+        return {"index": number, "message": message, "logprobs": logprobs, "finish_reason": finish}
 
     def opening(self, number: int) -> list[dict[str, Any]]:
         delta = {"role": "assistant", "content": ""}
         return [{"index": number, "delta": delta, "logprobs": None, "finish_reason": None}]
 
-    def delta(self, number: int, piece: Piece) -> dict[str, Any]:
-        delta = {"content": piece.text} if piece.text else {}
+    def delta(self, number: int, piece: Piece) -> dict[str, Any] | None:
+        delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
+        finish: str | None = piece.finish
+        if self._calling is not None:
+            reader = self._readers.setdefault(number, self._calling.reader())
+            text, calls = read_piece(reader, piece)
+            delta = ({"content": text} if text else {}) | ({"tool_calls": [*map(_call_delta, calls)]} if calls else {})
+            finish = "tool_calls" if finish == "stop" and reader.calls else finish
+            if not (delta or finish or piece.scores):
+                return None
         logprobs = self._logprobs(piece.scores) if piece.scores else None
-        return {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": piece.finish}
+        return {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
     def _logprobs(self, scores: Sequence[TokenScore]) -> dict[str, Any] | None:
         if not self._scored:
@@ -114,16 +137,28 @@ class CompletionShape:
         }
 
 
+def _call(call: CallPiece) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _call_delta(call: CallPiece) -> dict[str, Any]:
+    if call.name is None:
+        return {"index": call.number, "function": {"arguments": call.arguments}}
+    return {"index": call.number, **_call(call)}
+
+
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
     """`usage` of an answer."""
     total = prompt_tokens + completion_tokens
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
 
 
-def event(data: dict[str, Any] | str) -> bytes:
-    """One server-sent event."""
+def event(data: dict[str, Any] | str, name: str | None = None) -> bytes:
+    """One server-sent event, with its name where it has one."""
     text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return f"data: {text}\n\n".encode()
+    # signs at which some readers break a line
+    text = text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085")
+    return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()
 
 
 def _head(prefix: str, kind: str, model: str, fingerprint: str) -> dict[str, Any]:

@@ -5,22 +5,23 @@ Knows what a pipeline is asked and answers (`polymerge.staged.Pipeline`); does n
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Sequence
-from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from ..engine.jobs import Jobs
 from ..errors import EngineBusyError
 from ..router.route import Route
 from ..staged import Question
 from .errors import ApiError
+from .lanes import Lane
 from .schema import ChatRequest
 from .settings import ServeSettings
 
 if TYPE_CHECKING:
     from ..model.assignment import RowExpert
+
+
+# Questions of one batch: the pipeline thinks about all before it answers any.
+QUESTIONS_AT_ONCE = 16
 
 
 class Response(Protocol):
@@ -57,27 +58,30 @@ class Stages:
     """Questions that wait at the same time are one batch of the pipeline, in a thread of its own.
 
     Args:
-        settings: its `seconds` and `max_questions` count.
+        settings: its `max_questions` counts.
     """
 
     def __init__(self, pipeline: Responds, settings: ServeSettings) -> None:
         self._pipeline, self._settings = pipeline, settings
-        self._jobs, self._turn = Jobs(), threading.Lock()
+        self._lane = Lane("stages", self._respond, QUESTIONS_AT_ONCE)
 
-    def ask(self, question: Question) -> Response:
-        """Blocks until the answer is there. Raises EngineBusyError where too many wait."""
+    async def ask(self, question: Question, *, due: float) -> Response:
+        """The answer. Cancelling it drops the question, and what is done for nobody else.
+
+        Args:
+            due: a time of `time.monotonic()` after which no thought is begun.
+
+        Raises:
+            EngineBusyError: too many wait.
+        """
         most = self._settings.max_questions
-        if len(self._jobs) >= most:
+        if self._lane.waiting >= most:
             raise EngineBusyError(f"{most} questions are waiting for the thinker; try again later")
-        future: Future[list[Any]] = self._jobs.put("question", [question], self._respond)
-        with self._turn:  # whoever comes first answers for all who wait by then
-            if not future.done():
-                self._jobs.run()
-        response: Response = future.result()[0]
-        return response
+        return (await self._lane.ask([(question, due)]))[0]
 
-    def _respond(self, questions: Sequence[Question]) -> list[Response]:
-        return list(self._pipeline.respond(questions, deadline=time.monotonic() + self._settings.seconds))
+    def _respond(self, asked: Sequence[tuple[Question, float]]) -> Sequence[Response]:
+        """With the latest deadline: who has an earlier one no longer waits by then."""
+        return self._pipeline.respond([question for question, _ in asked], deadline=max(due for _, due in asked))
 
 
 def question_of(body: ChatRequest) -> Question:
@@ -99,11 +103,12 @@ def question_of(body: ChatRequest) -> Question:
         "repetition_penalty": body.repetition_penalty not in (None, 1.0),
         "ignore_eos": bool(body.ignore_eos),
         "continue_final_message": body.continue_final_message,
+        "tools": bool(body.callable_tools),
     }
     for name, given in refused.items():
         if given:
             raise ApiError(400, f"{name}: a staged response is greedy and whole; leave it out", param=name)
     if len(body.messages) == 1:
-        return Question(body.messages[0].text)
+        return Question(body.messages[0].text, structure=body.structure)
     turns = [f"{message.role.capitalize()}: {message.text}" for message in body.messages]
-    return Question("\n\n".join(turns))
+    return Question("\n\n".join(turns), structure=body.structure)

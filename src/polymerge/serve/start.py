@@ -6,18 +6,18 @@ may be missing until then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import PolymergeError, needs_extra
-from .settings import ServeSettings, read_keys
+from .settings import ServeSettings
 
 if TYPE_CHECKING:
     from .run import Running
 
 DEFAULT = ServeSettings()
-ENGINES = ("transformers", "vllm", "llamacpp")
+ENGINES = ("auto", "transformers", "vllm", "llamacpp")
 
 
 def serve_bundle(
@@ -47,7 +47,7 @@ def serve_bundle(
     vllm_url: str | None = None,
     vllm_python: str | None = None,
     vllm_arg: Sequence[str] | None = None,
-    engine: str = "transformers",
+    engine: str = "auto",
     gguf: str | Path | None = None,
     llama_url: str | None = None,
     probe: bool = True,
@@ -62,7 +62,7 @@ def serve_bundle(
 
     Args:
         port: 0 takes a free one.
-        api_key_file: a file with a line KEY or NAME KEY for each key.
+        api_key_file: a file with a line KEY, NAME KEY or NAME KEY admin for each key; SIGHUP reads it again.
         open: listen to other machines although there are no keys.
         rate_limit: requests a minute for each key.
         allow_host, cors_origin: host names by which the server may be asked, and origins of web pages that may.
@@ -73,8 +73,9 @@ def serve_bundle(
         recipe, thinker, model, key_env, policy: the thinker of the model `staged`; without, there is no such model.
         vllm: `bundle` is an export for vLLM, which is started with `vllm_python` and `vllm_arg`; with `vllm_url` it
             runs already.
-        engine: transformers; vllm, which is what `vllm` says; or llamacpp, which serves the bundle's export (`gguf`, or
-            made once in the cache), or an export that `bundle` is, or with `llama_url` a llama-server that runs.
+        engine: auto, which says what it picks and why (`polymerge.serve.choice`); transformers; vllm, which is what
+            `vllm` says; or llamacpp, which serves the bundle's export (`gguf`, or made once in the cache), or an export
+            that `bundle` is, or with `llama_url` a llama-server that runs.
         probe: check every expert first.
         kernel: plain or triton, and base: 16bit or fewer, as `load_model` takes them.
         say: told what is being done before the server listens.
@@ -85,10 +86,12 @@ def serve_bundle(
         MissingExtraError: the extra `serve` is not installed.
     """
     with needs_extra("serve"):
+        from .keys import read_keys
         from .run import ThinkerChoice, serve, serve_llamacpp, serve_vllm
 
     settings = ServeSettings(
         keys=read_keys(api_key_file) if api_key_file else {},
+        key_file=Path(api_key_file) if api_key_file else None,
         requests_per_minute=rate_limit,
         max_body_bytes=max_body,
         max_tokens=max_tokens,
@@ -103,6 +106,10 @@ def serve_bundle(
         log_prompts=log_prompts,
     )
     said, ready = say or (lambda text: None), on_ready or (lambda running: None)
+    engine = _chosen(
+        engine, bundle, said, device, gguf=bool(gguf or llama_url), vllm=vllm or bool(vllm_url),
+        only={"`staged`": bool(recipe or thinker), "--base": base != "16bit", "--kernel": kernel != "plain"},
+    )  # fmt: skip
     check_engine(engine, gguf, llama_url, vllm=vllm or bool(vllm_url), staged=bool(recipe or thinker))
     if (engine != "transformers" or vllm or vllm_url) and (base != "16bit" or kernel != "plain"):
         raise PolymergeError(
@@ -126,6 +133,28 @@ def serve_bundle(
         bundle, host=host, port=port, settings=settings, everyone=open, device=device, kernel=kernel, base=base,
         stages=stages, probe=probe, say=said, on_ready=ready,
     )  # fmt: skip
+
+
+def _chosen(
+    engine: str,
+    bundle: str | Path,
+    say: Callable[[str], None],
+    device: str | None,
+    *,
+    gguf: bool,
+    vllm: bool,
+    only: Mapping[str, bool],
+) -> str:
+    """The engine that was named, or that other options name, or the one that suits."""
+    if engine != "auto":
+        return engine
+    if vllm or gguf:
+        return "vllm" if vllm else "llamacpp"
+    from .choice import choose_engine
+
+    choice = choose_engine(bundle, asked=only, device=device)
+    say(f"engine {choice.engine}: {choice.why}")
+    return choice.engine
 
 
 def check_engine(engine: str, gguf: str | Path | None, llama_url: str | None, *, vllm: bool, staged: bool) -> None:

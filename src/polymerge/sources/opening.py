@@ -17,6 +17,7 @@ from .adapter_config import ADAPTER_CONFIG, check_adapter
 from .checkpoint import Checkpoint, Origin, open_folder
 from .gguf import open_gguf, open_package
 from .hub import hub_answers
+from .memory import PREFIX
 from .names import by_architecture
 from .quantised import dequantised
 
@@ -35,6 +36,8 @@ def open_checkpoint(source: Source | str | Path) -> Checkpoint:
         source = Source(source=str(source))
     text = source.source
     path = Path(text).expanduser()
+    if text.startswith(PREFIX):
+        raise SourceError(f"{text}: was a model in memory when it was merged; give a folder that holds it")
     if text.startswith("package:"):
         checkpoint = open_package(text.removeprefix("package:"), label=text)
     elif path.is_file() and path.suffix == ".gguf":

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ..data.score import likeliest
 from ..engine.base import Engine, GenerateRequest, Score, ScoreRequest
+from ..engine.structure import Structure
 from ..recipe.response import LengthNorm
+from .lead import Lead
 
 if TYPE_CHECKING:
     from ..model.assignment import RowExpert
@@ -20,11 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked. With `choices` the answer is one of them, without it is free text."""
+    """What is asked. With `choices` the answer is one of them; without it is free text, of the form that `structure`
+    says."""
 
     text: str
     choices: tuple[str, ...] = ()
     max_new_tokens: int = 64
+    structure: Structure | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Answer:
         index, scores: of the choices; None and () for free text. Scores are log-likelihoods in nats, normalised as
             the settings say.
         prompt_tokens, tokens: read and written; nothing is written where choices are scored.
+        finish: `length` where the text ran out of tokens or of time.
     """
 
     text: str
@@ -61,6 +66,7 @@ class Answer:
     scores: tuple[float, ...] = ()
     prompt_tokens: int = 0
     tokens: int = 0
+    finish: Literal["stop", "length"] = "stop"
 
 
 class Formatter:
@@ -68,20 +74,26 @@ class Formatter:
 
     Args:
         chat: put the prompt into the model's chat template; off, the text stands as it is, as in the competition.
+        lead: what is said before every prompt.
     """
 
-    def __init__(self, engine: Engine, *, length_norm: LengthNorm = "none", chat: bool = True) -> None:
-        self._engine, self._norm, self._chat = engine, length_norm, chat
+    def __init__(
+        self, engine: Engine, *, length_norm: LengthNorm = "none", chat: bool = True, lead: Lead | None = None
+    ) -> None:
+        self._engine, self._norm, self._chat, self._lead = engine, length_norm, chat, lead or Lead()
 
-    def answer(self, asked: Sequence[FormatRequest]) -> list[Answer]:
+    def answer(self, asked: Sequence[FormatRequest], *, deadline: float | None = None) -> list[Answer]:
         """One answer a request, in their order. A prompt that is too long for the model loses its beginning.
+
+        Args:
+            deadline: a time of `time.monotonic()` at which texts are over with what they have.
 
         Raises:
             ModelError: an unknown expert.
         """
         texts = [n for n, one in enumerate(asked) if not one.question.choices]
         closed = [n for n, one in enumerate(asked) if one.question.choices]
-        answers = dict(zip(texts, self._write([asked[n] for n in texts]), strict=True))
+        answers = dict(zip(texts, self._write([asked[n] for n in texts], deadline), strict=True))
         answers |= dict(zip(closed, self._choose([asked[n] for n in closed]), strict=True))
         return [answers[n] for n in range(len(asked))]
 
@@ -90,12 +102,15 @@ class Formatter:
         used = len(self._ids(request.prompt, request.expert)) + self._longest_answer(request)
         return used <= self._engine.max_length_of(request.expert)
 
-    def _write(self, asked: Sequence[FormatRequest]) -> list[Answer]:
+    def _write(self, asked: Sequence[FormatRequest], deadline: float | None) -> list[Answer]:
         requests = [
-            GenerateRequest(self._context(one, one.prompt), one.expert, max_new_tokens=one.question.max_new_tokens)
+            GenerateRequest(
+                self._context(one, one.prompt), one.expert, max_new_tokens=one.question.max_new_tokens,
+                structure=one.question.structure, deadline=deadline,
+            )
             for one in asked
-        ]
-        return [Answer(g.text, None, (), g.prompt_tokens, g.tokens) for g in self._engine.generate(requests)]
+        ]  # fmt: skip
+        return [Answer(g.text, None, (), g.prompt_tokens, g.tokens, g.finish) for g in self._engine.generate(requests)]
 
     def _choose(self, asked: Sequence[FormatRequest]) -> list[Answer]:
         contexts = [[self._context(one, prompt) for prompt in one.prompts] for one in asked]
@@ -121,8 +136,8 @@ class Formatter:
 
     def _ids(self, prompt: str, expert: RowExpert) -> list[int]:
         if self._chat:
-            return self._engine.chat_prompt([{"role": "user", "content": prompt}], expert=expert)
-        return self._engine.encode(prompt, expert=expert)
+            return self._engine.chat_prompt(self._lead.messages(prompt), expert=expert)
+        return self._engine.encode(self._lead.before(prompt), expert=expert)
 
     def _context(self, request: FormatRequest, prompt: str) -> list[int]:
         room = max(1, self._engine.max_length_of(request.expert) - self._longest_answer(request))

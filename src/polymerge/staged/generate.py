@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine.base import GenerateRequest
+from ..engine.mixture import expert_of
 from ..engine.streaming import Piece
+from ..engine.structure import asked_structure
 from ..errors import PolymergeError
 from ..router.loading import load_router
 from .formatter import Question
@@ -39,6 +41,10 @@ def generate(
     base: str = "16bit",
     staged: bool = False,
     choice: Sequence[str] | None = None,
+    json_schema: Mapping[str, Any] | str | Path | None = None,
+    json_object: bool = False,
+    regex: str | None = None,
+    grammar: str | Path | None = None,
     recipe: str | Path | None = None,
     thinker: str | None = None,
     model: str | None = None,
@@ -53,12 +59,15 @@ def generate(
     """Answers a prompt with one expert, the average, or the expert that the bundle's router chooses.
 
     Args:
-        expert: a name, `average`, or `auto`.
+        expert: a name, `average`, `auto`, or several by their weights: `math:0.7+code:0.3`.
         temperature: 0 takes the likeliest token every time.
         chat: use the chat template, if there is one.
         base: of the average in memory, as `load_model` takes it.
-        staged: let a thinker reason first, as the policy says. The arguments from `choice` on need it.
-        choice: the answers to choose from, in place of free text.
+        staged: let a thinker reason first, as the policy says. The arguments from `recipe` on need it.
+        choice: the answer is one of these. With `staged` the likeliest of them, by their whole log-likelihoods.
+        json_schema: the answer is JSON of this schema; a schema, its file or its text.
+        json_object: the answer is a JSON object.
+        regex, grammar: the answer is of this form; a grammar in Lark's syntax or GBNF, or its file.
         recipe, thinker, model, key_env: where the thinker comes from, as for `open_pipeline`.
         policy, prompts, thought_tokens: in place of the recipe's.
         low_memory: unload the thinker before the answer.
@@ -73,14 +82,18 @@ def generate(
         "recipe": recipe, "thinker": thinker, "model": model, "key_env": key_env, "prompts": prompts,
         "thought_tokens": thought_tokens, "low_memory": low_memory,
     }  # fmt: skip
+    structure = asked_structure(
+        json_schema=json_schema, json_object=json_object, regex=regex, grammar=grammar, choice=choice
+    )
     if not staged:
-        _refuse_ignored({"choice": choice, "policy": policy, **stages})
-        asked = GenerateRequest(prompt, expert, max_new_tokens, temperature, top_p, seed)
+        _refuse_ignored({"policy": policy, **stages})
+        asked = GenerateRequest(prompt, expert, max_new_tokens, temperature, top_p, seed, structure=structure)
         return _straight(bundle, asked, chat, device, base, on_route, on_text)
     if temperature > 0:
         raise PolymergeError("generate: --staged answers greedily; leave --temperature out")
     pipeline = open_pipeline(bundle, expert=expert, device=device, base=base, chat=chat, use=policy, **stages)
-    [response] = pipeline.respond([Question(prompt, tuple(choice or ()), max_new_tokens)])
+    form = None if choice else structure
+    [response] = pipeline.respond([Question(prompt, tuple(choice or ()), max_new_tokens, form)])
     return response
 
 
@@ -108,7 +121,7 @@ def _straight(
         [route] = load_router(bundle, device, engine=loaded).route([text])
         if on_route:
             on_route(route)
-    expert = route.expert if route else None if asked.expert == "average" else asked.expert
+    expert = route.expert if route else expert_of(str(asked.expert))
     templated = chat and loaded.tokenizer_of(expert).chat_template is not None
     prompt = loaded.chat_prompt([{"role": "user", "content": text}], expert=expert) if templated else text
     pieces: list[Piece] = []

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from ..bundle.bundle import Bundle
+from ..engine.mixture import expert_of
 from ..errors import RecipeError, first_problem
 from ..recipe.merge import load_recipe
 from ..recipe.response import StageSettings, ThinkerSettings
 from .evidence import Evidence
+from .lead import Lead
 from .pipeline import Pipeline
 from .thinker import LocalThinker, Thinker
 
@@ -38,6 +41,7 @@ def open_pipeline(
     base: str = "16bit",
     chat: bool = True,
     low_memory: bool = False,
+    lead: Lead | None = None,
     **settings: Any,
 ) -> Pipeline:
     """Opens a bundle for answering.
@@ -46,10 +50,11 @@ def open_pipeline(
         recipe: its `thinker`, `staged` and `trust_remote_code` count.
         staged: off, nothing is thought and no thinker loaded.
         thinker: a source or the URL of an endpoint (with `model` and `key_env`), in the place of the recipe's.
-        expert: a name, `average`, or `auto`: the bundle's router chooses. By default it does where there is one, and
-            elsewhere the average answers.
+        expert: a name, `average`, `math:0.7+code:0.3`, or `auto`: the bundle's router chooses. By default it does where
+            there is one, and elsewhere the average answers.
         device: of every model that is loaded: the bundle's, the router's own and the thinker.
         base: of the average in memory, as `load_model` takes it.
+        lead: what is said before every question.
         settings: single values of `StageSettings` over the recipe's; None leaves one as it is.
 
     Raises:
@@ -62,16 +67,18 @@ def open_pipeline(
     named = thinker_settings(read.thinker if read else None, thinker, model=model, key_env=key_env)
     thinks = open_thinker(named, device) if staged else None
     trust = read.trust_remote_code if read else False
+    bundle = Bundle.open(bundle).path  # of the hub's cache, for a hub id
     engine = HFEngine.from_bundle(bundle, device=device, base=base, trust_remote_code=trust)
     return Pipeline(
         engine,
         chosen,
         thinker=thinks,
         router=_router(bundle, engine, device, needed=expert == "auto") if expert in (None, "auto") else None,
-        expert=None if expert in ("auto", "average") else expert,
+        expert=None if expert in (None, "auto") else expert_of(expert),
         evidence=Evidence.load(bundle) if thinks else None,
         chat=chat,
         low_memory=low_memory,
+        lead=lead,
     )
 
 
@@ -86,8 +93,11 @@ def open_thinker(settings: ThinkerSettings, device: str | None = None) -> Thinke
 
     if settings.endpoint is not None:
         return EndpointThinker(settings)
-    source, trust = str(settings.source), settings.trust_remote_code
-    return LocalThinker(source, lambda: HFEngine.from_checkpoint(source, device=device, trust_remote_code=trust))
+    source, trust, base = str(settings.source), settings.trust_remote_code, settings.base
+    name = source if base == "16bit" else f"{source} in {base}"
+    return LocalThinker(
+        name, lambda: HFEngine.from_checkpoint(source, device=device, trust_remote_code=trust, base=base)
+    )
 
 
 def stage_settings(base: StageSettings | None, **settings: Any) -> StageSettings:

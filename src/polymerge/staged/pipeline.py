@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..data.shown import shortened, table
 from ..engine.base import Engine
 from ..recipe.response import PromptVersion, StageSettings
 from ..router.route import Route, Routes
 from .evidence import Evidence
 from .formatter import Answer, FormatRequest, Formatter, Question
+from .lead import Lead
 from .templates import Templates
 from .thinker import Thinker
 from .thought import Thought
@@ -59,6 +61,7 @@ class Response:
         reason: of the stage.
         thought: what the thinker wrote; empty for a direct answer.
         prompt_tokens, tokens: read and written by both stages together, thinker_tokens: written by the thinker alone.
+        finish: `length` where the answer ran out of tokens or of time.
     """
 
     text: str
@@ -73,6 +76,15 @@ class Response:
     prompt_tokens: int
     tokens: int
     thinker_tokens: int
+    finish: Literal["stop", "length"] = "stop"
+
+    def __repr__(self) -> str:
+        expert = self.expert or "average"
+        return f"Response({shortened(self.text)!r} by {expert}, {self.stage}, {self.tokens} tokens)"
+
+    def _repr_html_(self) -> str:
+        rows = {"expert": self.expert or "average", "stage": f"{self.stage} ({self.reason})", "text": self.text}
+        return table("Response", rows | ({"thought": self.thought} if self.thought else {}))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -89,6 +101,7 @@ class Pipeline:
         evidence: of `polymerge stages`, for the policy `auto`.
         chat: put prompts into the formatter's chat template.
         low_memory: unload the thinker as soon as its thoughts are there.
+        lead: what the formatter is told before every prompt: a system text, examples.
 
     Raises:
         RecipeError: a template of the settings cannot be used.
@@ -105,13 +118,19 @@ class Pipeline:
         evidence: Evidence | None = None,
         chat: bool = True,
         low_memory: bool = False,
+        lead: Lead | None = None,
     ) -> None:
         self.settings = settings or StageSettings()
         self.engine, self.thinker, self.low_memory = engine, thinker, low_memory
-        self._router, self._expert, self._chat = router, expert, chat
+        self._router, self._expert, self._chat, self._lead = router, expert, chat, lead or Lead()
         self.templates = {version: Templates(version, self.settings.templates) for version in VERSIONS}
-        self._formatter = Formatter(engine, length_norm=self.settings.length_norm, chat=chat)
+        self._formatter = Formatter(engine, length_norm=self.settings.length_norm, chat=chat, lead=lead)
         self._evidence, self._mismatch = self._checked(evidence)
+
+    @property
+    def routes(self) -> bool:
+        """Whether a router chooses the experts."""
+        return self._router is not None
 
     def respond(self, questions: Sequence[Question], *, deadline: float | None = None) -> list[Response]:
         """One response a question, in their order.
@@ -155,14 +174,16 @@ class Pipeline:
                 thoughts[number] = thought
         return thoughts
 
-    def answer(self, steps: Sequence[Step], thoughts: Sequence[Thought | None]) -> list[Response]:
-        """The responses; a step without a usable thought is answered directly."""
+    def answer(
+        self, steps: Sequence[Step], thoughts: Sequence[Thought | None], *, deadline: float | None = None
+    ) -> list[Response]:
+        """The responses; a step without a usable thought is answered directly. Texts are over at the deadline."""
         taken, requests = [], []
         for step, thought in zip(steps, thoughts, strict=True):
             step, request = self._format_request(step, thought)
             taken.append(step)
             requests.append(request)
-        answers = self._formatter.answer(requests)
+        answers = self._formatter.answer(requests, deadline=deadline)
         return [_response(*parts) for parts in zip(taken, thoughts, answers, strict=True)]
 
     def _decided(self, question: Question, expert: RowExpert, field: str, route: Route | None) -> Step:
@@ -216,6 +237,7 @@ class Pipeline:
             "router": getattr(self._router, "fingerprint", self._router is not None),
             "evidence": self._evidence.model_dump(mode="json") if self._evidence else None,
             "chat": self._chat,
+            **({"lead": asdict(self._lead)} if self._lead else {}),
         }
 
     @property
@@ -264,4 +286,5 @@ def _response(step: Step, thought: Thought | None, answer: Answer) -> Response:
         prompt_tokens=answer.prompt_tokens + spent.prompt_tokens,
         tokens=answer.tokens + spent.tokens,
         thinker_tokens=spent.tokens,
+        finish=answer.finish,
     )

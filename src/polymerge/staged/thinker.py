@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..engine.base import Engine, GenerateRequest
 from ..errors import MissingExtraError, PolymergeError, SourceError
@@ -70,7 +70,7 @@ class LocalThinker:
             if deadline is not None and time.monotonic() >= deadline:
                 break
             numbers = order[start : start + ROUND]
-            written = self._round(engine, [prompts[number] for number in numbers], max_tokens)
+            written = self._round(engine, [prompts[number] for number in numbers], max_tokens, deadline)
             for number, thought in zip(numbers, written, strict=True):
                 thoughts[number] = thought
         return thoughts
@@ -80,14 +80,15 @@ class LocalThinker:
         self._engine = None
         _collect()
 
-    def _round(self, engine: Engine, prompts: Sequence[str], max_tokens: int) -> list[Thought]:
+    def _round(self, engine: Engine, prompts: Sequence[str], max_tokens: int, deadline: float | None) -> list[Thought]:
+        limits: dict[str, Any] = {"max_new_tokens": max_tokens, "deadline": deadline}
         try:
-            requests = [GenerateRequest(_prompt(engine, prompt), max_new_tokens=max_tokens) for prompt in prompts]
+            requests = [GenerateRequest(_prompt(engine, prompt), **limits) for prompt in prompts]
             generations = engine.generate(requests)
         except (PolymergeError, RuntimeError, MemoryError) as error:
             if len(prompts) == 1:
                 return [failed(str(error) or type(error).__name__)]
-            return [thought for prompt in prompts for thought in self._round(engine, [prompt], max_tokens)]
+            return [thought for prompt in prompts for thought in self._round(engine, [prompt], max_tokens, deadline)]
         return [Thought(g.text.strip(), g.prompt_tokens, g.tokens, g.finish) for g in generations]
 
 

@@ -187,7 +187,7 @@ def test_a_full_queue_refuses_all_or_none(merged: Merged) -> None:
     first = start(batching, endless())[0]
     assert first.first.wait(30)
     waiting = start(batching, endless(tokens=2), endless(tokens=2))
-    with pytest.raises(EngineBusyError, match="2 requests are waiting"):
+    with pytest.raises(EngineBusyError, match="3 requests are under way"):
         start(batching, endless())
     assert batching.generate([endless(tokens=2).generate])  # callers inside the process wait
     assert all(heard.text for heard in (first, *waiting))

@@ -26,6 +26,7 @@ from ..served import ServedEngine
 from ..streaming import EngineState, Listener, Stream, StreamRequest
 from .api import LlamaApi
 from .folder import TOLERANCE, GgufNote, read_note
+from .form import form_of
 from .lora import applied_adapter
 from .reading import Lora, Reader
 from .scheduling import Scheduler, Work
@@ -177,6 +178,7 @@ class LlamaEngine(ServedEngine):
     def _answer(self, request: StreamRequest, listener: Listener) -> Answer:
         asked = request.generate
         self._name(asked.expert)
+        form_of(asked.structure)  # refused here, where whoever asks hears it
         if asked.presence_penalty or asked.frequency_penalty:
             raise ModelError(
                 "llama.cpp's presence and frequency penalties count the prompt's tokens too; leave them out"

@@ -18,6 +18,7 @@ from ..answer import Answer
 from ..base import GenerateRequest
 from ..streaming import TokenScore
 from .api import LlamaApi
+from .form import form_of
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +28,9 @@ LEAST_TOKENS = 64
 
 
 def can_wait(request: GenerateRequest) -> bool:
-    """Whether an answer may be set aside: a draw with a seed would not go on with the numbers that it had."""
-    return request.greedy or request.seed is None
+    """Whether an answer may be set aside: a draw with a seed would not go on with the numbers that it had,
+    nor a form where it was."""
+    return (request.greedy or request.seed is None) and request.structure is None
 
 
 class Reader:
@@ -133,6 +135,7 @@ def settings(request: GenerateRequest) -> dict[str, Any]:
         "repeat_penalty": 1.0 if request.repetition_penalty is None else request.repetition_penalty,
         "seed": -1 if request.seed is None else request.seed % 2**32,
         "logit_bias": [[token, value] for token, value in request.logit_bias.items()],
+        **form_of(request.structure),
         "return_tokens": True,
         "cache_prompt": True,
     }

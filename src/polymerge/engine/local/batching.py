@@ -1,34 +1,37 @@
 """Continuous batching: requests join the running batch at any step and leave it when they are over.
 
-One thread owns the model. Between two steps it does what other callers want from the model (embeddings, scores), drops
-answers that nobody waits for, and reads the prompts of newcomers. Knows queues, budgets and failures; does not know
-tokens' meaning (`polymerge.engine.answer`) or caches (`polymerge.engine.local.running`).
+One thread owns the model. Between two steps it does a slice of what other callers want from the model (embeddings,
+scores), drops what nobody waits for, and reads the prompts of newcomers. Knows queues, budgets and failures; does not
+know tokens' meaning (`polymerge.engine.answer`) or caches (`polymerge.engine.local.running`).
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...errors import DeadlineError, EngineBusyError, EngineDownError
+from ...errors import DeadlineError, EngineBusyError, EngineDownError, ModelError
 from ...model.assignment import Assignment
 from ..admission import DEFAULT_LIMITS, Limits, admit
 from ..answer import Answer, Collector, new_answer, taken
 from ..base import FloatArray, GenerateRequest, Generation, Message, Pooling, Prompt, Score, ScoreRequest
 from ..defaults import GenerationDefaults
-from ..jobs import Jobs
+from ..jobs import Jobs, Work
+from ..mixture import members
 from ..streaming import EngineState, Listener, Stream, StreamRequest
 from ..wrappers.forwarding import ForwardingEngine
 from .engine import HFEngine
-from .running import RunningBatch
+from .running import CHUNK, RunningBatch
+from .scores import ScoreGroup, grouped
 
 if TYPE_CHECKING:
     from ...model.assignment import RowExpert
@@ -41,7 +44,8 @@ RESTART_PAUSES = (0.0, 0.2, 1.0, 5.0)
 CALM_TURNS = 256
 # So long a closing engine waits for a step to end after its answers were given up.
 STEP_SECONDS = 1.0
-Result = TypeVar("Result")
+# Tokens of the texts that are embedded or scored between two steps: about what a piece of a long prompt is.
+SLICE_TOKENS = CHUNK
 
 
 class BatchingEngine(ForwardingEngine):
@@ -56,20 +60,49 @@ class BatchingEngine(ForwardingEngine):
 
     def __init__(self, engine: HFEngine, limits: Limits = DEFAULT_LIMITS) -> None:
         super().__init__(engine)
+        self._face(engine)
         self._limits, self._most_rows, self._calm = limits, limits.max_rows, 0
-        # A tokenizer changes its settings while it encodes, so every thread needs its own or a lock.
-        self._front = copy.copy(engine)
-        self._front.voices = engine.voices.apart()
+        self._places = limits.max_rows + limits.max_waiting
         self._tokenizing = threading.Lock()
-        self._checks = Assignment(engine.experts, torch.device("cpu"))
         self._waiting: deque[Answer] = deque()
         self._batch = RunningBatch(engine)
         self._changed = threading.Condition()
         self._jobs = Jobs()
         self._status: Any = "ready"
         self._closing = False
+        self._next: HFEngine | None = None
+        self._leaving: frozenset[str] = frozenset()
         self._thread = threading.Thread(target=self._work, name="polymerge-engine", daemon=True)
         self._thread.start()
+
+    def _face(self, engine: HFEngine) -> None:
+        """What callers' threads use: a tokenizer changes its settings while it encodes, so it is not the worker's."""
+        self._engine, self._front = engine, copy.copy(engine)
+        self._front.voices = engine.voices.apart()
+        self._checks = Assignment(engine.experts, torch.device("cpu"))
+
+    @property
+    def experts(self) -> list[str]:
+        """The model's, but for those that are leaving."""
+        return [name for name in self._engine.experts if name not in self._leaving]
+
+    def replace(self, engine: HFEngine, seconds: float | None = None) -> None:
+        """Goes on with another model of the same average, which has more experts or fewer. Nothing is cut: answers of
+        an expert that it has not are finished before, and no new ones are begun; all others go on from the tokens that
+        they have.
+
+        Raises:
+            EngineDownError: the engine has stopped, or is given another model already. DeadlineError: not in time.
+        """
+        leaving = frozenset(self._engine.experts) - frozenset(engine.experts)
+        with self._changed:
+            if self._status == "stopped" or self._closing or self._next is not None:
+                raise EngineDownError("the engine takes no other model now")
+            self._next, self._leaving = engine, leaving
+            self._changed.notify_all()
+            if not self._changed.wait_for(lambda: self._next is None, seconds):
+                self._next, self._leaving = None, frozenset()
+                raise DeadlineError(f"answers of {', '.join(sorted(leaving))} did not end within {seconds:g} s")
 
     @property
     def state(self) -> EngineState:
@@ -95,10 +128,22 @@ class BatchingEngine(ForwardingEngine):
         with self._tokenizing:
             return self._front.decode(ids, expert=expert)
 
-    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None, go_on: bool = False) -> list[int]:
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        expert: RowExpert = None,
+        go_on: bool = False,
+        tools: Sequence[Message] = (),
+    ) -> list[int]:
         """As in the contract."""
         with self._tokenizing:
-            return self._front.chat_prompt(messages, expert=expert, go_on=go_on)
+            return self._front.chat_prompt(messages, expert=expert, go_on=go_on, tools=tools)
+
+    def chat_template_of(self, expert: RowExpert = None) -> str | None:
+        """As in the contract."""
+        with self._tokenizing:
+            return self._front.chat_template_of(expert)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """As in the contract; the requests share the running batch with everyone else's, however long the queue is."""
@@ -107,22 +152,36 @@ class BatchingEngine(ForwardingEngine):
         return [collector.result(stream.prompt_tokens) for collector, stream in zip(collectors, streams, strict=True)]
 
     def loglikelihood(self, requests: Sequence[ScoreRequest]) -> list[Score]:
-        """As in the contract."""
-        return self._on_worker("score", requests, self._engine.loglikelihood)
+        """As in the contract. What is scored at the same time runs a slice at a time, between steps."""
+        with self._tokenizing:
+            groups = grouped(self._front, requests, self._check)
+        work = self._engine.loglikelihood
+
+        def run(items: Sequence[ScoreGroup]) -> list[list[Score]]:
+            scores = iter(work([request for group in items for request in group.requests]))
+            return [[next(scores) for _ in group.requests] for group in items]
+
+        rows = self._on_worker("score", groups, run, [group.tokens for group in groups])
+        places = [place for group in groups for place in group.places]
+        ordered = dict(zip(places, itertools.chain.from_iterable(rows), strict=True))
+        return [ordered[place] for place in range(len(requests))]
 
     def embed(
         self, prompts: Sequence[Prompt], *, layers: Sequence[int] = (-1,), pooling: Pooling = "last"
     ) -> FloatArray:
-        """As in the contract. Calls that wait at the same time run as one."""
+        """As in the contract. Calls that wait at the same time run together, a slice at a time, between steps."""
         import numpy as np
 
         if not len(prompts):
             return self._engine.embed([], layers=layers, pooling=pooling)
+        with self._tokenizing:
+            encoded = [self._front.embeddable(prompt) for prompt in prompts]
 
         def run(items: Sequence[Prompt]) -> list[FloatArray]:
             return list(self._engine.embed(items, layers=layers, pooling=pooling))
 
-        rows: list[FloatArray] = self._on_worker(("embed", tuple(layers), pooling), prompts, run)
+        key = ("embed", tuple(layers), pooling)
+        rows: list[FloatArray] = self._on_worker(key, encoded, run, [len(ids) for ids in encoded])
         return np.stack(rows)
 
     def submit(self, requests: Sequence[StreamRequest], listeners: Sequence[Listener]) -> list[Stream]:
@@ -137,8 +196,10 @@ class BatchingEngine(ForwardingEngine):
         self._thread.join(seconds)
         if self._thread.is_alive():
             with self._changed:
+                late = EngineDownError("the engine was stopped before the answer was whole")
                 for answer in [*self._waiting, *self._batch.answers]:
-                    answer.fail(EngineDownError("the engine was stopped before the answer was whole"))
+                    answer.fail(late)
+                self._jobs.fail(late)
             self._thread.join(STEP_SECONDS)
             if self._thread.is_alive():  # it ends with the process
                 logger.warning("the engine was left in the middle of a step")
@@ -148,38 +209,51 @@ class BatchingEngine(ForwardingEngine):
         with self._changed:
             if self._closing or self._status != "ready":
                 raise EngineDownError("the engine is " + ("stopping" if self._closing else self._status))
-            if bounded and len(self._waiting) + len(answers) > self._limits.max_waiting:
-                raise EngineBusyError(f"{len(self._waiting)} requests are waiting already; try again later")
+            for answer in answers:  # another model may have come since it was made
+                self._check(answer.request.generate.expert)
+            if bounded and self._under_way + len(answers) > self._places:
+                raise EngineBusyError(f"{self._under_way} requests are under way already; try again later")
             self._waiting.extend(answers)
             self._changed.notify_all()
         return list(answers)
 
+    @property
+    def _under_way(self) -> int:
+        return sum(not answer.over for answer in (*self._waiting, *self._batch.answers))
+
     def _answer(self, request: StreamRequest, listener: Listener) -> Answer:
         asked = request.generate
         with self._tokenizing:
-            if self.experts:
-                self._checks.set(asked.expert, 1)
-            else:
-                self._front.check_expert(asked.expert)
+            self._check(asked.expert)
             prompt = self._front.ids(asked.prompt, asked.expert)
             voice = self._engine.voices.of(asked.expert)  # the worker's own
-        return new_answer(request, prompt, listener, voice=voice)
+        matcher = self._engine.grammars.matcher(asked.structure, voice)
+        return new_answer(request, prompt, listener, voice=voice, matcher=matcher)
 
-    def _on_worker(self, key: Any, items: Sequence[Any], run: Callable[[Sequence[Any]], list[Result]]) -> list[Result]:
-        """Runs something on the model between two steps."""
+    def _check(self, expert: RowExpert) -> None:
+        """Raises ModelError for an expert that there is not, without the model's own state."""
+        if gone := self._leaving.intersection(members(expert)):
+            raise ModelError(f"expert {min(gone)!r} is being unloaded")
+        if self._engine.experts:
+            self._checks.set(expert, 1)
+        else:
+            self._front.check_expert(expert)
+
+    def _on_worker(self, key: Any, items: Sequence[Any], run: Work, sizes: Sequence[int]) -> list[Any]:
+        """Runs something on the model, slice by slice between steps."""
         if threading.current_thread() is self._thread:
-            return run(items)
+            return list(run(items))
         with self._changed:
             if self._status == "stopped" or not self._thread.is_alive():
                 raise EngineDownError("the engine has stopped")
-            future = self._jobs.put(key, items, run)
+            future = self._jobs.put(key, items, run, sizes)
             self._changed.notify_all()
         return future.result()
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not (self._waiting or len(self._batch) or self._jobs or self._closing):
+                while not (self._waiting or len(self._batch) or self._jobs or self._closing or self._next):
                     self._changed.wait()
                 if self._closing and not (self._waiting or len(self._batch) or self._jobs):
                     self._status = "stopped"
@@ -198,9 +272,11 @@ class BatchingEngine(ForwardingEngine):
 
     def _turn(self) -> None:
         """What happens between two steps, and one step."""
+        if self._next is not None:
+            self._take_next()
         if self._jobs:
             self._batch.pause()
-            self._jobs.run()
+            self._jobs.run(SLICE_TOKENS)
         self._drop()
         newcomers = self._newcomers()
         if newcomers:
@@ -215,13 +291,26 @@ class BatchingEngine(ForwardingEngine):
             self._batch.step()
             self._batch.leave()
 
+    def _take_next(self) -> None:
+        """Goes over to the other model, unless an answer still needs an expert that it has not."""
+        with self._changed:
+            answers = [answer for answer in (*self._batch.answers, *self._waiting) if not answer.over]
+            needed = {name for answer in answers for name in members(answer.request.generate.expert)}
+            if self._next is None or needed & self._leaving:
+                return
+            running = [answer for answer in self._batch.clear() if not answer.over]
+            with self._tokenizing:
+                self._face(self._next)
+            self._batch = RunningBatch(self._engine)
+            self._waiting.extendleft(reversed(running))
+            self._next, self._leaving = None, frozenset()
+            self._changed.notify_all()
+
     def _drop(self) -> None:
-        """Forgets answers that were cancelled or came too late."""
-        now = time.monotonic()
+        """Forgets answers that were cancelled, came too late or have nobody who waits."""
         with self._changed:
             for answer in [*self._batch.answers, *self._waiting]:
-                if answer.due is not None and now > answer.due:
-                    answer.fail(DeadlineError(f"the answer was not whole within {answer.request.seconds:g} s"))
+                answer.give_up()
             if any(answer.over for answer in self._waiting):
                 self._waiting = deque(answer for answer in self._waiting if not answer.over)
         self._batch.leave()

@@ -22,6 +22,7 @@ from ..scoring import scored_pair
 from ..streaming import Listener, StreamRequest
 from .cache import joins
 from .fixed import answer_fixed
+from .hidden import hidden_states
 from .loaded import LoadedModel, positions
 from .offline import answer_all
 
@@ -50,7 +51,8 @@ class HFEngine(LoadedModel):
     def _answer(self, request: GenerateRequest, listener: Listener) -> Answer:
         self.check_expert(request.expert)
         prompt, asked = self.ids(request.prompt, request.expert), StreamRequest(_seeded(request))
-        return new_answer(asked, prompt, listener, voice=self.voices.of(request.expert))
+        voice = self.voices.of(request.expert)
+        return new_answer(asked, prompt, listener, voice=voice, matcher=self.grammars.matcher(request.structure, voice))
 
     def _run(self, answers: Sequence[Answer]) -> None:
         if joins(self.hf):
@@ -65,7 +67,7 @@ class HFEngine(LoadedModel):
         experts = {}
         for number, request in enumerate(requests):
             self.check_expert(request.expert)
-            context, continuation = self._pair(request)
+            context, continuation = self.pair(request)
             key = (tuple(context), json.dumps(request.expert, sort_keys=True))
             experts[key] = request.expert
             groups.setdefault(key, []).append((number, continuation))
@@ -82,10 +84,7 @@ class HFEngine(LoadedModel):
         self, prompts: Sequence[Prompt], *, layers: Sequence[int] = (-1,), pooling: Pooling = "last"
     ) -> FloatArray:
         """As in the contract: [len(prompts), len(layers), hidden], float32."""
-        encoded = [self.ids(prompt) for prompt in prompts]
-        for ids in encoded:
-            if not 0 < len(ids) <= self.max_length:
-                raise ModelError(f"embed: a text has {len(ids)} tokens; 1 to {self.max_length} fit the model")
+        encoded = [self.embeddable(prompt) for prompt in prompts]
 
         def batch(rows: Sequence[list[int]]) -> list[FloatArray]:
             return self._embed_batch(rows, layers, pooling)
@@ -94,7 +93,15 @@ class HFEngine(LoadedModel):
         width = self.hf.config.get_text_config().hidden_size
         return np.stack(vectors) if vectors else np.zeros((0, len(layers), width), dtype=np.float32)
 
-    def _pair(self, request: ScoreRequest) -> tuple[list[int], list[int]]:
+    def embeddable(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text to embed. Raises ModelError for one that is empty or does not fit the model."""
+        ids = self.ids(prompt)
+        if not 0 < len(ids) <= self.max_length:
+            raise ModelError(f"embed: a text has {len(ids)} tokens; 1 to {self.max_length} fit the model")
+        return ids
+
+    def pair(self, request: ScoreRequest) -> tuple[list[int], list[int]]:
+        """Token ids of context and continuation. Raises ModelError as `loglikelihood` does."""
         continuation, voice = request.continuation, self.voices.of(request.expert)
         ids = voice.encode(continuation, special=False) if isinstance(continuation, str) else continuation
         ids = self.checked(ids, request.expert)
@@ -171,14 +178,15 @@ class HFEngine(LoadedModel):
     def _embed_batch(self, rows: Sequence[list[int]], layers: Sequence[int], pooling: Pooling) -> list[FloatArray]:
         ids, mask = self.padded(rows)
         with self.assigned(None, len(rows)):
-            output = self.hf.base_model(
+            read = hidden_states(
+                self.hf.base_model,
+                layers,
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions(mask),
                 use_cache=False,
-                output_hidden_states=True,
             )
-        states = torch.stack([output.hidden_states[layer] for layer in layers], dim=1).float()  # [B, L, T, H]
+        states = torch.stack(read, dim=1).float()  # [B, L, T, H]
         if pooling == "last":
             pooled = states[:, :, -1]
         else:

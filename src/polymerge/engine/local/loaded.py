@@ -19,7 +19,7 @@ from ...bundle.bundle import Bundle
 from ...errors import ModelError, PolymergeError
 from ...host import DTYPES, free_memory, pick_device, pick_dtype
 from ...model import MixedModel, load_model
-from ...model.quantised import held_digest
+from ...model.quantised import check_base, held_digest, quantization_config
 from ...model.vocabulary import tokens_of
 from ...recipe.merge import Source
 from ...sources.checkpoint import Checkpoint
@@ -28,6 +28,7 @@ from ...sources.fingerprint import digest_beside
 from ...sources.opening import open_checkpoint
 from ..base import Message, Prompt
 from ..defaults import GenerationDefaults, checkpoint_defaults
+from ..grammar import Grammars
 from ..voices import Voice, Voices
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class LoadedModel:
 
     Attributes:
         voices: each expert's tokenizer, end tokens, settings and context.
+        grammars: the forms that answers are held to.
 
     Raises:
         ModelError: generation_config.json says something that means nothing.
@@ -61,6 +63,7 @@ class LoadedModel:
         self.hf: Any = model.hf if self._mixed else model
         self.batch_tokens = batch_tokens or tokens_that_fit(self.hf.config, self.hf.dtype, free_memory(self.device))
         self._tokens = tokens_of(self.hf)
+        self.grammars = Grammars(self._tokens)
         label = str(model.bundle.path if self._mixed else self.hf.config.name_or_path or "the model")
         defaults = checkpoint_defaults(self.hf.generation_config, tokenizer, label)
         average = Voice(tokenizer, defaults, _context(self.hf, tokenizer))
@@ -82,8 +85,12 @@ class LoadedModel:
         dtype: str | None = None,
         trust_remote_code: bool = False,
         batch_tokens: int | None = None,
+        base: str = "16bit",
     ) -> Self:
         """A plain model: a folder, a hub id, a GGUF file, an adapter over its base or `package:NAME`, as in a recipe.
+
+        Args:
+            base: how its linear layers are held, as `load_model` takes it.
 
         Raises:
             SourceError: it cannot be read. ModelError: transformers cannot load it.
@@ -93,9 +100,13 @@ class LoadedModel:
         checkpoint = open_checkpoint(source)
         place = pick_device(device)
         chosen = pick_dtype(dtype, place, _stored_dtype(checkpoint))
-        options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        check_base(base, place)
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        held: dict[str, Any] = {}
+        if base != "16bit":
+            held = {"quantization_config": quantization_config(base, chosen), "device_map": {"": place}}
         try:
-            model = dense_model(checkpoint, dtype=chosen, **options)
+            model = dense_model(checkpoint, dtype=chosen, **options, **held)
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, padding_side="left", **options)
         except PolymergeError:
             raise
@@ -104,9 +115,11 @@ class LoadedModel:
             raise ModelError(f"{checkpoint.label}: transformers cannot load it ({reason})") from None
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        model.eval().requires_grad_(False).to(place)
+        model.eval().requires_grad_(False)
+        if not held:  # which is there already, and must not be moved
+            model.to(place)
         parts = [*checkpoint.fingerprint(), digest_beside(checkpoint.folder)]
-        digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()
+        digest = held_digest(hashlib.sha256(" ".join(parts).encode()).hexdigest(), base)
         return cls(model, tokenizer, fingerprint=digest, batch_tokens=batch_tokens)
 
     @property
@@ -149,9 +162,20 @@ class LoadedModel:
         """The text of token ids, without special tokens. Raises ModelError for ids outside the vocabulary."""
         return self.voices.of(expert).text(self.checked(ids, expert), False)
 
-    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None, go_on: bool = False) -> list[int]:
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        expert: RowExpert = None,
+        go_on: bool = False,
+        tools: Sequence[Message] = (),
+    ) -> list[int]:
         """Token ids of a conversation; without a chat template, its turns one below the other."""
-        return self.voices.of(expert).chat_prompt(messages, go_on=go_on)
+        return self.voices.of(expert).chat_prompt(messages, go_on=go_on, tools=tools)
+
+    def chat_template_of(self, expert: RowExpert = None) -> str | None:
+        """An expert's own."""
+        return self.voices.of(expert).chat_template
 
     def ids(self, prompt: Prompt, expert: RowExpert = None) -> list[int]:
         """Token ids of a prompt. Raises ModelError as `checked` does."""

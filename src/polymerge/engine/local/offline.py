@@ -46,6 +46,9 @@ class _Run:
 
     def go(self) -> None:
         while self._waiting or len(self.batch):
+            for answer in self.batch.answers:
+                answer.give_up()
+            self.batch.leave()
             newcomers = self._newcomers()
             if not self._went_on(newcomers):
                 self._halve(newcomers)
@@ -56,7 +59,10 @@ class _Run:
             return []
         places = admit((a.demand for a in self._waiting), [a.demand for a in self.batch.answers], self._limits)
         self._filled = len(self.batch) + len(places)
-        return taken(self._waiting, places)
+        newcomers = taken(self._waiting, places)
+        for answer in newcomers:
+            answer.give_up()
+        return [answer for answer in newcomers if not answer.over]
 
     def _went_on(self, newcomers: Sequence[Answer]) -> bool:
         """Newcomers join, or everyone gets a token. False where the memory does not hold it."""

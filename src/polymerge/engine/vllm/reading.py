@@ -17,6 +17,7 @@ from ..answer import Answer
 from ..base import GenerateRequest
 from ..streaming import TokenScore
 from .api import VllmApi
+from .form import form_of
 from .scores import TOKEN_ID, prompt_scores
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ def settings(request: GenerateRequest) -> dict[str, Any]:
         "ignore_eos": request.ignore_eos,
         "max_tokens": request.max_new_tokens,
         "seed": request.seed,
+        **form_of(request.structure),
         "return_token_ids": True,
         "stream": True,
     }

@@ -44,9 +44,20 @@ class ForwardingEngine:
         """The engine's."""
         return self._engine.decode(ids, expert=expert)
 
-    def chat_prompt(self, messages: Sequence[Message], *, expert: RowExpert = None, go_on: bool = False) -> list[int]:
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        expert: RowExpert = None,
+        go_on: bool = False,
+        tools: Sequence[Message] = (),
+    ) -> list[int]:
         """The engine's."""
-        return self._engine.chat_prompt(messages, expert=expert, go_on=go_on)
+        return self._engine.chat_prompt(messages, expert=expert, go_on=go_on, tools=tools)
+
+    def chat_template_of(self, expert: RowExpert = None) -> str | None:
+        """The engine's."""
+        return self._engine.chat_template_of(expert)
 
     def embed(
         self, prompts: Sequence[Prompt], *, layers: Sequence[int] = (-1,), pooling: Pooling = "last"

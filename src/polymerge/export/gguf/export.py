@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from ...bundle.bundle import Bundle
 from ...bundle.files import write_bytes
 from ...bundle.personas import write_files
 from ...bundle.place import settled
@@ -116,7 +118,7 @@ def write_gguf_folder(
         raise ModelError(f"{bundle.path}: expert {empty[0]!r} has nothing that an adapter could hold")
     check_tokenizer(bundle)
     with placed(output, overwrite=overwrite, needed=plan.bytes) as staged, steady(bundle):
-        copy_model_files(bundle.path, staged, read_json(bundle.path / "config.json"), code=True)
+        copy_model_files(bundle.path, staged, _plain_config(bundle), code=True)
         steps = _Steps(len(plan.experts) + 2, progress)
         _base(plan, staged)
         steps.done("base")
@@ -135,6 +137,10 @@ def write_gguf_folder(
         steps.done("measured with llama.cpp" if note.measured_with else "not measured with llama.cpp")
         write_bytes(staged / NOTE, note.to_json().encode())
     return GgufExport(output, note)
+
+
+def _plain_config(bundle: Bundle) -> dict[str, Any]:
+    return {k: v for k, v in read_json(bundle.path / "config.json").items() if k != "quantization_config"}
 
 
 def _base(plan: GgufPlan, staged: Path) -> None:
@@ -161,7 +167,7 @@ def _average(plan: GgufPlan, folder: Path) -> None:
         code=True,
     )  # fmt: skip
     copy_model_files(bundle.path, folder, config, code=True)
-    write_average(bundle, folder)
+    write_average(bundle, folder, plain=True)
     if plan.untied:
         _add_head(plan, folder)
 

@@ -50,13 +50,20 @@ class Calibration:
     """A loaded bundle and the answers that its experts are measured on.
 
     Args:
-        samples: prompts; an expert writes the answers that they lack itself.
+        samples: prompts, or those of every expert; an expert writes the answers that they lack itself.
+        rows: expert -> token ids of prompts with their answers, and where these begin, where they are known.
     """
 
-    def __init__(self, bundle: Bundle, samples: Sequence[CalibrationPrompt], device: torch.device) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        samples: Sequence[CalibrationPrompt] | Mapping[str, Sequence[CalibrationPrompt]],
+        device: torch.device,
+        rows: Mapping[str, list[tuple[list[int], int]]] | None = None,
+    ) -> None:
         self.bundle, self._samples = bundle, samples
         self._engine = HFEngine.from_bundle(bundle, device=str(device))
-        self._rows: dict[str, list[tuple[list[int], int]]] = {}
+        self._rows: dict[str, list[tuple[list[int], int]]] = dict(rows or {})
 
     @torch.inference_mode()
     def input_sizes(self, expert: str, modules: Collection[str]) -> dict[str, Tensor]:
@@ -95,7 +102,8 @@ class Calibration:
 
     def _answers(self, expert: str) -> list[tuple[list[int], int]]:
         if expert not in self._rows:
-            self._rows[expert] = [_row(self._engine, expert, sample) for sample in self._samples]
+            samples = self._samples[expert] if isinstance(self._samples, Mapping) else self._samples
+            self._rows[expert] = [_row(self._engine, expert, sample) for sample in samples]
         return self._rows[expert]
 
 

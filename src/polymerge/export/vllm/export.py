@@ -26,9 +26,8 @@ from ...engine.vllm.folder import NOTE, ServedExpert, VllmNote, serve_arguments
 from ...errors import ModelError
 from ...host import peak_memory, pick_device
 from ...merging.run import OnProgress, Progress
-from ...sources.checkpoint import read_json
 from ...version import __version__
-from ..average import write_average
+from ..average import average_config, write_average
 from ..expressed import HEAD, Factored
 from ..factors import FactorMaker, write_peft
 from ..place import placed
@@ -79,7 +78,7 @@ def write_vllm(
     check_tokenizer(bundle)
     needed = bundle.sizes().base + plan.adapter_bytes
     with placed(output, overwrite=overwrite, needed=needed) as staged, steady(bundle):
-        copy_model_files(bundle.path, staged, read_json(bundle.path / "config.json"), code=True)
+        copy_model_files(bundle.path, staged, average_config(bundle), code=True)
         write_average(bundle, staged)
         clock, calibration = _Clock(plan, progress), Calibration(bundle, samples or builtin_prompts(), place)
         factors, measured = FactorMaker(bundle, plan.norms, place, plan.dtype), {}
@@ -135,10 +134,17 @@ def _note(plan: VllmPlan, measured: dict[str, Measured]) -> VllmNote:
 
 
 class _Clock:
-    """Counts the work in bytes of factors; measuring an expert counts as a tenth of its factors."""
+    """Counts the work in bytes of factors; measuring an expert counts as a tenth of its factors.
+
+    The time left is told once enough is done: the bundle is loaded and its inputs are looked at before the first
+    factor, which says nothing of how long a factor takes.
+    """
+
+    TOLD_FROM = 0.02
 
     def __init__(self, plan: VllmPlan, progress: OnProgress | None) -> None:
         self._progress, self._began, self._done = progress, time.monotonic(), 0
+        self._first: tuple[float, int] | None = None  # when the first factor was there, and what was done then
         self._measuring = plan.adapter_bytes // (10 * max(len(plan.experts), 1)) + 1
         self._total = plan.adapter_bytes + self._measuring * len(plan.experts)
         self._itemsize = plan.dtype.itemsize
@@ -151,7 +157,10 @@ class _Clock:
 
     def _tick(self, what: str, amount: int) -> None:
         self._done += amount
+        now = time.monotonic()
+        self._first = self._first or (now, self._done)
         if self._progress:
-            seconds = time.monotonic() - self._began
-            left = seconds * (self._total - self._done) / self._done
+            seconds, (since, before) = now - self._began, self._first
+            told = self._done - before >= self.TOLD_FROM * self._total
+            left = (now - since) * (self._total - self._done) / (self._done - before) if told else None
             self._progress(Progress(self._done, self._total, what, seconds, left, peak_memory(), 0))

@@ -1,0 +1,64 @@
+"""A merge that is stopped by Ctrl-C says what is done and how to go on; a second run says what lies there.
+
+Knows what the terminal was told, and a work folder's size; what is half-done is `polymerge.merging.journal`'s.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..merging.run import OnProgress, Progress
+
+# What a shell takes for "stopped by Ctrl-C".
+STOPPED = 130
+
+
+def half_done_work(output: Path, *, resume: bool, say: Callable[[str], None]) -> None:
+    """Says that an earlier merge was interrupted, where this one starts anew."""
+    from ..bundle.place import mark_of, settled, work_folder
+    from ..merging.journal import half_done
+    from .console import size
+
+    work = work_folder(settled(output))
+    if resume or mark_of(work) is None:
+        return
+    held = f"{work} holds {size(half_done(work))} of an interrupted merge"
+    say(f"note: {held}, which is done anew; --resume goes on with it")
+
+
+@contextmanager
+def interruptible(output: Path, progress: OnProgress | None) -> Iterator[OnProgress]:
+    """Gives what is told of every step. Ctrl-C inside is a line or two on standard error, and the exit code 130."""
+    last: list[Progress] = []
+
+    def follow(step: Progress) -> None:
+        last[:] = [step]
+        if progress:
+            progress(step)
+
+    try:
+        yield follow
+    except KeyboardInterrupt:
+        from .console import err
+
+        for line in _stopped(output, last[0] if last else None):
+            err.print(line, markup=False, soft_wrap=True)
+        raise SystemExit(STOPPED) from None
+
+
+def _stopped(output: Path, last: Progress | None) -> list[str]:
+    from ..bundle.place import settled, work_folder
+
+    if last is None:
+        return ["interrupted before the first tensor was done; nothing was written"]
+    words = [word for word in sys.argv[1:] if word != "--resume"]
+    return [
+        f"interrupted: {last.done / last.total:.0%} of the tensors are done and lie in {work_folder(settled(output))}",
+        f"go on: {shlex.join(['polymerge', *words, '--resume'])}",
+    ]

@@ -1,0 +1,32 @@
+"""The form of an answer in vLLM's words, `structured_outputs`. Knows nothing of requests."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ..structure import Structure
+
+
+def form_of(structure: Structure | None) -> dict[str, Any]:
+    """Fields of /v1/completions. vLLM refuses itself what it cannot hold."""
+    if structure is None:
+        return {}
+    said: Any = structure.text
+    if structure.kind in ("json", "choice"):
+        said = json.loads(structure.text)
+    elif structure.kind == "calls":
+        said = _tags(json.loads(structure.text))
+        return {"structured_outputs": {"structural_tag": json.dumps(said)}} if said else {}
+    return {"structured_outputs": {structure.kind: said}}
+
+
+def _tags(said: dict[str, Any]) -> dict[str, Any] | None:
+    """Free text until a call begins, as XGrammar's structural tags have it. A call without a mark before it is not held
+    to its schema."""
+    if not said["begin"]:
+        return None
+    content = {"type": "json_schema", "json_schema": said["schema"]}
+    tag = {"type": "tag", "begin": said["begin"], "content": content, "end": said["end"]}
+    form = {"type": "triggered_tags", "triggers": [said["begin"].strip()], "tags": [tag]}
+    return {"type": "structural_tag", "format": form | ({} if said["several"] else {"stop_after_first": True})}

@@ -1,0 +1,44 @@
+"""How sure a router must be before an expert is worth asking, by what the expert gains and loses against the fallback.
+
+With a confidence c, asking gains `gain` with chance c, where the request is of the expert's field, and loses `loss`
+otherwise: it is worth it from c = loss / (gain + loss) on. The assessment table knows both. What it cannot know is what
+strangers lose, so it moves the usual threshold only so far. Knows names and accuracies; does not know vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .table import Table
+
+# Without a table: a stranger that an expert answers costs a quarter of a known request that does not meet its expert.
+USUAL = 0.2
+MOST = 2.0  # how much dearer or cheaper than usual a table makes a mistake, at most
+
+
+def thresholds(experts: Mapping[str, str], fallback: str, table: Table | None) -> dict[str, float]:
+    """field -> the least confidence at which its expert answers; only fields that the table tells enough about.
+
+    Args:
+        experts: field -> expert.
+    """
+    gains = {field: _gain(table or {}, field, expert, fallback) for field, expert in experts.items()}
+    chosen = {}
+    for field, gain in gains.items():
+        others = [_gain(table or {}, other, experts[field], fallback) for other in experts if other != field]
+        losses = [-other for other in others if other is not None]
+        if gain is not None and losses:
+            chosen[field] = _threshold(gain, sum(losses) / len(losses))
+    return chosen
+
+
+def _gain(table: Table, field: str, expert: str, fallback: str) -> float | None:
+    """What the expert is right more often than the fallback in this field."""
+    row = table.get(field, {})
+    return row[expert] - row[fallback] if expert in row and fallback in row else None
+
+
+def _threshold(gain: float, loss: float) -> float:
+    dearer = max(loss, 0.0) / gain if gain > 0 else MOST
+    odds = USUAL / (1 - USUAL) * min(max(dearer, 1 / MOST), MOST)
+    return odds / (1 + odds)

@@ -1,0 +1,56 @@
+"""Ctrl-C in a merge says what is done and how to go on, and a second run says what lies there."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from polymerge.cli.interrupted import STOPPED
+from polymerge.cli.main import main
+from polymerge.merging import journal
+from tests.tiny import make_experts
+
+
+def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
+    monkeypatch.setattr("sys.argv", ["polymerge", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
+def test_ctrl_c_names_the_command_that_goes_on_and_that_ends_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experts = [f"{name}={path}" for name, path in make_experts("llama", tmp_path).items()]
+    words = ["merge", *experts, "-o", str(tmp_path / "b")]
+    finish = journal.Staging.finish
+
+    def stopped(self: journal.Staging, work: object) -> object:
+        if len(self.notes) == 3 and self.bundle.is_relative_to(tmp_path):
+            raise KeyboardInterrupt
+        return finish(self, work)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(journal.Staging, "finish", stopped)
+        assert run(words, patched) == STOPPED
+    said = capsys.readouterr().err
+    assert f"of the tensors are done and lie in {tmp_path / 'b.partial'}" in said and not (tmp_path / "b").exists()
+    go_on = said.split("go on: polymerge ")[1]
+    assert run([*words, "--limit", "1"], monkeypatch) == 2  # refused, and the work stays
+    assert f"note: {tmp_path / 'b.partial'} holds" in capsys.readouterr().err
+    assert run(shlex.split(go_on), monkeypatch) == 0
+    assert "holds" not in capsys.readouterr().err
+    assert run([*words[:-1], str(tmp_path / "whole")], monkeypatch) == 0
+    for file in ("model.safetensors", "polymerge.json"):
+        assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_ctrl_c_before_the_first_tensor_says_that_nothing_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("polymerge.search.merge.merge", stopped)
+    assert run(["merge", "a=./a", "b=./b", "-o", str(tmp_path / "b")], monkeypatch) == STOPPED
+    assert "before the first tensor" in capsys.readouterr().err and not list(tmp_path.iterdir())
