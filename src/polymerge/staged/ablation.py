@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..bundle.bundle import Bundle
 from ..bundle.files import write_bytes
 from .evidence import FILE, Evidence
 from .forms import measure_forms
@@ -63,5 +64,5 @@ def validate_stages(
             expert=name if name in pipeline.engine.experts else None,
         )  # fmt: skip
     if save:
-        write_bytes(Path(bundle) / FILE, measured.to_bytes())
+        write_bytes(Bundle.open(bundle).path / FILE, measured.to_bytes())
     return measured
