@@ -38,7 +38,9 @@ PREFIX = "base_model.model."
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
     experts = make_experts("llama", folder, count=2, config=LlamaConfig(**TINY))
-    return merge({"experts": {n: str(p) for n, p in experts.items()}, "compress_rate": 0.6}, folder / "b").path
+    return merge(
+        {"experts": {n: str(p) for n, p in experts.items()}, "code": "factors", "compress_rate": 0.6}, folder / "b"
+    ).path
 
 
 @pytest.fixture
@@ -185,7 +187,9 @@ def test_settings_that_do_not_follow_from_the_tensors_are_a_problem(copy: Path, 
 
 def test_a_bias_of_another_size_is_a_problem(tmp_path: Path) -> None:
     experts = make_experts("qwen2", tmp_path, count=2, config=Qwen2Config(**TINY))
-    bundle = merge({"experts": {n: str(p) for n, p in experts.items()}, "compress_rate": 0.6}, tmp_path / "b")
+    bundle = merge(
+        {"experts": {n: str(p) for n, p in experts.items()}, "code": "factors", "compress_rate": 0.6}, tmp_path / "b"
+    )
     key = "model.layers.0.self_attn.q_proj.lora_B.bias"
     changed = edited(bundle.path, ADAPTER, put(PREFIX + key, torch.ones(3)))
     [problem] = verify_files(changed).problems

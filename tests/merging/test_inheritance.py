@@ -40,7 +40,14 @@ def merged(folder: Path, *, sharing: bool = True, architecture: str = "llama", c
     with pytest.MonkeyPatch.context() as patch:
         if not sharing:
             patch.setattr(compress, "_error_with", lambda *args: None)
-        recipe = {"experts": sources, "compress_rate": 0.6, "norms": "average", "lm_head": "average", **recipe}
+        recipe = {
+            "experts": sources,
+            "code": "factors",
+            "compress_rate": 0.6,
+            "norms": "average",
+            "lm_head": "average",
+            **recipe,
+        }
         return merge({"embeddings": "average", **recipe}, folder / ("shared" if sharing else "apart"))
 
 
@@ -123,7 +130,7 @@ def test_small_residuals_in_16_bits_stay_two(tmp_path: Path) -> None:
     """What the average lost in rounding is in both with one sign, and as large as they are."""
     experts = make_experts("llama", tmp_path, count=2, spread=5e-4, dtype=torch.bfloat16)
     sources = {name: str(path) for name, path in experts.items()}
-    small = merge({"experts": sources, "compress_rate": 0.3}, tmp_path / "small")
+    small = merge({"experts": sources, "code": "factors", "compress_rate": 0.3}, tmp_path / "small")
     assert not small.layers[Q].borrowed
     large = merged(tmp_path / "large", dtype="bfloat16")
     assert "e1" in large.layers[Q].borrowed

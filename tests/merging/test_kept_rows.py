@@ -49,7 +49,7 @@ def few_rows(folder: Path, architecture: str = "llama", dtype: torch.dtype = tor
 
 
 def merged(paths: dict[str, Path], output: Path, **settings: Any) -> Bundle:
-    recipe = {"experts": {name: str(path) for name, path in paths.items()}, "compress_rate": 0.5}
+    recipe = {"experts": {name: str(path) for name, path in paths.items()}, "code": "factors", "compress_rate": 0.5}
     return merge(recipe | settings, output)
 
 

@@ -48,12 +48,12 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def old(experts: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A previous bundle, another than what the merges of this module make."""
-    recipe = {"experts": experts, "compress_rate": 0.9, "seed": 1}
+    recipe = {"experts": experts, "code": "factors", "compress_rate": 0.9, "seed": 1}
     return merge(recipe, tmp_path_factory.mktemp("old") / "b").path
 
 
 def recipe_of(experts: dict[str, str]) -> dict[str, Any]:
-    return {"experts": experts, "compress_rate": 0.6}
+    return {"experts": experts, "code": "factors", "compress_rate": 0.6}
 
 
 @pytest.fixture(scope="module")
@@ -451,7 +451,7 @@ def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> 
         made = make_experts("llama", tmp_path / str(layers), count=2, config=config)
         sizes.append((made["e0"] / "model.safetensors").stat().st_size)
         out = tmp_path / f"out-{layers}"
-        recipe = {"experts": {name: str(path) for name, path in made.items()}}
+        recipe = {"experts": {name: str(path) for name, path in made.items()}, "code": "factors"}
         process = started(measured, recipe, str(out))
         process.join(120)
         assert process.exitcode == 0

@@ -29,7 +29,9 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Original]:
 
 
 def merged(originals: dict[str, Original], folder: Path, *names: str, out: str = "bundle", **recipe: Any) -> Bundle:
-    return merge({"experts": {name: str(originals[name].path) for name in names}, **recipe}, folder / out)
+    return merge(
+        {"experts": {name: str(originals[name].path) for name in names}, "code": "factors", **recipe}, folder / out
+    )
 
 
 def check_same(bundle: Bundle, expert: str, original: Original) -> None:
@@ -61,7 +63,7 @@ def test_a_merge_gives_the_same_bytes_again_and_add_the_same_persona(
     first, again = (merged(originals, tmp_path, "plain", "chatml", out=out) for out in ("one", "two"))
     assert content(first.path) == content(again.path)
     twice = {name: str(originals["plain"].path) for name in ("plain", "other")}
-    alone = merge({"experts": twice}, tmp_path / "alone")
+    alone = merge({"experts": twice, "code": "factors"}, tmp_path / "alone")
     before = content(alone.path)
     grown = add_expert(alone, "chatml", originals["chatml"].path)
     assert grown.persona == GROUPS and grown.bundle.manifest.format_version == 3
@@ -118,7 +120,7 @@ def test_a_tokenizer_is_taken_from_whoever_has_one(tmp_path: Path) -> None:
     experts = make_experts("llama", tmp_path)
     tiny_tokenizer().save_pretrained(experts["e1"])
     sources = {name: str(path) for name, path in experts.items()}
-    bundle = merge({"experts": sources}, tmp_path / "bundle")
+    bundle = merge({"experts": sources, "code": "factors"}, tmp_path / "bundle")
     assert any("'e0' has no tokenizer; the bundle takes 'e1''s" in note for note in bundle.manifest.notes)
     assert bundle.manifest.format_version == 1
     for expert in (None, *experts):
@@ -127,7 +129,7 @@ def test_a_tokenizer_is_taken_from_whoever_has_one(tmp_path: Path) -> None:
 
 def test_none_at_all_is_one_line_of_the_plan(tmp_path: Path) -> None:
     sources = {name: str(path) for name, path in make_experts("llama", tmp_path).items()}
-    plan = plan_merge({"experts": sources})
+    plan = plan_merge({"experts": sources, "code": "factors"})
     lines = [line for line in plan.summary()["notes"] if "tokenizer" in line]
     assert lines == ["no expert has a tokenizer: the bundle will take token ids, and no text"]
     assert not [note for note in plan.notes if "tokenizer" in note]
@@ -154,10 +156,10 @@ def test_how_images_become_numbers_is_each_expert_s_own(verb: str, tmp_path: Pat
     experts = with_processor(make_experts("llama", tmp_path), e2={"image_mean": [0.4, 0.4, 0.4]})
     sources = {name: str(path) for name, path in experts.items()}
     if verb == "merge":
-        bundle = merge({"experts": sources, "compress_rate": 0.0}, tmp_path / "bundle")
+        bundle = merge({"experts": sources, "code": "factors", "compress_rate": 0.0}, tmp_path / "bundle")
     else:
         two = {n: sources[n] for n in ("e0", "e1")}
-        bundle = merge({"experts": two, "compress_rate": 0.0}, tmp_path / "bundle")
+        bundle = merge({"experts": two, "code": "factors", "compress_rate": 0.0}, tmp_path / "bundle")
         assert bundle.manifest.format_version == 1  # who wrote a file is no difference
         bundle = add_expert(bundle, "e2", experts["e2"]).bundle
     assert [record.persona for record in bundle.manifest.experts.values()] == [(), (), ("processor",)]

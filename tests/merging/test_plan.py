@@ -23,7 +23,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def planned(experts: dict[str, Path], **recipe: Any) -> MergePlan:
-    return plan_merge(load_recipe({"experts": {name: str(path) for name, path in experts.items()}, **recipe}))
+    return plan_merge(
+        load_recipe({"experts": {name: str(path) for name, path in experts.items()}, "code": "factors", **recipe})
+    )
 
 
 def test_the_sizes_of_a_tiny_llama_by_hand(checkpoints: Any) -> None:
@@ -109,7 +111,11 @@ def test_without_a_dtype_in_the_recipe_the_experts_must_have_one(checkpoints: An
 
 
 def test_plan_says_what_the_merge_writes(checkpoints, tmp_path: Path) -> None:
-    recipe = {"experts": {name: str(path) for name, path in checkpoints("llama").items()}, "compress_rate": 0.5}
+    recipe = {
+        "experts": {name: str(path) for name, path in checkpoints("llama").items()},
+        "code": "factors",
+        "compress_rate": 0.5,
+    }
     planned = plan_merge(load_recipe(recipe)).write_bytes
     written = merge(recipe, tmp_path / "b").sizes().total
     headers = 40_000  # safetensors headers and scales, which a plan leaves out
@@ -122,8 +128,8 @@ def test_a_plan_from_the_configuration_is_that_of_the_weights(
 ) -> None:
     _, experts = merged(architecture)
     shutil.copy(experts["e0"] / "config.json", tmp_path)
-    real = plan_merge(load_recipe({"experts": {name: str(path) for name, path in experts.items()}}))
-    away = {"experts": {name: f"someone/{name}" for name in experts}, "config": str(tmp_path)}
+    real = plan_merge(load_recipe({"experts": {name: str(path) for name, path in experts.items()}, "code": "factors"}))
+    away = {"experts": {name: f"someone/{name}" for name in experts}, "code": "factors", "config": str(tmp_path)}
     plan = plan_merge(load_recipe(away), weights=False)
     assert plan.write_bytes == real.write_bytes
     assert [(t.name, t.rank, t.treatment) for t in plan.tasks] == [(t.name, t.rank, t.treatment) for t in real.tasks]
@@ -142,7 +148,7 @@ def test_a_plan_without_weights_is_within_two_per_cent_of_the_files_of_the_bundl
     written = load_recipe(ROOT / "recipes" / "neurips2024.yaml").model_dump(mode="json")
     plan = plan_merge(load_recipe(written | {"config": str(tmp_path / "config")}), weights=False)
     names = dict(zip(written["experts"], map(str, experts.values()), strict=True))
-    merge(written | {"experts": names}, tmp_path / "bundle")
+    merge(written | {"experts": names, "code": "factors"}, tmp_path / "bundle")
     files = sum(file.stat().st_size for file in (tmp_path / "bundle").rglob("*") if file.is_file())
     assert plan.write_bytes == pytest.approx(files, rel=0.02)
 
@@ -164,7 +170,7 @@ def test_the_plan_of_llama_3_8b_shapes_is_within_two_per_cent_of_the_bundle(
     (config / "config.json").write_text(json.dumps({**whole, "num_hidden_layers": 1}))
     plan = plan_merge(load_recipe(written | {"config": str(config)}), weights=False)
     experts = {name: str(tmp_path / f"e{number}") for number, name in enumerate(written["experts"])}
-    merge(written | {"experts": experts}, tmp_path / "bundle")
+    merge(written | {"experts": experts, "code": "factors"}, tmp_path / "bundle")
     files = sum(file.stat().st_size for file in (tmp_path / "bundle").rglob("*") if file.is_file())
     print(f"planned {plan.write_bytes}, written {files}", file=sys.stderr)
     assert plan.write_bytes == pytest.approx(files, rel=0.02)

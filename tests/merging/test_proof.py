@@ -38,7 +38,7 @@ def test_a_bundle_that_would_answer_wrongly_is_not_written(
     monkeypatch.setattr(OwnTensor, "of", lambda self, weights: self.home[self.name].detach())
     proof._proved.cache_clear()
     with pytest.raises(SourceError, match=r"LlamaForCausalLM: .*mixed batch.* off"):
-        merge({"experts": sources(experts), "compress_rate": rate}, tmp_path / "bundle")
+        merge({"experts": sources(experts), "code": "factors", "compress_rate": rate}, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
     proof._proved.cache_clear()
 
@@ -47,7 +47,7 @@ def test_what_cannot_be_built_small_is_merged_and_says_so(tmp_path: Path, monkey
     monkeypatch.setattr(proof, "small_configs", lambda config, parameters: [{"model_type": "no such model"}])
     proof._proved.cache_clear()
     experts = make_experts("llama", tmp_path, count=2)
-    bundle = merge({"experts": sources(experts)}, tmp_path / "bundle")
+    bundle = merge({"experts": sources(experts), "code": "factors"}, tmp_path / "bundle")
     assert bundle.manifest.notes[-1].startswith("not proved: LlamaForCausalLM could not be built small")
     proof._proved.cache_clear()
 
@@ -99,7 +99,7 @@ def test_a_published_model_of_images_is_proved(kind: str, tmp_path: Path) -> Non
     made = next(small.small_configs(json.loads(json.dumps(config.to_dict(), default=str)), 10**10))
     assert made["text_config"]["rope_parameters"]["mrope_section"] == [2, 3, 3]
     experts = proof.random_experts(made, tmp_path)
-    bundle = merge({"experts": sources(experts), "compress_rate": 0.0}, tmp_path / "bundle")
+    bundle = merge({"experts": sources(experts), "code": "factors", "compress_rate": 0.0}, tmp_path / "bundle")
     assert bundle.manifest.notes[-1].startswith("proved: Qwen2")
 
 
@@ -108,7 +108,7 @@ def test_an_encoder_decoder_is_refused_by_name(tmp_path: Path) -> None:
     for name in "ab":
         transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / name)
     with pytest.raises(SourceError, match=r"T5ForConditionalGeneration \(t5\) is an encoder-decoder"):
-        merge({"experts": {"a": str(tmp_path / "a"), "b": str(tmp_path / "b")}}, tmp_path / "bundle")
+        merge({"experts": {"a": str(tmp_path / "a"), "b": str(tmp_path / "b")}, "code": "factors"}, tmp_path / "bundle")
 
 
 def test_a_classifier_is_refused_by_name(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_classifier_is_refused_by_name(tmp_path: Path) -> None:
         config = transformers.LlamaConfig(**COMMON, tie_word_embeddings=True)
         transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / name)
     with pytest.raises(SourceError, match=r"LlamaForSequenceClassification \(llama\) is a classifier"):
-        merge({"experts": {"a": str(tmp_path / "a"), "b": str(tmp_path / "b")}}, tmp_path / "bundle")
+        merge({"experts": {"a": str(tmp_path / "a"), "b": str(tmp_path / "b")}, "code": "factors"}, tmp_path / "bundle")
 
 
 def test_an_unknown_tensor_that_differs_is_refused(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_an_unknown_tensor_that_differs_is_refused(tmp_path: Path) -> None:
         file = path / "model.safetensors"
         save_file(load_file(file) | {"model.value_head": torch.randn(3)}, file, {"format": "pt"})
     with pytest.raises(SourceError, match=r"'model.value_head' is unknown to its architecture"):
-        merge({"experts": sources(experts)}, tmp_path / "bundle")
+        merge({"experts": sources(experts), "code": "factors"}, tmp_path / "bundle")
 
 
 def test_a_trained_head_beside_tied_embeddings_is_kept(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_trained_head_beside_tied_embeddings_is_kept(tmp_path: Path) -> None:
     for path in experts.values():
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    bundle = merge({"experts": sources(experts), "compress_rate": 0.0}, tmp_path / "bundle")
+    bundle = merge({"experts": sources(experts), "code": "factors", "compress_rate": 0.0}, tmp_path / "bundle")
     assert bundle.manifest.tied_embedding is None
     for name, path in experts.items():
         original = load_file(path / "model.safetensors")["lm_head.weight"]

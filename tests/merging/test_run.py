@@ -94,7 +94,8 @@ def test_bfloat16_comes_back_within_one_rounding(tmp_path: Path) -> None:
     experts = make_experts("llama", tmp_path, dtype=torch.bfloat16)
     for rate in (0.0, 0.7):
         bundle = merge(
-            {"experts": {k: str(v) for k, v in experts.items()}, "compress_rate": rate}, tmp_path / f"b{rate}"
+            {"experts": {k: str(v) for k, v in experts.items()}, "code": "factors", "compress_rate": rate},
+            tmp_path / f"b{rate}",
         )
         assert bundle.manifest.dtype == "bfloat16"
         for line in bundle.stats():
@@ -118,7 +119,7 @@ def test_what_all_experts_share_is_stored_once(tmp_path: Path) -> None:
     for path in experts.values():
         weights = tensors(path)
         save_file({**weights, **{name: shared[name] for name in names}}, path / "model.safetensors", {"format": "pt"})
-    bundle = merge({"experts": {k: str(v) for k, v in experts.items()}}, tmp_path / "b")
+    bundle = merge({"experts": {k: str(v) for k, v in experts.items()}, "code": "factors"}, tmp_path / "b")
     assert not [key for key in bundle.adapter("e1") if key.startswith(tuple(n.removesuffix(".weight") for n in names))]
     for name in names:
         assert torch.equal(bundle.reconstruct("e1", name), shared[name])
@@ -126,13 +127,16 @@ def test_what_all_experts_share_is_stored_once(tmp_path: Path) -> None:
 
 def test_workers_do_not_change_a_byte(checkpoints, tmp_path: Path) -> None:
     experts = {name: str(path) for name, path in checkpoints("mixtral").items()}
-    contents = [content(merge({"experts": experts, "workers": n}, tmp_path / f"w{n}").path) for n in (1, 2, 5)]
+    contents = [
+        content(merge({"experts": experts, "code": "factors", "workers": n}, tmp_path / f"w{n}").path)
+        for n in (1, 2, 5)
+    ]
     assert contents[0] == contents[1] == contents[2]
 
 
 def test_shards_and_bin_files_give_the_same_weights(tmp_path: Path) -> None:
     experts = make_experts("llama", tmp_path)
-    whole = merge({"experts": {k: str(v) for k, v in experts.items()}}, tmp_path / "whole")
+    whole = merge({"experts": {k: str(v) for k, v in experts.items()}, "code": "factors"}, tmp_path / "whole")
     model = transformers.AutoModelForCausalLM.from_pretrained(experts["e0"])
     model.save_pretrained(tmp_path / "sharded", max_shard_size="20kB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
@@ -141,7 +145,7 @@ def test_shards_and_bin_files_give_the_same_weights(tmp_path: Path) -> None:
     (binary / "model.safetensors").unlink()
     torch.save(tensors(experts["e1"]), binary / "pytorch_model.bin")
     sources = {"e0": str(tmp_path / "sharded"), "e1": str(binary), "e2": str(experts["e2"])}
-    mixed = merge({"experts": sources}, tmp_path / "mixed")
+    mixed = merge({"experts": sources, "code": "factors"}, tmp_path / "mixed")
     weights = [{k: v.sha256 for k, v in b.manifest.files.items() if k.endswith(".safetensors")} for b in (whole, mixed)]
     assert weights[0] == weights[1]
     assert [e.sha256 for e in whole.manifest.experts.values()] == [e.sha256 for e in mixed.manifest.experts.values()]
@@ -155,7 +159,7 @@ def test_tied_untied_and_mixed_experts(tmp_path: Path, tied: tuple[bool, bool]) 
         config.tie_word_embeddings = tie
         made = make_experts("llama", tmp_path / str(number), count=1, seed=number, config=config)
         sources[f"e{number}"] = str(made["e0"])
-    bundle = merge({"experts": sources, "compress_rate": 0.0}, tmp_path / "bundle")
+    bundle = merge({"experts": sources, "code": "factors", "compress_rate": 0.0}, tmp_path / "bundle")
     config = json.loads((bundle.path / "config.json").read_text())
     assert config["tie_word_embeddings"] == all(tied)
     for name, path in sources.items():
@@ -183,7 +187,7 @@ def test_phi_3_small_names_are_found_by_shape(tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "modeling_evil.py").write_text("raise SystemExit('remote code ran')")
         sources[f"e{number}"] = str(folder)
-    bundle = merge({"experts": sources, "compress_rate": 0.5}, tmp_path / "bundle")
+    bundle = merge({"experts": sources, "code": "factors", "compress_rate": 0.5}, tmp_path / "bundle")
     linear = {layer.tensor.split(".")[-2] for layer in bundle.layers.values() if layer.role == "linear"}
     assert linear == {"query_key_value", "dense", "up_proj", "down_proj"}
     assert bundle.manifest.layers_from == "shapes"
@@ -193,7 +197,11 @@ def test_phi_3_small_names_are_found_by_shape(tmp_path: Path) -> None:
 
 
 def test_error_budget_keeps_the_bundle_and_raises(checkpoints, tmp_path: Path) -> None:
-    recipe = {"experts": {name: str(path) for name, path in checkpoints("llama").items()}, "max_error": 1e-3}
+    recipe = {
+        "experts": {name: str(path) for name, path in checkpoints("llama").items()},
+        "code": "factors",
+        "max_error": 1e-3,
+    }
     with pytest.raises(ErrorBudgetExceeded, match=r"lost more than max_error 0\.001; the worst is 'model"):
         merge(recipe, tmp_path / "b")
     assert not list(Bundle.open(tmp_path / "b").damaged_files())

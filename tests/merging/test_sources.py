@@ -53,7 +53,7 @@ def test_every_architectures_experts_are_their_checkpoints(merged: Merged, archi
 
 
 def test_without_sources_no_checkpoint_is_needed(two: dict[str, str], tmp_path: Path) -> None:
-    bundle = merge({"experts": two}, tmp_path / "b")
+    bundle = merge({"experts": two, "code": "factors"}, tmp_path / "b")
     for path in two.values():
         shutil.rmtree(path)
     assert verify(bundle).ok and verify(bundle).sources == []
@@ -62,7 +62,7 @@ def test_without_sources_no_checkpoint_is_needed(two: dict[str, str], tmp_path: 
 
 
 def test_a_checkpoint_that_has_moved_is_found_where_the_user_says(two: dict[str, str], tmp_path: Path) -> None:
-    bundle = merge({"experts": two}, tmp_path / "b")
+    bundle = merge({"experts": two, "code": "factors"}, tmp_path / "b")
     shutil.move(two["e1"], tmp_path / "elsewhere")
     result = verify(bundle, sources=True, source={"e1": str(tmp_path / "elsewhere")})
     assert result.ok and result.sources[1].source == str(tmp_path / "elsewhere")
@@ -72,7 +72,7 @@ def test_a_checkpoint_that_has_moved_is_found_where_the_user_says(two: dict[str,
 def test_a_checkpoint_that_was_changed_is_a_problem_that_names_the_tensor(
     two: dict[str, str], tmp_path: Path, tensor: str
 ) -> None:
-    bundle = merge({"experts": two, "compress_rate": 0.5}, tmp_path / "b")
+    bundle = merge({"experts": two, "code": "factors", "compress_rate": 0.5}, tmp_path / "b")
     edit(two["e1"], tensor, 10.0)
     [problem] = verify(bundle, sources=True).problems
     assert problem.startswith(f"expert 'e1': tensor {tensor!r} is ") and "is it the checkpoint" in problem
@@ -86,20 +86,20 @@ def test_the_sources_of_another_expert_are_a_problem(merged: Merged) -> None:
 
 
 def test_not_a_number_in_a_source_is_a_problem(two: dict[str, str], tmp_path: Path) -> None:
-    bundle = merge({"experts": two, "compress_rate": 0.5}, tmp_path / "b")
+    bundle = merge({"experts": two, "code": "factors", "compress_rate": 0.5}, tmp_path / "b")
     edit(two["e0"], Q0, float("nan"))
     assert Q0 in verify(bundle, sources=True).problems[0]
 
 
 def test_averaged_tensors_are_not_held_against_the_sources(two: dict[str, str], tmp_path: Path) -> None:
     kept = {"embeddings": "average", "lm_head": "average", "norms": "average"}
-    bundle = merge({"experts": two, "compress_rate": 1.0, **kept}, tmp_path / "b")
+    bundle = merge({"experts": two, "code": "factors", "compress_rate": 1.0, **kept}, tmp_path / "b")
     result = verify(bundle, sources=True)
     assert result.ok and all(check.exact == 0 for check in result.sources)
 
 
 def test_a_checkpoint_that_no_longer_fits_is_a_problem_and_no_traceback(two: dict[str, str], tmp_path: Path) -> None:
-    bundle = merge({"experts": two}, tmp_path / "b")
+    bundle = merge({"experts": two, "code": "factors"}, tmp_path / "b")
     other = make_experts("gpt2", tmp_path, count=1)["e0"]
     result = verify(bundle, sources=True, source={"e0": str(other)})
     [problem] = result.problems
@@ -111,7 +111,7 @@ def test_a_checkpoint_that_no_longer_fits_is_a_problem_and_no_traceback(two: dic
 
 
 def test_a_damaged_bundle_is_not_compared(two: dict[str, str], tmp_path: Path) -> None:
-    bundle = merge({"experts": two}, tmp_path / "b")
+    bundle = merge({"experts": two, "code": "factors"}, tmp_path / "b")
     file = bundle.path / WEIGHTS
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -122,7 +122,7 @@ def test_a_damaged_bundle_is_not_compared(two: dict[str, str], tmp_path: Path) -
 
 def test_every_step_is_said(two: dict[str, str], tmp_path: Path) -> None:
     said: list[str] = []
-    bundle = merge({"experts": two}, tmp_path / "b")
+    bundle = merge({"experts": two, "code": "factors"}, tmp_path / "b")
     verify(bundle.path, sources=True, progress=said.append)
     steps = ["structure of e0", "structure of e1", "e0 against its source", "e1 against its source"]
     assert said == ["hashes", *steps, "the average against the sources"]
@@ -130,7 +130,12 @@ def test_every_step_is_said(two: dict[str, str], tmp_path: Path) -> None:
 
 def test_rounding_to_the_bundles_dtype_is_no_problem(tmp_path: Path) -> None:
     made = make_experts("llama", tmp_path, count=2)
-    recipe = {"experts": {n: str(p) for n, p in made.items()}, "compress_rate": 0.7, "dtype": "bfloat16"}
+    recipe = {
+        "experts": {n: str(p) for n, p in made.items()},
+        "code": "factors",
+        "compress_rate": 0.7,
+        "dtype": "bfloat16",
+    }
     bundle: Bundle = merge(recipe, tmp_path / "b")
     result = verify(bundle, sources=True)
     assert result.ok and 0 < result.sources[0].worst_error < 1

@@ -98,7 +98,7 @@ def case(originals: dict[str, dict[str, Path]], tmp_path: Path) -> Case:
 
 
 def merged(folder: Path, *names: str, out: str = "bundle", **recipe: Any) -> Bundle:
-    return merge({"experts": {name: str(folder / name) for name in names}, **recipe}, folder / out)
+    return merge({"experts": {name: str(folder / name) for name in names}, "code": "factors", **recipe}, folder / out)
 
 
 def added(bundle: Bundle, folder: Path) -> Bundle:
@@ -377,7 +377,9 @@ def test_a_bundles_frame_is_that_of_its_experts(case: Case) -> None:
 
 
 def test_tasks_for_an_added_expert_are_the_merges(case: Case) -> None:
-    recipe = load_recipe({"experts": {"e0": "x", "e1": "y"}, "compress_rate": 0.5, "norms": "average"})
+    recipe = load_recipe(
+        {"experts": {"e0": "x", "e1": "y"}, "code": "factors", "compress_rate": 0.5, "norms": "average"}
+    )
     bundle = merged(case.folder, "e0", "e1", compress_rate=0.5, norms="average")
     experts = [expert_in(case.folder, name) for name in ("e0", "e1", "e2")]
     merging = tasks_for(frame_of(experts[0]), experts[:2], recipe)
@@ -407,7 +409,7 @@ def record(role: Any, *, known: bool = True) -> LayerRecord:
 
 
 def recipe(**settings: Any) -> Recipe:
-    return load_recipe({"experts": {"a": "x", "b": "y"}, **settings})
+    return load_recipe({"experts": {"a": "x", "b": "y"}, "code": "factors", **settings})
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def after(make: Callable[[Path], Experts], *changes: Callable[[Experts], object]
 
 
 def merged(recipe: Mapping[str, Any], experts: Experts, output: Path) -> Bundle:
-    return merge({"experts": {name: str(path) for name, path in experts.items()}, **recipe}, output)
+    return merge({"experts": {name: str(path) for name, path in experts.items()}, "code": "factors", **recipe}, output)
 
 
 def grown(recipe: Mapping[str, Any], experts: Experts, output: Path) -> Bundle:

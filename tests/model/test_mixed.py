@@ -190,7 +190,9 @@ def test_wrong_experts_are_one_clear_line(merged: Merged, experts: Any, words: l
 
 def test_a_tensor_without_a_place_is_never_ignored(merged: Merged, tmp_path: Path) -> None:
     bundle, experts = merged("llama", compress_rate=0.6)
-    copy = merge({"experts": {k: str(v) for k, v in experts.items()}, "compress_rate": 0.6}, tmp_path / "copy")
+    copy = merge(
+        {"experts": {k: str(v) for k, v in experts.items()}, "code": "factors", "compress_rate": 0.6}, tmp_path / "copy"
+    )
     file = copy.expert_folder("e1") / "adapter_model.safetensors"
     adapter = load_file(file)
     adapter["base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"] = torch.zeros(1, 48)

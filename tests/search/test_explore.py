@@ -83,12 +83,16 @@ def test_a_recipe_is_written_as_it_is_read(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
     given = load_recipe(
-        {"experts": {"a": "./model", "b": {"source": "org/b", "revision": "main"}}, "compress_rate": [0.5, 0.9]},
+        {
+            "experts": {"a": "./model", "b": {"source": "org/b", "revision": "main"}},
+            "code": "factors",
+            "compress_rate": [0.5, 0.9],
+        },
         code="int4",
     )
     (tmp_path / "written.yaml").write_text(recipe_text(given))
     read = load_recipe(tmp_path / "written.yaml")
-    assert read.model_copy(update={"experts": given.experts}) == given
+    assert read.model_copy(update={"experts": given.experts, "code": "factors"}) == given
     assert read.experts["b"] == given.experts["b"]
     assert read.experts["a"].source == str(tmp_path / "model")
 

@@ -16,7 +16,9 @@ from tests.tiny import ARCHITECTURES, make_experts
 
 
 def fitting_of(experts: dict[str, Path], **recipe: object) -> Fitting:
-    return Fitting.of(plan_merge(load_recipe({"experts": {n: str(p) for n, p in experts.items()}, **recipe})))
+    return Fitting.of(
+        plan_merge(load_recipe({"experts": {n: str(p) for n, p in experts.items()}, "code": "factors", **recipe}))
+    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -34,7 +34,9 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Original]:
 @pytest.fixture(scope="module")
 def bundle(originals: dict[str, Original], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     sources = {name: str(original.path) for name, original in originals.items()}
-    return merge({"experts": sources, "compress_rate": 0.0}, tmp_path_factory.mktemp("bundles") / "bundle")
+    return merge(
+        {"experts": sources, "code": "factors", "compress_rate": 0.0}, tmp_path_factory.mktemp("bundles") / "bundle"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +175,7 @@ def test_a_dense_export_is_the_original_whole(
 @pytest.mark.parametrize("name", NAMES)
 def test_a_peft_export_has_its_words_beside_it(originals: dict[str, Original], tmp_path: Path, name: str) -> None:
     sources = {name: str(original.path) for name, original in originals.items()}
-    lossy = merge({"experts": sources, "compress_rate": 0.6}, tmp_path / "bundle")
+    lossy = merge({"experts": sources, "code": "factors", "compress_rate": 0.6}, tmp_path / "bundle")
     folder = export_peft(lossy, name, tmp_path / name).folder
     tokenizer = hf.AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template == originals[name].tokenizer.chat_template
@@ -188,4 +190,4 @@ def test_vllm_refuses_what_it_has_once_by_the_expert_s_name(bundle: Bundle, tmp_
     alike = fine_tunes(tmp_path, tokenizers=False)
     sources = {name: str(original.path) for name, original in alike.items()}
     with pytest.raises(ModelError, match="'chatml' has its own end tokens"):
-        plan_vllm(merge({"experts": sources, "compress_rate": 0.6}, tmp_path / "bundle"))
+        plan_vllm(merge({"experts": sources, "code": "factors", "compress_rate": 0.6}, tmp_path / "bundle"))

@@ -47,7 +47,9 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Any:
             experts = make_experts(architecture, folder, spread=0.02)
             tiny_tokenizer().save_pretrained(experts["e0"])
             sources = {name: str(path) for name, path in experts.items()}
-            made[key] = merge({"experts": sources, "compress_rate": 0.6, **recipe}, folder / "bundle")
+            made[key] = merge(
+                {"experts": sources, "code": "factors", "compress_rate": 0.6, **recipe}, folder / "bundle"
+            )
         return made[key]
 
     return get
@@ -166,7 +168,7 @@ def test_fused_blocks_and_unknown_ranks_are_refused(bundles: Any) -> None:
 
 def test_a_bundle_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:
     experts = {name: str(path) for name, path in make_experts("llama", tmp_path).items()}
-    bundle = merge({"experts": experts, "compress_rate": 0.6}, tmp_path / "bundle")
+    bundle = merge({"experts": experts, "code": "factors", "compress_rate": 0.6}, tmp_path / "bundle")
     with pytest.raises(ModelError, match="no usable tokenizer") as raised:
         write_vllm(plan_vllm(bundle), tmp_path / "v")
     assert len(str(raised.value).splitlines()) == 1
