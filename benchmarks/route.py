@@ -380,7 +380,7 @@ def main() -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(report, indent=1) + "\n")
     if "shift" in report:
-        shift.write_plot(options.output.with_name("shift.html"), report["shift"])
+        shift.draw(report["shift"], options.output.with_name("shift.html"))
     if "cost_quality" in report:
         draw_curves(report["cost_quality"], options.output.with_name("cost_quality.html"))
 

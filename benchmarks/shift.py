@@ -174,11 +174,11 @@ def tables(lines: Sequence[dict[str, Any]]) -> Iterator[Table]:
         yield shown
 
 
-def write_plot(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Shifted rows that reach their expert against strangers refused, a point a system."""
+def draw(lines: Sequence[dict[str, Any]], file: Path) -> None:
+    """A page of shifted rows that reach their expert against strangers refused, a point a system."""
     from polymerge.report.blocks import COLOURS, plot, plotly, section, write_page
 
-    go, _ = plotly()
+    go = plotly()
     figure = go.Figure()
     for number, name in enumerate(dict.fromkeys(line["system"] for line in lines)):
         points = [line for line in lines if line["system"] == name]
@@ -196,4 +196,4 @@ def write_plot(path: Path, lines: Sequence[dict[str, Any]]) -> None:
         yaxis={"title": "shifted rows that reach their expert", "tickformat": ".0%"},
     )
     text = "A point is a number of fields and of samples each. The gate is better the further up and right."
-    write_page(path, "The gate under shift", section("Shift", text, plot(figure, 460)), "benchmarks/route.py")
+    write_page(file, "The gate under shift", section("Shift", text, plot(figure, 460)), "benchmarks/route.py")

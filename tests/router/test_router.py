@@ -86,7 +86,7 @@ def test_a_second_fit_leaves_one_router(bundle: Bundle, engine: Any) -> None:
     for kind in KINDS:
         fit(bundle, engine, classifier=kind).router.save(bundle)
     names = sorted(file.suffix for file in router_folder(bundle.path).iterdir())
-    assert names == [".json", ".jsonl", ".safetensors"]
+    assert names == [".json", ".jsonl", ".jsonl", ".safetensors"]
     assert Router.load(bundle, engine).record.classifier == KINDS[-1]
 
 
