@@ -36,7 +36,7 @@ def main() -> None:
         print(f"model and adapters apart: {apart / 1e6:.2f} MB of weights")
         for way in ("exact", "average"):
             sources = {name: {"source": str(folder / name), "base": str(base)} for name in NAMES}
-            bundle = merge({"experts": sources, "adapters": way}, folder / way)
+            bundle = merge({"experts": sources, "method": "published", "adapters": way}, folder / way)
             off = max(distances(bundle, expected))
             print(
                 f"adapters: {way}: {bundle.sizes().total / 1e6:.2f} MB, logits {off:.1e} from PEFT's (relative), "

@@ -84,7 +84,7 @@ def shuffled(source: Path, target: Path) -> None:
 
 def measured(pair: dict[str, Path], rate: float, align: bool, held_out: torch.Tensor, folder: Path) -> dict[str, Any]:
     """One merge of a pair."""
-    recipe: dict[str, Any] = {"experts": {n: str(p) for n, p in pair.items()}, "compress_rate": rate}
+    recipe: dict[str, Any] = {"experts": {n: str(p) for n, p in pair.items()}, "compress_rate": rate, "code": "factors"}
     bundle = merge(recipe | ({"align": "permutation"} if align else {}), folder, overwrite=True)
     inspection = inspect_bundle(bundle).experts[1]
     model = load_model(bundle, device="cpu", dtype="float32")

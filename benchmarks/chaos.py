@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import http.client
 import json
 import os
 import platform
@@ -55,6 +56,7 @@ class Storm:
         late: requests whose end came more than a second after the deadline, with their seconds.
         health: seconds of every /health.
         memory: (seconds since the begin, bytes of the server).
+        lag: seconds by which this process itself woke too late: what the machine adds to every figure.
     """
 
     deadline: float
@@ -66,6 +68,7 @@ class Storm:
     late: list[tuple[str, float]] = field(default_factory=list)
     health: list[float] = field(default_factory=list)
     memory: list[tuple[float, int]] = field(default_factory=list)
+    lag: list[float] = field(default_factory=list)
     compared: int = 0
     differ: list[str] = field(default_factory=list)
 
@@ -124,7 +127,20 @@ def thinker(seconds: float) -> Iterator[str]:
 @contextmanager
 def server(bundle: Path, arguments: Sequence[str], log: Path) -> Iterator[tuple[str, psutil.Process]]:
     """`polymerge serve` in a process of its own, which must end by itself on SIGTERM."""
-    command = [sys.executable, "-m", "polymerge", "serve", str(bundle), "--port", "0", "--json", "--quiet", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "polymerge",
+        "serve",
+        str(bundle),
+        "--engine",
+        "transformers",
+        "--port",
+        "0",
+        "--json",
+        "--quiet",
+        *arguments,
+    ]
     with log.open("w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
     assert process.stdout is not None
@@ -175,43 +191,51 @@ def text_of(kind: str, answer: httpx2.Response) -> str:
     return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk.get("choices", ()))
 
 
-async def client(number: int, url: str, until: float, storm: Storm, leave: float) -> None:
+async def client(number: int, asking: httpx2.AsyncClient, until: float, storm: Storm, leave: float) -> None:
     """One client: asks, and now and then hangs up."""
     draw = random.Random(number)
-    async with httpx2.AsyncClient(base_url=url, timeout=None) as http:
-        while time.monotonic() < until:
-            kind, path, body = drawn(draw, storm.asked)
-            patience = draw.uniform(0.05, 4.0) if draw.random() < leave else None
-            began = time.monotonic()
-            try:
-                answer = await asyncio.wait_for(http.post(path, json=body), patience)
-            except TimeoutError:
-                storm.note(kind, "left", time.monotonic() - began)
-                continue
-            except httpx2.HTTPError as error:
-                storm.note(kind, type(error).__name__, time.monotonic() - began)
-                continue
-            failed = kind == "stream" and '"error"' in answer.text
-            status = "error event" if failed else str(answer.status_code)
-            storm.note(kind, status, time.monotonic() - began)
-            if status == "200" and kind in ("chat", "stream"):
-                storm.compare(body, text_of(kind, answer))
-            if status == "429":
-                await asyncio.sleep(draw.uniform(0.2, 1.0))
+    while time.monotonic() < until:
+        kind, path, body = drawn(draw, storm.asked)
+        patience = draw.uniform(0.05, 4.0) if draw.random() < leave else None
+        began = time.monotonic()
+        try:
+            answer = await asyncio.wait_for(asking.post(path, json=body), patience)
+        except TimeoutError:
+            storm.note(kind, "left", time.monotonic() - began)
+            continue
+        except httpx2.HTTPError as error:
+            storm.note(kind, type(error).__name__, time.monotonic() - began)
+            continue
+        failed = kind == "stream" and '"error"' in answer.text
+        status = "error event" if failed else str(answer.status_code)
+        storm.note(kind, status, time.monotonic() - began)
+        if status == "200" and kind in ("chat", "stream"):
+            storm.compare(body, text_of(kind, answer))
+        if status == "429":
+            await asyncio.sleep(draw.uniform(0.2, 1.0))
 
 
-async def watch(url: str, process: psutil.Process, began: float, until: float, storm: Storm) -> None:
-    """/health by connections of its own, and the server's memory."""
+def watch(url: str, process: psutil.Process, began: float, until: float, storm: Storm) -> None:
+    """/health by connections of its own, from a thread of its own, and the server's memory."""
+    while time.monotonic() < until:
+        storm.memory.append((time.monotonic() - began, process.memory_info().rss))
+        asked = time.monotonic()
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+        try:
+            connection.request("GET", "/health")
+            status = connection.getresponse().status
+        except (OSError, http.client.HTTPException):
+            status = 0
+        connection.close()
+        storm.health.append(time.monotonic() - asked if status == 200 else float("inf"))
+        time.sleep(0.5)
+
+
+async def notice_lag(until: float, storm: Storm) -> None:
     while time.monotonic() < until:
         asked = time.monotonic()
-        async with httpx2.AsyncClient(base_url=url, timeout=30) as http:
-            try:
-                status = (await http.get("/health")).status_code
-            except httpx2.HTTPError:
-                status = 0
-        storm.health.append(time.monotonic() - asked if status == 200 else float("inf"))
-        storm.memory.append((time.monotonic() - began, process.memory_info().rss))
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.05)
+        storm.lag.append(time.monotonic() - asked - 0.05)
 
 
 async def half_open(url: str, count: int, start: float, until: float) -> int:
@@ -237,18 +261,20 @@ async def half_open(url: str, count: int, start: float, until: float) -> int:
 
 async def run(url: str, process: psutil.Process, options: argparse.Namespace) -> tuple[Storm, int]:
     """Answers one by one, then the storm."""
-    async with httpx2.AsyncClient(base_url=url, timeout=600) as http:
-        models = [one["id"] for one in (await http.get("/v1/models")).json()["data"]]
+    async with httpx2.AsyncClient(base_url=url, timeout=600) as alone:
+        models = [one["id"] for one in (await alone.get("/v1/models")).json()["data"]]
         experts = [name for name in models if name not in ("auto", "average", "staged")]
         asked = questions(experts, options.tokens)
-        known = [text_of("chat", await http.post("/v1/chat/completions", json=body)) for body in asked]
+        known = [text_of("chat", await alone.post("/v1/chat/completions", json=body)) for body in asked]
     storm, began = Storm(options.deadline, asked, known), time.monotonic()
     until = began + options.seconds
-    clients = [client(n, url, until, storm, options.leave) for n in range(options.clients)]
-    watcher = asyncio.create_task(watch(url, process, began, until, storm))
+    watcher = asyncio.create_task(asyncio.to_thread(watch, url, process, began, until, storm))
     holders = asyncio.create_task(half_open(url, options.half_open, began + options.seconds / 2, until))
-    await asyncio.gather(*clients)
-    await watcher
+    lagging = asyncio.create_task(notice_lag(until, storm))
+    unlimited = httpx2.Limits(max_connections=None, max_keepalive_connections=options.clients)
+    async with httpx2.AsyncClient(base_url=url, timeout=None, limits=unlimited) as asking:
+        await asyncio.gather(*[client(n, asking, until, storm, options.leave) for n in range(options.clients)])
+    await asyncio.gather(watcher, lagging)
     return storm, await holders
 
 
@@ -282,6 +308,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--waiting", type=int, default=48)
     parser.add_argument("--tokens", type=int, default=12, help="of a chat's answer")
+    parser.add_argument("--device", help="the server's, such as cpu")
     parser.add_argument("--log", type=Path, default=Path("chaos.log"), help="the server's")
     parser.add_argument("--output", type=Path, default=Path("benchmark-chaos.json"))
     options = parser.parse_args()
@@ -294,6 +321,7 @@ def main() -> None:
             "--max-waiting",
             str(options.waiting),
         ]
+        limits += ["--device", options.device] if options.device else []
         staged = ["--thinker", endpoint, "--model", "scripted", "--policy", "always"]
         with server(options.bundle, [*limits, *staged, "--no-probe"], options.log) as (url, process):
             storm, opened = asyncio.run(run(url, process, options))
@@ -306,6 +334,9 @@ def main() -> None:
     console = Console(width=120)
     console.print(table)
     console.print(f"{dict(storm.statuses)}; {opened} half-open connections; the end took {ended:.1f} s;")
+    console.print(
+        f"this process woke too late by {percentile(storm.lag, 0.99):.2f} s (p99), {max(storm.lag):.2f} s at most"
+    )
     console.print(f"the log has {options.log.stat().st_size:,} bytes")
     for line in storm.differ[:5]:
         console.print(line, markup=False)
@@ -316,6 +347,7 @@ def main() -> None:
         "half_open": opened,
         "seconds": {k: {"p50": percentile(v, 0.5), "p99": percentile(v, 0.99)} for k, v in storm.seconds.items()},
         "late": storm.late,
+        "lag": {"p50": percentile(storm.lag, 0.5), "p99": percentile(storm.lag, 0.99), "max": max(storm.lag)},
         "promises": {promise: {"measured": measured, "kept": good} for promise, (measured, good) in kept.items()},
     }
     options.output.write_text(json.dumps(report, indent=2))

@@ -82,7 +82,8 @@ def merged(
     code: str, sources: Mapping[str, str], references: Mapping[str, Reference], rate: float, to: Path, name: str = ""
 ) -> CodeRow:
     began = time.perf_counter()
-    bundle = merge({"experts": sources, "compress_rate": rate, "code": code}, to)
+    tables = {"embeddings": "keep", "lm_head": "keep"}
+    bundle = merge({"experts": sources, "compress_rate": rate, "code": code, **tables}, to)
     seconds = time.perf_counter() - began
     model = load_model(bundle)
     agreements = {

@@ -43,7 +43,7 @@ Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
 def bundle_folder() -> Path:
     """The benchmark's bundle, made from the demo's experts (trained where the cache lacks them)."""
     _, experts = demo_experts(demo_base())
-    recipe = {"experts": experts, "scale": "shared", "embeddings": "average", "norms": "average"}
+    recipe = {"experts": experts, "code": "factors", "scale": "shared", "embeddings": "average", "norms": "average"}
     folder = cache_folder() / "bench-forward"
     merge(recipe, folder / "bundle", overwrite=True)
     for name in experts:

@@ -66,7 +66,7 @@ def run_merge(workdir: Path, experts: int, layers: int, embeddings: str) -> dict
         sources[f"e{expert}"] = str(source if expert < 3 else _linked(source, workdir / f"expert-{expert}"))
     recipe = workdir / "recipe.json"  # JSON is YAML
     rows = {"embeddings": embeddings, "lm_head": embeddings}
-    recipe.write_text(json.dumps({"experts": sources, "compress_rate": RATE, **rows}))
+    recipe.write_text(json.dumps({"experts": sources, "compress_rate": RATE, "code": "factors", **rows}))
     output = workdir / "bundle"
     command = [sys.executable, "-c", MERGE, str(recipe), str(output)]
     began = time.perf_counter()

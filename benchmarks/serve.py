@@ -75,7 +75,7 @@ def bundle_folder() -> Path:
     """The demo's bundle, and its dense experts beside it (trained where the cache lacks them)."""
     _, experts = demo_experts(demo_base())
     folder = cache_folder() / "bench-serve"
-    merge({"experts": experts, "embeddings": "average"}, folder / "bundle", overwrite=True)
+    merge({"experts": experts, "method": "published", "embeddings": "average"}, folder / "bundle", overwrite=True)
     for name in experts:
         export_dense(folder / "bundle", name, folder / name, overwrite=True)
     return folder

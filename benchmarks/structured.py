@@ -43,10 +43,8 @@ def main() -> None:
     schemas, refused = compiled(engine, list(schemas_of(given.folder)), given.expert)
     schemas = schemas[: given.limit]
     asked = [
-        GenerateRequest(
-            PROMPT, given.expert, given.max_tokens, given.temperature, seed=n, structure=structure_of(schema)
-        )
-        for n, (_, schema) in enumerate(schemas)
+        GenerateRequest(PROMPT, given.expert, given.max_tokens, given.temperature, seed=n, structure=structure_of(s))
+        for n, (_, s) in enumerate(schemas)
     ]
     began = time.monotonic()
     answers = engine.generate(asked)
@@ -99,7 +97,7 @@ def compiled(
 
 
 def judged(answer: Generation, schema: Any) -> str:
-    """Whether an answer is cut, valid or invalid."""
+    """Whether an answer is cut, valid or invalid, or the judge cannot read the schema (patterns that Python lacks)."""
     if answer.finish == "length":
         return "cut"
     kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
@@ -107,6 +105,8 @@ def judged(answer: Generation, schema: Any) -> str:
         kind(schema, format_checker=kind.FORMAT_CHECKER).validate(json.loads(answer.text))
     except (ValueError, jsonschema.ValidationError):
         return "invalid"
+    except Exception:  # the judge's own: a pattern with \\p, a reference that it would have to fetch
+        return "not judged"
     return "valid"
 
 

@@ -30,8 +30,7 @@ from polymerge.model.mixed import MixedModel
 from polymerge.search.examples import Example
 from polymerge.search.sweep import Reference
 
-TABLES = {"average": {"embeddings": "average", "lm_head": "average"}, "keep": {}}
-TABLES["compress"] = {"embeddings": "compress", "lm_head": "compress"}
+TABLES = {choice: {"embeddings": choice, "lm_head": choice} for choice in ("average", "keep", "compress")}
 # code, rate, what becomes of embeddings and heads, their rate
 GRID = [
     ("factors", 0.95, "average", 0.95),

@@ -12,6 +12,8 @@ from polymerge.cli.main import app
 PAGE = Path(__file__).with_name("cli.md")
 HEAD = """# The commands
 
+**For:** looking up every command and option.
+
 Written by `make docs` from the commands' own `--help`. Results go to standard output, progress and errors to standard
 error. Every command exits with 0 when it did what was asked, with 2 and one line for bad input; `merge` exits with 3
 when the bundle is whole but a tensor is over the recipe's `max_error`.

@@ -39,7 +39,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dic
 
 @pytest.fixture(scope="session")
 def merged(checkpoints: Callable[[str], dict[str, Path]], tmp_path_factory: pytest.TempPathFactory) -> Merged:
-    """A bundle of an architecture's tiny experts and these experts; the same arguments give the same bundle."""
+    """A bundle of an architecture's tiny experts, with published factors unless another code is named, and these
+    experts; the same arguments give the same bundle."""
     folder = tmp_path_factory.mktemp("bundles")
     made: dict[str, Bundle] = {}
 
@@ -48,7 +49,7 @@ def merged(checkpoints: Callable[[str], dict[str, Path]], tmp_path_factory: pyte
         key = f"{architecture}-{abs(hash(str(sorted(recipe.items()))))}"
         if key not in made:
             sources = {name: str(path) for name, path in experts.items()}
-            made[key] = merge({"experts": sources, **recipe}, folder / key)
+            made[key] = merge({"experts": sources, "code": "factors", **recipe}, folder / key)
         return made[key], experts
 
     return get

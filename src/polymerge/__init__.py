@@ -82,6 +82,7 @@ _HOME = {
     "footprint": "merging.footprint",
     "generate": "staged.generate",
     "inspect_bundle": "bundle.inspect",
+    "learn_from_feedback": "router.feedback",
     "load_model": "model.loading",
     "load_recipe": "recipe.merge",
     "merge": "search.merge",

@@ -144,7 +144,6 @@ VERDICTS: list[tuple[str, tuple[str, ...] | None, str | None, str, bool]] = [
     ("ls -l", None, None, "ls -L", False),
     ("ls -l", None, None, "ls-l", False),
     ("42", None, None, "42.0", False),  # without `final` it is a text
-    ("", None, None, " \n", True),
     (OBJECT, None, None, '{"n":2.0,"name":"Tom  Hill"}', True),
     (OBJECT, None, None, '{"n": "2", "name": "Tom Hill"}', False),
     (OBJECT, None, None, '{"name": "tom hill", "n": 2}', False),
@@ -268,6 +267,12 @@ def test_token_f1_counts_words_and_signs() -> None:
     assert token_f1("a c", "a b") == pytest.approx(0.5)
     assert token_f1("A", "a a b") == pytest.approx(0.5)
     assert token_f1("", "a") == 0.0 and token_f1("", "") == 1.0
+
+
+def test_nothing_is_nothing_but_no_row_may_ask_for_it() -> None:
+    assert is_right(" \n", "")
+    with pytest.raises(ValueError, match="the answer is empty"):
+        AnsweredRow(prompt="q", answer=" ")
 
 
 def test_the_likeliest_choice_with_and_without_its_length() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -10,7 +11,14 @@ import pytest
 from polymerge.engine.base import GenerateRequest
 from polymerge.engine.local.batching import BatchingEngine
 from polymerge.engine.local.engine import HFEngine
-from polymerge.engine.structure import Structure, calls_structure, choice_structure, json_object, json_structure
+from polymerge.engine.structure import (
+    Structure,
+    asked_structure,
+    calls_structure,
+    choice_structure,
+    json_object,
+    json_structure,
+)
 from polymerge.errors import ModelError
 from tests.tiny import text_model, text_tokenizer
 
@@ -192,3 +200,16 @@ def test_a_tokenizer_without_bytes_is_refused() -> None:
     engine = HFEngine(text_model(tokenizer), tokenizer, fingerprint="words")
     with pytest.raises(ModelError, match="tokenizer"):
         engine.generate([GenerateRequest("w3", None, 5, structure=json_object())])
+
+
+def test_the_commands_options_are_one_form_or_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text('{"type": "null"}')
+    for given in (file, str(file), '{"type": "null"}', {"type": "null"}):
+        structure = asked_structure(json_schema=given)
+        assert structure == json_structure({"type": "null"}, "--json-schema")
+    assert asked_structure() is None and asked_structure(choice=[]) is None
+    with pytest.raises(ModelError, match="--regex: not together with --json-object"):
+        asked_structure(json_object=True, regex="a")
+    with pytest.raises(ModelError, match=r"--json-schema: .*none\.json: cannot be read"):
+        asked_structure(json_schema=tmp_path / "none.json")

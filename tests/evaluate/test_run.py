@@ -185,3 +185,35 @@ def test_rows_of_two_forms_in_one_file_are_refused(tmp_path: Path) -> None:
     file.write_text('{"prompt": "q", "answer": "a"}\n{"prompt": "q", "answer": "a", "choices": ["a", "b"]}\n')
     with pytest.raises(DataError, match="put them into two files"):
         jsonl_tasks({"a": file})
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        (["a", "a", "b"], "task shell, question 0: two choices are the same: 'a'"),
+        (["a", " ", "b"], "task shell, question 0: a choice is empty"),
+        ([], "questions cannot be judged"),
+    ],
+)
+def test_a_task_whose_choices_measure_nothing_is_one_line(
+    engine: ScriptedEngine, files: dict[str, Path], choices: list[str], said: str
+) -> None:
+    [task] = jsonl_tasks({"shell": files["shell"]})
+    task |= {"doc_to_choice": lambda row: choices, "doc_to_target": lambda row: 0}
+    with pytest.raises(DataError, match=said):
+        evaluate(engine, [task])
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "q", "answer": "a", "choices": ["a", "b", "a"]}, "two choices are the same"),
+        ({"prompt": "q", "answer": "a", "choices": ["a", "  "]}, "a choice is empty"),
+        ({"prompt": "q", "answer": " "}, "the answer is empty"),
+    ],
+)
+def test_a_row_that_measures_nothing_is_one_line(tmp_path: Path, row: dict[str, Any], said: str) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=f"x.jsonl.*{said}"):
+        jsonl_tasks({"x": file})

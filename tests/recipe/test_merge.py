@@ -18,7 +18,13 @@ def write(folder: Path, text: str) -> Path:
 
 def test_defaults_are_the_published_setting(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, GOOD))
-    assert (recipe.compress_rate, recipe.scale, recipe.embeddings, recipe.seed) == (0.95, "per_expert", "keep", 0)
+    assert (recipe.compress_rate, recipe.scale, recipe.code, recipe.embeddings, recipe.seed) == (
+        0.95,
+        "per_expert",
+        "auto",
+        "auto",
+        0,
+    )
     assert list(recipe.experts) == ["math", "code"]
 
 

@@ -84,7 +84,9 @@ def test_every_matrix_has_the_rank_of_its_rate(
     rates: Any, ranks: dict[str, float], sources: dict[str, str], tmp_path: Path
 ) -> None:
     first = {name: sources[name] for name in ("e0", "e1")}
-    bundle = add_expert(merge({"experts": first, "compress_rate": rates}, tmp_path / "b"), "e2", sources["e2"]).bundle
+    bundle = add_expert(
+        merge({"experts": first, "code": "factors", "compress_rate": rates}, tmp_path / "b"), "e2", sources["e2"]
+    ).bundle
     assert json.loads((bundle.path / "polymerge.json").read_text())["method"]["compress_rate"] == rates
     for module, rate in ranks.items():
         layer = next(layer for layer in bundle.layers.values() if layer.module == module)

@@ -25,7 +25,7 @@ def slowed(engine: BatchingEngine, seconds: float) -> None:
     voices.average = replace(voices.average, defaults=replace(voices.average.defaults, ends=frozenset()))
 
 
-def main(bundle: str) -> None:
+def main(bundle: str, *words: str) -> None:
     """`polymerge serve` on a free port, slowed down."""
     from polymerge.cli.main import app
     from polymerge.model.mixed import MixedModel
@@ -37,4 +37,4 @@ def main(bundle: str) -> None:
         slowed(self, 0.02)
 
     with patch.object(BatchingEngine, "__init__", slow_start), patch.object(MixedModel, "tokenizer", tiny_tokenizer()):
-        app(["serve", bundle, "--engine", "transformers", "--port", "0", "--json", "--quiet"])
+        app(["serve", bundle, "--engine", "transformers", "--port", "0", "--json", "--quiet", *words])

@@ -305,7 +305,10 @@ def test_turns_of_agents_reach_the_template(client: openai.OpenAI) -> None:
         {"role": "function", "name": "f", "content": "w8"},
     ]
     answer = client.chat.completions.create(model="e0", messages=turns, max_tokens=2, temperature=0)
-    plain: list[Any] = [{"role": "user", "content": text} for text in ("w5", "", "w7", "w8")]
+    # this template knows no tools, so they are written in Hermes' words
+    call = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    told = [f"<tool_response>\n{text}\n</tool_response>" for text in ("w7", "w8")]
+    plain: list[Any] = [{"role": "user", "content": text} for text in ("w5", call, *told)]
     same = client.chat.completions.create(model="e0", messages=plain, max_tokens=2, temperature=0)
     assert answer.choices[0].message.content == same.choices[0].message.content
     assert answer.usage == same.usage

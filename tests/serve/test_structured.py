@@ -61,7 +61,7 @@ def test_a_streamed_answer_has_the_form_too(client: openai.OpenAI) -> None:
     ("fields", "form"),
     [
         ({"guided_choice": ["yes", "no"]}, "yes|no"),
-        ({"guided_regex": r"\d{3}"}, r"\d{3}"),
+        ({"guided_regex": "[0-9]{3}"}, "[0-9]{3}"),
         ({"guided_grammar": 'root ::= "a" | "b"'}, "a|b"),
         ({"guided_json": {"type": "boolean"}}, "true|false"),
         ({"guided_json": '{"type": "boolean"}'}, "true|false"),

@@ -36,6 +36,8 @@ Models that read images as well (`AutoModelForImageTextToText`), marked *(images
 """
 HEAD = """# Architectures
 
+**For:** knowing whether your architecture works before you merge.
+
 Every causal language model of transformers {version} (`AutoModelForCausalLM`), as `make sweep` finds it: a tiny
 random model of each, three experts in which every tensor differs, merged {variants}.
 *Works* means that a batch of all experts and the average, padded, and the tokens that are generated after it with the

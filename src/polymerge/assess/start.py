@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.bundle import Bundle
+from ..bundle.hub import hub_id
 from ..errors import RecipeError
 from ..router.record import assessment_file
 from .recipe import load_assess_recipe
@@ -29,7 +30,7 @@ def assess_models(
     """Measures candidates on fields and proposes which to merge; of a bundle, its own experts for its router.
 
     Args:
-        source: a recipe of an assessment or of a merge, or a bundle's folder.
+        source: a recipe of an assessment or of a merge, or a bundle's folder or hub id.
         data: a folder whose every NAME/test.jsonl is a field.
         memory_gb, max_experts, limit, device: in the place of the recipe's.
         base: of a bundle's average in memory, as `load_model` takes it.
@@ -41,7 +42,7 @@ def assess_models(
     """
     given = {"memory_gb": memory_gb, "max_experts": max_experts, "limit": limit, "device": device}
     changes = {name: value for name, value in given.items() if value is not None}
-    if isinstance(source, dict) or not Path(source).is_dir():
+    if isinstance(source, dict) or not _is_bundle(source):
         if base != "16bit":
             raise RecipeError(f"base {base}: candidates are measured as they are; a bundle's average can be held in it")
         assessment = assess(load_assess_recipe(source, data, **changes), fresh=fresh, progress=progress)
@@ -54,3 +55,8 @@ def assess_models(
     if output is not None:
         write_assessment_table(assessment, Path(output))
     return assessment
+
+
+def _is_bundle(source: str | Path) -> bool:
+    """A folder, or a hub id that is no recipe's file by its name."""
+    return Path(source).is_dir() or (Path(source).suffix not in (".yaml", ".yml") and hub_id(source) is not None)

@@ -23,6 +23,7 @@ from ..errors import BundleError, SourceError
 from ..host import DTYPES
 from ..method.code import Code
 from ..method.dense import dense
+from ..method.factors import Factors
 from ..recipe.rates import in_words
 from ..sources.checkpoint import Checkpoint, open_folder, read_json
 from ..sources.fused import SlicedCheckpoint
@@ -171,6 +172,10 @@ class Bundle:
         """How residuals are stored."""
         return self.manifest.code
 
+    def code_of(self, expert: str, layer: BundleLayer) -> Code:
+        """How an expert's residual in a layer is stored: in the bundle's code, or as numbers."""
+        return Factors(DTYPES[self.manifest.dtype]) if expert in layer.numbers else self.code
+
     def expert_file(self, expert: str) -> Path:
         """The file that holds an expert's tensors."""
         return self.expert_folder(expert) / self.code.file_name
@@ -217,7 +222,7 @@ class Bundle:
             if layer.module in coded or (expert in layer.borrowed and layer.rank_of(expert)):
                 continue
             factors = self.factors(expert, layer, tensors.get)
-            for suffix in self.code.suffixes:
+            for suffix in self.code_of(expert, layer).suffixes:
                 tensors.pop(f"{layer.module}.{suffix}", None)
             if factors:
                 b, a = factors
@@ -282,7 +287,7 @@ class Bundle:
         if self.code.peft_readable:
             return shapes
         for layer in self._factored:
-            stored = [shapes.pop(f"{layer.module}.{suffix}", None) for suffix in self.code.suffixes]
+            stored = [shapes.pop(f"{layer.module}.{suffix}", None) for suffix in self.code_of(expert, layer).suffixes]
             if stored[0]:
                 out_features, in_features = layer.matrix_shape
                 shapes[f"{layer.module}.lora_A.weight"] = (stored[0][0], in_features)
@@ -300,7 +305,7 @@ class Bundle:
         if not stored:
             return None
         try:
-            return self.code.decode(stored, *layer.matrix_shape)
+            return self.code_of(expert, layer).decode(stored, *layer.matrix_shape)
         except ValueError as error:
             raise BundleError(f"{self.expert_file(expert)}: {layer.module}: {error}; copy the bundle again") from None
 
@@ -315,7 +320,8 @@ class Bundle:
         Raises:
             BundleError: only some of the residual's tensors are there, or one has not the code's shape.
         """
-        stored = {suffix: get(f"{layer.module}.{suffix}") for suffix in self.code.suffixes}
+        code = self.code_of(expert, layer)
+        stored = {suffix: get(f"{layer.module}.{suffix}") for suffix in code.suffixes}
         whole = {suffix: tensor for suffix, tensor in stored.items() if tensor is not None}
         if not whole:
             return None
@@ -324,7 +330,7 @@ class Bundle:
             missing = next(suffix for suffix in stored if suffix not in whole)
             raise BundleError(f"{place}: has {next(iter(whole))} but no {missing}; copy the bundle again")
         try:
-            self.code.check(whole, *layer.matrix_shape)
+            code.check(whole, *layer.matrix_shape)
         except ValueError as error:
             raise BundleError(f"{place}: {error}; copy the bundle again") from None
         return whole

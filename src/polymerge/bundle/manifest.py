@@ -33,7 +33,8 @@ FORMAT = "polymerge-bundle"
 # in one, or that experts have other rows or tokens in their tables; version 5 in that residuals have ranks of their
 # own, are taken against the model under the experts' adapters, are one for two experts, or are those of embeddings and
 # heads, or that experts have processors of their own; version 6 in that of a table a few rows are an expert's, or that
-# two experts have a tensor alike; version 7 in that the base is stored in fewer bits.
+# two experts have a tensor alike; version 7 in that the base is stored in fewer bits, or a residual
+# of a bundle with a code as numbers.
 FormatVersion = Literal[1, 2, 3, 4, 5, 6, 7]
 # How linear layers of the base are stored, where not in the bundle's dtype (`polymerge.sources.packed`).
 BaseCode = Literal["int8"]
@@ -127,6 +128,7 @@ class BundleLayer(_Strict):
         rank: of the residuals, as the compress rate has it; 0 for a tensor that has none.
         ranks: expert -> rank of its residual, where that is another.
         rows: expert -> how many rows it keeps of a table, where these alone are stored.
+        numbers: experts whose residual is stored as numbers, which are nearer than the code's at its bytes.
         base: what the stored tensor is, of a linear weight: the experts' average, or the model under their adapters.
         borrowed: expert -> whose factors are its own too; without residuals, whose own tensor.
         mean_scale: s̄, the mean Frobenius norm of the experts' tensors, for what is stored against the base; None for
@@ -151,6 +153,7 @@ class BundleLayer(_Strict):
     ranks: dict[str, Annotated[int, Field(ge=0)]] = {}
     borrowed: dict[str, Borrowed] = {}
     rows: dict[str, Annotated[int, Field(gt=0)]] = {}
+    numbers: tuple[str, ...] = ()
 
     def lends_whole(self, expert: str) -> bool:
         """Whether the expert's own tensor is another's too."""
@@ -243,6 +246,7 @@ class Manifest(_Strict):
             "ranks": {},
             "borrowed": {},
             "rows": {},
+            "numbers": [],
         }
         data["layers"] = [{k: v for k, v in layer.items() if unsaid.get(k, ...) != v} for layer in data["layers"]]
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
@@ -265,9 +269,11 @@ class Manifest(_Strict):
         tables: Container[str] = (),
         ranks: Mapping[str, int] = MappingProxyType({}),
         rows: Mapping[str, int] = MappingProxyType({}),
+        numbers: Container[str] = (),
     ) -> Manifest:
         """With one more expert: its files, its ratios rho, what a user should hear of, the tensors of which it has
-        other rows, the ranks of its residuals that are not the layers', and how many rows it keeps of a table."""
+        other rows, the ranks of its residuals that are not the layers', how many rows it keeps of a table, and the
+        tensors whose residual it has as numbers."""
         experts = {**self.experts, name: record}
         layers = tuple(x.model_copy(update={"table": True}) if x.tensor in tables else x for x in self.layers)
         layers = tuple(
@@ -276,6 +282,9 @@ class Manifest(_Strict):
         )
         layers = tuple(
             x.model_copy(update={"rows": {**x.rows, name: rows[x.tensor]}}) if x.tensor in rows else x for x in layers
+        )
+        layers = tuple(
+            x.model_copy(update={"numbers": (*x.numbers, name)}) if x.tensor in numbers else x for x in layers
         )
         return self.model_copy(
             update={
@@ -336,7 +345,7 @@ class Manifest(_Strict):
             )
         for layer in self.layers:
             lenders = (lent.of for lent in layer.borrowed.values() if lent.of is not None)
-            named = (*layer.ranks, *layer.borrowed, *layer.rows, *lenders)
+            named = (*layer.ranks, *layer.borrowed, *layer.rows, *layer.numbers, *lenders)
             if stranger := next((expert for expert in named if expert not in self.experts), None):
                 raise ValueError(f"{layer.tensor!r} has a residual of {stranger!r}, which is no expert")
         return self
@@ -360,7 +369,8 @@ def _without(layer: BundleLayer, expert: str) -> BundleLayer:
         for name, lent in layer.borrowed.items()
         if name != expert
     }
-    return layer.model_copy(update={"ranks": ranks, "rows": rows, "borrowed": borrowed})
+    numbers = tuple(name for name in layer.numbers if name != expert)
+    return layer.model_copy(update={"ranks": ranks, "rows": rows, "numbers": numbers, "borrowed": borrowed})
 
 
 def stored_layers(layers: Iterable[BundleLayer]) -> dict[str, list[BundleLayer]]:
@@ -387,7 +397,7 @@ def version_of(
 ) -> FormatVersion:
     """The lowest format version that has all this."""
     experts = list(experts)
-    if base_code is not None:
+    if base_code is not None or any(layer.numbers for layer in layers):
         return 7
     if any(layer.rows or any(map(layer.lends_whole, layer.borrowed)) for layer in layers):
         return 6

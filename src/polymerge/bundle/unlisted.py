@@ -19,7 +19,7 @@ SHADOWS = ("model.safetensors", SAFETENSORS_INDEX, "adapter_config.json")
 # Polymerge's own beside the manifest's, and what belongs to a repository. Names that begin with a dot, no reader loads.
 KNOWN = re.compile(
     rf"{re.escape(MANIFEST)}|{re.escape(STATS)}|staged\.json|README\.md|(LICENSE|NOTICE)[^/]*"
-    r"|router/(router|fit|assessment|evaluation)\.json|router/(weights|samples)-[0-9a-f]{16}\.(safetensors|jsonl)"
+    r"|router/(router|fit|assessment|evaluation)\.json|router/(weights|samples|held)-[0-9a-f]{16}\.(safetensors|jsonl)"
 )
 
 

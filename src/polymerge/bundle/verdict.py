@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..method.code import Code
+from ..method.codes import NEAREST
 from ..recipe.rates import AnyRates
 from .stats import module_kind
 
@@ -28,8 +29,8 @@ SAID: Mapping[Answer, str] = {
 AS_BEFORE, NEARLY = 0.9, 0.75
 # A kind of layer is short where it has lost at least so much of all that is lost.
 SHARE_OF_LOSS = 0.2
-# What gives most rank for the bytes without an entropy coder: so many times that of published factors.
-BEST, INT4_RANKS = "int4", 3.8
+# So many times the rank of published factors int4 has in their bytes.
+INT4_RANKS = 3.8
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,8 @@ def _more_rank(kept: float, code: Code, rate: AnyRates) -> str:
     times = (math.log(1.0 - AS_BEFORE) / math.log(1.0 - kept)) ** 2
     if code.peft_readable:
         if times <= INT4_RANKS:
-            return f"`code: {BEST}`"
-        return f"`code: {BEST}` with `compress_rate: {_rate(rate, times / INT4_RANKS)}`"
+            return f"`code: {NEAREST}`"
+        return f"`code: {NEAREST}` with `compress_rate: {_rate(rate, times / INT4_RANKS)}`"
     return f"`compress_rate: {_rate(rate, times)}`"
 
 

@@ -37,3 +37,15 @@ def print_evidence(evidence: Evidence) -> None:
         shown = [f"{field.scores[way]:.3f}" for way in ("direct", "v1", "v2", field.best)]
         table.add_row(name, str(field.rows), *shown, field.best)
     out.print(table)
+    if evidence.forms:
+        print_forms(evidence)
+
+
+def print_forms(evidence: Evidence) -> None:
+    """Answers of a form: one line a field, the share that has the form and the share that is right by way."""
+    ways = list(dict.fromkeys(way for scores in evidence.forms.values() for way in scores))
+    table = Table("field", "rows", *ways, title="answers that have their form / that are right")
+    for name, scores in evidence.forms.items():
+        shown = [f"{scores[way].valid:.0%} / {scores[way].right:.1%}" if way in scores else "-" for way in ways]
+        table.add_row(escape(name), str(max((score.rows for score in scores.values()), default=0)), *shown)
+    out.print(table)

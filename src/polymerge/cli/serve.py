@@ -59,6 +59,9 @@ def serve(
     base: Base = "16bit",
     kernel: Annotated[str, typer.Option(help="plain; or triton, experimental: factors stay coded.")] = "plain",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers to the log.")] = False,
+    feedback: Annotated[
+        Path | None, typer.Option(help="Keep the playground's thumbs, {prompt, expert, right}, in this JSONL file.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Log warnings only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when the server listens.")] = False,
 ) -> None:
@@ -86,5 +89,5 @@ def serve(
         thinker=thinker, model=model, key_env=key_env, policy=policy, vllm=vllm, vllm_url=vllm_url,
         vllm_python=vllm_python, vllm_arg=vllm_arg, engine=engine, gguf=gguf, llama_url=llama_url,
         probe=probe, device=device, base=base, kernel=kernel,
-        log_prompts=log_prompts, say=say, on_ready=ready,
+        log_prompts=log_prompts, feedback=feedback, say=say, on_ready=ready,
     )  # fmt: skip

@@ -20,6 +20,10 @@ def stages(
     max_new_tokens: Annotated[int, typer.Option(help="Of an answer in free text.")] = 64,
     chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Use the chat template, if there is one.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...; by default the GPU where there is one.")] = None,
+    votes: Annotated[
+        list[int] | None,
+        typer.Option("--votes", help="Also free against constrained answers, after so many thoughts; give it again."),
+    ] = None,
     save: Annotated[bool, typer.Option("--save/--no-save", help="Note it in the bundle, for the policy auto.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
@@ -34,8 +38,8 @@ def stages(
     say = None if quiet else lambda field, way, rows: err.print(f"{field}: {way}, {rows} rows", soft_wrap=True)
     evidence = validate_stages(
         bundle, read_pairs(data, "FIELD=FILE"), recipe=recipe, thinker=thinker, model=model, key_env=key_env,
-        thought_tokens=thought_tokens, limit=limit, max_new_tokens=max_new_tokens, chat=chat, device=device, save=save,
-        progress=say,
+        thought_tokens=thought_tokens, limit=limit, max_new_tokens=max_new_tokens, chat=chat, device=device,
+        votes=votes, save=save, progress=say,
     )  # fmt: skip
     if as_json:
         print_json(evidence.model_dump(mode="json"))

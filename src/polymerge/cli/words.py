@@ -27,11 +27,13 @@ Method = Annotated[
 CompressRate = Annotated[
     float | None, typer.Option(help="Share of a residual's parameters to drop, over the recipe's; 0.95 is published.")
 ]
-Code = Annotated[str | None, typer.Option(help="Of the residuals: factors, int8, int4, entropy, over the recipe's.")]
+Code = Annotated[
+    str | None, typer.Option(help="Of residuals: auto, factors, int8, int4 or entropy, over the recipe's.")
+]
 Scale = Annotated[str | None, typer.Option(help="per_expert or shared, over the recipe's.")]
 DType = Annotated[str | None, typer.Option(help="Of the bundle: float32, bfloat16 or float16, over the recipe's.")]
-Embeddings = Annotated[str | None, typer.Option(help="keep, average or compress, over the recipe's.")]
-LmHead = Annotated[str | None, typer.Option(help="keep, average or compress, over the recipe's.")]
+Embeddings = Annotated[str | None, typer.Option(help="auto, keep, average or compress, over the recipe's.")]
+LmHead = Annotated[str | None, typer.Option(help="auto, keep, average or compress, over the recipe's.")]
 EmbeddingRate = Annotated[
     float | None, typer.Option(help="Compress rate of embeddings and heads with compress, over the recipe's.")
 ]

@@ -81,8 +81,12 @@ class AnsweredRow(PromptRow):
     def _is_a_choice(self) -> AnsweredRow:
         if self.choices is not None and self.answer not in self.choices:
             raise ValueError("the answer is not one of the choices")
-        if self.choices is not None and not all(self.choices):
+        if self.choices is not None and not all(choice.strip() for choice in self.choices):
             raise ValueError("a choice is empty")
+        if self.choices is not None and len(set(self.choices)) < len(self.choices):
+            raise ValueError("two choices are the same")
+        if not self.answer.strip():
+            raise ValueError("the answer is empty")
         return self
 
 

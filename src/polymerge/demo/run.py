@@ -39,7 +39,7 @@ class DemoSettings:
     Attributes:
         data: a folder with NAME/train.jsonl and NAME/test.jsonl; None generates the demo's own skills.
         skills: which of them; None is all.
-        embeddings: of the merge. `average`, because a kept embedding a skill would be most of the bundle.
+        embeddings: of the merge.
     """
 
     output: Path
@@ -48,7 +48,7 @@ class DemoSettings:
     train: TrainSettings = field(default_factory=TrainSettings)
     test_examples: int = 64
     compress_rate: float = 0.95
-    embeddings: str = "average"
+    embeddings: str = "auto"
     overwrite: bool = False
 
 

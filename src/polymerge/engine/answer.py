@@ -121,7 +121,7 @@ class Answer:
             self.fail(ModelError(f"{asked.name if asked else 'structure'}: this form cannot be held to its end"))
             return
         if score is not None:
-            self._scores.append((self._text.read, score))
+            self._scores.append((self._text.read, replace(score, start=self._text.read)))
         if token in self.ends:
             self._end(self._text.finish(), "stop")
             return

@@ -118,6 +118,21 @@ class Grammars:
         return self._tokenizers[key][0]
 
 
+def has_form(structure: Structure, text: str) -> bool:
+    """Whether a text is wholly of a form. Raises as `Grammars.matcher`."""
+    with needs_extra("structured"):
+        from llguidance import LLMatcher, LLTokenizer
+    tokenizer = LLTokenizer("byte")
+    try:
+        matcher = LLMatcher(tokenizer, _grammar(structure, None), log_level=0)
+    except ValueError as error:
+        raise _refused(structure, str(error)) from None
+    if matcher.is_error():
+        raise _refused(structure, matcher.get_error())
+    tokens = tokenizer.tokenize_str(text)
+    return matcher.try_consume_tokens(tokens) == len(tokens) and bool(matcher.is_accepting())
+
+
 def _grammar(structure: Structure, tokenizer: Any) -> str:
     """In llguidance's own form. Raises ValueError."""
     from llguidance import LLMatcher

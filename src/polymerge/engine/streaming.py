@@ -45,11 +45,16 @@ class TokenScore:
     Attributes:
         text: the token alone; it may be a part of a character.
         top: the likeliest tokens at this place, the likeliest first: (text, log-probability).
+        top_ids: their numbers, where they are known: several tokens may have one text (parts of characters).
+        start: where its text begins in the answer's, or a prompt's token's in the prompt's, in characters; None where
+            that is not known.
     """
 
     text: str
     logprob: float | None
     top: tuple[tuple[str, float], ...] = ()
+    top_ids: tuple[int, ...] = ()
+    start: int | None = None
 
 
 @dataclass(frozen=True)

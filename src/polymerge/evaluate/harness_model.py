@@ -23,6 +23,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from ..engine.base import Engine, GenerateRequest, ScoreRequest
 from ..errors import ModelError
 from .modes import Choose, Question, average, chooser
+from .questions import check_choices
 
 if TYPE_CHECKING:
     from ..model.assignment import RowExpert
@@ -136,7 +137,9 @@ class PolymergeLM(LM):  # type: ignore[misc]  # the harness has no types
         return text
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log p(continuation | context) in nats, is it the greedy answer?) for every request."""
+        """(log p(continuation | context) in nats, is it the greedy answer?) for every request. Raises DataError as
+        `check_choices` does."""
+        check_choices(requests)
         experts = self._experts_of(requests)
         asked = []
         for request, expert in zip(requests, experts, strict=True):

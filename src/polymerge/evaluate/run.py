@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine.base import Engine
-from ..errors import MissingExtraError, ModelError, PolymergeError, RecipeError, install_line
+from ..errors import DataError, MissingExtraError, ModelError, PolymergeError, RecipeError, install_line
 from ..version import __version__
 from .modes import Choose
 
@@ -176,6 +176,10 @@ def _harness_errors() -> Iterator[None]:
         raise
     except (ConnectionError, FileNotFoundError) as error:
         raise RecipeError(f"a task's data cannot be loaded: {_one_line(error)}") from None
+    except (IndexError, ZeroDivisionError) as error:
+        log.debug("the harness's own error", exc_info=True)
+        hint = "has each its choices, and its answer among them?"
+        raise DataError(f"a task's questions cannot be judged ({_one_line(error)}); {hint}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         log.debug("the harness's own error", exc_info=True)
         raise ModelError(f"lm-evaluation-harness: {type(error).__name__}: {_one_line(error)}") from None

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from ..bundle.bundle import Bundle
 from ..bundle.stats import relative_error
-from ..method.codes import PLAIN, code_of
-from .plan import MergePlan
+from ..method.codes import PLAIN
+from .plan import MergePlan, replanned
 from .treatment import TensorTask, task_of
 
 CHOICES = ("keep", "compress", "average")
@@ -35,14 +35,15 @@ def bytes_of_choices(plan: MergePlan) -> dict[str, int]:
 
 
 def bytes_of_codes(plan: MergePlan) -> dict[str, int]:
-    """What all experts together have of residuals in each code that needs no extra, and in the plan's own; nothing
-    where none has any."""
-    named = dict.fromkeys((*PLAIN, plan.recipe.code))
-    low_rank = [task for task in plan.tasks if task.treatment == "low_rank"]
+    """What all experts together have of residuals at the plan's rate, in each code that needs no extra and in its own;
+    nothing where none has any."""
     costs = {}
-    for name in named:
-        code = code_of(name, plan.dtype)
-        costs[name] = sum(t.expert_bytes(plan.dtype, code, expert) for t in low_rank for expert in plan.checkpoints)
+    for name in dict.fromkeys((*PLAIN, plan.recipe.code)):
+        other = replanned(plan, code=name)
+        low_rank = [task for task in other.tasks if task.treatment == "low_rank"]
+        costs[name] = sum(
+            task.expert_bytes(plan.dtype, other.code, expert) for task in low_rank for expert in plan.checkpoints
+        )
     return costs if any(costs.values()) else {}
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..method.code import Code
 from ..method.dense import residual_of, unsaid
+from ..method.nearest import nearest
 from ..method.rsvd import numerical_rank, sketch_seed
 from .measure import Loss, frobenius_norm, loss_of, stats_line
 from .outcome import TensorReport, twin_of
@@ -193,12 +194,13 @@ def compress_residual(
         rank = numerical_rank(torch.linalg.vector_norm(a, dim=1), norm, task.matrix_shape)
     if rank:
         b, a = b[:, :rank], a[:rank]
-        coded = settings.code.encode(b, a)
+        room = settings.code.bytes(*task.matrix_shape, task.rank)
+        code, coded = nearest(settings.code, settings.dtype, b, a, room)
         for suffix, part in coded.items():
             check_stored(part, task.name, f"the residual of expert {expert!r}")
             emit(expert, adapter_key(task, suffix), part)
-        b, a = settings.code.decode(coded, *matrix.shape)
-        error = frobenius_norm(unsaid(matrix, b, a))
+        b, a = code.decode(coded, *matrix.shape)
+        rank, error = len(a), frobenius_norm(unsaid(matrix, b, a))
         made = Lent(expert, b, a, ratio, error)
     return loss_of(rank, norm, residual_norm, error), made
 

@@ -24,6 +24,7 @@ from ..bundle.write import write_manifest, write_stats
 from ..errors import BundleError, DiskSpaceError, RecipeError
 from ..host import DTYPES
 from ..method.dense import residual_of, unsaid
+from ..method.nearest import nearest
 from ..naming import check_expert_name
 from ..recipe.merge import Source
 from ..sources.checkpoint import Checkpoint
@@ -48,7 +49,7 @@ from .outcome import TensorReport
 from .personas import store_persona
 from .precision import check_not_rounded, with_dtypes
 from .reading import Read, check_copy, checked_digest, reader_of
-from .records import expert_record, kept_rows, own_rows_of, ranks_of, ratios_of, scales_of
+from .records import expert_record, kept_rows, numbers_in, own_rows_of, ranks_of, ratios_of, scales_of
 from .tables import Emit
 from .treatment import TensorTask, check_settings, expert_of, frame_of_bundle, table_rows_in, tasks_for
 from .vocabulary import added_tables, numbers_of
@@ -147,8 +148,9 @@ def add_expert(
             pairs = zip(tasks, notes, strict=True)
             few = {task.name: kept[name] for task, note in pairs if name in (kept := kept_rows(note))}
             manifest = bundle.manifest.with_expert(
-                name, record, files=files, ratios=ratios, tables=tables_there, ranks=ranks, rows=few
-            )
+                name, record, files=files, ratios=ratios, tables=tables_there, ranks=ranks, rows=few,
+                numbers=numbers_in(name, tasks, notes, settings.code),
+            )  # fmt: skip
             write_manifest(path, manifest.checked().to_json())
         return replace(_assess(Bundle.open(path), name, checkpoint, tasks, settings, notes), note=unread)
 
@@ -302,5 +304,7 @@ def _fresh_error(bundle: Bundle, name: str, checkpoint: Checkpoint, task: Tensor
             average += dense / dense.norm()
     residual = residual_of(weight.clone(), average, norm / len(bundle.experts))
     matrix = residual.T if task.record.transposed else residual
-    coded = settings.code.encode(*settings.factorise(matrix, task.rank, settings.seed))
-    return float(unsaid(matrix, *settings.code.decode(coded, *matrix.shape)).norm()) / norm
+    room = settings.code.bytes(*task.matrix_shape, task.rank)
+    b, a = settings.factorise(matrix, task.rank, settings.seed)
+    code, coded = nearest(settings.code, settings.dtype, b, a, room)
+    return float(unsaid(matrix, *code.decode(coded, *matrix.shape)).norm()) / norm

@@ -39,7 +39,7 @@ def discard_unlisted(bundle: Bundle) -> None:
 def _keys(bundle: Bundle, layer: BundleLayer, heir: str) -> list[str]:
     """Of what is stored for an heir in the other's file, without PEFT's prefix."""
     if not layer.lends_whole(heir):
-        return [f"{layer.module}.{suffix}" for suffix in bundle.code.suffixes]
+        return [f"{layer.module}.{suffix}" for suffix in bundle.code_of(heir, layer).suffixes]
     key = f"{layer.module}.{layer.parameter}"
     return [key, key + ROW_NUMBERS] if heir in layer.rows else [key]
 

@@ -15,6 +15,7 @@ from ..bundle.kept import ROW_NUMBERS
 from ..bundle.peft import BIASED_PAIR, PEFT_PREFIX
 from ..bundle.write import shards_of
 from ..method.code import Code
+from ..method.nearest import NUMBERS
 from .plan import MergePlan
 from .treatment import TensorTask
 
@@ -80,4 +81,4 @@ def _keys_of(task: TensorTask, expert: str, code: Code, biases: bool) -> Iterato
             yield f"{record.module}.{record.parameter}{ROW_NUMBERS}"
     if task.against_base:
         pair = BIASED_PAIR if biases else ()
-        yield from (f"{record.module}.{suffix}" for suffix in dict.fromkeys((*code.suffixes, *pair)))
+        yield from (f"{record.module}.{suffix}" for suffix in dict.fromkeys((*code.suffixes, *NUMBERS, *pair)))

@@ -19,6 +19,7 @@ from ..host import dtype_name
 from ..method.code import Code
 from ..method.codes import code_of
 from ..model.quantised import base_of
+from ..recipe.automatic import settled
 from ..recipe.merge import Recipe, RecipeLike, RecipeSettings, load_recipe
 from ..recipe.rates import misfit
 from ..sources.axes import axes_of, shapes_of
@@ -26,7 +27,7 @@ from ..sources.checkpoint import Checkpoint, architecture_of
 from ..sources.layers import LayerMap
 from ..sources.opening import open_checkpoint
 from ..sources.outline import OutlineCheckpoint, outline
-from .foundation import plain_adapters, with_adapters
+from .foundation import over_adapters, plain_adapters, with_adapters
 from .personas import Personas, personas_of
 from .precision import bundle_dtype, with_dtypes
 from .treatment import (
@@ -35,6 +36,7 @@ from .treatment import (
     check_settings,
     expert_of,
     frame_of,
+    sources_in,
     task_of,
     tasks_for,
     with_differences,
@@ -48,6 +50,7 @@ class MergePlan:
     """A checked merge. Sizes in bytes; `keep` tensors count as if no two experts shared one.
 
     Attributes:
+        recipe: with what its `auto`s stand for.
         tables: the rows of experts whose vocabularies differ; None where all have one.
         alignments: expert -> how it was aligned, once it was (`polymerge.merging.align`).
         base: how answering will hold the average in memory.
@@ -190,12 +193,15 @@ def plan_merge(
     notes += personas.notes
     untied = next((expert for expert in experts if not expert.layer_map.tied), None)
     reference = untied or first
+    widest = max(experts, key=lambda expert: expert.table_rows)
+    frame = frame_of(reference, widest)
+    adapters = over_adapters(sources_in(frame, experts).values(), checkpoints, recipe)
+    recipe = settled(recipe, adapters=adapters)
     sizes = {expert.name: expert.table_rows for expert in experts}
     averaged, trust = {recipe.embeddings, recipe.lm_head} != {"keep"}, recipe.trust_remote_code
     tables, unread = merged_tables(personas, sizes, averaged=averaged, trust_remote_code=trust)
     notes += [*_vocabulary_notes(first.name, tables), *([unread] if unread else [])]
-    widest = max(experts, key=lambda expert: expert.table_rows)
-    tasks = tasks_for(frame_of(reference, widest), experts, recipe, tables)
+    tasks = tasks_for(frame, experts, recipe, tables)
     _check_rates(recipe, tasks)
     dtype = bundle_dtype(recipe, checkpoints, tasks)
     tasks = with_dtypes(with_adapters(tasks, checkpoints, recipe), checkpoints, dtype)

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..bundle.bundle import Bundle
 from ..bundle.stored import dense_state
 from ..errors import PolymergeError, SourceError
+from ..method.codes import PUBLISHED
 from ..model.loading import load_model
 from ..model.mixed import MixedModel
 from ..sources.checkpoint import Checkpoint
@@ -122,7 +123,8 @@ def _wants_more(model: Any) -> str:
 def _proved(settings: str, merge: Merge, exact: bool, tables: tuple[str, ...]) -> str:
     """How the rows of a small model are run, after it was tried."""
     with _kept(), tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        recipe = {"compress_rate": 0.0 if exact else 0.5, "embedding_rate": 0.5, **dict.fromkeys(tables, "compress")}
+        rates = {"compress_rate": 0.0 if exact else 0.5, "embedding_rate": 0.5}
+        recipe = {"code": PUBLISHED, **rates, **dict.fromkeys(tables, "compress")}
         return _tried(json.loads(settings), Path(folder), merge, recipe)
 
 

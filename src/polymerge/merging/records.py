@@ -12,6 +12,8 @@ from dataclasses import asdict
 from ..bundle.kept import ROW_NUMBERS
 from ..bundle.manifest import Borrowed, BundleLayer, ExpertRecord
 from ..host import dtype_name
+from ..method.code import Code
+from ..method.nearest import NUMBERS
 from ..sources.checkpoint import Checkpoint
 from ..sources.persona import Group
 from .journal import Note
@@ -20,8 +22,8 @@ from .treatment import TensorTask
 from .vocabulary import Ranges
 
 
-def bundle_layer(task: TensorTask, note: Note) -> BundleLayer:
-    """The manifest's line for a finished tensor."""
+def bundle_layer(task: TensorTask, note: Note, code: Code) -> BundleLayer:
+    """The manifest's line for a finished tensor of a bundle with this code."""
     record = task.record
     return BundleLayer(
         tensor=record.tensor,
@@ -38,6 +40,7 @@ def bundle_layer(task: TensorTask, note: Note) -> BundleLayer:
         ranks=other_ranks(task, note),
         borrowed={expert: Borrowed(of=lender, times=times) for expert, (lender, times) in note.borrowed.items()},
         rows=kept_rows(note),
+        numbers=as_numbers(note, code),
     )
 
 
@@ -45,6 +48,21 @@ def kept_rows(note: Note) -> dict[str, int]:
     """Expert -> how many rows it keeps of a table, where these alone are stored; also of one that has another's."""
     rows = {p.owner: p.shape[0] for p in note.pieces if p.owner and p.key.endswith(ROW_NUMBERS)}
     return rows | {expert: rows[lender] for expert, (lender, _) in note.borrowed.items() if lender in rows}
+
+
+def as_numbers(note: Note, code: Code) -> tuple[str, ...]:
+    """Experts whose residual is stored as numbers because these are nearer than the code's; also those that have
+    another's."""
+    if code.peft_readable:
+        return ()
+    few = {piece.owner for piece in note.pieces if piece.owner and piece.key.endswith(NUMBERS[0])}
+    few |= {expert for expert, (lender, _) in note.borrowed.items() if lender in few}
+    return tuple(sorted(few))
+
+
+def numbers_in(expert: str, tasks: Sequence[TensorTask], notes: Sequence[Note], code: Code) -> set[str]:
+    """Tensors of which an expert's residual is stored as numbers in a bundle with this code."""
+    return {task.name for task, note in zip(tasks, notes, strict=True) if expert in as_numbers(note, code)}
 
 
 def other_ranks(task: TensorTask, note: Note) -> dict[str, int]:

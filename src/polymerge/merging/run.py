@@ -175,7 +175,7 @@ def _work(task: TensorTask) -> int:
 
 def _finish(plan: MergePlan, staging: Staging, layout: Layout) -> None:
     folder, notes = staging.bundle, staging.notes
-    layers = tuple(bundle_layer(task, note) for task, note in zip(plan.tasks, notes, strict=True))
+    layers = tuple(bundle_layer(task, note, plan.code) for task, note in zip(plan.tasks, notes, strict=True))
     dtype, code = dtype_name(plan.dtype), plan.recipe.trust_remote_code
     size = plan.tables.size if plan.tables else None
     config = bundle_config(plan.first.config, dtype=dtype, tied=plan.tied, code=code, vocabulary=size)

@@ -281,6 +281,12 @@ def names_in(frame: Frame, expert: Expert) -> dict[str, str]:
     return names
 
 
+def sources_in(frame: Frame, experts: Sequence[Expert]) -> dict[str, dict[str, str]]:
+    """The bundle's name of every tensor -> expert -> its name in that one's checkpoint. Raises as `names_in`."""
+    names = {expert.name: names_in(frame, expert) for expert in experts}
+    return {tensor: {expert: names[expert][tensor] for expert in names} for tensor in frame.slots}
+
+
 def tasks_for(
     frame: Frame, experts: Sequence[Expert], settings: Settings, tables: Tables | None = None
 ) -> tuple[TensorTask, ...]:
@@ -289,10 +295,9 @@ def tasks_for(
     Args:
         tables: the rows of experts whose vocabularies differ.
     """
-    names = {expert.name: names_in(frame, expert) for expert in experts}
     tasks = []
-    for tensor, slot in frame.slots.items():
-        sources = {expert.name: names[expert.name][tensor] for expert in experts}
+    for tensor, sources in sources_in(frame, experts).items():
+        slot = frame.slots[tensor]
         # A manifest does not say which tensors the model does not know, or computes with in float32; checkpoints do.
         records = [expert.layer_map.records[sources[expert.name]] for expert in experts]
         known, wide = all(record.known for record in records), any(record.float32 for record in records)
@@ -313,6 +318,7 @@ def treatment_of(record: LayerRecord, shape: tuple[int, ...], settings: Settings
         return "copy", 0
     if record.role != "linear":
         chosen = {"embedding": settings.embeddings, "lm_head": settings.lm_head}.get(record.role, settings.norms)
+        assert chosen != "auto", "a plan settles the recipe (polymerge.recipe.automatic)"
         return _compressed_table(record, shape, settings) if chosen == "compress" else (chosen, 0)
     rows, columns = shape
     rate = rate_of(settings.compress_rate, record.module, record.tensor)

@@ -23,8 +23,10 @@ CODES = {
 }
 # Those that need no extra: what a search tries unless it is told which.
 PLAIN = ("factors", "int8", "int4")
-# The published code, and a recipe's default.
+# The published code.
 PUBLISHED = "factors"
+# What is nearest to a fine-tune at its bytes without an entropy coder (docs/codes.md).
+NEAREST = "int4"
 
 
 def known_code(name: str) -> str:

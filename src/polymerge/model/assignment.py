@@ -68,6 +68,10 @@ class Assignment:
             raise ModelError(f"experts: got {len(per_row)} entries for a batch of {rows} rows")
         self._take([self._row(entry) for entry in per_row])
 
+    def check(self, entry: RowExpert) -> None:
+        """Raises ModelError as `set` does, and changes nothing."""
+        self._row(entry)
+
     @contextmanager
     def narrowed(self, weights: tuple[float, ...]) -> Iterator[None]:
         """Inside, all rows have these weights, the average's last: for a layer that is run once for every group."""

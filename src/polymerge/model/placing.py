@@ -435,7 +435,8 @@ class Placer:
 
 class CodedPlacer(Placer):
     """Leaves the factors of linear layers as they are stored. Those inside fused blocks, of layers that are used
-    otherwise, and of which a row has more than one expert's own, are decoded all the same."""
+    otherwise, of which a row has more than one expert's own, or an expert's are stored as numbers, are decoded all the
+    same."""
 
     def _read(self, expert: str) -> dict[str, Tensor]:
         self.suffixes = self.bundle.code.suffixes
@@ -444,6 +445,7 @@ class CodedPlacer(Placer):
             for module in self.linear.keys() & self.modules.keys()
             if f"{module}.weight" not in self.orders
             and self._shares(self.linear[module]) is None
+            and not self.linear[module].numbers
             and self._is_linear(module)
         }
         return self.bundle.adapter(expert, coded=kept, apart=True)
@@ -455,7 +457,7 @@ class CodedPlacer(Placer):
     def _linear(
         self, layer: BundleLayer, base: Tensor | nn.Module, bias: Tensor | None, biases: Values
     ) -> ExpertLinear:
-        if f"{layer.module}.weight" in self.orders or self._shares(layer) is not None:
+        if f"{layer.module}.weight" in self.orders or layer.numbers or self._shares(layer) is not None:
             return super()._linear(layer, base, bias, biases)
         from .triton.linear import CodedLinear
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias, TypedDict, TypeVar, Unpack
 
@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from ..errors import RecipeError, on_one_line
-from ..method.codes import PUBLISHED, known_code
+from ..method.codes import known_code
 from ..naming import check_expert_names
 from .published import PUBLISHED_METHOD, spelled_out
 from .rates import PUBLISHED_RATE, NamedRates, Rates
@@ -36,12 +36,16 @@ from .response import StageSettings, ThinkerSettings
 KeepOrAverage = Literal["keep", "average"]
 # What may become of embeddings and heads.
 Table = Literal["keep", "average", "compress"]
+# What the experts call for (`polymerge.recipe.automatic`).
+AUTO = "auto"
+ChosenTable = Literal["auto", "keep", "average", "compress"]
 # Of their 16-bit bytes an expert's own take a twentieth: the least that loses little (docs/codes.md).
 EMBEDDING_RATE = 0.95
 # What the stored base of a linear layer is: the model under all its experts' adapters, or the experts' average.
 BaseKind = Literal["adapters", "average"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 CodeName = Annotated[str, AfterValidator(known_code)]
+ChosenCode = Annotated[str, AfterValidator(lambda name: name if name == AUTO else known_code(name))]
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 # A key's path in a YAML file -> its line.
 Lines = dict[tuple[str, ...], int]
@@ -93,11 +97,13 @@ class Recipe(BaseModel):
             list of one a layer; or a mapping of patterns of names to numbers, with `default` for the rest.
         code: how residuals are stored: `factors` (published) in the bundle's dtype, or `int8` and `int4`, whole numbers
             with scales at a larger rank, in at most the bytes of 16-bit factors; or `entropy`, at a still larger one.
+            `auto` is `int4`; for adapters over one model, and at a rate of 0 or 1, `factors`.
         scale: `per_expert` (published: each expert keeps its own norm per tensor) or `shared` (the norms are
             folded into the residuals, so that a plain PEFT loader is exact).
         embeddings, lm_head, norms: `keep` each expert's own tensor or `average` them into one. `norms`
             covers every tensor that is neither an embedding, the lm_head nor a linear weight (biases too). Embeddings
-            and the head may be stored as linear weights are, too: `compress`, which is not published.
+            and the head may be stored as linear weights are, too: `compress`, which is not published. `auto` is `keep`
+            with a code that PEFT reads, and `compress` with the others.
         embedding_rate: the compress rate of embeddings and heads with `compress`: one number, or a mapping of patterns
             of names to numbers.
         adapters: how experts are stored that are LoRA adapters over one model: `exact`, as that very model and the own
@@ -121,10 +127,10 @@ class Recipe(BaseModel):
     experts: dict[str, WrittenSource]
     method: Literal["published"] | None = None
     compress_rate: Rates = PUBLISHED_RATE
-    code: CodeName = PUBLISHED
+    code: ChosenCode = AUTO
     scale: Literal["per_expert", "shared"] = "per_expert"
-    embeddings: Table = "keep"
-    lm_head: Table = "keep"
+    embeddings: ChosenTable = "auto"
+    lm_head: ChosenTable = "auto"
     embedding_rate: NamedRates = EMBEDDING_RATE
     norms: KeepOrAverage = "keep"
     adapters: Literal["exact", "average"] = "exact"
@@ -218,6 +224,14 @@ def load_recipe(source: RecipeLike, **settings: Unpack[RecipeSettings]) -> Recip
     if not changed:
         return recipe
     return validated(Recipe, recipe.model_dump() | changed, where="recipe", lines={}).like(recipe)
+
+
+def read_codes(names: Iterable[str]) -> tuple[CodeName, ...]:
+    """Codes that somebody named, each once. Raises RecipeError for one that does not exist."""
+    try:
+        return tuple(dict.fromkeys(map(known_code, names)))
+    except ValueError as error:
+        raise RecipeError(f"codes: {error}") from None
 
 
 def _loaded(source: RecipeLike) -> Recipe:

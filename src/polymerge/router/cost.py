@@ -11,8 +11,9 @@ from collections.abc import Mapping
 
 from .table import Table
 
-# Without a table: a stranger that an expert answers costs a quarter of a known request that does not meet its expert.
-USUAL = 0.2
+# Without a table: a stranger that an expert answers costs about half of a known request that does not
+# meet its expert; chosen where known requests and strangers are both met (docs/log-router.md).
+USUAL = 0.35
 MOST = 2.0  # how much dearer or cheaper than usual a table makes a mistake, at most
 
 

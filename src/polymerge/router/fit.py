@@ -29,7 +29,6 @@ from .calibrate import (
     threshold_for_accuracy,
     threshold_for_coverage,
 )
-from .classify import fit_classifier
 from .cost import USUAL, thresholds
 from .embed import Embedder
 from .gate import fit_gate
@@ -37,9 +36,8 @@ from .head import Head, fit_head
 from .outside import fit_outside
 from .record import RouterRecord
 from .router import Router
-from .samples import Sample, check_training, repeated
+from .samples import OUTSIDE, Sample, check_training, repeated
 from .settings import FitSettings
-from .space import fit_space
 from .table import MIXTURE, Table, check_expert, experts_of_fields
 from .unseen import Labelled, at_random
 
@@ -64,6 +62,7 @@ def fit_samples(
     training: Sequence[Sample],
     validation: Sequence[Sample] = (),
     *,
+    strangers: Sequence[str] = (),
     settings: FitSettings | None = None,
     table: Table | None = None,
     experts: Mapping[str, str] | None = None,
@@ -75,6 +74,7 @@ def fit_samples(
     Args:
         engine: embeds: the bundle's, or another model's if `model` names its source.
         validation: samples for calibration and thresholds; without them, the training samples are cross-validated.
+        strangers: texts that belong to no field, beside the background's.
         table: the assessment table, field -> {expert: accuracy}.
         experts: field -> expert, before the table.
         progress: called with the number of texts embedded and of all.
@@ -93,7 +93,7 @@ def fit_samples(
     seen = repeated(training, validation)
     validation = [sample for sample in validation if sample not in seen]
     embedder = Embedder(engine, settings.embed)
-    train, held, others = _embedded(embedder, training, validation, fields, progress)
+    train, held, others = _embedded(embedder, training, validation, strangers, fields, progress)
     calibrated = calibrate(train, held if len(held.labels) else None, others, settings)
     record = RouterRecord(
         polymerge_version=__version__,
@@ -114,25 +114,28 @@ def fit_samples(
         "samples": {name: int((train.labels == n).sum()) for n, name in enumerate(fields)},
         "repeated": len(seen),
         "measured_on": "validation" if len(held.labels) else "cross-validation",
-        "learning_curve": learning_curve(train, held, settings) if len(held.labels) else [],
+        "learning_curve": learning_curve(train, held, others, settings) if len(held.labels) else [],
         **calibrated.report,
     }
-    return Fitted(Router(record, calibrated.head, training, engine), report)
+    kept = [*validation, *(Sample(text, OUTSIDE) for text in strangers)]
+    return Fitted(Router(record, calibrated.head, training, engine, kept), report)
 
 
 def _embedded(
     embedder: Embedder,
     training: Sequence[Sample],
     validation: Sequence[Sample],
+    strangers: Sequence[str],
     fields: Sequence[str],
     progress: Progress | None,
 ) -> tuple[Labelled, Labelled, Labelled]:
-    """Training and validation samples by their fields, and the background by its topics."""
+    """Training and validation samples by their fields, and the background by its topics; strangers have none (-1)."""
     topics = list(dict.fromkeys(sample.field for sample in background()))
-    samples = [*training, *validation, *background()]
-    vectors = embed_all(embedder, [sample.text for sample in samples], progress)
+    texts = [*(sample.text for sample in [*training, *validation, *background()]), *strangers]
+    vectors = embed_all(embedder, texts, progress)
     labels = np.array([fields.index(s.field) for s in (*training, *validation)], dtype=np.int64)
-    others = np.array([topics.index(sample.field) for sample in background()], dtype=np.int64)
+    numbers = [*(topics.index(sample.field) for sample in background()), *([-1] * len(strangers))]
+    others = np.array(numbers, dtype=np.int64)
     count = len(training)
     return (
         Labelled(vectors[:count], labels[:count]),
@@ -166,16 +169,16 @@ def calibrate(train: Labelled, held: Labelled | None, others: Labelled, settings
     Args:
         others: the background, by topic.
     """
-    logits, labels = _unseen_logits(train, held, settings)
+    logits, labels = _unseen_logits(train, held, others, settings)
     temperature = fit_temperature(logits, labels)
-    head = fit_head(settings.classifier, train.vectors, train.labels)
+    head = fit_head(settings.classifier, train.vectors, train.labels, others.vectors)
     gate = fit_gate(head.space, train, held, others, settings.seed)
     head = replace(head, outside=gate.outside)
     probabilities = cross_fitted(logits, labels)
     right: Bools = probabilities.argmax(axis=1) == labels
     threshold = USUAL
     if settings.fixed:
-        confidence = probabilities.max(axis=1) * _unseen_known(head, train, held, settings)
+        confidence = probabilities.max(axis=1) * _unseen_known(head, train, held, others, settings)
         threshold = _threshold(confidence, right, settings)
     report = {
         "accuracy": float(right.mean()),
@@ -189,22 +192,26 @@ def calibrate(train: Labelled, held: Labelled | None, others: Labelled, settings
     return Calibrated(head, temperature, threshold, report)
 
 
-def _unseen_logits(train: Labelled, held: Labelled | None, settings: FitSettings) -> tuple[Floats, Ints]:
+def _unseen_logits(
+    train: Labelled, held: Labelled | None, others: Labelled, settings: FitSettings
+) -> tuple[Floats, Ints]:
     """Logits of samples that the head that gave them had not seen, and their labels."""
     logits, labels = [], []
     for fitting, measuring in at_random(train, held, settings.seed):
-        head = fit_head(settings.classifier, fitting.vectors, fitting.labels)
+        head = fit_head(settings.classifier, fitting.vectors, fitting.labels, others.vectors)
         logits.append(head.logits(measuring.vectors))
         labels.append(measuring.labels)
     return np.concatenate(logits), np.concatenate(labels)
 
 
-def _unseen_known(head: Head, train: Labelled, held: Labelled | None, settings: FitSettings) -> Floats:
+def _unseen_known(
+    head: Head, train: Labelled, held: Labelled | None, others: Labelled, settings: FitSettings
+) -> Floats:
     """Probabilities of being known for the samples of `_unseen_logits`, by gates that had not seen them."""
-    known = []
+    known, strangers = [], head.space(others.vectors)
     for fitting, measuring in at_random(train, held, settings.seed):
         vectors = head.space(fitting.vectors)
-        outside = fit_outside(vectors, fitting.labels, head.outside.background)
+        outside = fit_outside(vectors, fitting.labels, strangers)
         known.append(head.outside.known(outside.signs(head.space(measuring.vectors), vectors)))
     return np.concatenate(known)
 
@@ -216,7 +223,7 @@ def _threshold(confidence: Floats, right: Bools, settings: FitSettings) -> float
     return threshold_for_coverage(confidence, settings.coverage or 1.0)
 
 
-def learning_curve(train: Labelled, held: Labelled, settings: FitSettings) -> list[dict[str, float]]:
+def learning_curve(train: Labelled, held: Labelled, others: Labelled, settings: FitSettings) -> list[dict[str, float]]:
     """Accuracy on the held-out samples for growing numbers of training samples a field, over several draws."""
     smallest = int(np.bincount(train.labels).min())
     points = []
@@ -228,9 +235,8 @@ def learning_curve(train: Labelled, held: Labelled, settings: FitSettings) -> li
                 rng.choice(np.flatnonzero(train.labels == n), size, replace=False) for n in np.unique(train.labels)
             ]
             drawn = train.take(np.concatenate(numbers))
-            space = fit_space(drawn.vectors)
-            classifier = fit_classifier(settings.classifier, space(drawn.vectors), drawn.labels)
-            answers = classifier.logits(space(held.vectors)).argmax(axis=1)
+            head = fit_head(settings.classifier, drawn.vectors, drawn.labels, others.vectors)
+            answers = head.logits(held.vectors).argmax(axis=1)
             scores.append(float((answers == held.labels).mean()))
         points.append(
             {"samples": size, "accuracy": float(np.mean(scores)), "lowest": min(scores), "highest": max(scores)}

@@ -34,18 +34,20 @@ class Gate(NamedTuple):
 
 
 def fit_gate(space: Space, train: Labelled, held: Labelled | None, background: Labelled, seed: int) -> Gate:
-    """Fits a gate for vectors in this space, which is that of the training samples.
+    """Fits a gate for vectors in this space, the head's.
 
     Args:
-        background: raw vectors of strangers; its labels are topics, of which there are several.
+        background: raw vectors of strangers; its labels are topics, of which there are several. Those of no topic (-1)
+            are learned from in every turn, and no field can claim them.
     """
     turns = list(by_wording(train, held, seed))
     inside, outside, topics = [], [], []
     for turn, (fitting, measuring) in enumerate(turns):
-        away = background.labels % len(turns) == turn
-        near = fit_space(fitting.vectors)
+        away = (background.labels >= 0) & (background.labels % len(turns) == turn)
+        beside = background.vectors[~away]
+        near = fit_space(np.concatenate([fitting.vectors, beside]))
         vectors = near(fitting.vectors)
-        fitted = fit_outside(vectors, fitting.labels, near(background.vectors[~away]))
+        fitted = fit_outside(vectors, fitting.labels, near(beside))
         inside.append(fitted.signs(near(measuring.vectors), vectors))
         outside.append(fitted.signs(near(background.vectors[away]), vectors))
         topics.append(background.labels[away])

@@ -39,7 +39,7 @@ class Head:
         return self.outside.known(self.signs(raw))
 
     def signs(self, raw: FloatArray) -> Floats:
-        """[m, 3], the signs of being unlike all training samples."""
+        """[m, 2], the signs of being unlike all training samples."""
         return self.outside.signs(self.space(raw), self.vectors)
 
     def nearest(self, raw: FloatArray, count: int) -> tuple[Ints, Floats]:
@@ -57,28 +57,29 @@ class Head:
             "vectors": self.vectors,
             "outside.weights": outside.weights,
             "outside.bias": outside.bias,
-            "outside.background": outside.background,
             "outside.calibration": np.array([*outside.mix, outside.middle, outside.slope]),  # float64
             **{f"classifier.{name}": array for name, array in self.classifier.arrays.items()},
         }
 
     @classmethod
     def from_arrays(cls, kind: Kind, arrays: Arrays) -> Head:
-        """The head that `to_arrays` wrote, or wrote when there was no background yet: its gate had two signs, and
-        answers as it did. Raises KeyError where an array is missing."""
+        """The head that `to_arrays` wrote. Raises KeyError where an array is missing."""
         classifier = {
             name.removeprefix("classifier."): a for name, a in arrays.items() if name.startswith("classifier.")
         }
-        first, second, *third, middle, slope = map(float, arrays["outside.calibration"])
-        mix = (first, second, third[0] if third else 0.0)
-        background = arrays["outside.background"] if third else arrays["vectors"][:0]
-        outside = Outside(arrays["outside.weights"], arrays["outside.bias"], background, mix, middle, slope)
+        first, second, middle, slope = map(float, arrays["outside.calibration"])
+        outside = Outside(arrays["outside.weights"], arrays["outside.bias"], (first, second), middle, slope)
         return cls(Space(arrays["mean"], arrays["scale"]), Classifier(kind, classifier), arrays["vectors"], outside)
 
 
-def fit_head(kind: Kind, raw: FloatArray, labels: Ints) -> Head:
-    """Fits space and classifier to raw vectors [n, d] with the numbers of their fields [n]; there is no gate yet."""
-    space = fit_space(raw)
+def fit_head(kind: Kind, raw: FloatArray, labels: Ints, background: FloatArray) -> Head:
+    """Fits space and classifier to raw vectors [n, d] with the numbers of their fields [n]; there is no gate yet.
+
+    Args:
+        background: [b, d], of texts of many topics. The space is that of all texts: few samples of few fields say
+            little about what is common to all.
+    """
+    space = fit_space(np.concatenate([raw, background]))
     vectors = space(raw)
     nothing = np.zeros((1, vectors.shape[1]), np.float32)
-    return Head(space, fit_classifier(kind, vectors, labels), vectors, Outside(nothing, nothing[:, 0], vectors[:0]))
+    return Head(space, fit_classifier(kind, vectors, labels), vectors, Outside(nothing, nothing[:, 0]))

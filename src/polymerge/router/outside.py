@@ -1,9 +1,9 @@
 """How unlike all training samples a vector is, and how likely it is then that it belongs to any known field.
 
-Three signs are weighed against each other: that no field claims the vector (one logistic regression a field, against
-all other fields and the background's texts), that no training sample is near (Sun et al. 2022, arXiv 2204.06507), and
-that a text of the background is. Their weights are learned where the wording is new: clusters of every field and topics
-of the background are kept away from the fit in turn, and measured (docs/log-router.md).
+The sign is that no field claims the vector: one logistic regression a field, against all other fields and the texts of
+the background. What a sign means is learned where the wording is new (`polymerge.router.gate`). Routers of before there
+was a background have a second sign, the distance to the nearest training samples; beside a background it is no help
+(docs/log-router.md).
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import numpy as np
 from ..engine.base import FloatArray
 from .calibrate import Floats, Ints
 
-NEAREST = 5  # vectors whose distance counts
+NEAREST = 5  # training samples whose distance counts
 CLAIM_C = 10.0  # inverse strength of the L2 penalty of a claim
-WEIGHT_C = 1.0  # and of the signs' weights, each sign over its spread
 
 
 @dataclass(frozen=True)
@@ -26,42 +25,31 @@ class Outside:
 
     Attributes:
         weights, bias: [k, d] and [k], of the regressions.
-        background: [b, d], the background's vectors; none in routers of before there was one.
         mix: weights of the signs; with the slope 0 of a fresh one nothing is unknown.
     """
 
     weights: FloatArray
     bias: FloatArray
-    background: FloatArray
-    mix: tuple[float, float, float] = (1.0, 0.0, 0.0)
+    mix: tuple[float, float] = (1.0, 0.0)
     middle: float = 0.0
     slope: float = 0.0
 
     def signs(self, vectors: FloatArray, training: FloatArray) -> Floats:
-        """[n, 3] of vectors [n, d]: minus the highest claim, 1 - mean cosine of the nearest training vectors [m, d],
-        and the mean cosine of the nearest of the background, all of length 1."""
+        """[n, 2] of vectors [n, d]: minus the highest claim, and 1 - mean cosine of the nearest training vectors
+        [m, d], all of length 1."""
         wide = vectors.astype(np.float64)
         claims = wide @ self.weights.T.astype(np.float64) + self.bias
-        signs: Floats = np.stack(
-            [-claims.max(axis=1), 1 - _nearness(wide, training), _nearness(wide, self.background)], axis=1
-        )
+        cosines = wide @ training.T.astype(np.float64)
+        count = min(NEAREST, len(training))
+        nearest = np.partition(cosines, len(training) - count, axis=1)[:, -count:]
+        signs: Floats = np.stack([-claims.max(axis=1), 1 - nearest.mean(axis=1)], axis=1)
         return signs
 
     def known(self, signs: Floats) -> Floats:
-        """[n] probabilities that vectors with these signs [n, 3] belong to a field."""
+        """[n] probabilities that vectors with these signs [n, 2] belong to a field."""
         strangeness = signs @ np.asarray(self.mix)
         probabilities: Floats = 1 / (1 + np.exp(np.clip(self.slope * (strangeness - self.middle), -50, 50)))
         return probabilities
-
-
-def _nearness(vectors: Floats, others: FloatArray) -> Floats:
-    """[n], mean cosine of the nearest others; 0 where there are none."""
-    count = min(NEAREST, len(others))
-    if not count:
-        return np.zeros(len(vectors))
-    cosines = vectors @ others.T.astype(np.float64)
-    nearest: Floats = np.partition(cosines, len(others) - count, axis=1)[:, -count:].mean(axis=1)
-    return nearest
 
 
 def fit_outside(vectors: FloatArray, labels: Ints, background: FloatArray) -> Outside:
@@ -76,35 +64,19 @@ def fit_outside(vectors: FloatArray, labels: Ints, background: FloatArray) -> Ou
         if not own.all():
             fitted = LogisticRegression(C=CLAIM_C, max_iter=1000, class_weight="balanced").fit(everything, own)
             weights[row], bias[row] = fitted.coef_[0], fitted.intercept_[0]
-    return Outside(weights, bias, background)
+    return Outside(weights, bias)
 
 
 def calibrate_outside(outside: Outside, known: Floats, strange: Floats) -> Outside:
-    """The same with its signs weighed, by those of known samples [n, 3] and of strangers [m, 3].
+    """The same with its first sign calibrated, by the signs of known samples [n, 2] and of strangers [m, 2].
 
-    A logistic regression whose weights are never negative: a greater sign never makes a text more familiar. Known
-    samples and strangers have the same weight in all.
+    A logistic regression (Platt 1999) in which known samples and strangers have the same weight in all.
     """
-    from scipy.optimize import minimize
+    from sklearn.linear_model import LogisticRegression
 
-    signs = np.concatenate([known, strange])
-    spread = np.maximum(signs.std(axis=0), 1e-9)
-    centre = signs.mean(axis=0)
-    scaled = (signs - centre) / spread
-    target = np.repeat([0.0, 1.0], [len(known), len(strange)])
-    share = np.where(target > 0, 0.5 / max(len(strange), 1), 0.5 / max(len(known), 1)) * len(target)
-
-    def loss(x: Floats) -> tuple[float, Floats]:
-        score = scaled @ x[:3] + x[3]
-        miss = share * (1 / (1 + np.exp(-score)) - target)
-        value = (share * (np.logaddexp(0, score) - target * score)).sum() + (x[:3] ** 2).sum() / (2 * WEIGHT_C)
-        return float(value), np.append(miss @ scaled + x[:3] / WEIGHT_C, miss.sum())
-
-    fitted = minimize(loss, np.array([1.0, 0, 0, 0]), jac=True, bounds=[(0, None)] * 3 + [(None, None)]).x
-    mix = fitted[:3] / spread
-    slope = float(np.linalg.norm(mix))
-    if slope < 1e-9:  # no sign tells them apart
-        return replace(outside, slope=0.0)
-    first, second, third = map(float, mix / slope)
-    middle = float(centre @ mix - fitted[3]) / slope
-    return replace(outside, mix=(first, second, third), middle=middle, slope=slope)
+    values = np.concatenate([known, strange])[:, :1]
+    centre, width = float(values.mean()), max(float(values.std()), 1e-9)
+    labels = np.repeat([0, 1], [len(known), len(strange)])
+    fitted = LogisticRegression(C=1.0, class_weight="balanced").fit((values - centre) / width, labels)
+    slope = max(float(fitted.coef_[0, 0]), 1e-3)  # a text that no field claims is never the more familiar for it
+    return replace(outside, middle=centre - float(fitted.intercept_[0]) / slope * width, slope=slope / width)

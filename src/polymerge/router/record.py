@@ -1,8 +1,9 @@
 """What a fitted router keeps on disk, in the bundle's folder router/: settings in JSON, numbers in safetensors.
 
-    router.json              the settings, the bundle's digest, and the names of the two files below
+    router.json              the settings, the bundle's digest, and the names of the files below
     weights-HASH.safetensors the classifier, the calibration of distances and the training samples' vectors
     samples-HASH.jsonl       the training samples' texts and fields
+    held-HASH.jsonl          the validation samples, and texts that users' feedback made strangers ("none")
 
 Files are named by their content and router.json is written last, so a kill leaves the previous router whole. The
 bundle's manifest does not list the folder: fitting a router does not change the bundle.
@@ -38,7 +39,8 @@ ASSESSMENT = "assessment.json"
 # Names by content: of these and of no others is the folder cleared.
 WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
 SAMPLES = re.compile(r"samples-[0-9a-f]{16}\.jsonl")
-OWN = re.compile(f"{WEIGHTS.pattern}|{SAMPLES.pattern}|{SCRATCH.pattern}")
+HELD = re.compile(r"held-[0-9a-f]{16}\.jsonl")
+OWN = re.compile(f"{WEIGHTS.pattern}|{SAMPLES.pattern}|{HELD.pattern}|{SCRATCH.pattern}")
 
 
 class RouterRecord(BaseModel):
@@ -73,6 +75,7 @@ class RouterRecord(BaseModel):
     thresholds: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
     weights: Annotated[str, Field(pattern=rf"^({WEIGHTS.pattern})?$")] = ""
     samples: Annotated[str, Field(pattern=rf"^({SAMPLES.pattern})?$")] = ""
+    held: Annotated[str, Field(pattern=rf"^({HELD.pattern})?$")] = ""
 
     @field_validator("experts", "fallback")
     @classmethod
@@ -109,7 +112,11 @@ def has_router(bundle: Path) -> bool:
 
 
 def write_record(
-    folder: Path, record: RouterRecord, arrays: Mapping[str, FloatArray], samples: Sequence[Sample]
+    folder: Path,
+    record: RouterRecord,
+    arrays: Mapping[str, FloatArray],
+    samples: Sequence[Sample],
+    held: Sequence[Sample],
 ) -> RouterRecord:
     """Writes a router and removes the files of the one before it, or of one that was never whole.
 
@@ -117,10 +124,10 @@ def write_record(
     """
     folder.mkdir(exist_ok=True)
     weights = save(dict(arrays), metadata={"format": "np"})
-    texts = "".join(json.dumps({"prompt": s.text, "field": s.field}, ensure_ascii=False) + "\n" for s in samples)
     named = {
         "weights": _write_named(folder, "weights", ".safetensors", weights),
-        "samples": _write_named(folder, "samples", ".jsonl", texts.encode()),
+        "samples": _write_named(folder, "samples", ".jsonl", _lines(samples)),
+        "held": _write_named(folder, "held", ".jsonl", _lines(held)) if held else "",
     }
     record = record.model_copy(update=named)
     write_bytes(folder / RECORD, (record.model_dump_json(indent=1) + "\n").encode())
@@ -128,6 +135,11 @@ def write_record(
         if OWN.fullmatch(file.name) and file.name not in named.values():
             file.unlink()
     return record
+
+
+def _lines(samples: Sequence[Sample]) -> bytes:
+    rows = (json.dumps({"prompt": s.text, "field": s.field}, ensure_ascii=False) + "\n" for s in samples)
+    return "".join(rows).encode()
 
 
 def _write_named(folder: Path, stem: str, suffix: str, data: bytes) -> str:
@@ -153,10 +165,10 @@ def read_arrays(folder: Path, record: RouterRecord) -> dict[str, FloatArray]:
         raise RouterError(f"{folder / record.weights}: {error}; run `polymerge router fit` again") from None
 
 
-def read_texts(folder: Path, record: RouterRecord) -> list[Sample]:
-    """The training samples. Raises RouterError where the file is missing or changed."""
-    lines = _read_named(folder, record.samples).split(b"\n")
-    return [Sample(row["prompt"], row["field"]) for _, row in rows_of(lines, folder / record.samples)]
+def read_texts(folder: Path, name: str) -> list[Sample]:
+    """The samples of a file that the record names. Raises RouterError where it is missing or changed."""
+    lines = _read_named(folder, name).split(b"\n")
+    return [Sample(row["prompt"], row["field"]) for _, row in rows_of(lines, folder / name)]
 
 
 def _read_named(folder: Path, name: str) -> bytes:

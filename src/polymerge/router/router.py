@@ -59,10 +59,13 @@ class Router:
         record: settings and calibration.
         head: what was learned from the training vectors.
         samples: the training samples, in the order of the head's vectors.
+        held: the validation samples, and texts that feedback made strangers; for the next fit, not for routes.
     """
 
-    def __init__(self, record: RouterRecord, head: Head, samples: Sequence[Sample], engine: Engine) -> None:
-        self.record, self.head, self.samples = record, head, list(samples)
+    def __init__(
+        self, record: RouterRecord, head: Head, samples: Sequence[Sample], engine: Engine, held: Sequence[Sample] = ()
+    ) -> None:
+        self.record, self.head, self.samples, self.held = record, head, list(samples), list(held)
         self.embedder = Embedder(engine, record.embed)
 
     @classmethod
@@ -89,10 +92,11 @@ class Router:
         unknown = {record.fallback, *record.experts.values()} - {*bundle.experts, AVERAGE, MIXTURE}
         if unknown:
             raise RouterError(f"{folder}: routes to {sorted(unknown)[0]!r}, which the bundle does not hold; {again}")
-        head, samples = read_head(folder, record), read_texts(folder, record)
+        head, samples = read_head(folder, record), read_texts(folder, record.samples)
+        held = read_texts(folder, record.held) if record.held else []
         if len(samples) != len(head.vectors):
             raise RouterError(f"{folder}: {record.samples} and {record.weights} are not of one router; {again}")
-        return cls(record, head, samples, engine)
+        return cls(record, head, samples, engine, held)
 
     def save(self, bundle: Bundle | str | Path) -> None:
         """Writes the router into the bundle's folder; the bundle itself does not change.
@@ -105,7 +109,7 @@ class Router:
         with disk_errors(path), writing(path, patience=PATIENCE):
             if Bundle.open(path).digest != self.record.bundle:
                 raise RouterError(f"{path}: the bundle was changed while the router was fitted; fit it again")
-            self.record = write_record(router_folder(path), self.record, self.head.to_arrays(), self.samples)
+            self.record = write_record(router_folder(path), self.record, self.head.to_arrays(), self.samples, self.held)
 
     @property
     def fingerprint(self) -> str:

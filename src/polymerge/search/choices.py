@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from ..merging.align import aligned
 from ..merging.plan import MergePlan, plan_merge
-from ..recipe.merge import CodeName, Recipe, load_recipe
+from ..recipe.merge import AUTO, CodeName, Recipe, load_recipe
 from .fitting import Fitting
 
 # Of the layers: the first keeps 4 times what the middle ones do, and so on to a quarter.
@@ -99,4 +99,4 @@ class Choices:
 
 
 def _literals(key: str) -> tuple[str, ...]:
-    return get_args(Recipe.model_fields[key].annotation)
+    return tuple(name for name in get_args(Recipe.model_fields[key].annotation) if name != AUTO)

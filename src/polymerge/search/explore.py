@@ -18,7 +18,7 @@ from ..bundle.files import write_bytes
 from ..errors import needs_extra
 from ..merging.plan import MergePlan, plan_merge
 from ..method.codes import PLAIN
-from ..recipe.merge import Recipe, RecipeLike, RecipeSettings, load_recipe
+from ..recipe.merge import Recipe, RecipeLike, RecipeSettings, read_codes
 from ..recipe.written import recipe_text
 from .choices import Choice, Choices
 from .examples import LIMIT, Prompts, read_prompts
@@ -115,11 +115,11 @@ def search_recipe(
     with needs_extra("search"):
         import optuna
     target = read_target(f"size={budget}")
-    recipe, output, say = load_recipe(recipe, **settings), Path(output).expanduser(), progress or (lambda text: None)
-    names = tuple(dict.fromkeys(load_recipe(recipe, code=code).code for code in codes))
+    plan = plan_merge(recipe, **settings)
+    recipe, output, say = plan.recipe, Path(output).expanduser(), progress or (lambda text: None)
     examples = read_prompts(prompts, limit)
     check_examples(recipe, examples)
-    choices = Choices(recipe, target.limit(plan_merge(recipe).base_bytes), names)
+    choices = Choices(recipe, target.limit(plan.base_bytes), read_codes(codes))
     _check_budget(target, choices)
     references = run_originals(recipe, examples, say)
     output.mkdir(parents=True, exist_ok=True)

@@ -19,9 +19,9 @@ from ..bundle.bundle import Bundle
 from ..errors import TargetError
 from ..merging.align import aligned
 from ..merging.executor import Executor, in_threads
-from ..merging.plan import MergePlan, plan_merge, replanned
+from ..merging.plan import plan_merge, replanned
 from ..method.codes import PLAIN, code_of
-from ..recipe.merge import CodeName, Recipe, load_recipe
+from ..recipe.merge import CodeName, Recipe, load_recipe, read_codes
 from ..recipe.rates import in_words
 from .examples import Example
 from .fitting import STEPS, Fitting, has_full_rank
@@ -41,7 +41,7 @@ class Found:
     """The end of a search.
 
     Attributes:
-        recipe: the one that was given, with the rate and the code that reach the target.
+        recipe: the one that was given, settled, with the rate and the code that reach the target.
         merges: how many were made and measured on the way.
         point: what was measured of this rate and code; None for a size.
         limit: bytes that the bundle's weights may take; None for KL and accuracy.
@@ -99,7 +99,7 @@ def find(
     """
     target = read_target(target) if isinstance(target, str) else target
     recipe = load_recipe(recipe)
-    names = list(dict.fromkeys(load_recipe({**recipe.model_dump(), "code": code}).code for code in codes))
+    names = list(read_codes(codes))
     # where no factors are stored, a bundle is as published
     names.sort(key=lambda name: code_of(name, torch.float32).format_version)
     say, examples = progress or (lambda text: None), examples or {}
@@ -116,7 +116,7 @@ def find(
         raise TargetError(f"target {target.text!r}: the original of {name!r} is right on none of its prompts")
     search = _Search(fitting, target, references, tolerance, folder, executor, say)
     code, keep = search.run(names)
-    changed = _changed(recipe, fitting.at(keep, code))
+    changed = fitting.at(keep, code).recipe
     # it may have been measured at another rate that gives the same ranks
     point = replace(search.point(keep, code), compress_rate=changed.compress_rate, code=code)
     return Found(changed, len(search.measured), point)
@@ -134,7 +134,7 @@ def _find_size(recipe: Recipe, target: Target, codes: Sequence[CodeName]) -> Fou
     chosen = next((plan for plan in plans if not has_full_rank(plan)), plans[-1])
     if not any(task.rank for task in chosen.tasks):
         chosen = replanned(chosen, compress_rate=chosen.recipe.compress_rate, code=codes[0])
-    return Found(_changed(recipe, chosen), 0, limit=limit)
+    return Found(chosen.recipe, 0, limit=limit)
 
 
 def too_small(target: Target, limit: int, least: int) -> TargetError:
@@ -143,10 +143,6 @@ def too_small(target: Target, limit: int, least: int) -> TargetError:
         f"target {target.text!r}: is {limit / 1e6:.1f} MB, but the average and what every expert keeps of its own "
         f"(embeddings, norms) take {least / 1e6:.1f} MB"
     )
-
-
-def _changed(recipe: Recipe, plan: MergePlan) -> Recipe:
-    return recipe.model_copy(update={"compress_rate": plan.recipe.compress_rate, "code": plan.recipe.code})
 
 
 @dataclass

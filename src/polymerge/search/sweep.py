@@ -27,7 +27,7 @@ from ..merging.plan import MergePlan, plan_merge
 from ..merging.run import run_plan
 from ..method.codes import PLAIN
 from ..model.loading import load_model
-from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, Source, load_recipe
+from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, Source, load_recipe, read_codes
 from ..recipe.rates import AnyRates, in_words
 from .examples import LIMIT, Example, Prompts, read_prompts
 
@@ -222,11 +222,13 @@ def sweep(
     Raises:
         RecipeError: an expert without examples. Whatever `merge` raises.
     """
-    recipe, output = load_recipe(recipe, **settings), Path(output).expanduser()
+    # all merges have the same tables, whatever their code
+    recipe, output = plan_merge(recipe, **settings).recipe, Path(output).expanduser()
     examples = read_prompts(prompts, limit)
     check_examples(recipe, examples)
+    names = read_codes(codes)
     # at rate 1 there is no residual to store, so codes do not differ
-    points_at = [(rate, code) for rate in rates for code in (codes if rate < 1 else codes[:1])]
+    points_at = [(rate, code) for rate in rates for code in (names if rate < 1 else names[:1])]
     recipes = [load_recipe(recipe, compress_rate=rate, code=code) for rate, code in points_at]
     say = progress or (lambda text: None)
     references = run_originals(recipe, examples, say)

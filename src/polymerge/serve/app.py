@@ -17,6 +17,7 @@ from .access import Access
 from .completions import completion_routes
 from .errors import ApiError, invalid, told
 from .experts import LoadedExperts, expert_routes
+from .feedback import feedback_routes
 from .judgements import judgement_routes
 from .keys import KeyRing
 from .kit import kit_routes
@@ -64,6 +65,7 @@ def create_app(
         model_routes(service),
         judgement_routes(service, router),
         kit_routes(service),
+        feedback_routes(service),
         status_routes(service),
         *([expert_routes(experts, keys)] if experts else []),
         playground_routes(),

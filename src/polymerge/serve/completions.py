@@ -58,7 +58,9 @@ def completion_routes(service: Service) -> APIRouter:
             engine = service.engine
             named = None if body.model == AUTO else expert_of(body.model)
             # the router reads text; token ids are the average's where no expert is named
-            texts = [given if isinstance(given, str) else engine.decode(given, expert=named) for given in body.prompts]
+            texts = await service.each(
+                body.prompts, lambda given: given if isinstance(given, str) else engine.decode(given, expert=named)
+            )
             choices = await asyncio.gather(*[service.choose(request, body.model, [text]) for text in texts])
             prompts = [await _ids(service, *pair) for pair in zip(body.prompts, choices, strict=True)]
             requests = service.stream_requests(

@@ -6,6 +6,7 @@ Bare prompts, greedy texts, choices by their summed log-likelihoods. Knows the f
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -19,7 +20,8 @@ from ..model.assignment import RowExpert
 from ..staged.exact import exact_scores
 from ..staged.formatter import FormatRequest, Formatter, Question
 from .errors import ApiError
-from .service import Service, in_thread
+from .lanes import Lane
+from .service import Service
 
 MOST_ROWS, MOST_CHOICES = 512, 1000
 Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MOST_CHOICES)]
@@ -43,9 +45,15 @@ class AnswersRequest(BaseModel):
         return self
 
 
+Asked = tuple[AnswersRequest, Sequence[RowExpert]]
+
+
 def kit_routes(service: Service) -> APIRouter:
     """The one endpoint."""
     routes = APIRouter()
+    lane: Lane[Asked, list[dict[str, Any]]] = Lane(
+        "answers", lambda asked: [_answered(service.engine, *one) for one in asked], 1
+    )
 
     @routes.post("/v1/answers")
     async def answers(body: AnswersRequest, request: Request) -> Response:
@@ -55,8 +63,9 @@ def kit_routes(service: Service) -> APIRouter:
             raise ApiError(400, f"max_tokens: at most {service.settings.max_tokens}", param="max_tokens")
 
         async def answer() -> Response:
-            experts = [(await service.chooser.choose(body.model, [text], sticky=False)).expert for text in body.input]
-            data = await in_thread(lambda: _answered(service.engine, body, experts))
+            asked = [service.chooser.choose(body.model, [text], sticky=False) for text in body.input]
+            experts = [choice.expert for choice in await asyncio.gather(*asked)]
+            [data] = await lane.ask([(body, experts)])
             return JSONResponse({"object": "list", "data": data})
 
         return await service.admitted(request, 1, answer)

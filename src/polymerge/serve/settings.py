@@ -67,6 +67,7 @@ class ServeSettings:
     cors_origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     log_prompts: bool = False
+    feedback: Path | None = None
 
     requests_per_minute: int | None = _limit(None, 1)
     max_body_bytes: int = _limit(2**20, 1)

@@ -13,6 +13,8 @@ from .answering import Calling
 from .answers import Gathered
 from .calls import CallPiece, CallReader, read_piece, whole_calls
 
+# What some clients take for the end of a line; JSON knows all three as escapes.
+LINE_ENDS = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"})
 LOWEST = -9999.0  # stands for minus infinity, which JSON does not know
 
 
@@ -120,12 +122,16 @@ class CompletionShape:
         return self._echoes[number] if self._echoes else ""
 
     def _piece(self, number: int, piece: Piece, echo: str) -> dict[str, Any]:
-        logprobs = self._logprobs(number, [*piece.prompt_scores, *piece.scores]) if self._scored else None
+        logprobs = self._logprobs(number, piece) if self._scored else None
         return {"index": number, "text": echo + piece.text, "logprobs": logprobs, "finish_reason": piece.finish}
 
-    def _logprobs(self, number: int, scores: Sequence[TokenScore]) -> dict[str, Any]:
+    def _logprobs(self, number: int, piece: Piece) -> dict[str, Any]:
+        """Offsets are places in the text that the choice gives: the prompt's where it is echoed, then the answer's."""
+        scores, behind = [*piece.prompt_scores, *piece.scores], len(self._echo(number))
         offsets, place = [], self._offsets.get(number, 0)
-        for score in scores:
+        for index, score in enumerate(scores):
+            if score.start is not None:
+                place = score.start + (behind if index >= len(piece.prompt_scores) else 0)
             offsets.append(place)
             place += len(score.text)
         self._offsets[number] = place
@@ -156,9 +162,8 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
 def event(data: dict[str, Any] | str, name: str | None = None) -> bytes:
     """One server-sent event, with its name where it has one."""
     text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    # signs at which some readers break a line
-    text = text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085")
-    return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {text.translate(LINE_ENDS)}\n\n".encode()
 
 
 def _head(prefix: str, kind: str, model: str, fingerprint: str) -> dict[str, Any]:
@@ -182,10 +187,12 @@ def _chat_token(text: str, logprob: float | None) -> dict[str, Any]:
 
 
 def _top(score: TokenScore) -> dict[str, float] | None:
-    """Likeliest tokens by text; tokens of one text (parts of characters) count as the likelier of them."""
+    """Likeliest tokens by text. One whose text is there already (parts of characters look alike) stands as
+    `token_id:N`, or counts as the likelier of the two where its number is not known."""
     if score.logprob is None:
         return None
     top: dict[str, float] = {}
-    for text, logprob in score.top:
-        top[text] = max(top.get(text, LOWEST), logprob, LOWEST)
+    for place, (text, logprob) in enumerate(score.top):
+        name = f"token_id:{score.top_ids[place]}" if text in top and score.top_ids else text
+        top[name] = max(top.get(name, LOWEST), logprob, LOWEST)
     return top

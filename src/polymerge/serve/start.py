@@ -55,6 +55,7 @@ def serve_bundle(
     kernel: str = "plain",
     base: str = "16bit",
     log_prompts: bool = False,
+    feedback: str | Path | None = None,
     say: Callable[[str], None] | None = None,
     on_ready: Callable[[Running], None] | None = None,
 ) -> None:
@@ -78,6 +79,7 @@ def serve_bundle(
             that `bundle` is, or with `llama_url` a llama-server that runs.
         probe: check every expert first.
         kernel: plain or triton, and base: 16bit or fewer, as `load_model` takes them.
+        feedback: a file to which the playground's thumbs go, as JSONL; without one nothing is kept.
         say: told what is being done before the server listens.
         on_ready: told when it listens.
 
@@ -104,6 +106,7 @@ def serve_bundle(
         cors_origins=tuple(cors_origin or ()),
         hosts=tuple(name.lower() for name in allow_host or ()),
         log_prompts=log_prompts,
+        feedback=Path(feedback) if feedback else None,
     )
     said, ready = say or (lambda text: None), on_ready or (lambda running: None)
     engine = _chosen(

@@ -5,11 +5,13 @@ Knows where rows, thinker and evidence lie; the measuring itself is `polymerge.s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..bundle.bundle import Bundle
 from ..bundle.files import write_bytes
 from .evidence import FILE, Evidence
+from .forms import measure_forms
 from .opening import open_pipeline
 from .validation import OnField, read_questions, validate
 
@@ -27,6 +29,7 @@ def validate_stages(
     max_new_tokens: int = 64,
     chat: bool = True,
     device: str | None = None,
+    votes: Sequence[int] | None = None,
     save: bool = True,
     progress: OnField | None = None,
 ) -> Evidence:
@@ -37,6 +40,7 @@ def validate_stages(
         recipe, thinker, model, key_env, thought_tokens: as for `open_pipeline`.
         limit: only the first rows of every field.
         max_new_tokens: of an answer in free text.
+        votes: measure forms too: free, constrained, and constrained after so many thoughts each, which vote.
         save: note it in the bundle, for the policy `auto`.
         progress: called with field, way and rows before each.
 
@@ -52,6 +56,13 @@ def validate_stages(
     measured = validate(
         pipeline.engine, pipeline.thinker, fields, settings=pipeline.settings, chat=chat, progress=progress
     )
+    for name, questions in fields.items() if votes else ():
+        if progress:
+            progress(name, "forms", len(questions))
+        measured.forms[name] = measure_forms(
+            pipeline.engine, pipeline.thinker, questions, votes=votes or (), settings=pipeline.settings, chat=chat,
+            expert=name if name in pipeline.engine.experts else None,
+        )  # fmt: skip
     if save:
-        write_bytes(Path(bundle) / FILE, measured.to_bytes())
+        write_bytes(Bundle.open(bundle).path / FILE, measured.to_bytes())
     return measured

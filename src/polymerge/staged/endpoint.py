@@ -20,6 +20,7 @@ import httpx2
 from ..data.text import encodable
 from ..errors import RecipeError
 from ..recipe.response import ThinkerSettings
+from .thinker import DRAWN_AT
 from .thought import OUT_OF_TIME, Thought, failed
 
 log = logging.getLogger(__name__)
@@ -85,16 +86,18 @@ class EndpointThinker:
     def fingerprint(self) -> str:
         return self.name
 
-    def think(self, prompts: Sequence[str], *, max_tokens: int, deadline: float | None = None) -> list[Thought]:
+    def think(
+        self, prompts: Sequence[str], *, max_tokens: int, deadline: float | None = None, seed: int | None = None
+    ) -> list[Thought]:
         """As in the protocol; `concurrency` prompts at once."""
         self._in_a_row = 0
         with ThreadPoolExecutor(self._settings.concurrency) as pool:
-            return list(pool.map(lambda prompt: self._think(prompt, max_tokens, deadline), prompts))
+            return list(pool.map(lambda prompt: self._think(prompt, max_tokens, deadline, seed), prompts))
 
     def unload(self) -> None:
         """Nothing to give back."""
 
-    def _think(self, prompt: str, max_tokens: int, deadline: float | None) -> Thought:
+    def _think(self, prompt: str, max_tokens: int, deadline: float | None, seed: int | None) -> Thought:
         reason = OUT_OF_TIME
         for attempt in range(self._settings.retries + 1):
             if self._in_a_row >= GIVE_UP_AFTER:
@@ -103,7 +106,7 @@ class EndpointThinker:
             if left is not None and left <= 0:
                 return failed(reason)
             try:
-                thought = self._ask(prompt, max_tokens, left)
+                thought = self._ask(prompt, max_tokens, left, seed)
             except _Retry as error:
                 reason, pause = str(error), min(LONGEST_PAUSE, error.wait or FIRST_PAUSE * 2**attempt)
                 log.info("thinker: try %d of %d: %s", attempt + 1, self._settings.retries + 1, reason)
@@ -120,13 +123,13 @@ class EndpointThinker:
             self._in_a_row += 1
         return failed(f"{self.name}: {reason}")
 
-    def _ask(self, prompt: str, max_tokens: int, left: float | None) -> Thought:
+    def _ask(self, prompt: str, max_tokens: int, left: float | None, seed: int | None) -> Thought:
         limit = self._settings.timeout if left is None else min(self._settings.timeout, left)
         body = {
             "model": self._settings.model,
             "messages": [{"role": "user", "content": prompt}],
             "max_tokens": max_tokens,
-            "temperature": 0,
+            **({"temperature": 0} if seed is None else {"temperature": DRAWN_AT, "seed": seed}),
         }
         began = time.monotonic()
         try:

@@ -32,8 +32,22 @@ class FieldEvidence(BaseModel):
     best: Way
 
 
+class FormScore(BaseModel):
+    """One way of giving answers a form: the share of `rows` that have it, and the share that is right."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rows: int
+    valid: float
+    right: float
+
+
 class Evidence(BaseModel):
-    """What was measured, with which bundle, thinker and prompts."""
+    """What was measured, with which bundle, thinker and prompts.
+
+    Attributes:
+        forms: field -> way (free, constrained, think 1 ...) -> its figures, where they were asked for.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -41,6 +55,7 @@ class Evidence(BaseModel):
     thinker: str
     prompts: str
     fields: dict[str, FieldEvidence]
+    forms: dict[str, dict[str, FormScore]] = {}
 
     @classmethod
     def load(cls, bundle: str | Path) -> Evidence | None:

@@ -30,6 +30,11 @@ class Question:
     max_new_tokens: int = 64
     structure: Structure | None = None
 
+    @property
+    def scored(self) -> bool:
+        """Whether the choices are scored; with a structure the answer is written, under it."""
+        return bool(self.choices) and self.structure is None
+
 
 @dataclass(frozen=True)
 class FormatRequest:
@@ -91,8 +96,8 @@ class Formatter:
         Raises:
             ModelError: an unknown expert.
         """
-        texts = [n for n, one in enumerate(asked) if not one.question.choices]
-        closed = [n for n, one in enumerate(asked) if one.question.choices]
+        texts = [n for n, one in enumerate(asked) if not one.question.scored]
+        closed = [n for n, one in enumerate(asked) if one.question.scored]
         answers = dict(zip(texts, self._write([asked[n] for n in texts], deadline), strict=True))
         answers |= dict(zip(closed, self._choose([asked[n] for n in closed]), strict=True))
         return [answers[n] for n in range(len(asked))]
@@ -145,5 +150,7 @@ class Formatter:
 
     def _longest_answer(self, request: FormatRequest) -> int:
         question, encode = request.question, self._engine.encode
+        if not question.scored:
+            return question.max_new_tokens
         choices = (len(encode(choice, special=False, expert=request.expert)) for choice in question.choices)
         return max(choices, default=question.max_new_tokens)

@@ -162,14 +162,17 @@ class Pipeline:
             for question, route in zip(questions, routes, strict=True)
         ]
 
-    def think(self, steps: Sequence[Step], *, deadline: float | None = None) -> list[Thought | None]:
-        """One thought a step, None for those that are answered directly."""
+    def think(
+        self, steps: Sequence[Step], *, deadline: float | None = None, seed: int | None = None
+    ) -> list[Thought | None]:
+        """One thought a step, None for those that are answered directly. With a seed the thoughts are drawn."""
         wanted = [number for number, step in enumerate(steps) if step.version]
         thoughts: list[Thought | None] = [None] * len(steps)
         if wanted and self.thinker:
             prompts = [self._prompt("think", steps[number]) for number in wanted]
             tokens = self.settings.thought_tokens
-            written = self.thinker.think(prompts, max_tokens=tokens, deadline=deadline)
+            drawn = {} if seed is None else {"seed": seed}
+            written = self.thinker.think(prompts, max_tokens=tokens, deadline=deadline, **drawn)
             for number, thought in zip(wanted, written, strict=True):
                 thoughts[number] = thought
         return thoughts
@@ -264,7 +267,7 @@ class Pipeline:
             return step.direct(thought.error if thought and thought.error else "the thinker wrote nothing"), direct
         prompt = self._prompt("format", step, thought.text)
         # v2 asks whether the thought's answer and the direct one agree: choices are scored after both prompts
-        second = step.question.text if step.version == "v2" and step.question.choices else None
+        second = step.question.text if step.version == "v2" and step.question.scored else None
         request = FormatRequest(step.question, prompt, step.expert, second)
         if not self._formatter.fits(request):
             return step.direct("question and thought do not fit the model's context"), direct

@@ -16,6 +16,8 @@ from .thought import OUT_OF_TIME, Thought, failed
 
 # Thoughts between two looks at the clock.
 ROUND = 16
+# The temperature of a drawn thought, as in self-consistency (Wang et al. 2022, arXiv 2203.11171).
+DRAWN_AT = 0.7
 
 
 class Thinker(Protocol):
@@ -32,9 +34,12 @@ class Thinker(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
-    def think(self, prompts: Sequence[str], *, max_tokens: int, deadline: float | None = None) -> list[Thought]:
+    def think(
+        self, prompts: Sequence[str], *, max_tokens: int, deadline: float | None = None, seed: int | None = None
+    ) -> list[Thought]:
         """One thought a prompt, in their order. `deadline` is a time of `time.monotonic()`; what is not done by then
-        comes back as failed. Raises PolymergeError only for a thinker that could never work."""
+        comes back as failed. With a seed a thought is drawn, at `DRAWN_AT`; without, it is the likeliest. Raises
+        PolymergeError only for a thinker that could never work."""
 
     def unload(self) -> None:
         """Gives its memory back; the next `think` loads it again."""
@@ -56,7 +61,9 @@ class LocalThinker:
         """The source's name: its weights need not be loaded to tell."""
         return self.name
 
-    def think(self, prompts: Sequence[str], *, max_tokens: int, deadline: float | None = None) -> list[Thought]:
+    def think(
+        self, prompts: Sequence[str], *, max_tokens: int, deadline: float | None = None, seed: int | None = None
+    ) -> list[Thought]:
         """As in the protocol, the longest prompts first."""
         try:
             engine = self._engine = self._engine or self._load()
@@ -65,12 +72,14 @@ class LocalThinker:
         except (PolymergeError, RuntimeError, MemoryError) as error:
             return [failed(f"the thinker could not be loaded: {error}")] * len(prompts)
         thoughts = [failed(OUT_OF_TIME)] * len(prompts)
+        heat = 0.0 if seed is None else DRAWN_AT
+        limits = {"max_new_tokens": max_tokens, "deadline": deadline, "temperature": heat, "seed": seed}
         order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
         for start in range(0, len(order), ROUND):
             if deadline is not None and time.monotonic() >= deadline:
                 break
             numbers = order[start : start + ROUND]
-            written = self._round(engine, [prompts[number] for number in numbers], max_tokens, deadline)
+            written = self._round(engine, [prompts[number] for number in numbers], limits)
             for number, thought in zip(numbers, written, strict=True):
                 thoughts[number] = thought
         return thoughts
@@ -80,15 +89,14 @@ class LocalThinker:
         self._engine = None
         _collect()
 
-    def _round(self, engine: Engine, prompts: Sequence[str], max_tokens: int, deadline: float | None) -> list[Thought]:
-        limits: dict[str, Any] = {"max_new_tokens": max_tokens, "deadline": deadline}
+    def _round(self, engine: Engine, prompts: Sequence[str], limits: dict[str, Any]) -> list[Thought]:
         try:
             requests = [GenerateRequest(_prompt(engine, prompt), **limits) for prompt in prompts]
             generations = engine.generate(requests)
         except (PolymergeError, RuntimeError, MemoryError) as error:
             if len(prompts) == 1:
                 return [failed(str(error) or type(error).__name__)]
-            return [thought for prompt in prompts for thought in self._round(engine, [prompt], max_tokens, deadline)]
+            return [thought for prompt in prompts for thought in self._round(engine, [prompt], limits)]
         return [Thought(g.text.strip(), g.prompt_tokens, g.tokens, g.finish) for g in generations]
 
 

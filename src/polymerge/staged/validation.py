@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..data.schema import AnsweredRow, read_all
 from ..data.score import credit
@@ -24,11 +25,13 @@ OnField = Callable[[str, str, int], None]
 
 @dataclass(frozen=True)
 class AnsweredQuestion:
-    """A question with its answer. `final`: the number that alone counts, as in word problems."""
+    """A question with its answer. `final`: the number that alone counts, as in word problems. `schema`: of an answer
+    that is JSON."""
 
     question: Question
     answer: str
     final: str | None = None
+    schema: Mapping[str, Any] | None = None
 
 
 def read_questions(file: str | Path, *, limit: int | None = None, max_new_tokens: int = 64) -> list[AnsweredQuestion]:
@@ -38,9 +41,15 @@ def read_questions(file: str | Path, *, limit: int | None = None, max_new_tokens
         DataError: the file or a line of it cannot be used.
     """
     return [
-        AnsweredQuestion(Question(row.prompt, row.choices or (), max_new_tokens), row.answer, row.final)
+        AnsweredQuestion(Question(row.prompt, row.choices or (), max_new_tokens), row.answer, row.final, _schema(row))
         for row in read_all(AnsweredRow, file, limit)
     ]
+
+
+def _schema(row: AnsweredRow) -> dict[str, Any] | None:
+    """What a row says of its answer's form under the key `schema`."""
+    schema = (row.model_extra or {}).get("schema")
+    return schema if isinstance(schema, dict) else None
 
 
 def score(asked: AnsweredQuestion, text: str) -> float:

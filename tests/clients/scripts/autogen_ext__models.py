@@ -32,11 +32,8 @@ async def main() -> None:
     assert done.messages
     answer = await client.create([UserMessage(content="An order.", source="user")], json_output=Order)
     assert json.loads(answer.content)["item"] in ("stamp", "pen")
-    called = await client.create(
-        [UserMessage(content="Pay.", source="user")],
-        tools=AssistantAgent("a", client, tools=[pay])._tools,
-        tool_choice="required",
-    )
+    tools = AssistantAgent("other", client, tools=[pay])._tools
+    called = await client.create([UserMessage(content="Pay.", source="user")], tools=tools, tool_choice="required")
     assert "amount" in json.loads(called.content[0].arguments), called
     await client.close()
 

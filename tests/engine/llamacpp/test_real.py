@@ -17,6 +17,7 @@ from polymerge import Bundle, merge
 from polymerge.engine import GenerateRequest, ScoreRequest
 from polymerge.engine.llamacpp.engine import llama_engine
 from polymerge.engine.local.engine import HFEngine
+from polymerge.engine.structure import Structure, choice_structure, json_structure
 from polymerge.errors import ModelError
 from polymerge.export import export_gguf
 from polymerge.export.gguf.adapters import write_lora
@@ -81,6 +82,26 @@ def test_seeds_and_stop_texts(tmp_path: Path) -> None:
         whole = engine.generate([GenerateRequest("ab", "e1", max_new_tokens=12)])[0].text
         cut = engine.generate([GenerateRequest("ab", "e1", max_new_tokens=12, stop=(whole[3:5],))])[0]
         assert cut.text == whole[: whole.index(whole[3:5])] and cut.finish == "stop"
+
+
+def test_answers_have_their_form(tmp_path: Path) -> None:
+    folder = export_gguf(
+        bundle_of("llama", tmp_path), tmp_path / "out", type="f16", calibration=SAMPLES, device="cpu"
+    ).folder
+
+    def asked(structure: Structure) -> GenerateRequest:
+        return GenerateRequest("ab", "e0", max_new_tokens=12, temperature=1.0, structure=structure)
+
+    choices, boolean = choice_structure(["cd", "fed"]), json_structure({"type": "boolean"})
+    with llama_engine(folder, rows=4, cache_tokens=512) as engine:
+        answers = engine.generate(
+            [asked(form) for form in (choices, boolean, Structure("grammar", 'root ::= "a" "b"'))]
+        )
+        assert answers[0].text in ("cd", "fed") and answers[1].text in ("true", "false") and answers[2].text == "ab"
+        assert {answer.finish for answer in answers} == {"stop"}
+        for form in (Structure("regex", "a+", "guided_regex"), Structure("grammar", "start: /a/", "guided_grammar")):
+            with pytest.raises(ModelError, match=form.name):
+                engine.generate([asked(form)])
 
 
 def test_the_converters_adapter_is_ours(tmp_path: Path) -> None:

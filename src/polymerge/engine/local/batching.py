@@ -7,7 +7,6 @@ know tokens' meaning (`polymerge.engine.answer`) or caches (`polymerge.engine.lo
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 import threading
@@ -20,16 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import DeadlineError, EngineBusyError, EngineDownError, ModelError
-from ...model.assignment import Assignment
 from ..admission import DEFAULT_LIMITS, Limits, admit
 from ..answer import Answer, Collector, new_answer, taken
-from ..base import FloatArray, GenerateRequest, Generation, Message, Pooling, Prompt, Score, ScoreRequest
-from ..defaults import GenerationDefaults
+from ..base import FloatArray, GenerateRequest, Generation, Pooling, Prompt, Score, ScoreRequest
 from ..jobs import Jobs, Work
 from ..mixture import members
 from ..streaming import EngineState, Listener, Stream, StreamRequest
-from ..wrappers.forwarding import ForwardingEngine
 from .engine import HFEngine
+from .fronted import FrontedEngine
 from .running import CHUNK, RunningBatch
 from .scores import ScoreGroup, grouped
 
@@ -48,7 +45,7 @@ STEP_SECONDS = 1.0
 SLICE_TOKENS = CHUNK
 
 
-class BatchingEngine(ForwardingEngine):
+class BatchingEngine(FrontedEngine):
     """An embedded engine that answers many at once; a `polymerge.engine.StreamingEngine`.
 
     Args:
@@ -56,14 +53,10 @@ class BatchingEngine(ForwardingEngine):
         limits: of the running batch and of the queue before it.
     """
 
-    _engine: HFEngine
-
     def __init__(self, engine: HFEngine, limits: Limits = DEFAULT_LIMITS) -> None:
         super().__init__(engine)
-        self._face(engine)
         self._limits, self._most_rows, self._calm = limits, limits.max_rows, 0
         self._places = limits.max_rows + limits.max_waiting
-        self._tokenizing = threading.Lock()
         self._waiting: deque[Answer] = deque()
         self._batch = RunningBatch(engine)
         self._changed = threading.Condition()
@@ -74,12 +67,6 @@ class BatchingEngine(ForwardingEngine):
         self._leaving: frozenset[str] = frozenset()
         self._thread = threading.Thread(target=self._work, name="polymerge-engine", daemon=True)
         self._thread.start()
-
-    def _face(self, engine: HFEngine) -> None:
-        """What callers' threads use: a tokenizer changes its settings while it encodes, so it is not the worker's."""
-        self._engine, self._front = engine, copy.copy(engine)
-        self._front.voices = engine.voices.apart()
-        self._checks = Assignment(engine.experts, torch.device("cpu"))
 
     @property
     def experts(self) -> list[str]:
@@ -107,43 +94,6 @@ class BatchingEngine(ForwardingEngine):
     @property
     def state(self) -> EngineState:
         return EngineState(self._status, len(self._batch), len(self._waiting))
-
-    def max_length_of(self, expert: RowExpert = None) -> int:
-        """As in the contract."""
-        with self._tokenizing:
-            return self._engine.max_length_of(expert)
-
-    def defaults_of(self, expert: RowExpert = None) -> GenerationDefaults:
-        """As in the contract."""
-        with self._tokenizing:
-            return self._engine.defaults_of(expert)
-
-    def encode(self, text: str, *, special: bool = True, expert: RowExpert = None) -> list[int]:
-        """As in the contract."""
-        with self._tokenizing:
-            return self._front.encode(text, special=special, expert=expert)
-
-    def decode(self, ids: Sequence[int], *, expert: RowExpert = None) -> str:
-        """As in the contract."""
-        with self._tokenizing:
-            return self._front.decode(ids, expert=expert)
-
-    def chat_prompt(
-        self,
-        messages: Sequence[Message],
-        *,
-        expert: RowExpert = None,
-        go_on: bool = False,
-        tools: Sequence[Message] = (),
-    ) -> list[int]:
-        """As in the contract."""
-        with self._tokenizing:
-            return self._front.chat_prompt(messages, expert=expert, go_on=go_on, tools=tools)
-
-    def chat_template_of(self, expert: RowExpert = None) -> str | None:
-        """As in the contract."""
-        with self._tokenizing:
-            return self._front.chat_template_of(expert)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """As in the contract; the requests share the running batch with everyone else's, however long the queue is."""
@@ -223,21 +173,16 @@ class BatchingEngine(ForwardingEngine):
 
     def _answer(self, request: StreamRequest, listener: Listener) -> Answer:
         asked = request.generate
-        with self._tokenizing:
-            self._check(asked.expert)
-            prompt = self._front.ids(asked.prompt, asked.expert)
-            voice = self._engine.voices.of(asked.expert)  # the worker's own
+        self._check(asked.expert)
+        prompt = self._ids(asked.prompt, asked.expert)
+        voice = self._engine.voices.of(asked.expert)  # the worker's own
         matcher = self._engine.grammars.matcher(asked.structure, voice)
         return new_answer(request, prompt, listener, voice=voice, matcher=matcher)
 
     def _check(self, expert: RowExpert) -> None:
-        """Raises ModelError for an expert that there is not, without the model's own state."""
         if gone := self._leaving.intersection(members(expert)):
             raise ModelError(f"expert {min(gone)!r} is being unloaded")
-        if self._engine.experts:
-            self._checks.set(expert, 1)
-        else:
-            self._front.check_expert(expert)
+        super()._check(expert)
 
     def _on_worker(self, key: Any, items: Sequence[Any], run: Work, sizes: Sequence[int]) -> list[Any]:
         """Runs something on the model, slice by slice between steps."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers import DynamicCache
 from ..answer import Answer
 from ..sampling import choose_tokens
 from ..streaming import TokenScore
-from ..text import Decode
+from ..text import Decode, TextStream
 from .cache import RunningCache
 from .loaded import LoadedModel, positions
 
@@ -143,6 +144,7 @@ class _PromptScorer:
     def __init__(self, engine: LoadedModel, answer: Answer, width: int) -> None:
         self._engine, self._answer, self._pad = engine, answer, width - len(answer.tokens)
         self.wanted = answer.request.score_prompt and not answer.made
+        self._text = TextStream(answer.text_of)
         self.scores: list[TokenScore] = []
 
     def see(self, logits: Tensor, start: int) -> None:
@@ -151,12 +153,21 @@ class _PromptScorer:
             return
         prompt = self._answer.prompt
         if not self.scores and prompt:
-            self.scores.append(TokenScore(self._answer.text_of(prompt[:1], True), None))
+            self.scores += self._placed([TokenScore(self._answer.text_of(prompt[:1], True), None)], prompt[:1])
         first = max(self._pad, start)
         logits = logits[first - start :]
         targets = prompt[first - self._pad + 1 : first - self._pad + 1 + len(logits)]
         top = self._answer.request.logprobs or 0
-        self.scores += token_scores(self._answer.text_of, logits[: len(targets)], targets, top)
+        scores = token_scores(self._answer.text_of, logits[: len(targets)], targets, top)
+        self.scores += self._placed(scores, targets)
+
+    def _placed(self, scores: Sequence[TokenScore], tokens: Sequence[int]) -> list[TokenScore]:
+        """Scores with the places at which their texts begin."""
+        placed = []
+        for score, token in zip(scores, tokens, strict=True):
+            placed.append(replace(score, start=self._text.read))
+            self._text.push(token)
+        return placed
 
 
 def token_scores(text_of: Decode, logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenScore]:
@@ -169,5 +180,5 @@ def token_scores(text_of: Decode, logits: Tensor, tokens: Sequence[int], top: in
     scores = []
     for token, logprob, row, ids in zip(tokens, chosen, values.tolist(), likeliest.tolist(), strict=True):
         others = tuple((text_of([other], True), value) for other, value in zip(ids, row, strict=True))
-        scores.append(TokenScore(text_of([token], True), logprob, others))
+        scores.append(TokenScore(text_of([token], True), logprob, others, tuple(ids)))
     return scores
