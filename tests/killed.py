@@ -24,7 +24,7 @@ for module in (
     "polymerge.export.peft",
     "polymerge.merging.grow",
     "polymerge.merging.run",
-    "polymerge.model",
+    "polymerge.model.loading",
     "polymerge.router.training",
     "pytest",
     "sklearn.linear_model",
