@@ -144,7 +144,7 @@ EXPERTS = {"math": "./m", "code": "org/c"}  # `code` is a key of a recipe too
 def test_experts_stand_in_for_a_recipe() -> None:
     recipe = polymerge.load_recipe(EXPERTS)
     assert {name: source.source for name, source in recipe.experts.items()} == EXPERTS
-    assert (recipe.compress_rate, recipe.code) == (0.95, "factors")
+    assert (recipe.compress_rate, recipe.code) == (0.95, "auto")
     changed = polymerge.load_recipe(EXPERTS, compress_rate=0.5, code="int8", dtype=None, norms="average")
     assert (changed.compress_rate, changed.code, changed.dtype, changed.norms) == (0.5, "int8", None, "average")
     here = polymerge.load_recipe({"a": Path("m"), "b": Path("/m"), "c": {"source": "x", "base": "org/b"}}).experts

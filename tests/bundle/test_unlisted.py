@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from polymerge import Bundle, add_expert, export_dense, load_model, remove_expert, verify
-from polymerge.errors import BundleError
+from polymerge.errors import BundleError, LockedError
 from tests.conftest import Merged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,17 +82,19 @@ def as_in_the_hubs_cache(bundle: Path, cache: Path) -> Path:
     return snapshot
 
 
-def test_a_snapshot_of_the_hubs_cache_is_a_bundle_and_its_blobs_are_never_written(
+def test_a_snapshot_of_the_hubs_cache_is_a_bundle_that_is_only_read(
     merged: Merged, bundle: Path, tmp_path: Path
 ) -> None:
     snapshot = as_in_the_hubs_cache(bundle, tmp_path)
-    blobs = everything(snapshot.parents[1] / "blobs")
+    before = everything(snapshot.parents[1])
     assert verify(snapshot).ok
     export_dense(snapshot, "e0", tmp_path / "dense")
-    assert remove_expert(snapshot, "e2").experts == ["e0", "e1"]
-    assert add_expert(snapshot, "e2", merged("llama", compress_rate=0.6)[1]["e2"]).bundle.experts == ["e0", "e1", "e2"]
+    with pytest.raises(LockedError, match="is the hub's cache, which is only read; `polymerge pull"):
+        remove_expert(snapshot, "e2")
+    with pytest.raises(LockedError, match="is the hub's cache"):
+        add_expert(snapshot, "more", merged("llama", compress_rate=0.6)[1]["e2"])
     assert verify(snapshot).ok
-    assert everything(snapshot.parents[1] / "blobs") == blobs
+    assert everything(snapshot.parents[1]) == before
 
 
 @pytest.mark.parametrize("name", ["config.json", "experts/e1", "experts", "experts/e1/adapter_model.safetensors"])

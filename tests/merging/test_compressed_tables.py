@@ -61,7 +61,7 @@ def test_a_tables_residual_is_nearly_the_best_of_its_rank(tmp_path: Path) -> Non
 def test_the_rates_ends_are_kept_and_averaged_and_too_small_ones_are_kept(tmp_path: Path) -> None:
     experts = sources(make_experts("llama", tmp_path, count=2))
     treatments = {
-        rate: {t.treatment for t in plan_merge({"experts": experts, "code": "factors", **COMPRESS, "embedding_rate": rate}).tasks
+        rate: {t.treatment for t in plan_merge({"experts": experts, **COMPRESS, "embedding_rate": rate}).tasks
                if t.name in ENDS}
         for rate in (0.0, 0.7, 0.999, 1.0)
     }  # fmt: skip

@@ -378,7 +378,7 @@ def test_a_bundles_frame_is_that_of_its_experts(case: Case) -> None:
 
 def test_tasks_for_an_added_expert_are_the_merges(case: Case) -> None:
     recipe = load_recipe(
-        {"experts": {"e0": "x", "e1": "y"}, "code": "factors", "compress_rate": 0.5, "norms": "average"}
+        {"experts": {"e0": "x", "e1": "y"}, "method": "published", "compress_rate": 0.5, "norms": "average"}
     )
     bundle = merged(case.folder, "e0", "e1", compress_rate=0.5, norms="average")
     experts = [expert_in(case.folder, name) for name in ("e0", "e1", "e2")]
@@ -409,7 +409,7 @@ def record(role: Any, *, known: bool = True) -> LayerRecord:
 
 
 def recipe(**settings: Any) -> Recipe:
-    return load_recipe({"experts": {"a": "x", "b": "y"}, "code": "factors", **settings})
+    return load_recipe({"experts": {"a": "x", "b": "y"}, "method": "published", **settings})
 
 
 @pytest.mark.parametrize(

@@ -90,13 +90,13 @@ def test_a_bundle_as_this_version_writes_it_is_left_alone(tmp_path: Path) -> Non
     assert {path: path.stat().st_mtime_ns for path in bundle.rglob("*")} == before
 
 
-@pytest.mark.parametrize("version", [7, 99, "3", None])
+@pytest.mark.parametrize("version", [8, 99, "3", None])
 def test_a_newer_bundle_is_refused_by_its_version(tmp_path: Path, version: object) -> None:
     bundle = copied("v1", tmp_path)
     change(bundle, "polymerge.json", format_version=version, something="new")
     before = content(bundle)
     for use in (Bundle.open, upgrade, verify, load_model):
-        with pytest.raises(BundleError, match=r"format version .*this polymerge reads versions 1, 2, 3, 4, 5 and 6"):
+        with pytest.raises(BundleError, match=r"format version .*this polymerge reads versions 1, 2, 3, 4, 5, 6 and 7"):
             use(bundle)
     assert content(bundle) == before
 

@@ -148,6 +148,10 @@ def lent_as_it_is(right: Any, *args: Any) -> Any:
     return right(*args).model_copy(update={"borrowed": {"e1": Borrowed(of="e0", times=1.0)}})
 
 
+def lent_as_it_is_in_one(right: Any, task: Any, *args: Any) -> Any:
+    return lent_as_it_is(right, task, *args) if task.name == Q else right(task, *args)
+
+
 def all_lent(right: Any, lent: Any, *rest: Any) -> float:
     """Believed, not measured."""
     error: float = lent.error
@@ -231,8 +235,8 @@ def other_source(right: Any, name: str, checkpoint: Any, *rest: Any) -> ExpertRe
     return record.model_copy(update={"source": record.source[:-1] + OTHER[name][-1]})
 
 
-def of_another_module(right: Any, task: Any, note: Any) -> BundleLayer:
-    layer: BundleLayer = right(task, note)
+def of_another_module(right: Any, task: Any, note: Any, code: Any) -> BundleLayer:
+    layer: BundleLayer = right(task, note, code)
     return layer.model_copy(update={"module": "model.layers.0.input_layernorm"}) if layer.tensor == NORM else layer
 
 
@@ -313,8 +317,7 @@ FAULTS: dict[str, Fault] = {
         around(compress, "compress_residual", to_the_other), ("'e0'", Q), llama_of(3)
     ),
     "one residual for two experts without its scale": Fault(
-        around(run, "bundle_layer", lambda right, task, note: lent_as_it_is(right, task, note) if task.name == Q
-               else right(task, note)), ("'e1'", Q),
+        around(run, "bundle_layer", lent_as_it_is_in_one), ("'e1'", Q),
     ),
     "one residual for two experts that have two": Fault(
         around(compress, "_error_with", all_lent), ("'e1'", Q), recipe={"compress_rate": 0.5, "scale": "shared"},

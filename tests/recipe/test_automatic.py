@@ -41,8 +41,9 @@ def test_where_nothing_is_factorised_tables_are_whole(rate: float) -> None:
 
 def test_what_the_recipe_says_counts() -> None:
     assert chosen(code="factors") == ("factors", "keep", "keep")
-    assert chosen(code="int8") == ("int8", "compress", "compress")
-    assert chosen(adapters=True, code="int4") == ("int4", "compress", "compress")
+    assert chosen(code="int8") == ("int8", "keep", "keep")
+    assert chosen(code="int8", lm_head="compress") == ("int8", "keep", "compress")
+    assert chosen(adapters=True, code="int4") == ("int4", "keep", "keep")
     assert chosen(embeddings="average") == ("int4", "average", "compress")
     assert chosen(method="published") == ("factors", "keep", "keep")
 

@@ -154,7 +154,8 @@ def test_a_size_is_honoured_and_used(folder: Path, tmp_path: Path, limit: str, c
 
 
 def test_sizes_from_the_average_to_whole_experts(folder: Path) -> None:
-    recipe = folder / "recipe.yaml"
+    whole = {"embeddings": "keep", "lm_head": "keep"}
+    recipe = load_recipe({**load_recipe(folder / "recipe.yaml").model_dump(), **whole})
     assert find(recipe, "size=9x").recipe.compress_rate == 0
     assert find(recipe, "size=9x").recipe.code == "factors"  # of which there are none
     with pytest.raises(TargetError, match="the average and what every expert keeps of its own"):

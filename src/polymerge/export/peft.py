@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..bundle.bundle import Bundle
 from ..bundle.files import check_free_space, disk_errors, entry_of, raw_bytes, write_json, write_safetensors
@@ -94,8 +95,10 @@ def _write_adapter(bundle: Bundle, expert: str, staged: Path) -> dict[str, Any]:
         with disk_errors(staged):
             shutil.copyfile(file, staged / ADAPTER_FILE)
         return read_json(file.with_name("adapter_config.json"))
-    layers, tied = list(bundle.layers.values()), bundle.manifest.tied_embedding
-    tensors = as_peft(bundle.adapter(expert), layers, tied=(tied, _head_of(bundle)) if tied and tables else None)
+    tied, adapter = bundle.manifest.tied_embedding, bundle.adapter(expert)
+    layers = _with_whole_embeddings(bundle, expert, adapter)
+    factored = any(layer.rank and layer.role != "linear" for layer in layers)
+    tensors = as_peft(adapter, layers, tied=(tied, _head_of(bundle)) if tied and factored else None)
     entries = [entry_of(key, tensor) for key, tensor in tensors.items()]
     entries += missing_zeros({entry.key: entry.shape for entry in entries}, layers)
     entries.sort(key=lambda entry: natural_key(entry.key))
@@ -106,6 +109,21 @@ def _write_adapter(bundle: Bundle, expert: str, staged: Path) -> dict[str, Any]:
     named = [entry._replace(key=stored_name(entry.key, by_rows)) for entry in entries]
     write_safetensors(staged / ADAPTER_FILE, named, contents)
     return config
+
+
+def _with_whole_embeddings(bundle: Bundle, expert: str, adapter: dict[str, Tensor]) -> list[BundleLayer]:
+    """The layers as PEFT can hold them: it takes no biases beside the factors of an embedding, so that one of an expert
+    that has biases is written whole, into `adapter`."""
+    layers = list(bundle.layers.values())
+    if not any(key.endswith(".lora_B.bias") for key in adapter):
+        return layers
+    for number, layer in enumerate(layers):
+        if layer.role == "embedding" and layer.rank:
+            for factor in "AB":
+                adapter.pop(f"{layer.module}.lora_{factor}.weight", None)
+            adapter[f"{layer.module}.{layer.parameter}"] = bundle.reconstruct(expert, layer.tensor)
+            layers[number] = layer.model_copy(update={"rank": 0, "ranks": {}, "borrowed": {}, "numbers": ()})
+    return layers
 
 
 def _factored_tables(bundle: Bundle) -> list[BundleLayer]:
@@ -121,12 +139,6 @@ def _check_tables(bundle: Bundle, expert: str) -> None:
         raise ModelError(
             f"expert {expert!r}: PEFT has no place for rows of its own beside the residual of {rows!r}; "
             "export it with --to dense"
-        )
-    embedding = next((layer.tensor for layer in tables if layer.role == "embedding"), None)
-    if embedding is not None and any(key.endswith(".lora_B.bias") for key in stored):
-        raise ModelError(
-            f"expert {expert!r}: PEFT has no place for biases beside the residual of {embedding!r}; merge with "
-            "`embeddings: average`, or export it with --to dense"
         )
 
 

@@ -7,24 +7,19 @@ values; what the experts are is told by who opened them.
 
 from __future__ import annotations
 
-import torch
-
-from ..method.codes import NEAREST, PUBLISHED, code_of
+from ..method.codes import NEAREST, PUBLISHED
 from .merge import AUTO, Recipe
 
 
 def settled(recipe: Recipe, *, adapters: bool) -> Recipe:
-    """The recipe with what its `auto`s stand for.
+    """The recipe with what its `auto`s stand for. Who names a code has whole tables, unless they say otherwise.
 
     Args:
         adapters: whether the experts are stored as adapters' own factors over one model.
-
-    Raises:
-        MissingExtraError: the recipe's code needs a package that is not installed.
     """
-    code = recipe.code
+    code, tables = recipe.code, "keep"
     if code == AUTO:  # at rate 0 experts are whole, and at rate 1 the average is all there is
         code = PUBLISHED if adapters or recipe.compress_rate in (0.0, 1.0) else NEAREST
-    tables = "keep" if code_of(code, torch.float32).peft_readable else "compress"
+        tables = "compress" if code == NEAREST else "keep"
     chosen = {key: tables for key in ("embeddings", "lm_head") if getattr(recipe, key) == AUTO}
     return recipe.model_copy(update={"code": code, **chosen})

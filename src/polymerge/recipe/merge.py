@@ -102,8 +102,8 @@ class Recipe(BaseModel):
             folded into the residuals, so that a plain PEFT loader is exact).
         embeddings, lm_head, norms: `keep` each expert's own tensor or `average` them into one. `norms`
             covers every tensor that is neither an embedding, the lm_head nor a linear weight (biases too). Embeddings
-            and the head may be stored as linear weights are, too: `compress`, which is not published. `auto` is `keep`
-            with a code that PEFT reads, and `compress` with the others.
+            and the head may be stored as linear weights are, too: `compress`, which is not published. `auto` is
+            `compress` where `code` is `auto` too and becomes `int4`, and `keep` otherwise.
         embedding_rate: the compress rate of embeddings and heads with `compress`: one number, or a mapping of patterns
             of names to numbers.
         adapters: how experts are stored that are LoRA adapters over one model: `exact`, as that very model and the own

@@ -222,14 +222,16 @@ def sweep(
     Raises:
         RecipeError: an expert without examples. Whatever `merge` raises.
     """
-    # all merges have the same tables, whatever their code
-    recipe, output = plan_merge(recipe, **settings).recipe, Path(output).expanduser()
+    recipe, output = load_recipe(recipe, **settings), Path(output).expanduser()
     examples = read_prompts(prompts, limit)
     check_examples(recipe, examples)
     names = read_codes(codes)
     # at rate 1 there is no residual to store, so codes do not differ
     points_at = [(rate, code) for rate in rates for code in (names if rate < 1 else names[:1])]
-    recipes = [load_recipe(recipe, compress_rate=rate, code=code) for rate, code in points_at]
+    lossy = plan_merge(recipe).recipe  # whose tables those of all codes are
+    recipes = [
+        load_recipe(lossy if 0 < rate < 1 else recipe, compress_rate=rate, code=code) for rate, code in points_at
+    ]
     say = progress or (lambda text: None)
     references = run_originals(recipe, examples, say)
     output.mkdir(parents=True, exist_ok=True)
