@@ -107,7 +107,19 @@ def server(arguments: Sequence[str], threads: int) -> Iterator[tuple[str, int]]:
 @contextmanager
 def system(name: str, folder: Path, experts: Sequence[str], cores: int) -> Iterator[tuple[Models, list[int]]]:
     """A way to serve, and the processes behind it."""
-    command = [sys.executable, "-m", "polymerge", "serve", str(folder / "bundle"), "--port", "0", "--json", "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "polymerge",
+        "serve",
+        str(folder / "bundle"),
+        "--engine",
+        "transformers",
+        "--port",
+        "0",
+        "--json",
+        "--quiet",
+    ]
     with ExitStack() as stack:
         if name == DENSE:
             dense_command = [sys.executable, __file__, "--dense"]
