@@ -39,7 +39,9 @@ class ScriptedEngine:
     def decode(self, ids: Sequence[int], *, expert: Any = None) -> str:
         return "".join(chr(token) for token in ids if token != BOS)
 
-    def chat_prompt(self, messages: Sequence[Message], *, expert: Any = None, go_on: bool = False) -> list[int]:
+    def chat_prompt(
+        self, messages: Sequence[Message], *, expert: Any = None, go_on: bool = False, tools: Any = ()
+    ) -> list[int]:
         return self.encode("".join(f"{message['content']}\n" for message in messages))
 
     def _text(self, prompt: Prompt) -> str:

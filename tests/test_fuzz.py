@@ -130,7 +130,9 @@ def test_a_damaged_source_is_refused_or_merged_whole(originals: Path, tmp_path: 
 @pytest.fixture(scope="module")
 def bundle(originals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = {expert: str(originals / expert) for expert in ("e0", "e1")}
-    return merge({"experts": sources, "compress_rate": 0.6}, tmp_path_factory.mktemp("bundle") / "b").path
+    return merge(
+        {"experts": sources, "code": "factors", "compress_rate": 0.6}, tmp_path_factory.mktemp("bundle") / "b"
+    ).path
 
 
 MANIFEST: dict[str, tuple[Damage, int]] = {

@@ -133,7 +133,11 @@ def state(verb: str, folder: Path) -> object:
     if verb == "router fit":
         router = router_folder(out)
         record = read_record(router)
-        return record, {k: v.tobytes() for k, v in read_arrays(router, record).items()}, read_texts(router, record)
+        return (
+            record,
+            {k: v.tobytes() for k, v in read_arrays(router, record).items()},
+            read_texts(router, record.samples),
+        )
     listed = {name: (out / name).read_bytes() for name in bundle.manifest.files}
     assert not list(bundle.damaged_files())
     return bundle.manifest, listed

@@ -18,7 +18,7 @@ STORY = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="u
 
 @pytest.fixture
 def folders(tmp_path: Path) -> dict[str, Path]:
-    deep = LlamaConfig(**COMMON | {"num_hidden_layers": 8})  # a router looks at the seventh layer from the end
+    deep = LlamaConfig(**COMMON | {"num_hidden_layers": 12})  # a router looks at the eleventh layer from the end
     made = make_experts("llama", tmp_path / "made", count=2, config=deep)
     named = {}
     for name, path in zip(("math", "code"), made.values(), strict=True):
@@ -40,8 +40,8 @@ def test_the_story_runs(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatc
 
 def test_models_in_memory_make_the_bundle_of_their_folders(folders: dict[str, Path], tmp_path: Path) -> None:
     given = {name: AutoModelForCausalLM.from_pretrained(path) for name, path in folders.items()}
-    memory = polymerge.merge(given, tmp_path / "memory")
-    disk = polymerge.merge(folders, tmp_path / "disk")
+    memory = polymerge.merge(given, tmp_path / "memory", code="factors")
+    disk = polymerge.merge(folders, tmp_path / "disk", code="factors")
     for file in ("model.safetensors", "tokenizer.json", "experts/math/adapter_model.safetensors"):
         assert (memory.path / file).read_bytes() == (disk.path / file).read_bytes(), file
     assert [record.source for record in memory.manifest.experts.values()] == ["memory:math", "memory:code"]

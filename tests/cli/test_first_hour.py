@@ -49,7 +49,7 @@ def test_plan_says_what_other_codes_would_cost(narrow: Callable[..., str], merge
     assert re.search(r"^residuals    of all experts: factors [\d.]+ kB, int8 [\d.]+ kB, int4 [\d.]+ kB$", shown, re.M)
     plan = plan_merge({name: str(path) for name, path in experts.items()}, compress_rate=0.6)
     costs = bytes_of_codes(plan)
-    assert costs["factors"] == sum(plan._expert_bytes(expert, "low_rank") for expert in experts)
+    assert costs[plan.recipe.code] == sum(plan._expert_bytes(expert, "low_rank") for expert in experts)
 
 
 def test_the_time_left_of_an_export_is_told_once_a_factor_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,7 +202,7 @@ class Says:
     def max_length_of(self, expert: Any) -> int:
         return self.max_length
 
-    def chat_prompt(self, messages: Any, *, expert: Any = None) -> list[int]:
+    def chat_prompt(self, messages: Any, *, expert: Any = None, tools: Any = ()) -> list[int]:
         return [1]
 
     def generate(self, requests: Any) -> list[Any]:

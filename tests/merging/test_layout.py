@@ -21,7 +21,7 @@ def header_size(file: Path) -> int:
 
 
 def rooms(bundle: Bundle, experts: dict[str, Path], **settings: Any) -> dict[str, int]:
-    plan = plan_merge({"experts": {name: str(path) for name, path in experts.items()}, **settings})
+    plan = plan_merge({"experts": {name: str(path) for name, path in experts.items()}, "code": "factors", **settings})
     return dict(layout_of(plan).rooms)
 
 

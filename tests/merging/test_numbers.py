@@ -106,3 +106,17 @@ def test_peft_opens_its_export(tmp_path: Path) -> None:
     with torch.no_grad():
         logits = PeftModel.from_pretrained(model, out).eval()(IDS).logits
     torch.testing.assert_close(logits, load_model(bundle, device="cpu")(IDS, experts="e1").logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_default_bundle_in_16_bits_is_loaded_as_precisely_as_it_is_stored(tmp_path: Path, dtype: str) -> None:
+    """Experts far apart: 16 bits round what four bits and a scale say, and a residual is large here."""
+    experts = {name: str(path) for name, path in make_experts("llama", tmp_path, spread=0.2).items()}
+    bundle = merge({"experts": experts, "compress_rate": 0.5, "dtype": dtype}, tmp_path / "bundle")
+    assert bundle.manifest.method.code == "int4"
+    config = transformers.AutoConfig.from_pretrained(experts["e1"])
+    dense = transformers.LlamaForCausalLM(config).eval()
+    dense.load_state_dict({key: tensor.float() for key, tensor in dense_state(bundle, "e1", torch.float32).items()})
+    with torch.no_grad():
+        answers = load_model(bundle, device="cpu", dtype="float32")(IDS, experts="e1").logits
+        torch.testing.assert_close(answers, dense(IDS).logits, rtol=1e-3, atol=1e-3)

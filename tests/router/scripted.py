@@ -57,7 +57,7 @@ class ScriptedEngine:
             for r in requests
         ]
 
-    def chat_prompt(self, messages: Any, *, expert: Any = None) -> list[int]:
+    def chat_prompt(self, messages: Any, *, expert: Any = None, tools: Any = ()) -> list[int]:
         return self.encode(messages[-1]["content"])
 
     def generate(self, requests: Any) -> Any:

@@ -229,7 +229,9 @@ def test_the_command_writes_what_a_merge_with_the_found_values_writes(
     search = printed["search"]
     assert (search["compress_rate"], search["code"]) == (printed["compress_rate"], printed["code"])
     assert 0 < max(agreement["kl"] for agreement in search["point"]["experts"].values()) <= goal
-    again = merge(recipe | {"compress_rate": search["compress_rate"], "code": search["code"]}, tmp_path / "again")
+    again = merge(
+        recipe | {key: search[key] for key in ("compress_rate", "code", "embeddings", "lm_head")}, tmp_path / "again"
+    )
     assert content(output) == content(again.path)
     assert Bundle.open(output).manifest.method.compress_rate == search["compress_rate"]
     assert visible(tmp_path) == ["again", "deep", "recipe.yaml"]

@@ -71,10 +71,13 @@ def test_every_option_reaches_its_setting(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("polymerge.serve.run.serve", lambda bundle, **more: given.append(more["settings"]))
     values = {option: 1 + number for number, option in enumerate(OPTIONS) if option != "margin"} | {"margin": 0.5}
     words = [word for option, value in values.items() for word in (f"--{option.replace('_', '-')}", str(value))]
-    result = CliRunner().invoke(app, ["serve", "bundle", *words])
+    result = CliRunner().invoke(app, ["serve", "bundle", "--engine", "transformers", *words])
     assert result.exit_code == 0, result.output
     assert {option: getattr(given[0], name) for option, name in OPTIONS.items()} == values
-    assert isinstance(CliRunner().invoke(app, ["serve", "bundle", "--margin", "2"]).exception, PolymergeError)
+    assert isinstance(
+        CliRunner().invoke(app, ["serve", "bundle", "--engine", "transformers", "--margin", "2"]).exception,
+        PolymergeError,
+    )
 
 
 def test_the_docs_list_every_limit_with_its_default() -> None:

@@ -36,7 +36,7 @@ class ScriptedEngine:
     def decode(self, ids: Sequence[int], *, expert: Any = None) -> str:
         return "".join(map(chr, ids))
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, str]], *, expert: Any = None) -> list[int]:
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]], *, expert: Any = None, tools: Any = ()) -> list[int]:
         return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>")
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:

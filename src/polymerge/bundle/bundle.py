@@ -193,31 +193,34 @@ class Bundle:
             total += self.reconstruct(expert, tensor)
         return total / len(self.manifest.experts)
 
-    def adapter(self, expert: str, *, coded: Container[str] = (), apart: bool = False) -> dict[str, Tensor]:
+    def adapter(
+        self, expert: str, *, coded: Container[str] = (), apart: bool = False, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
         """All tensors of an expert's adapter, keys without PEFT's prefix. Tables come whole, but for those with
         residuals, beside which are the rows that the expert has of its own; so do those that are another expert's too.
 
-        Coded factors come decoded, as `lora_A.weight` and `lora_B.weight` in the bundle's dtype.
+        Coded factors come decoded, as `lora_A.weight` and `lora_B.weight`.
 
         Args:
             coded: modules whose factors come as they are stored.
             apart: factors that are another expert's too are left out, and inherited ones come as they are stored, for
                 whoever counts them as the manifest says.
+            dtype: of decoded factors; by default the bundle's. 16 bits round what four bits and a scale say.
         """
+        dtype = dtype or DTYPES[self.manifest.dtype]
         with _opened(self.expert_file(expert)) as handle:
             tensors = {adapter_name(key): handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
         reader = self.expert_reader(expert)
         for layer in self._kept(expert):
             tensors.pop(f"{layer.module}.{layer.parameter}{ROW_NUMBERS}", None)
             tensors[f"{layer.module}.{layer.parameter}"] = reader.kept(layer)
-        tensors |= self._borrowed(expert, apart=apart)
+        tensors |= self._borrowed(expert, apart=apart, dtype=dtype)
         for layer in self._tables:
             key = f"{layer.module}.{layer.parameter}"
             if key in tensors and not layer.rank:
                 tensors[key] = self.whole_table(expert, layer, tensors[key])
         if self.code.peft_readable:
             return tensors
-        dtype = DTYPES[self.manifest.dtype]
         for layer in self._factored:
             if layer.module in coded or (expert in layer.borrowed and layer.rank_of(expert)):
                 continue
@@ -229,12 +232,12 @@ class Bundle:
                 tensors |= {f"{layer.module}.lora_A.weight": a.to(dtype), f"{layer.module}.lora_B.weight": b.to(dtype)}
         return tensors
 
-    def _borrowed(self, expert: str, *, apart: bool) -> dict[str, Tensor]:
+    def _borrowed(self, expert: str, *, apart: bool, dtype: torch.dtype) -> dict[str, Tensor]:
         factored = (x for x in self._factored if expert in x.borrowed and x.rank_of(expert))
         layers = [x for x in factored if not (apart and x.borrowed[expert].of is not None)]
         if not layers:
             return {}
-        reader, dtype, tensors = self.expert_reader(expert), DTYPES[self.manifest.dtype], {}
+        reader, tensors = self.expert_reader(expert), {}
         for layer in layers:
             (b, a), times = reader.lent(layer.tensor)
             tensors[f"{layer.module}.lora_A.weight"] = a.to(dtype)

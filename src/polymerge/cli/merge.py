@@ -153,7 +153,9 @@ def _print(bundle: Bundle, output: Path, searched: list[Found], words: str) -> N
             f"{name}: {before:.2g} from {bundle.experts[0]} before it was aligned, {after:.2g} after", markup=False
         )
     for chosen in searched:
-        at = f"--compress-rate {in_words(chosen.recipe.compress_rate)} --code {chosen.recipe.code}"
+        found = chosen.recipe
+        at = f"--compress-rate {in_words(found.compress_rate)} --code {found.code}"
+        at += f" --embeddings {found.embeddings} --lm-head {found.lm_head}"
         out.print(f"repeat: polymerge merge {words} {at}", markup=False, soft_wrap=True)
 
 

@@ -117,7 +117,7 @@ class Placer:
         return whole
 
     def _read(self, expert: str) -> dict[str, Tensor]:
-        return self.bundle.adapter(expert, apart=True)
+        return self.bundle.adapter(expert, apart=True, dtype=self.dtype)
 
     def _take(self, key: str) -> Values:
         device = self.state.device
@@ -448,7 +448,7 @@ class CodedPlacer(Placer):
             and not self.linear[module].numbers
             and self._is_linear(module)
         }
-        return self.bundle.adapter(expert, coded=kept, apart=True)
+        return self.bundle.adapter(expert, coded=kept, apart=True, dtype=self.dtype)
 
     def _changes(self, module: str, layer: BundleLayer) -> bool:
         decoded = any(f"{module}.lora_A.weight" in adapter for adapter in self.adapters)

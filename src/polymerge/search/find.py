@@ -55,8 +55,9 @@ class Found:
     def to_json(self) -> dict[str, Any]:
         """The found rate and code, and what was measured of them."""
         point = self.point.to_json() if self.point else None
-        rate, code = self.recipe.compress_rate, self.recipe.code
-        return {"compress_rate": rate, "code": code, "merges": self.merges, "limit": self.limit, "point": point}
+        keys = ("compress_rate", "code", "embeddings", "lm_head")
+        values = {key: getattr(self.recipe, key) for key in keys}
+        return {**values, "merges": self.merges, "limit": self.limit, "point": point}
 
     def check(self, bundle: Bundle) -> None:
         """Raises TargetError where a merged bundle is larger than the target allows."""
