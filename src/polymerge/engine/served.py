@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING
 
 from ..sources.checkpoint import read_json
 from ..sources.persona import Group, Persona, load_tokenizer, read_persona
-from .base import Message
 from .defaults import GenerationDefaults, folder_defaults
-from .voices import Voice, Voices
+from .voices import Speaking, Voice, Voices
 
 if TYPE_CHECKING:
     from ..model.assignment import RowExpert
 
 
-class ServedEngine(ABC):
+class ServedEngine(Speaking, ABC):
     """The words' side of `polymerge.engine.Engine`.
 
     Attributes:
@@ -60,25 +59,6 @@ class ServedEngine(ABC):
         """What the exported generation_config.json says, or the expert's own."""
         return self.voices.of(expert).defaults
 
-    def encode(self, text: str, *, special: bool = True, expert: RowExpert = None) -> list[int]:
-        """Token ids of a text."""
-        return self.voices.of(expert).encode(text, special=special)
-
     def decode(self, ids: Sequence[int], *, expert: RowExpert = None) -> str:
         """The text of token ids, without special tokens."""
         return self.voices.of(expert).text(ids, False)
-
-    def chat_prompt(
-        self,
-        messages: Sequence[Message],
-        *,
-        expert: RowExpert = None,
-        go_on: bool = False,
-        tools: Sequence[Message] = (),
-    ) -> list[int]:
-        """Token ids of a conversation; without a chat template, its turns one below the other."""
-        return self.voices.of(expert).chat_prompt(messages, go_on=go_on, tools=tools)
-
-    def chat_template_of(self, expert: RowExpert = None) -> str | None:
-        """As in the contract."""
-        return self.voices.of(expert).chat_template

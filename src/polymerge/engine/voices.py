@@ -116,3 +116,31 @@ def _voice(average: Voice, name: str, persona: Persona, groups: Sequence[Group])
     if "positions" in groups:
         length = persona.max_length or length
     return replace(average, tokenizer=tokenizer, defaults=defaults, max_length=length)
+
+
+class Speaking:
+    """What every engine that has voices says of an expert's tokens and templates."""
+
+    if TYPE_CHECKING:  # an attribute of one engine, made when it is first asked for by the others
+
+        @property
+        def voices(self) -> Voices: ...
+
+    def encode(self, text: str, *, special: bool = True, expert: RowExpert = None) -> list[int]:
+        """Token ids of a text."""
+        return self.voices.of(expert).encode(text, special=special)
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        expert: RowExpert = None,
+        go_on: bool = False,
+        tools: Sequence[Message] = (),
+    ) -> list[int]:
+        """Token ids of a conversation; without a chat template, its turns one below the other."""
+        return self.voices.of(expert).chat_prompt(messages, go_on=go_on, tools=tools)
+
+    def chat_template_of(self, expert: RowExpert = None) -> str | None:
+        """An expert's own."""
+        return self.voices.of(expert).chat_template

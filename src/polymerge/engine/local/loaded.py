@@ -27,10 +27,10 @@ from ...sources.checkpoint import Checkpoint
 from ...sources.dense import dense_model
 from ...sources.fingerprint import digest_beside
 from ...sources.opening import open_checkpoint
-from ..base import Message, Prompt
+from ..base import Prompt
 from ..defaults import GenerationDefaults, checkpoint_defaults
 from ..grammar import Grammars
-from ..voices import Voice, Voices
+from ..voices import Speaking, Voice, Voices
 
 if TYPE_CHECKING:
     from ...model.assignment import RowExpert
@@ -41,7 +41,7 @@ BATCH_TOKENS = 4096
 BATCH_SHARE, MOST_TOKENS = 0.6, 131_072
 
 
-class LoadedModel:
+class LoadedModel(Speaking):
     """A model and its tokenizer.
 
     Args:
@@ -57,6 +57,8 @@ class LoadedModel:
     Raises:
         ModelError: generation_config.json says something that means nothing.
     """
+
+    voices: Voices
 
     def __init__(self, model: Any, tokenizer: Any, *, fingerprint: str, batch_tokens: int | None = None) -> None:
         self.model, self.fingerprint = model, fingerprint
@@ -155,28 +157,9 @@ class LoadedModel:
         """An expert's own."""
         return self.voices.of(expert).tokenizer
 
-    def encode(self, text: str, *, special: bool = True, expert: RowExpert = None) -> list[int]:
-        """Token ids of a text."""
-        return self.voices.of(expert).encode(text, special=special)
-
     def decode(self, ids: Sequence[int], *, expert: RowExpert = None) -> str:
         """The text of token ids, without special tokens. Raises ModelError for ids outside the vocabulary."""
         return self.voices.of(expert).text(self.checked(ids, expert), False)
-
-    def chat_prompt(
-        self,
-        messages: Sequence[Message],
-        *,
-        expert: RowExpert = None,
-        go_on: bool = False,
-        tools: Sequence[Message] = (),
-    ) -> list[int]:
-        """Token ids of a conversation; without a chat template, its turns one below the other."""
-        return self.voices.of(expert).chat_prompt(messages, go_on=go_on, tools=tools)
-
-    def chat_template_of(self, expert: RowExpert = None) -> str | None:
-        """An expert's own."""
-        return self.voices.of(expert).chat_template
 
     def ids(self, prompt: Prompt, expert: RowExpert = None) -> list[int]:
         """Token ids of a prompt. Raises ModelError as `checked` does."""
