@@ -275,17 +275,18 @@ class Manifest(_Strict):
         other rows, the ranks of its residuals that are not the layers', how many rows it keeps of a table, and the
         tensors whose residual it has as numbers."""
         experts = {**self.experts, name: record}
-        layers = tuple(x.model_copy(update={"table": True}) if x.tensor in tables else x for x in self.layers)
-        layers = tuple(
-            x.model_copy(update={"ranks": {**x.ranks, name: ranks[x.tensor]}}) if x.tensor in ranks else x
-            for x in layers
-        )
-        layers = tuple(
-            x.model_copy(update={"rows": {**x.rows, name: rows[x.tensor]}}) if x.tensor in rows else x for x in layers
-        )
-        layers = tuple(
-            x.model_copy(update={"numbers": (*x.numbers, name)}) if x.tensor in numbers else x for x in layers
-        )
+
+        def having(layer: BundleLayer) -> BundleLayer:
+            its = layer.tensor
+            update = {
+                "table": layer.table or its in tables,
+                "ranks": {**layer.ranks, name: ranks[its]} if its in ranks else layer.ranks,
+                "rows": {**layer.rows, name: rows[its]} if its in rows else layer.rows,
+                "numbers": (*layer.numbers, name) if its in numbers else layer.numbers,
+            }
+            return layer.model_copy(update=update)
+
+        layers = tuple(map(having, self.layers))
         return self.model_copy(
             update={
                 "format_version": self._version(experts.values(), layers),

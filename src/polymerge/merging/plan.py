@@ -195,13 +195,14 @@ def plan_merge(
     reference = untied or first
     widest = max(experts, key=lambda expert: expert.table_rows)
     frame = frame_of(reference, widest)
-    adapters = over_adapters(sources_in(frame, experts).values(), checkpoints, recipe)
+    names = sources_in(frame, experts)
+    adapters = over_adapters(names.values(), checkpoints, recipe)
     recipe = settled(recipe, adapters=adapters)
     sizes = {expert.name: expert.table_rows for expert in experts}
     averaged, trust = {recipe.embeddings, recipe.lm_head} != {"keep"}, recipe.trust_remote_code
     tables, unread = merged_tables(personas, sizes, averaged=averaged, trust_remote_code=trust)
     notes += [*_vocabulary_notes(first.name, tables), *([unread] if unread else [])]
-    tasks = tasks_for(frame, experts, recipe, tables)
+    tasks = tasks_for(frame, experts, recipe, tables, names)
     _check_rates(recipe, tasks)
     dtype = bundle_dtype(recipe, checkpoints, tasks)
     tasks = with_dtypes(with_adapters(tasks, checkpoints, recipe), checkpoints, dtype)

@@ -288,15 +288,20 @@ def sources_in(frame: Frame, experts: Sequence[Expert]) -> dict[str, dict[str, s
 
 
 def tasks_for(
-    frame: Frame, experts: Sequence[Expert], settings: Settings, tables: Tables | None = None
+    frame: Frame,
+    experts: Sequence[Expert],
+    settings: Settings,
+    tables: Tables | None = None,
+    names: Mapping[str, Mapping[str, str]] | None = None,
 ) -> tuple[TensorTask, ...]:
     """What happens to every tensor of the experts. Raises SourceError as `names_in` does.
 
     Args:
         tables: the rows of experts whose vocabularies differ.
+        names: what `sources_in` gave, where it was asked already.
     """
     tasks = []
-    for tensor, sources in sources_in(frame, experts).items():
+    for tensor, sources in (names or sources_in(frame, experts)).items():
         slot = frame.slots[tensor]
         # A manifest does not say which tensors the model does not know, or computes with in float32; checkpoints do.
         records = [expert.layer_map.records[sources[expert.name]] for expert in experts]
