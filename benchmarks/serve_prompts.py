@@ -156,7 +156,7 @@ def print_table(systems: dict[str, Any]) -> None:
         arrivals = found["arrival"]
 
         def mean(name: str, part: str, arrivals: Any = arrivals) -> float:
-            return statistics.mean(one[name][part] for one in arrivals)
+            return float(statistics.mean(one[name][part] for one in arrivals))
 
         table.add_row(
             way,
