@@ -17,8 +17,8 @@ fails says why, and the next one runs. On a card:
     merge         one layer's average and factors, on the GPU and on the CPU
     base          the average's linear layers in int8 (torchao) and nf4 (bitsandbytes), where they are installed
 
-Reach: a captured mixed step at 0.85 of the captured average's tokens a second, 32 rows. An expert's factors at a rate of
-0.95 are 5% of the linear layers' bytes, and a batch of all experts reads all of theirs: 16 experts read 1.7 times what
+Reach: a captured mixed step at 0.85 of the captured average's tokens a second, 32 rows. An expert's factors at a rate
+of 0.95 are 5% of the linear layers' bytes, and a batch of all experts reads all of theirs: 16 read 1.7 times what
 the average does, so that a step bound by memory alone could not be faster than 0.6.
 """
 

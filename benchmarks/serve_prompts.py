@@ -43,7 +43,7 @@ WAYS: dict[str, list[str]] = {
 TEXT = "the of and a to in is you that it he was for on are as with his they I at be this have from or one had by"
 WORDS = tuple(TEXT.split())  # each a token
 SYSTEM_TOKENS, LONG_TOKENS, ANSWER_TOKENS = 500, 2000, 24
-RUNNING, RUNNING_TOKENS = 4, 400
+RUNNING, RUNNING_TOKENS, SPARE = 4, 1500, 2.0
 
 
 @dataclass
@@ -116,7 +116,10 @@ async def arrival(url: str, experts: list[str], seed: int) -> dict[str, Any]:
         long, asked = Stream(), time.perf_counter() - began
         await ask(client, url, experts[0], words(LONG_TOKENS, seed), 1, long)
         until = asked + long.times[0]
-        await asyncio.gather(*tasks)
+        await asyncio.sleep(SPARE)  # the delay in which it came has an end as well
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
     before = [1e3 * gap for stream in running for gap in gaps(stream, 0, asked)]
     while_read = [1e3 * gap for stream in running for gap in gaps(stream, asked, until)]
     return {
