@@ -100,7 +100,7 @@ def fit_samples(
         bundle=bundle.digest,
         model=model,
         fingerprint=engine.fingerprint,
-        embed=settings.embed,
+        embed=settings.embed.model_copy(update={"layers": embedder.layers}),
         classifier=settings.classifier,
         fields=tuple(fields),
         experts=of_fields,
