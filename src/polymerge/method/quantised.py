@@ -148,9 +148,11 @@ def _quantise(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def dequantise(numbers: Tensor, scales: Tensor, bits: int) -> Tensor:
     """q [r, n] and scales [r, ceil(n / 128)] -> [r, n] float32."""
-    n = numbers.shape[1]
-    levels = numbers.float().sub_(2 ** (bits - 1) - 0.5)
-    return levels * scales.float().repeat_interleave(group_size(n), dim=1)[:, :n]
+    r, n = numbers.shape
+    size = group_size(n)
+    levels = F.pad(numbers, (0, -n % size)).float().sub_(2 ** (bits - 1) - 0.5)
+    levels.view(r, -1, size).mul_(scales.float()[:, :, None])
+    return levels[:, :n].contiguous()
 
 
 def pack(numbers: Tensor, bits: int) -> Tensor:
@@ -167,9 +169,10 @@ def pack(numbers: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """The first `count` numbers of every row of `pack`'s result."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    numbers: Tensor = (packed[:, :, None] >> shifts) & (2**bits - 1)
-    return numbers.flatten(1)[:, :count]
+    if bits == 8:
+        return packed[:, :count]
+    places = [(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+    return torch.stack(places, dim=-1).flatten(1)[:, :count]
 
 
 def _levels(groups: Tensor, scale: Tensor, half: int) -> Tensor:
