@@ -390,7 +390,7 @@ def coded(report: Report, size: Size, device: torch.device, dtype: torch.dtype) 
     decoded = [(a.to(dtype), b.to(dtype)) for b, a in (code.decode(tensors, *shape) for tensors in stored)]
     both = {
         "decoded": MixedLinear(state, weight, None, decoded, [1.0] * count, [None] * count).to(device),
-        "coded": CodedLinear(state, weight, None, stored, code, [1.0] * count, [None] * count).to(device),
+        "coded": CodedLinear(state, weight, None, stored, code, [1.0] * count, [None] * count, fused=True).to(device),
     }
     state.set([f"e{n % count}" for n in range(size.rows)], size.rows)
     x = torch.randn(size.rows, 1, shape[1], device=device, dtype=dtype)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..serve.settings import ServeSettings
-from .words import Base
+from .words import Base, Residuals
 
 if TYPE_CHECKING:
     from ..serve.run import Running
@@ -61,7 +61,7 @@ def serve(
     probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Check every expert first.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...; by default the GPU where there is one.")] = None,
     base: Base = "16bit",
-    kernel: Annotated[str, typer.Option(help="plain; or triton, experimental: factors stay coded.")] = "plain",
+    residuals: Residuals = "decoded",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers to the log.")] = False,
     feedback: Annotated[
         Path | None, typer.Option(help="Keep the playground's thumbs, {prompt, expert, right}, in this JSONL file.")
@@ -93,6 +93,6 @@ def serve(
         timeout=timeout, drain=drain, margin=margin, recipe=recipe,
         thinker=thinker, model=model, key_env=key_env, policy=policy, vllm=vllm, vllm_url=vllm_url,
         vllm_python=vllm_python, vllm_arg=vllm_arg, engine=engine, gguf=gguf, llama_url=llama_url,
-        probe=probe, device=device, base=base, kernel=kernel,
+        probe=probe, device=device, base=base, residuals=residuals,
         log_prompts=log_prompts, feedback=feedback, say=say, on_ready=ready,
     )  # fmt: skip

@@ -148,6 +148,11 @@ class LoadedModel(Speaking):
         """The average's context, in tokens."""
         return self.voices.average.max_length
 
+    @property
+    def depth(self) -> int:
+        """The average's layers."""
+        return int(self.hf.config.get_text_config().num_hidden_layers)
+
     def max_length_of(self, expert: RowExpert = None) -> int:
         """An expert's context, in tokens."""
         return self.voices.of(expert).max_length
