@@ -12,7 +12,7 @@ from pathlib import Path
 from ..bundle.bundle import Bundle
 from ..bundle.files import write_json
 from ..errors import RouterError
-from .described import by_name
+from .described import by_name, described_samples, written_samples
 from .fit import Fitted, Progress, fit_samples
 from .loading import load_engine
 from .picture import draw_samples
@@ -84,10 +84,11 @@ def fit_router(
         labelled = label_by_experts(labeller, [*training, *validation], chat=chat, progress=progress)
         training, validation = labelled[: len(training)], labelled[len(training) :]
         validation = _of_fields(validation, training)
+    made = [*described_samples(describe), *written_samples(embeds, describe)] if describe else []
     known = _table_of(bundle, table)
     fitted = fit_samples(
-        bundle, embeds, training, validation, descriptions=describe, settings=settings, table=known, experts=assign,
-        model=embed_with, progress=progress,
+        bundle, embeds, training, validation, made=made, descriptions=describe, settings=settings, table=known,
+        experts=assign, model=embed_with, progress=progress,
     )  # fmt: skip
     fitted.router.save(bundle)
     fitted.report["picture"] = draw_samples(fitted.router)
