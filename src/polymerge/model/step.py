@@ -101,18 +101,20 @@ class FixedStep:
         Args:
             pool: of memory, which graphs that are never replayed at a time can share.
         """
-        self._fill(rows, column)
-        self._assign()
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARMING):
-                self._compute()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            self._logits = self._compute()
-        self._graph = graph
+        with self._on_device():
+            self._fill(rows, column)
+            self._assign()
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARMING):
+                    self._compute()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # what other threads do on the device meanwhile is theirs, and no fault of the capture
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                self._logits = self._compute()
+            self._graph = graph
 
     def run(self, rows: Sequence[Row], column: int) -> Tensor:
         """Logits [len(rows), V]; of a captured step they are valid until the next.
@@ -120,12 +122,18 @@ class FixedStep:
         Args:
             column: that is written.
         """
-        self._fill(rows, column)
-        if self._graph is None:
-            self._assign()
-            return self._compute()[: len(rows)]
-        self._graph.replay()
-        return self._logits[: len(rows)]
+        with self._on_device():
+            self._fill(rows, column)
+            if self._graph is None:
+                self._assign()
+                return self._compute()[: len(rows)]
+            self._graph.replay()
+            return self._logits[: len(rows)]
+
+    def _on_device(self) -> AbstractContextManager[None]:
+        """Streams and graphs are the current device's, which need not be the model's."""
+        device = self._packed.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
     def _fill(self, rows: Sequence[Row], column: int) -> None:
         unused = [Row(0, 0, column, 0)] * (self.rows - len(rows))
