@@ -83,6 +83,11 @@ class Demand:
         return self.failures > FAILURES_TOGETHER
 
 
+def padded(tokens: Sequence[int]) -> int:
+    """Tokens that rows of these lengths take together, as each is padded to the longest."""
+    return len(tokens) * max(tokens, default=0)
+
+
 def admit(waiting: Iterable[Demand], running: Sequence[Demand], limits: Limits) -> list[int]:
     """Which of the waiting requests join the running batch now: their places in the queue, in order.
 
@@ -109,7 +114,7 @@ def surplus(running: Sequence[Demand], limits: Limits) -> int | None:
 
     The oldest goes on to its end, so that none waits for ever.
     """
-    if len(running) < 2 or len(running) * max(row.unread for row in running) <= limits.cache_tokens:
+    if len(running) < 2 or padded([row.unread for row in running]) <= limits.cache_tokens:
         return None
     return max(range(len(running)), key=lambda place: running[place].number)
 
@@ -118,7 +123,7 @@ def _fits(rows: Sequence[Demand], limits: Limits) -> bool:
     """Whether these can be one batch."""
     return (
         len(rows) <= limits.max_rows
-        and len(rows) * max(row.soon for row in rows) <= limits.cache_tokens
+        and padded([row.soon for row in rows]) <= limits.cache_tokens
         and not any(row.alone for row in rows)
     )
 
@@ -126,6 +131,6 @@ def _fits(rows: Sequence[Demand], limits: Limits) -> bool:
 def _read_together(newcomers: Sequence[Demand], limits: Limits) -> bool:
     """Whether the prompts of these can be read in one pass."""
     return len(newcomers) == 1 or (
-        len(newcomers) * max(row.unread for row in newcomers) <= limits.prompt_tokens
+        padded([row.unread for row in newcomers]) <= limits.prompt_tokens
         and len({row.scores_prompt for row in newcomers}) == 1
     )
