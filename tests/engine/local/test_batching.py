@@ -16,6 +16,7 @@ from polymerge.engine import GenerateRequest, ScoreRequest
 from polymerge.engine.admission import Limits
 from polymerge.engine.local.batching import BatchingEngine
 from polymerge.engine.local.engine import HFEngine
+from polymerge.engine.local.running import RunningBatch
 from polymerge.engine.streaming import Piece, StreamRequest
 from polymerge.errors import DeadlineError, EngineBusyError, EngineDownError, ModelError
 from tests.conftest import Merged
@@ -278,6 +279,57 @@ def test_memory_that_ran_out_once_holds_rows_back_for_a_time(merged: Merged, mon
     assert all(one.text for one in heard)
     assert min(calls[2:]) <= 2 and batching._limits.max_rows == 4
     batching.close()
+
+
+def test_memory_that_runs_out_before_a_prompt_is_read_leaves_nobody_waiting(
+    engines: Offline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offline, batching = engines
+    requests = [GenerateRequest([5, 6, n], EXPERTS[n % 5], 10) for n in range(3, 7)]
+    expected = [answer.text for answer in offline.generate(requests)]
+    padded, calls = batching._engine.padded, [0]
+
+    def once(rows: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 1:
+            raise torch.OutOfMemoryError
+        return padded(rows)
+
+    monkeypatch.setattr(batching._engine, "padded", once)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    heard = start(batching, *map(StreamRequest, requests))
+    assert [one.text for one in heard] == expected and calls[0] > 1
+
+
+def test_answers_that_make_room_but_cannot_be_dropped_go_on(engines: Offline, monkeypatch: pytest.MonkeyPatch) -> None:
+    offline, batching = engines
+    requests = [GenerateRequest([5, 6, n], EXPERTS[n % 5], 30, ignore_eos=True) for n in range(3, 7)]
+    expected = [answer.text for answer in offline.generate(requests)]
+    relieve, failed = RunningBatch.relieve, list[int]()
+
+    def broken(batch: RunningBatch, going: Any, tokens: int) -> None:
+        if going and not failed:
+            failed.append(len(going))
+            raise ZeroDivisionError
+        relieve(batch, going, tokens)
+
+    monkeypatch.setattr("polymerge.engine.admission.HEADROOM", 1)
+    monkeypatch.setattr(RunningBatch, "relieve", broken)
+    batching._limits = replace(batching._limits, cache_tokens=60)
+    heard = start(batching, *map(StreamRequest, requests))
+    assert [one.text for one in heard] == expected and failed
+    assert not batching._waiting
+
+
+def test_who_waits_again_stands_where_its_number_says(engines: Offline) -> None:
+    _, batching = engines
+    batching.close()
+    first, second, third, gone = (batching._answer(endless(), Heard()) for _ in range(4))
+    gone.cancel()
+    batching._waiting.extend([first, third])
+    batching._wait_again([third, second, gone])
+    assert list(batching._waiting) == [first, second, third]
+    batching._waiting.clear()
 
 
 def test_closing_keeps_its_promise(engines: Offline, monkeypatch: pytest.MonkeyPatch) -> None:

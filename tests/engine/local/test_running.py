@@ -60,14 +60,13 @@ def test_an_answer_takes_the_room_that_it_uses_and_the_youngest_makes_room(
     most, dropped = [0], list[int]()
     relieve = RunningBatch.relieve
 
-    def watched(batch: RunningBatch, limits: Limits) -> Any:
-        gone = relieve(batch, limits)
+    def watched(batch: RunningBatch, going: Any, tokens: int) -> None:
+        relieve(batch, going, tokens)
         most[0] = max(most[0], len(batch))
         assert len(batch) < 2 or batch.tokens <= 200
         oldest = min((answer.number for answer in batch.answers), default=0)
-        assert all(answer.number > oldest for answer in gone)
-        dropped.extend(answer.number for answer in gone)
-        return gone
+        assert all(answer.number > oldest for answer in going)
+        dropped.extend(answer.number for answer in going)
 
     monkeypatch.setattr(RunningBatch, "relieve", watched)
     draw = random.Random(0)
@@ -95,7 +94,7 @@ def test_a_list_in_a_small_memory_goes_on_from_the_tokens_that_it_has(
     dropped: list[Any] = []
     relieve = RunningBatch.relieve
     monkeypatch.setattr(
-        RunningBatch, "relieve", lambda batch, limits: (gone := relieve(batch, limits), dropped.extend(gone))[0]
+        RunningBatch, "relieve", lambda batch, going, tokens: (relieve(batch, going, tokens), dropped.extend(going))
     )
     assert [g.text for g in small.generate(requests)] == [g.text for g in large.generate(requests)]
     assert dropped

@@ -171,7 +171,7 @@ class BatchingEngine(FrontedEngine):
 
     @property
     def _under_way(self) -> int:
-        return sum(not answer.over for answer in (*self._waiting, *self._batch.answers))
+        return sum(not answer.over for answer in {*self._waiting, *self._batch.answers})
 
     def _answer(self, request: StreamRequest, listener: Listener) -> Answer:
         asked = request.generate
@@ -226,8 +226,7 @@ class BatchingEngine(FrontedEngine):
             self._jobs.run(SLICE_TOKENS)
         self._drop()
         self._relieve()
-        for newcomers in self._newcomers():
-            self._batch.begin(newcomers)
+        self._admit()
         if self._batch.reads:
             self._batch.read(self._limits.chunk_tokens if self._batch.rows else FREE_TOKENS)
             self._batch.leave()
@@ -242,11 +241,10 @@ class BatchingEngine(FrontedEngine):
             needed = {name for answer in answers for name in members(answer.request.generate.expert)}
             if self._next is None or needed & self._leaving:
                 return
-            running = [answer for answer in self._batch.clear() if not answer.over]
+            self._wait_again(self._batch.clear())
             with self._tokenizing:
                 self._face(self._next)
             self._batch = RunningBatch(self._engine, self._limits.prefix_tokens)
-            self._waiting.extendleft(reversed(running))
             self._next, self._leaving = None, frozenset()
             self._changed.notify_all()
 
@@ -261,18 +259,27 @@ class BatchingEngine(FrontedEngine):
 
     def _relieve(self) -> None:
         """The youngest answers make room for what the others have become; they go on later."""
-        dropped = self._batch.relieve(self._limits)
         with self._changed:
-            self._waiting.extendleft(reversed(dropped))
+            youngest = self._batch.youngest(self._limits)
+            self._wait_again(youngest)
+            self._batch.relieve(youngest, self._limits.cache_tokens)
 
-    def _newcomers(self) -> list[list[Answer]]:
-        """The next answers for which there is a place, those together that are read together."""
+    def _admit(self) -> None:
+        """The next answers for which there is a place join, those together that are read together. Whoever looks for an
+        answer finds it in the queue or in the batch."""
         running = [answer.demand for answer in self._batch.answers]
         with self._changed:
             places = admit((answer.demand for answer in self._waiting), running, self._limits)
             groups, later = self._batch.apart(taken(self._waiting, places))
-            self._waiting.extendleft(reversed(later))
-        return groups
+            self._wait_again(later)
+            for newcomers in groups:
+                self._batch.begin(newcomers)
+
+    def _wait_again(self, answers: Sequence[Answer]) -> None:
+        """Under the lock: they stand in the queue as they were asked for, and nobody stands there twice."""
+        back = [answer for answer in answers if not answer.over]
+        if back:
+            self._waiting = deque(sorted({*self._waiting, *back}, key=lambda answer: answer.number))
 
     def _recover(self, error: Exception) -> None:
         """After a broken step every answer goes on from the tokens that it has.
@@ -281,16 +288,16 @@ class BatchingEngine(FrontedEngine):
         """
         logger.error("a step of the engine failed; the running answers start again where they are", exc_info=error)
         self._status = "restarting"
-        running = [answer for answer in self._batch.clear() if not answer.over]
-        if isinstance(error, torch.OutOfMemoryError) and len(running) > 1:
-            torch.cuda.empty_cache()
-            self._limits, self._calm = replace(self._limits, max_rows=max(1, len(running) // 2)), 0
-        elif len(running) == 1 and running[0].failures:
-            running.pop().fail(error)
-        for answer in running:
-            answer.failures += 1
         with self._changed:
-            self._waiting.extendleft(reversed(running))
+            running = [answer for answer in self._batch.clear() if not answer.over]
+            if isinstance(error, torch.OutOfMemoryError) and len(running) > 1:
+                torch.cuda.empty_cache()
+                self._limits, self._calm = replace(self._limits, max_rows=max(1, len(running) // 2)), 0
+            elif len(running) == 1 and running[0].failures:
+                running.pop().fail(error)
+            for answer in running:
+                answer.failures += 1
+            self._wait_again(running)
         if any(self._works(pause) for pause in RESTART_PAUSES):
             self._status = "ready"
         else:

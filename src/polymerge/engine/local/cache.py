@@ -11,12 +11,12 @@ Knows columns and rows; does not know tokens or requests.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -37,6 +37,27 @@ def joins(model: Any) -> bool:
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
+def rope_is_fixed(modules: Iterable[nn.Module]) -> bool:
+    """Whether a token's keys are the same whatever else is read in the same pass. Ropes of the types `dynamic` and
+    `longrope` choose their frequencies by the last position of a whole pass.
+
+    Args:
+        modules: of a model, those that make experts' positions among them.
+    """
+    configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
+    kinds = {kind for config in configs.values() for kind in _rope_types(config)}
+    return not any("dynamic" in kind or kind == "longrope" for kind in kinds)
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Of all layers' ropes."""
+    said = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not isinstance(said, dict):
+        return set()
+    parts = [said, *(part for part in said.values() if isinstance(part, dict))]
+    return {str(part.get("rope_type") or part.get("type")) for part in parts}
+
+
 @dataclass
 class Extent:
     """Which part of all layers' buffers is in use: rows [0, rows), columns [start, end)."""
@@ -53,7 +74,7 @@ class Extent:
 class RowsLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's buffers [rows, heads, columns, dim], larger than what is in use.
 
-    Unused places hold zeros or old keys, never NaN: a masked place has weight 0, and 0 times NaN is NaN.
+    A row's unused places hold zeros or what the row itself had: a masked place has weight 0, and 0 times NaN is NaN.
     """
 
     def __init__(self, extent: Extent, like: DynamicLayer) -> None:
@@ -88,10 +109,11 @@ class RowsLayer(DynamicLayer):  # type: ignore[misc]
             setattr(self, name, new)
 
     def write(self, row: int, other: DynamicLayer, source: int, length: int, end: int) -> None:
-        """The last `length` columns of another layer's row, so that they end at `end`; what is left of them is zero."""
+        """The last `length` columns of another layer's row, so that they end at `end`; all others are zero, and nothing
+        is left of whoever had the row before."""
         for name in ("keys", "values"):
             ours, theirs = getattr(self, name)[row], getattr(other, name)[source]
-            ours[:, : end - length] = 0
+            ours.zero_()
             ours[:, end - length : end] = theirs[:, theirs.shape[1] - length :]
 
     def move(self, source: int, target: int) -> None:
@@ -123,17 +145,19 @@ class _PartLayer(RowsLayer):
 class RunningCache(Cache):  # type: ignore[misc]
     """A transformers cache that rows join and leave.
 
+    Args:
+        forget: drops everybody's views of the buffers; called before others are made in their place.
+
     Attributes:
         starts: the column at which every row begins, in the order of the rows.
-        generation: grows when buffers are made anew, and nobody's views of them are true any more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, forget: Callable[[], None]) -> None:
         super().__init__(layers=[])
+        self._forget = forget
         self.layers: list[DynamicLayer]
         self.extent = Extent()
         self.starts: list[int] = []
-        self.generation = 0
 
     @property
     def lengths(self) -> list[int]:
@@ -163,7 +187,8 @@ class RunningCache(Cache):  # type: ignore[misc]
         self.starts[row] = self.starts[last]
         self.starts.pop()
         self.extent.rows = last
-        self.extent.start = min(self.starts, default=self.extent.end)
+        self.extent.end = self.extent.end if self.starts else 0  # an empty one begins at the front
+        self.extent.start = min(self.starts, default=0)
 
     def before_step(self) -> Tensor:
         """Makes room for one token a row. Returns the mask of the columns that it may look at, [rows, width + 1]."""
@@ -195,18 +220,18 @@ class RunningCache(Cache):  # type: ignore[misc]
         ]
 
     def _make_room(self, rows: int, left: int, new: int = 0) -> None:
-        """Room for so many rows, for `left` columns that end where all rows end, and for `new` ones after that."""
+        """Room for so many rows, for `left` columns that end where all rows end, and for `new` ones after that. Buffers
+        that are made anew are as large as is needed now, in both directions."""
         used, (have_rows, have_columns) = self.extent, self.room()
         if rows <= have_rows and left <= used.end and used.end + new <= have_columns:
             return
         start = max(0, left - used.width)
-        columns, more = have_columns, start + used.width + new
-        if more + LEAST_MOVE > have_columns:
-            columns = -(-(more + GROWTH) // GROWTH) * GROWTH
-        rows = have_rows if rows <= have_rows else 2 ** (rows - 1).bit_length()
+        needed = start + used.width + new
+        if rows > have_rows or needed + LEAST_MOVE > have_columns:
+            self._forget()
+            have_rows, have_columns = 2 ** (rows - 1).bit_length(), -(-(needed + GROWTH) // GROWTH) * GROWTH
         for layer in self._rows_layers():
-            layer.place(rows, columns, start)
-        self.generation += (rows, columns) != (have_rows, have_columns)
+            layer.place(have_rows, have_columns, start)
         shift = start - used.start
         used.start, used.end = start, start + used.width
         self.starts = [place + shift for place in self.starts]

@@ -49,7 +49,9 @@ class _Run:
             for answer in self.batch.answers:
                 answer.give_up()
             self.batch.leave()
-            self._waiting.extendleft(reversed(self.batch.relieve(self._limits)))
+            youngest = self.batch.youngest(self._limits)
+            self._waiting.extendleft(reversed(youngest))
+            self.batch.relieve(youngest, self._limits.cache_tokens)
             newcomers = self._newcomers()
             if not self._went_on(newcomers):
                 self._halve(newcomers)

@@ -52,14 +52,21 @@ class Block:
 
 
 class PrefixCache:
-    """Args:
-    most: tokens that it may hold.
+    """Blocks are one tensor: of a model whose layers, from the first on, have keys and values of one shape.
+
+    Args:
+        most: tokens that it may hold.
     """
 
     def __init__(self, most: int) -> None:
-        self.most = most
+        self.most, self._alike = most, True
         self._blocks: OrderedDict[Hashable, Block] = OrderedDict()  # what was used last stands last
         self._numbers = itertools.count()
+
+    @property
+    def holds(self) -> bool:
+        """Whether it can hold anything: it may, and the model's layers are alike as far as one has seen."""
+        return self.most >= BLOCK and self._alike
 
     @property
     def tokens(self) -> int:
@@ -81,16 +88,19 @@ class PrefixCache:
 
         Args:
             tokens: of the row.
-            layers: of a cache; a row's keys and values end with the last column. Of one shape, or nothing is kept.
+            layers: of a cache; a row's keys and values end with the last column. Where they are not of one shape, or
+                one before the last has none, nothing is kept, now and later.
         """
         pairs = [(layer.keys[row], layer.values[row]) for layer in layers if _has_states(layer)]
         whole = len(tokens) // BLOCK
-        if not pairs or len({pair[0].shape for pair in pairs} | {pair[1].shape for pair in pairs}) > 1:
+        shapes = {part.shape for pair in pairs for part in pair}
+        self._alike &= len(shapes) == 1 and all(map(_has_states, layers[: len(pairs)]))
+        if not self.holds:
             return
         chain = list(self._chain(expert, tokens))
         keys = [key for key, _ in chain]
         first, parent = len(chain), chain[-1][1].number if chain else voice_of(expert)
-        if whole <= first or self.most < BLOCK:
+        if whole <= first:
             return
         start = pairs[0][0].shape[1] - len(tokens)
         part = slice(start + first * BLOCK, start + whole * BLOCK)

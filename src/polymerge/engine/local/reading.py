@@ -26,18 +26,16 @@ class Reading:
     Attributes:
         answers: the newcomers.
         cache: of their rows, up to what was read.
-        left: columns that are to be read.
-        known: columns that were not read, as somebody had read them before.
+        left: columns that are to be read, or taken from what is known.
     """
 
     def __init__(self, engine: LoadedModel, answers: Sequence[Answer], prefixes: PrefixCache) -> None:
         self.answers = list(answers)
         self._engine, self._prefixes = engine, prefixes
-        self._ids, self._mask = engine.padded([answer.tokens for answer in answers])
-        self._places, self._width = positions(self._mask), self._ids.shape[1]
+        self._width = max(len(answer.tokens) for answer in answers)
         self._scorers = [_PromptScorer(engine, answer, self._width) for answer in answers]
         self._wanted = any(scorer.wanted for scorer in self._scorers)
-        self.cache, self._column, self.known = DynamicCache(), 0, 0
+        self.cache, self._column = DynamicCache(), 0
 
     @property
     def left(self) -> int:
@@ -50,8 +48,8 @@ class Reading:
 
     def read(self, columns: int) -> Tensor | None:
         """Reads so many more. Returns the logits [B, V] after the last token when all are read."""
-        if not self._column and not self._wanted:
-            self._begin_with_known()
+        if not self._column:
+            self._begin()
         start, end = self._column, min(self._column + columns, self._width)
         with self._engine.assigned([answer.request.generate.expert for answer in self.answers], len(self.answers)):
             logits: Tensor = self._engine.hf(
@@ -73,8 +71,15 @@ class Reading:
                 answer.take_prompt(scorer.scores)
         return logits[:, -1]
 
-    def _begin_with_known(self) -> None:
-        """Takes the columns that are known in every row, padding included."""
+    def _begin(self) -> None:
+        """Nothing is on the device before: what fails here fails where the answers stand in their batch."""
+        self._ids, self._mask = self._engine.padded([answer.tokens for answer in self.answers])
+        self._places = positions(self._mask)
+        if not self._wanted:
+            self._take_known()
+
+    def _take_known(self) -> None:
+        """The columns that are known in every row, padding included."""
         rows = [(answer.request.generate.expert, answer.tokens) for answer in self.answers]
         pads = [self._width - len(tokens) for _, tokens in rows]
         column = min(pad + self._prefixes.known(*row) for pad, row in zip(pads, rows, strict=True))
@@ -91,7 +96,7 @@ class Reading:
                 whole[:, :, row, :, column - part.shape[3] :] = part
         for number, (keys, values) in enumerate(zip(*whole, strict=True)):
             self.cache.update(keys, values, number)
-        self._column = self.known = column
+        self._column = column
 
 
 class _PromptScorer:

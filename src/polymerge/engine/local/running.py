@@ -12,11 +12,11 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from ..admission import Limits, surplus
+from ..admission import Limits, padded, surplus
 from ..answer import Answer
 from ..sampling import choose_tokens
 from ..streaming import TokenScore
-from .cache import RunningCache
+from .cache import RunningCache, rope_is_fixed
 from .captured import StepGraphs
 from .loaded import LoadedModel
 from .prefix import PrefixCache, common
@@ -37,8 +37,11 @@ class RunningBatch:
     """
 
     def __init__(self, engine: LoadedModel, prefix_tokens: int = 0) -> None:
-        self._engine, self._cache = engine, RunningCache()
-        self._prefixes, self._graphs = PrefixCache(prefix_tokens), StepGraphs(engine)
+        self._engine, self._graphs = engine, StepGraphs(engine)
+        self._cache = RunningCache(self._graphs.clear)
+        # what is read apart must have the keys that it has when all is read at once
+        self._in_pieces = rope_is_fixed(engine.model.modules())
+        self._prefixes = PrefixCache(prefix_tokens if self._in_pieces else 0)
         self.rows: list[Answer] = []
         self._readings: list[Reading] = []
         self._assignment = ExitStack()
@@ -60,11 +63,13 @@ class RunningBatch:
         return bool(self._readings)
 
     def clear(self) -> list[Answer]:
-        """Drops the caches of all answers. Returns them; they join again when they are to go on."""
+        """Drops the caches of all answers and what is remembered. Returns the answers; they join again when they are to
+        go on."""
         self.pause()
-        dropped, self.rows, self._cache = self.answers, [], RunningCache()
-        self._readings = []
+        dropped, self.rows, self._readings = self.answers, [], []
         self._graphs.clear()
+        self._cache = RunningCache(self._graphs.clear)
+        self._prefixes.fit(0)
         return dropped
 
     def pause(self) -> None:
@@ -75,34 +80,35 @@ class RunningBatch:
     @torch.inference_mode()
     def leave(self) -> None:
         """Drops the answers that are over."""
-        for row in reversed(range(len(self.rows))):
-            if self.rows[row].over:
-                self._leave(row)
+        self._leave([answer for answer in self.rows if answer.over])
         self._readings = [reading for reading in self._readings if not reading.over]
 
+    def youngest(self, limits: Limits) -> list[Answer]:
+        """Those that must go so that the others have room for what they have become, and who is read with them; the
+        oldest first."""
+        staying, going = self.answers, list[Answer]()
+        while (place := surplus([answer.demand for answer in staying], limits)) is not None:
+            one = staying[place]
+            going += next((reading.answers for reading in self._readings if one in reading.answers), [one])
+            staying = [answer for answer in staying if answer not in going]
+        return sorted(going, key=lambda answer: answer.number)
+
     @torch.inference_mode()
-    def relieve(self, limits: Limits) -> list[Answer]:
-        """Drops the youngest until the others have room for what they have become, and the remembered beginnings that
-        are in their way. Returns those that were dropped, the oldest first; they can go on from the tokens that they
-        have."""
-        dropped: list[Answer] = []
-        while (youngest := surplus([answer.demand for answer in self.answers], limits)) is not None:
-            answer = self.answers[youngest]
-            reading = next((reading for reading in self._readings if answer in reading.answers), None)
-            if reading is None:
-                self._leave(self.rows.index(answer))
-                dropped.append(answer)
-            else:
-                self._forget(reading)
-                dropped += reading.answers
-        self._prefixes.fit(limits.cache_tokens - self.tokens)
-        return sorted((answer for answer in dropped if not answer.over), key=lambda answer: answer.number)
+    def relieve(self, going: Sequence[Answer], tokens: int) -> None:
+        """Drops answers, which can go on from the tokens that they have, and of the remembered beginnings what has no
+        room beside the others.
+
+        Args:
+            tokens: for which there is room in all.
+        """
+        self._leave(going)
+        self._readings = [reading for reading in self._readings if reading.answers[0] not in going]
+        self._prefixes.fit(tokens - self.tokens)
 
     @property
     def tokens(self) -> int:
         """In the caches of all, padding included."""
-        widest = max((len(answer.tokens) for answer in self.answers), default=0)
-        return len(self) * widest
+        return padded([answer.demand.unread for answer in self.answers])
 
     def apart(self, newcomers: Sequence[Answer]) -> tuple[list[list[Answer]], list[Answer]]:
         """Newcomers in groups that are best read together, and those that had better wait, because another one that is
@@ -112,7 +118,7 @@ class RunningBatch:
         before = [answer for reading in self._readings for answer in reading.answers]
         for answer in newcomers:
             known = self._known(answer)
-            if self._prefixes.most and any(_common(answer, other) > known for other in before):
+            if self._prefixes.holds and any(_common(answer, other) > known for other in before):
                 later.append(answer)
             else:
                 groups.setdefault(bool(known), []).append(answer)
@@ -165,16 +171,20 @@ class RunningBatch:
         logits: Tensor = output.logits[:, -1]
         return logits
 
-    def _leave(self, row: int) -> None:
-        self.pause()
-        self._cache.leave(row)
-        self.rows[row] = self.rows[-1]
-        self.rows.pop()
+    def _leave(self, answers: Sequence[Answer]) -> None:
+        for row in reversed(range(len(self.rows))):
+            if self.rows[row] in answers:
+                self.pause()
+                self._cache.leave(row)
+                self.rows[row] = self.rows[-1]
+                self.rows.pop()
+        if answers and not self.rows and not len(self._graphs):  # a captured step's buffers stay for the next answers
+            self._cache = RunningCache(self._graphs.clear)
 
     def _read(self, reading: Reading, columns: int) -> bool:
         """Whether all is read."""
         self.pause()
-        logits = reading.read(columns)
+        logits = reading.read(columns if self._in_pieces else reading.left)
         if logits is None:
             return False
         staying = [row for row, answer in enumerate(reading.answers) if not answer.over]
