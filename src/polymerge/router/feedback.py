@@ -16,6 +16,7 @@ from ..bundle.bundle import Bundle
 from ..data.rows import place
 from ..data.schema import PromptRow, read_as
 from ..errors import DataError, RouterError
+from .described import described_samples
 from .evaluation import measure_router
 from .fit import Fitted, Progress, fit_samples
 from .loading import load_router
@@ -77,13 +78,17 @@ def learn(
     record = router.record
     old = [sample.text for sample in router.held if sample.field == OUTSIDE]
     validation = [sample for sample in router.held if sample.field != OUTSIDE]
-    known = set(router.samples)
+    known, made = set(router.samples), set(described_samples(record.descriptions))
     fitted = fit_samples(
         bundle,
         router.embedder.engine,
-        [*router.samples, *(sample for sample in dict.fromkeys(samples) if sample not in known)],
+        [
+            *(sample for sample in router.samples if sample not in made),
+            *(sample for sample in dict.fromkeys(samples) if sample not in known),
+        ],
         validation,
         strangers=list(dict.fromkeys([*old, *strangers])),
+        descriptions=record.descriptions,
         settings=FitSettings(embed=record.embed, classifier=record.classifier, fallback=record.fallback),
         experts=record.experts,
         model=record.model,

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from ..bundle.bundle import Bundle
 from ..bundle.files import write_json
+from ..errors import RouterError
+from .described import by_name
 from .fit import Fitted, Progress, fit_samples
 from .loading import load_engine
 from .picture import draw_samples
@@ -24,8 +26,9 @@ FIT_REPORT = "fit.json"
 
 def fit_router(
     bundle: Bundle | str | Path,
-    data: str | Path | Sequence[Sample] | Mapping[str, Sequence[str]],
+    data: str | Path | Sequence[Sample] | Mapping[str, Sequence[str]] | None = None,
     *,
+    describe: Mapping[str, str] | None = None,
     fields: Sequence[str] | None = None,
     samples: int | None = 256,
     classifier: str = "logistic",
@@ -47,7 +50,9 @@ def fit_router(
     """Fits a router to `data`/NAME/train.jsonl and validation.jsonl and saves it in the bundle.
 
     Args:
-        data: a folder; or samples, or texts by their field, which are cross-validated.
+        data: a folder; or samples, or texts by their field, which are cross-validated. Without any the router is fitted
+            to descriptions alone.
+        describe: field -> what it is about, beside the data or instead of it. With neither, the experts' names.
         fields: which folders; all that have a train.jsonl otherwise.
         samples: of a field and split, at most.
         classifier, fallback, coverage, accuracy, seed: as in `FitSettings`.
@@ -66,8 +71,13 @@ def fit_router(
         coverage=coverage, accuracy=accuracy, seed=seed,
     )  # fmt: skip
     bundle = Bundle.open(bundle)
-    training = samples_of(data, "train", fields=fields, limit=samples)
-    validation = samples_of(data, "validation", fields=fields, limit=samples)
+    if data is None and self_label:
+        raise RouterError("labelling by the experts needs rows to label; give data")
+    rows = data if data is not None else []
+    training = samples_of(rows, "train", fields=fields if data is not None else None, limit=samples)
+    validation = samples_of(rows, "validation", fields=fields if data is not None else None, limit=samples)
+    if data is None and not describe:
+        describe = by_name([name for name in bundle.experts if fields is None or name in fields])
     labeller = load_engine(bundle, None, device) if self_label else None
     embeds = labeller if labeller and embed_with is None else load_engine(bundle, embed_with, device)
     if labeller is not None:
@@ -76,8 +86,8 @@ def fit_router(
         validation = _of_fields(validation, training)
     known = _table_of(bundle, table)
     fitted = fit_samples(
-        bundle, embeds, training, validation, settings=settings, table=known, experts=assign, model=embed_with,
-        progress=progress,
+        bundle, embeds, training, validation, descriptions=describe, settings=settings, table=known, experts=assign,
+        model=embed_with, progress=progress,
     )  # fmt: skip
     fitted.router.save(bundle)
     fitted.report["picture"] = draw_samples(fitted.router)

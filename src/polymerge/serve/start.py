@@ -35,6 +35,8 @@ def serve_bundle(
     max_rows: int = DEFAULT.max_rows,
     max_waiting: int = DEFAULT.max_waiting,
     cache_tokens: int = DEFAULT.cache_tokens,
+    chunk_tokens: int = DEFAULT.chunk_tokens,
+    prefix_tokens: int = DEFAULT.prefix_tokens,
     timeout: float = DEFAULT.seconds,
     drain: float = DEFAULT.drain_seconds,
     margin: float = DEFAULT.margin,
@@ -69,6 +71,8 @@ def serve_bundle(
         allow_host, cors_origin: host names by which the server may be asked, and origins of web pages that may.
         max_tokens: of one answer. max_body: bytes of one request. max_rows: answers made at the same time.
         max_waiting: requests in the queue; more are refused. cache_tokens: in the caches of all answers.
+        chunk_tokens: of prompts that are read between two steps of running answers. prefix_tokens: of prompts'
+            beginnings that are remembered, within `cache_tokens`; 0 for none.
         timeout: seconds for one answer.
         margin: how much likelier a new field must be to change a conversation's expert.
         recipe, thinker, model, key_env, policy: the thinker of the model `staged`; without, there is no such model.
@@ -100,6 +104,8 @@ def serve_bundle(
         max_rows=max_rows,
         max_waiting=max_waiting,
         cache_tokens=cache_tokens,
+        chunk_tokens=chunk_tokens,
+        prefix_tokens=prefix_tokens,
         seconds=timeout,
         drain_seconds=drain,
         margin=margin,
