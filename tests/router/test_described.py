@@ -44,7 +44,7 @@ def test_descriptions_that_say_nothing_are_refused(words: dict[str, str], fault:
 
 
 def test_a_router_of_descriptions_alone_finds_the_field_and_claims_no_accuracy(bundle: Bundle, engine: Any) -> None:
-    fitted = fit_samples(bundle, engine, [], descriptions=WORDS, experts=EXPERTS)
+    fitted = fit_samples(bundle, engine, [], made=described_samples(WORDS), descriptions=WORDS, experts=EXPERTS)
     fitted.router.save(bundle)
     router = Router.load(bundle, engine)
     assert router.record.labelled == 0 and router.record.descriptions == WORDS
@@ -61,9 +61,12 @@ def test_a_router_of_descriptions_alone_finds_the_field_and_claims_no_accuracy(b
 
 def test_samples_go_beside_descriptions_and_feedback_keeps_them_apart(bundle: Bundle, engine: Any) -> None:
     samples = make_samples(2)
-    fitted = fit_samples(bundle, engine, samples, make_samples(4, seed=1), descriptions=WORDS, experts=EXPERTS)
+    made = described_samples(WORDS)
+    fitted = fit_samples(
+        bundle, engine, samples, make_samples(4, seed=1), made=made, descriptions=WORDS, experts=EXPERTS
+    )
     assert fitted.router.record.labelled == len(samples) and fitted.report["measured_on"] == "validation"
     again = learn(bundle, fitted.router, make_samples(3, seed=2), [])
     assert again.router.record.labelled == len(samples) + 9
     assert again.router.record.descriptions == WORDS
-    assert len(again.router.samples) == len(samples) + 9 + len(described_samples(WORDS))
+    assert len(again.router.samples) == len(samples) + 9 + len(made)

@@ -82,19 +82,17 @@ def plan(
     rate = escape(in_words(planned.recipe.compress_rate))
     out.print(f"[bold]{len(experts)} experts of {summary['architecture']}[/], compress rate {rate}")
     for name, source in experts.items():
-        out.print(f"  {name}: {source}", markup=False)
+        say(f"  {name}: {source}")
     spread = f"rank {ranks[0]} to {ranks[1]}" if ranks else "none"
-    out.print(
-        f"tensors      {summary['tensors']}, of which {summary['compressed_tensors']} compressed ({spread}); "
-        f"linear layers found by {summary['layers_from']}"
-    )
-    out.print(
+    out.print(f"tensors      {summary['tensors']}, of which {summary['compressed_tensors']} compressed ({spread});")
+    out.print(f"             linear layers found by {summary['layers_from']}")
+    say(
         f"writes       {size(written)} in {summary['dtype']}, at most "
         f"({written / separate:.0%} of {size(separate)} apart)"
     )
     out.print(f"  average    {size(summary['base_bytes'])}")
-    out.print(f"  an expert  {size(summary['residual_bytes_per_expert'])} of residuals ({summary['code']})", end="")
-    out.print(f", {size(summary['own_bytes_per_expert'])} of its own tensors (embeddings, norms ...)")
+    of_residuals, its_own = size(summary["residual_bytes_per_expert"]), size(summary["own_bytes_per_expert"])
+    say(f"  an expert  {of_residuals} of residuals ({summary['code']}), {its_own} of its own tensors (norms ...)")
     if codes:
         say(f"residuals    of all experts: {residual_costs(codes)}")
     if costs:
@@ -106,7 +104,7 @@ def plan(
     _print_footprint(needs)
     _print_change(needs, change)
     for note in summary["notes"]:
-        out.print(f"note: {note}", markup=False)
+        say(f"note: {note}")
 
 
 def residual_costs(costs: Mapping[str, int]) -> str:

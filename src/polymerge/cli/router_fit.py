@@ -19,7 +19,9 @@ def fit(
     ] = None,
     fields: Annotated[str | None, typer.Option(help="Which fields, separated by commas; by default all.")] = None,
     samples: Annotated[int, typer.Option(min=2, help="Samples of a field and split, at most.")] = 256,
-    classifier: Annotated[str, typer.Option(help="logistic, centroid or knn.")] = "logistic",
+    classifier: Annotated[
+        str | None, typer.Option(help="logistic, centroid or knn; by default logistic, without labels centroid.")
+    ] = None,
     template: Annotated[
         str | None, typer.Option(help="Alignment prompt with {input}; or published, task, none.")
     ] = None,

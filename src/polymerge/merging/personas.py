@@ -17,6 +17,8 @@ from ..sources.checkpoint import Checkpoint
 from ..sources.outline import OutlineCheckpoint
 from ..sources.persona import Group, Persona, differing, persona_of
 
+IN_WORDS = {"template": "chat template", "generation": "generation settings"}  # the other groups are plain words
+
 
 @dataclass(frozen=True)
 class Personas:
@@ -55,7 +57,8 @@ def personas_of(checkpoints: Mapping[str, Checkpoint]) -> Personas:
     groups = {name: differing(bundle, persona) for name, persona in experts.items()}
     unlike = sorted({group for of_expert in groups.values() for group in of_expert})
     if unlike:
-        notes.append(f"experts have their own {', '.join(unlike)}; the average has {first!r}'s")
+        named = ", ".join(IN_WORDS.get(group, group) for group in unlike)
+        notes.append(f"experts differ in {named}; the average has what {first!r} has")
     return Personas(bundle, experts, groups, tuple(notes), tuple(hints))
 
 

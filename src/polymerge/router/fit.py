@@ -30,7 +30,6 @@ from .calibrate import (
     threshold_for_coverage,
 )
 from .cost import thresholds, usual
-from .described import described_samples
 from .embed import Embedder
 from .gate import fit_gate
 from .head import Head, fit_head
@@ -64,6 +63,7 @@ def fit_samples(
     validation: Sequence[Sample] = (),
     *,
     strangers: Sequence[str] = (),
+    made: Sequence[Sample] = (),
     descriptions: Mapping[str, str] | None = None,
     settings: FitSettings | None = None,
     table: Table | None = None,
@@ -77,7 +77,8 @@ def fit_samples(
         engine: embeds: the bundle's, or another model's if `model` names its source.
         validation: samples for calibration and thresholds; without them, the training samples are cross-validated.
         strangers: texts that belong to no field, beside the background's.
-        descriptions: field -> what it is about; sentences made of it are samples too, and may be the only ones.
+        made: samples that nobody labelled (`polymerge.router.described`); they may be the only ones.
+        descriptions: field -> the words that those were made of, for the record.
         table: the assessment table, field -> {expert: accuracy}.
         experts: field -> expert, before the table.
         progress: called with the number of texts embedded and of all.
@@ -86,8 +87,7 @@ def fit_samples(
         RouterError: samples that cannot be learned from, an empty text, an unknown expert, or a field without one.
     """
     bundle, settings = Bundle.open(bundle), settings or FitSettings()
-    labelled, descriptions = len(training), dict(descriptions or {})
-    training = [*training, *described_samples(descriptions)]
+    labelled, training = len(training), [*training, *made]
     fields = check_training(training)
     strange = next((sample.field for sample in validation if sample.field not in fields), None)
     if strange is not None:
@@ -115,7 +115,7 @@ def fit_samples(
         threshold=calibrated.threshold,
         thresholds={} if settings.fixed else thresholds(of_fields, settings.fallback, table, calibrated.threshold),
         labelled=labelled,
-        descriptions=descriptions,
+        descriptions=dict(descriptions or {}),
     )
     report = {
         "fields": fields,

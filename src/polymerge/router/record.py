@@ -55,9 +55,9 @@ class RouterRecord(BaseModel):
         temperature: the classifier's logits are divided by it.
         threshold: of the confidence; under it the fallback answers.
         thresholds: field -> its own, where the assessment says what its expert gains and loses.
-        labelled: training samples that somebody labelled; 0 is a router fitted without labels, and None one of before
-            that was noted.
-        descriptions: field -> the description that other samples were made of.
+        labelled: training samples that somebody labelled, the first of them; 0 is a router fitted without labels, and
+            None one of before that was noted, whose samples are all labelled.
+        descriptions: field -> the description that the other samples were made of.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
