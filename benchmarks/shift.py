@@ -1,8 +1,8 @@
 """The gate where users write otherwise than the samples do: who reaches their expert, and which strangers do not.
 
 Every system has the same draws and the same gate; the gate of before (no background, one threshold that keeps 96% of
-the validation samples) is a row beside it. Rows of `--shifted` name their field under `expert` ("none" for strangers)
-and a `kind`, by which they are counted apart.
+the validation samples) is a row beside it. Rows are those of `shifted.py`, or of a file (`--shifted`). Where a router
+has fewer fields than there are, the rows of the others as they are count as strangers too.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ from polymerge.router.unseen import Labelled
 Vectors = Any  # [n, d], float32
 Embed = Callable[[Sequence[str]], Vectors]
 BEFORE = "the gate of before"
+AS_THEY_ARE, LEFT_OUT = "same wording", "a field left out"
 
 
 class Row(NamedTuple):
-    """A text that users might send: its field, or none, and how it differs from the samples."""
+    """A text that users might send: its field, or none, how it differs from the samples, and the right answer."""
 
     text: str
     field: str
     kind: str
+    answer: str = ""
 
 
 class Judged(NamedTuple):
@@ -43,6 +45,58 @@ class Judged(NamedTuple):
     likeliest: Any
     confidence: Any
     asked: Any
+
+
+class Draw(NamedTuple):
+    """What a router of these fields, fitted to one draw of samples, makes of the rows. `labels` are their fields'
+    numbers, -1 for others'."""
+
+    fields: Sequence[str]
+    labels: Any
+    judged: Judged
+
+
+class Embedded(NamedTuple):
+    """Vectors of samples, validation samples and rows, and of the background by topic; all of one system."""
+
+    train: Vectors
+    held: Vectors
+    rows: Vectors
+    strangers: Labelled
+
+
+Gate = Callable[[Labelled, Labelled, Labelled, Vectors], Judged]
+
+
+def embedded(train: Sequence[Sample], held: Sequence[Sample], rows: Sequence[Row], embed: Embed) -> Embedded:
+    """All texts of the table, once."""
+    topics = list(dict.fromkeys(sample.field for sample in background()))
+    numbers = np.array([topics.index(sample.field) for sample in background()])
+    strangers = Labelled(embed([sample.text for sample in background()]), numbers)
+    asked = embed([row.text for row in rows])
+    return Embedded(embed([s.text for s in train]), embed([s.text for s in held]), asked, strangers)
+
+
+def drawn(
+    vectors: Embedded,
+    of_parts: Sequence[Sequence[str]],
+    fields: Sequence[str],
+    size: int,
+    draws: int,
+    gate: Gate,
+) -> Iterator[Draw]:
+    """Routers of so many samples a field.
+
+    Args:
+        of_parts: the fields of samples, validation samples and rows.
+    """
+    train, held, rows = (np.array([fields.index(f) if f in fields else -1 for f in part]) for part in of_parts)
+    kept = Labelled(vectors.held[held >= 0], held[held >= 0])
+    for draw in range(draws):
+        rng = np.random.default_rng([size, draw])
+        chosen = np.concatenate([rng.choice(np.flatnonzero(train == n), size, False) for n in range(len(fields))])
+        labelled = Labelled(vectors.train[chosen], train[chosen])
+        yield Draw(fields, rows, gate(labelled, kept, vectors.strangers, vectors.rows))
 
 
 def shift(
@@ -56,32 +110,26 @@ def shift(
     draws: int,
 ) -> list[dict[str, Any]]:
     """One line a system, subset of the fields and number of samples: means over draws with their 95% intervals."""
-    others = [sample.text for sample in background()]
-    topics = list(dict.fromkeys(sample.field for sample in background()))
-    of_topics = np.array([topics.index(sample.field) for sample in background()])
-    texts = [[s.text for s in train], [s.text for s in held], [row.text for row in rows], others]
+    of_parts = [[sample.field for sample in train], [sample.field for sample in held], [row.field for row in rows]]
     lines = []
     for name, embed in systems.items():
-        vectors = [embed(part) for part in texts]
-        strangers = Labelled(vectors[3], of_topics)
+        vectors = embedded(train, held, rows, embed)
+        gates: dict[str, Gate] = {name: judge}
+        if name == next(iter(systems)):
+            gates = {BEFORE: judge_before, **gates}
         for fields in subsets:
-            labels = [
-                np.array([fields.index(s.field) if s.field in fields else -1 for s in part])
-                for part in (train, held, rows)
-            ]
-            kept = Labelled(vectors[1][labels[1] >= 0], labels[1][labels[1] >= 0])
             for size in sizes:
-                for gate in (judge, judge_before) if name == next(iter(systems)) else (judge,):
-                    measured = []
-                    for draw in range(draws):
-                        rng = np.random.default_rng([size, draw])
-                        drawn = [rng.choice(np.flatnonzero(labels[0] == n), size, False) for n in range(len(fields))]
-                        chosen = np.concatenate(drawn)
-                        judged = gate(Labelled(vectors[0][chosen], labels[0][chosen]), kept, strangers, vectors[2])
-                        measured.append(_measure(judged, rows, labels[2]))
-                    shown = BEFORE if gate is judge_before else name
-                    lines.append({"system": shown, "fields": len(fields), "samples": size, **_summary(measured)})
+                for shown, gate in gates.items():
+                    made = drawn(vectors, of_parts, fields, size, draws, gate)
+                    measured = [_measure(draw.judged, rows, draw.labels) for draw in made]
+                    line = {"system": shown, "fields": len(fields), "samples": size, **_summary(measured)}
+                    lines.append(line)
+                    print(f"{shown}, {len(fields)} fields, {size} samples: {_short(line)}", flush=True)
     return lines
+
+
+def _short(line: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {line[key][0]:.3f}" for key in ("reach shifted", "refused", "AUROC shifted"))
 
 
 def judge(train: Labelled, held: Labelled, strangers: Labelled, raw: Vectors) -> Judged:
@@ -137,20 +185,25 @@ def judge_before(train: Labelled, held: Labelled, strangers: Labelled, raw: Vect
 
 
 def _measure(judged: Judged, rows: Sequence[Row], labels: Any) -> dict[str, float]:
-    """Shares that reach their expert by kind of shift, strangers refused by kind, and the AUROC of each kind's rows."""
-    kinds = np.array([row.kind for row in rows])
+    """Shares that reach their expert by kind of shift, strangers refused by kind, and the AUROC of each kind's rows.
+
+    `shifted` are all known rows but those that are as the samples are.
+    """
+    kinds = np.array([row.kind for row in rows], dtype=object)
     none = np.array([row.field == OUTSIDE for row in rows])
+    left = (labels < 0) & ~none & (kinds == AS_THEY_ARE)
+    kinds[left] = LEFT_OUT
+    none |= left
+    right = judged.asked & (judged.likeliest == labels)
     measured = {}
-    for kind in dict.fromkeys(kinds):
-        known, strange = (kinds == kind) & (labels >= 0), (kinds == kind) & none
-        if known.any():
-            right = judged.likeliest[known] == labels[known]
-            measured[f"right {kind}"] = float(right.mean())
-            measured[f"reach {kind}"] = float((right & judged.asked[known]).mean())
-            measured[f"AUROC {kind}"] = auroc(judged.confidence[known], judged.confidence[none])
-        if strange.any():
-            measured[f"refused {kind}"] = float((~judged.asked[strange]).mean())
-    measured["reach"] = float((judged.asked & (judged.likeliest == labels))[labels >= 0].mean())
+    groups = {kind: (kinds == kind) & (labels >= 0) for kind in dict.fromkeys(kinds[labels >= 0])}
+    groups["shifted"] = (labels >= 0) & (kinds != AS_THEY_ARE)
+    for kind, known in groups.items():
+        measured[f"right {kind}"] = float((judged.likeliest == labels)[known].mean())
+        measured[f"reach {kind}"] = float(right[known].mean())
+        measured[f"AUROC {kind}"] = auroc(judged.confidence[known], judged.confidence[none])
+    for kind in dict.fromkeys(kinds[none]):
+        measured[f"refused {kind}"] = float((~judged.asked[none & (kinds == kind)]).mean())
     measured["refused"] = float((~judged.asked)[none].mean())
     return measured
 
@@ -184,7 +237,7 @@ def draw(lines: Sequence[dict[str, Any]], file: Path) -> None:
         points = [line for line in lines if line["system"] == name]
         figure.add_scatter(
             x=[line["refused"][0] for line in points],
-            y=[line["reach"][0] for line in points],
+            y=[line["reach shifted"][0] for line in points],
             mode="markers+text",
             name=name,
             marker={"color": COLOURS[number % len(COLOURS)], "size": 10},

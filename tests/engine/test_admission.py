@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polymerge.engine.admission import PATIENCE, Demand, Limits, admit
+from polymerge.engine.admission import HEADROOM, PATIENCE, Demand, Limits, admit, surplus
 from polymerge.engine.answer import taken
 from polymerge.errors import PolymergeError
 
@@ -92,9 +92,29 @@ def test_the_queue_is_read_no_further_than_who_has_waited_long_enough() -> None:
 
 
 def test_a_limit_under_one_is_refused_by_name() -> None:
-    for name in ("max_rows", "max_waiting", "cache_tokens", "prompt_tokens"):
+    for name in ("max_rows", "max_waiting", "cache_tokens", "prompt_tokens", "chunk_tokens"):
         with pytest.raises(PolymergeError, match=f"^{name}: must be at least 1, not 0$"):
             Limits(**{name: 0})
+    assert Limits(prefix_tokens=0).prefix_tokens == 0  # nothing is remembered
+    with pytest.raises(PolymergeError, match=r"^prefix_tokens: must be at least 0, not -1$"):
+        Limits(prefix_tokens=-1)
+
+
+def test_room_is_taken_for_what_is_used_soon_and_not_for_all_that_may_be() -> None:
+    bounds = Limits(max_rows=9, cache_tokens=4 * (10 + HEADROOM))
+    assert admit([Demand(10, 2058)] * 9, [], bounds) == [0, 1, 2, 3]
+    assert admit([Demand(10, 20)] * 9, [Demand(10, 2058)], bounds) == [0, 1, 2]
+    assert admit([Demand(10, 2058)], [Demand(11, 2058)] * 3, bounds) == []
+
+
+@pytest.mark.parametrize(
+    ("tokens", "youngest"),
+    [([], None), ([500], None), ([25] * 4, None), ([26] * 4, 2), ([10, 90], 1), ([51, 5], 1), ([50, 50], None)],
+)
+def test_the_youngest_makes_room_for_what_the_others_have_become(tokens: list[int], youngest: int | None) -> None:
+    numbers = [3, 7, 9, 1]
+    running = [Demand(unread, 2048, number=number) for unread, number in zip(tokens, numbers, strict=False)]
+    assert surplus(running, LIMITS) == youngest
 
 
 demands = st.builds(

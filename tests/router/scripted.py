@@ -27,6 +27,7 @@ class ScriptedEngine:
     def __init__(self, experts: Sequence[str] = ("math", "shell", "json"), *, max_length: int = 64) -> None:
         self.experts, self.max_length, self.fingerprint = list(experts), max_length, "scripted"
         self.words: list[str] = ["<s>"]
+        self.depth = 30
         self.seen: list[list[int]] = []
 
     def max_length_of(self, expert: Any = None) -> int:

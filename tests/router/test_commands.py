@@ -67,6 +67,17 @@ def test_fit_prints_the_learning_curve_and_json_holds_it(bundle: Bundle, data: P
     assert [point["samples"] for point in json.loads(out)["learning_curve"]] == [4, 8, 16, 32, 40]
 
 
+@pytest.mark.parametrize("words", [(), ("--describe", "e0=w5 w6 w7", "--describe", "e1=w30 w31")])
+def test_fit_without_data_takes_descriptions_or_names_and_says_that_nothing_is_measured(
+    bundle: Bundle, run: Run, words: tuple[str, ...]
+) -> None:
+    code, out, err = run("router", "fit", bundle.path, *words, *HOW)
+    assert code == 0 and "not measured: fitted without labels" in out, err
+    record = json.loads((bundle.path / "router" / "router.json").read_text())
+    assert record["labelled"] == 0
+    assert record["descriptions"] == ({"e0": "w5 w6 w7", "e1": "w30 w31"} if words else {n: n for n in WORDS})
+
+
 def test_eval_prints_the_confusion_and_leaves_other_fields_out(
     fitted: Bundle, data: Path, run: Run, tmp_path: Path
 ) -> None:

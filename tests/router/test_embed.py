@@ -3,9 +3,14 @@
 import numpy as np
 import pytest
 
+from polymerge.engine.local.engine import HFEngine
 from polymerge.errors import RouterError
-from polymerge.router.embed import ALIGNMENT_PROMPT, Embedder, EmbedSettings, cut_middle
-from tests.router.scripted import ScriptedEngine
+from polymerge.model.loading import load_model
+from polymerge.router.embed import ALIGNMENT_PROMPT, Embedder, EmbedSettings, cut_middle, default_layers
+from polymerge.router.fit import fit_samples
+from tests.conftest import Merged
+from tests.router.scripted import ScriptedEngine, make_samples
+from tests.tiny import tiny_tokenizer
 
 
 def test_the_prompt_is_the_published_one() -> None:
@@ -44,3 +49,24 @@ def test_several_layers_stand_side_by_side_each_of_length_1() -> None:
     vectors, _ = Embedder(ScriptedEngine(), EmbedSettings(layers=(2, -1))).embed(["sum", "plus n1"])
     parts = vectors.reshape(2, 2, -1)
     assert np.allclose(np.linalg.norm(parts, axis=-1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("depth", "layers"), [(30, (-11, -9, -7)), (12, (-5, -4, -3)), (2, (-2, -1)), (1, (-1,)), (80, (-28, -22, -17))]
+)
+def test_the_default_layers_lie_where_they_do_in_a_model_of_any_depth(depth: int, layers: tuple[int, ...]) -> None:
+    assert default_layers(depth) == layers
+
+
+def test_a_model_of_two_layers_has_a_router_and_its_record_names_the_layers(merged: Merged) -> None:
+    bundle, _ = merged("llama")
+    engine = HFEngine(load_model(bundle), tiny_tokenizer(), fingerprint=bundle.digest)
+    experts = dict.fromkeys(("math", "shell", "json"), engine.experts[0])
+    fitted = fit_samples(bundle, engine, make_samples(3), experts=experts)
+    assert fitted.router.record.embed.layers == (-2, -1) == default_layers(engine.depth)
+
+
+def test_a_layer_that_is_asked_for_and_not_there_is_refused(merged: Merged) -> None:
+    engine = HFEngine(load_model(merged("llama")[0]), tiny_tokenizer(), fingerprint="")
+    with pytest.raises(RouterError, match=r"layers \(-11, -9\): the model has fewer"):
+        Embedder(engine, EmbedSettings(layers=(-11, -9))).embed(["a text"])

@@ -10,10 +10,11 @@ import pytest
 from polymerge import Bundle
 from polymerge.errors import DataError, RouterError
 from polymerge.router import feedback
-from polymerge.router.feedback import learn_from_feedback
+from polymerge.router.feedback import learn_from_feedback, sort_rows
 from polymerge.router.fit import fit_samples
 from polymerge.router.router import Router
 from polymerge.router.samples import Sample
+from polymerge.serve.feedback import Feedback
 from tests.conftest import Merged
 from tests.router.scripted import ScriptedEngine, make_samples
 
@@ -75,6 +76,18 @@ def test_rows_that_say_nothing_are_one_line(fitted: tuple[Bundle, Any], tmp_path
         learn_from_feedback(bundle, rows(tmp_path, ("sum", "e9", "right")))
     with pytest.raises(DataError, match=r"line 1.*verdict"):
         learn_from_feedback(bundle, rows(tmp_path, ("sum", "e0", "good")))
+
+
+def test_thumbs_that_the_server_kept_are_read_as_they_are(fitted: tuple[Bundle, Any], tmp_path: Path) -> None:
+    router = Router.load(*fitted)
+    file = tmp_path / "thumbs.jsonl"
+    thumbs = [("zeta eta", "e1", True), ("chi rho", "e0", False)]
+    file.write_text("".join(Feedback(prompt=p, expert=e, right=r).model_dump_json() + "\n" for p, e, r in thumbs))
+    assert sort_rows(router, file) == ([Sample("zeta eta", "shell")], ["chi rho"])
+    for wrong in ({}, {"right": True, "verdict": "right"}, {"right": "yes"}):
+        file.write_text(json.dumps({"prompt": "sum", "expert": "e0", **wrong}))
+        with pytest.raises(DataError, match="line 1"):
+            sort_rows(router, file)
 
 
 def test_a_router_without_validation_samples_is_refused(fitted: tuple[Bundle, Any], tmp_path: Path) -> None:

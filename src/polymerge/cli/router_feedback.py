@@ -11,7 +11,10 @@ import typer
 def feedback(
     bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
     file: Annotated[
-        Path, typer.Option(help="JSONL file; rows have `prompt`, `expert` and `verdict`, which is right or wrong.")
+        Path,
+        typer.Option(
+            help="JSONL file; rows have `prompt`, `expert` and `verdict` (right, wrong) or `right` (true, false)."
+        ),
     ],
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...; by default the GPU where there is one.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,

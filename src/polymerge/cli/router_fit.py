@@ -11,11 +11,17 @@ import typer
 def fit(
     bundle: Annotated[Path, typer.Argument(help="The bundle's folder, or its hub id.")],
     data: Annotated[
-        Path, typer.Option(help="Folder with NAME/train.jsonl and NAME/validation.jsonl; NAME is a field.")
-    ],
+        Path | None, typer.Option(help="Folder with NAME/train.jsonl and NAME/validation.jsonl; NAME is a field.")
+    ] = None,
+    describe: Annotated[
+        list[str] | None,
+        typer.Option(help="FIELD=WORDS that say what it is about; without data and words, the experts' names."),
+    ] = None,
     fields: Annotated[str | None, typer.Option(help="Which fields, separated by commas; by default all.")] = None,
     samples: Annotated[int, typer.Option(min=2, help="Samples of a field and split, at most.")] = 256,
-    classifier: Annotated[str, typer.Option(help="logistic, centroid or knn.")] = "logistic",
+    classifier: Annotated[
+        str | None, typer.Option(help="logistic, centroid or knn; by default logistic, without labels centroid.")
+    ] = None,
     template: Annotated[
         str | None, typer.Option(help="Alignment prompt with {input}; or published, task, none.")
     ] = None,
@@ -52,7 +58,8 @@ def fit(
     numbers = [int(number) for number in read_numbers(layers, "--layers")] if layers else None
     with progress_bar("embedding", quiet or as_json) as show:
         fitted = fit_router(
-            bundle, data, fields=read_list(fields), samples=samples, classifier=classifier, template=template,
+            bundle, data, describe=read_pairs(describe, "FIELD=WORDS"), fields=read_list(fields), samples=samples,
+            classifier=classifier, template=template,
             layers=numbers, pooling=pooling, embed_with=embed_with, table=table,
             assign=read_pairs(assign, "FIELD=EXPERT"), self_label=self_label, chat=chat, fallback=fallback,
             coverage=coverage, accuracy=accuracy, seed=seed, device=device, progress=show,

@@ -149,6 +149,7 @@ class Engine(Protocol):
     Attributes:
         experts: the names that a request may give; empty for a plain model.
         max_length: of the average's context, in tokens.
+        depth: the average's layers; `embed` counts them from 0, the embedding's output, to `depth`.
         fingerprint: changes with anything that results depend on; the key of caches.
     """
 
@@ -157,6 +158,9 @@ class Engine(Protocol):
 
     @property
     def max_length(self) -> int: ...
+
+    @property
+    def depth(self) -> int: ...
 
     @property
     def fingerprint(self) -> str: ...

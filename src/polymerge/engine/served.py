@@ -35,6 +35,14 @@ class ServedEngine(Speaking, ABC):
     def max_length(self) -> int:
         """The served context, in tokens."""
 
+    @cached_property
+    def depth(self) -> int:
+        """The average's layers, as the export's config.json says."""
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
+        return int(config.get_text_config().num_hidden_layers)
+
     @abstractmethod
     def _persona(self, expert: str, average: Persona) -> tuple[Persona, tuple[Group, ...]]:
         """An expert's, as the export's note says, and in which groups it is not the average's."""

@@ -3,6 +3,8 @@
 assignment.py  which expert speaks for which row
 residual.py    the sum y = rho (W̄ x) + B (A x)
 linear.py      a linear layer under an assignment
+numbered.py    the same where a tensor on the device says which expert a row has
+step.py        a decoding step of fixed shapes, which a GPU can replay
 own.py         modules of which experts have their own parameters
 moe.py         fused mixture-of-experts blocks
 loading.py     from a bundle's files to these modules

@@ -9,19 +9,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
+from .calibrate import Floats
 from .table import Table
 
 # Without a table: a stranger that an expert answers costs about half of a known request that does not
 # meet its expert; chosen where known requests and strangers are both met (docs/log-router.md).
-USUAL = 0.35
+USUAL, LEAST = 0.35, 0.2
+REFUSED = 0.85  # of the background is enough: more samples make a router surer than users' wording lets it be
 MOST = 2.0  # how much dearer or cheaper than usual a table makes a mistake, at most
 
 
-def thresholds(experts: Mapping[str, str], fallback: str, table: Table | None) -> dict[str, float]:
+def usual(strange: Floats, *, bounded: bool = True) -> float:
+    """The threshold without a table.
+
+    Args:
+        strange: [m], what the gate made of texts of the background whose topics it had not seen.
+        bounded: off, where the gate has met no requests, so that its probabilities mean nothing but an order.
+    """
+    if not len(strange):
+        return USUAL
+    refusing = float(np.quantile(strange, REFUSED))
+    return min(max(refusing, LEAST), USUAL) if bounded else refusing
+
+
+def thresholds(experts: Mapping[str, str], fallback: str, table: Table | None, usually: float) -> dict[str, float]:
     """field -> the least confidence at which its expert answers; only fields that the table tells enough about.
 
     Args:
         experts: field -> expert.
+        usually: the threshold that is moved.
     """
     gains = {field: _gain(table or {}, field, expert, fallback) for field, expert in experts.items()}
     chosen = {}
@@ -29,7 +47,7 @@ def thresholds(experts: Mapping[str, str], fallback: str, table: Table | None) -
         others = [_gain(table or {}, other, experts[field], fallback) for other in experts if other != field]
         losses = [-other for other in others if other is not None]
         if gain is not None and losses:
-            chosen[field] = _threshold(gain, sum(losses) / len(losses))
+            chosen[field] = _threshold(gain, sum(losses) / len(losses), usually)
     return chosen
 
 
@@ -39,7 +57,7 @@ def _gain(table: Table, field: str, expert: str, fallback: str) -> float | None:
     return row[expert] - row[fallback] if expert in row and fallback in row else None
 
 
-def _threshold(gain: float, loss: float) -> float:
+def _threshold(gain: float, loss: float, usually: float) -> float:
     dearer = max(loss, 0.0) / gain if gain > 0 else MOST
-    odds = USUAL / (1 - USUAL) * min(max(dearer, 1 / MOST), MOST)
+    odds = usually / (1 - usually) * min(max(dearer, 1 / MOST), MOST)
     return odds / (1 + odds)

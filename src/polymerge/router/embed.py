@@ -6,7 +6,7 @@ Knows prompts, tokens and cutting; does not know fields. The engine sorts the te
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -27,9 +27,9 @@ TASK_PROMPT = (
 # Names that stand for a template.
 PROMPTS = {"published": ALIGNMENT_PROMPT, "task": TASK_PROMPT, "none": "{input}"}
 INPUT = "{input}"
-# Chosen where known requests meet strangers and wording is new (docs/log-router.md): from two thirds of the LLM's depth
-# on to before its end, and the mean over all tokens, the prompt's own among them, which have read the text.
-LAYERS = (-11, -9, -7)
+# Shares of the LLM's depth, chosen where known requests meet strangers and wording is new (docs/log-router.md): from
+# two thirds on to before the end; and the mean over all tokens, the prompt's own among them, which have read the text.
+DEPTHS = (2 / 3, 11 / 15, 4 / 5)
 
 
 class EmbedSettings(BaseModel):
@@ -37,7 +37,8 @@ class EmbedSettings(BaseModel):
 
     Attributes:
         template: the alignment prompt; {input} is the text's place, and alone the bare text. See PROMPTS.
-        layers: hidden states to take, as the engine counts them; several are set side by side, each of length 1.
+        layers: hidden states to take, as the engine counts them; several are set side by side, each of length 1. None
+            takes those of `default_layers`.
         pooling: the last token's state or the mean over all tokens.
         max_tokens: longer texts are cut in the middle; the context's own limit holds too.
     """
@@ -45,7 +46,7 @@ class EmbedSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     template: str = ALIGNMENT_PROMPT
-    layers: tuple[int, ...] = Field(default=LAYERS, min_length=1)
+    layers: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
     pooling: Pooling = "mean"
     max_tokens: int = Field(default=1024, ge=2)
 
@@ -57,6 +58,11 @@ class EmbedSettings(BaseModel):
         return template
 
 
+def default_layers(depth: int) -> tuple[int, ...]:
+    """The layers at DEPTHS of a model with `depth` layers, counted from the end; fewer where two are one."""
+    return tuple(sorted({round(share * depth) - depth - 1 for share in DEPTHS}))
+
+
 class Embedded(NamedTuple):
     """vectors [n, dimensions], float32, and how many tokens were cut out of every text."""
 
@@ -65,10 +71,16 @@ class Embedded(NamedTuple):
 
 
 class Embedder:
-    """Texts to vectors with one engine. The prompt around the text is turned into tokens once."""
+    """Texts to vectors with one engine. The prompt around the text is turned into tokens once.
+
+    Attributes:
+        settings: as given.
+        layers: those that are read.
+    """
 
     def __init__(self, engine: Engine, settings: EmbedSettings) -> None:
         self.engine, self.settings = engine, settings
+        self.layers = default_layers(engine.depth) if settings.layers is None else settings.layers
         head, tail = settings.template.split(INPUT)
         self._head = engine.encode(head)  # with the tokenizer's special tokens, which begin the text
         self._tail = engine.encode(tail, special=False) if tail else []
@@ -91,10 +103,10 @@ class Embedder:
             prompts.append([*self._head, *ids, *self._tail])
             truncated.append(cut)
         try:
-            states = self.engine.embed(prompts, layers=self.settings.layers, pooling=self.settings.pooling)
+            states = self.engine.embed(prompts, layers=self.layers, pooling=self.settings.pooling)
         except IndexError:
-            raise RouterError(f"layers {self.settings.layers}: the model has fewer; -1 is always there") from None
-        if len(self.settings.layers) > 1:
+            raise RouterError(f"layers {self.layers}: the model has fewer; -1 is always there") from None
+        if len(self.layers) > 1:
             states = states / np.maximum(np.linalg.norm(states, axis=-1, keepdims=True), 1e-12)
         vectors = states.reshape(len(texts), -1)
         if not np.isfinite(vectors).all():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+from pydantic import StrictBool, model_validator
 
 from ..bundle.bundle import Bundle
 from ..data.rows import place
@@ -25,10 +26,26 @@ from .settings import FitSettings
 
 
 class FeedbackRow(PromptRow):
-    """A request, an expert ("average" is one) and whether it was the right one."""
+    """A request, an expert ("average" is one) and whether it was the right one.
+
+    Attributes:
+        verdict: in words; or `right`, as the server keeps its playground's thumbs.
+    """
 
     expert: str
-    verdict: Literal["right", "wrong"]
+    verdict: Literal["right", "wrong"] | None = None
+    right: StrictBool | None = None
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> FeedbackRow:
+        if (self.verdict is None) == (self.right is None):
+            raise ValueError("needs either verdict, which is right or wrong, or right, which is true or false")
+        return self
+
+    @property
+    def praises(self) -> bool:
+        """Whether the expert was the right one."""
+        return self.right if self.right is not None else self.verdict == "right"
 
 
 class Learned(NamedTuple):
@@ -77,13 +94,18 @@ def learn(
     record = router.record
     old = [sample.text for sample in router.held if sample.field == OUTSIDE]
     validation = [sample for sample in router.held if sample.field != OUTSIDE]
-    known = set(router.samples)
+    known, count = set(router.samples), len(router.samples) if record.labelled is None else record.labelled
     fitted = fit_samples(
         bundle,
         router.embedder.engine,
-        [*router.samples, *(sample for sample in dict.fromkeys(samples) if sample not in known)],
+        [
+            *router.samples[:count],
+            *(sample for sample in dict.fromkeys(samples) if sample not in known),
+        ],
         validation,
         strangers=list(dict.fromkeys([*old, *strangers])),
+        made=router.samples[count:],
+        descriptions=record.descriptions,
         settings=FitSettings(embed=record.embed, classifier=record.classifier, fallback=record.fallback),
         experts=record.experts,
         model=record.model,
@@ -114,7 +136,7 @@ def sort_rows(router: Router, file: Path) -> tuple[list[Sample], list[str]]:
     for number, row in read_as(FeedbackRow, file):
         if row.expert not in experts:
             raise DataError(f"{place(file, number)}: the router sends nothing to an expert {row.expert!r}")
-        if row.verdict == "right":
+        if row.praises:
             right[row.prompt] = row.expert
         else:
             wrong.append(row.prompt)

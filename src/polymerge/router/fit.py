@@ -29,7 +29,7 @@ from .calibrate import (
     threshold_for_accuracy,
     threshold_for_coverage,
 )
-from .cost import USUAL, thresholds
+from .cost import thresholds, usual
 from .embed import Embedder
 from .gate import fit_gate
 from .head import Head, fit_head
@@ -63,6 +63,8 @@ def fit_samples(
     validation: Sequence[Sample] = (),
     *,
     strangers: Sequence[str] = (),
+    made: Sequence[Sample] = (),
+    descriptions: Mapping[str, str] | None = None,
     settings: FitSettings | None = None,
     table: Table | None = None,
     experts: Mapping[str, str] | None = None,
@@ -75,6 +77,8 @@ def fit_samples(
         engine: embeds: the bundle's, or another model's if `model` names its source.
         validation: samples for calibration and thresholds; without them, the training samples are cross-validated.
         strangers: texts that belong to no field, beside the background's.
+        made: samples that nobody labelled (`polymerge.router.described`); they may be the only ones.
+        descriptions: field -> the words that those were made of, for the record.
         table: the assessment table, field -> {expert: accuracy}.
         experts: field -> expert, before the table.
         progress: called with the number of texts embedded and of all.
@@ -83,6 +87,7 @@ def fit_samples(
         RouterError: samples that cannot be learned from, an empty text, an unknown expert, or a field without one.
     """
     bundle, settings = Bundle.open(bundle), settings or FitSettings()
+    labelled, training = len(training), [*training, *made]
     fields = check_training(training)
     strange = next((sample.field for sample in validation if sample.field not in fields), None)
     if strange is not None:
@@ -94,26 +99,30 @@ def fit_samples(
     validation = [sample for sample in validation if sample not in seen]
     embedder = Embedder(engine, settings.embed)
     train, held, others = _embedded(embedder, training, validation, strangers, fields, progress)
-    calibrated = calibrate(train, held if len(held.labels) else None, others, settings)
+    measured = bool(labelled or len(held.labels))
+    calibrated = calibrate(train, held if len(held.labels) else None, others, settings, labelled=measured)
     record = RouterRecord(
         polymerge_version=__version__,
         bundle=bundle.digest,
         model=model,
         fingerprint=engine.fingerprint,
-        embed=settings.embed,
+        embed=settings.embed.model_copy(update={"layers": embedder.layers}),
         classifier=settings.classifier,
         fields=tuple(fields),
         experts=of_fields,
         fallback=settings.fallback,
         temperature=calibrated.temperature,
         threshold=calibrated.threshold,
-        thresholds={} if settings.fixed else thresholds(of_fields, settings.fallback, table),
+        thresholds={} if settings.fixed else thresholds(of_fields, settings.fallback, table, calibrated.threshold),
+        labelled=labelled,
+        descriptions=dict(descriptions or {}),
     )
     report = {
         "fields": fields,
         "samples": {name: int((train.labels == n).sum()) for n, name in enumerate(fields)},
         "repeated": len(seen),
-        "measured_on": "validation" if len(held.labels) else "cross-validation",
+        "labelled": labelled,
+        "measured_on": "validation" if len(held.labels) else "cross-validation" if labelled else None,
         "learning_curve": learning_curve(train, held, others, settings) if len(held.labels) else [],
         **calibrated.report,
     }
@@ -163,24 +172,28 @@ class Calibrated(NamedTuple):
     report: dict[str, Any]
 
 
-def calibrate(train: Labelled, held: Labelled | None, others: Labelled, settings: FitSettings) -> Calibrated:
+def calibrate(
+    train: Labelled, held: Labelled | None, others: Labelled, settings: FitSettings, *, labelled: bool = True
+) -> Calibrated:
     """Head with its gate, temperature and threshold.
 
     Args:
         others: the background, by topic.
+        labelled: whether there are requests among the samples. Without any nothing is known of requests: no accuracy
+            is reported, and the threshold is read off the background alone.
     """
     logits, labels = _unseen_logits(train, held, others, settings)
     temperature = fit_temperature(logits, labels)
-    head = fit_head(settings.classifier, train.vectors, train.labels, others.vectors)
+    head = fit_head(settings.classifier, train, others)
     gate = fit_gate(head.space, train, held, others, settings.seed)
     head = replace(head, outside=gate.outside)
     probabilities = cross_fitted(logits, labels)
     right: Bools = probabilities.argmax(axis=1) == labels
-    threshold = USUAL
+    threshold = usual(gate.strange, bounded=labelled)
     if settings.fixed:
         confidence = probabilities.max(axis=1) * _unseen_known(head, train, held, others, settings)
         threshold = _threshold(confidence, right, settings)
-    report = {
+    report: dict[str, Any] = {
         "accuracy": float(right.mean()),
         "temperature": temperature,
         "calibration_error_before": calibration_error(softmax(logits).max(axis=1), right),
@@ -189,6 +202,8 @@ def calibrate(train: Labelled, held: Labelled | None, others: Labelled, settings
         "new_wording_kept": float((gate.known >= threshold).mean()),
         "strangers_refused": float((gate.strange < threshold).mean()),
     }
+    if not labelled:
+        report |= dict.fromkeys(("accuracy", "calibration_error_before", "calibration_error", "new_wording_kept"))
     return Calibrated(head, temperature, threshold, report)
 
 
@@ -198,7 +213,7 @@ def _unseen_logits(
     """Logits of samples that the head that gave them had not seen, and their labels."""
     logits, labels = [], []
     for fitting, measuring in at_random(train, held, settings.seed):
-        head = fit_head(settings.classifier, fitting.vectors, fitting.labels, others.vectors)
+        head = fit_head(settings.classifier, fitting, others)
         logits.append(head.logits(measuring.vectors))
         labels.append(measuring.labels)
     return np.concatenate(logits), np.concatenate(labels)
@@ -235,7 +250,7 @@ def learning_curve(train: Labelled, held: Labelled, others: Labelled, settings: 
                 rng.choice(np.flatnonzero(train.labels == n), size, replace=False) for n in np.unique(train.labels)
             ]
             drawn = train.take(np.concatenate(numbers))
-            head = fit_head(settings.classifier, drawn.vectors, drawn.labels, others.vectors)
+            head = fit_head(settings.classifier, drawn, others)
             answers = head.logits(held.vectors).argmax(axis=1)
             scores.append(float((answers == held.labels).mean()))
         points.append(

@@ -12,8 +12,8 @@ import numpy as np
 
 from .calibrate import Floats
 from .outside import Outside, calibrate_outside, fit_outside
-from .space import Space, fit_space
-from .unseen import Labelled, by_wording
+from .space import Space
+from .unseen import Labelled, by_wording, space_of
 
 CLAIMED = 0.5  # a topic of which a larger share is claimed by a field is that field's
 
@@ -44,10 +44,10 @@ def fit_gate(space: Space, train: Labelled, held: Labelled | None, background: L
     inside, outside, topics = [], [], []
     for turn, (fitting, measuring) in enumerate(turns):
         away = (background.labels >= 0) & (background.labels % len(turns) == turn)
-        beside = background.vectors[~away]
-        near = fit_space(np.concatenate([fitting.vectors, beside]))
+        beside = background.take(~away)
+        near = space_of(fitting, beside)
         vectors = near(fitting.vectors)
-        fitted = fit_outside(vectors, fitting.labels, near(beside))
+        fitted = fit_outside(vectors, fitting.labels, near(beside.vectors))
         inside.append(fitted.signs(near(measuring.vectors), vectors))
         outside.append(fitted.signs(near(background.vectors[away]), vectors))
         topics.append(background.labels[away])

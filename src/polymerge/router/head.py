@@ -13,7 +13,8 @@ from ..engine.base import FloatArray
 from .calibrate import Floats, Ints
 from .classify import Arrays, Classifier, Kind, fit_classifier
 from .outside import Outside
-from .space import Space, fit_space
+from .space import Space
+from .unseen import Labelled, space_of
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Head:
         return {
             "mean": self.space.mean,
             "scale": self.space.scale,
+            "axes": self.space.axes,
+            "gains": self.space.gains,
             "vectors": self.vectors,
             "outside.weights": outside.weights,
             "outside.bias": outside.bias,
@@ -69,17 +72,19 @@ class Head:
         }
         first, second, middle, slope = map(float, arrays["outside.calibration"])
         outside = Outside(arrays["outside.weights"], arrays["outside.bias"], (first, second), middle, slope)
-        return cls(Space(arrays["mean"], arrays["scale"]), Classifier(kind, classifier), arrays["vectors"], outside)
+        none = np.zeros((0, len(arrays["mean"])), np.float32)  # routers of before had no axes
+        space = Space(arrays["mean"], arrays["scale"], arrays.get("axes", none), arrays.get("gains", none[:, 0]))
+        return cls(space, Classifier(kind, classifier), arrays["vectors"], outside)
 
 
-def fit_head(kind: Kind, raw: FloatArray, labels: Ints, background: FloatArray) -> Head:
-    """Fits space and classifier to raw vectors [n, d] with the numbers of their fields [n]; there is no gate yet.
+def fit_head(kind: Kind, train: Labelled, background: Labelled) -> Head:
+    """Fits space and classifier to raw vectors with the numbers of their fields; there is no gate yet.
 
     Args:
-        background: [b, d], of texts of many topics. The space is that of all texts: few samples of few fields say
-            little about what is common to all.
+        background: texts by topic. The space is that of all texts: few samples of few fields say little about what is
+            common to all.
     """
-    space = fit_space(np.concatenate([raw, background]))
-    vectors = space(raw)
+    space, labels = space_of(train, background), train.labels
+    vectors = space(train.vectors)
     nothing = np.zeros((1, vectors.shape[1]), np.float32)
     return Head(space, fit_classifier(kind, vectors, labels), vectors, Outside(nothing, nothing[:, 0]))

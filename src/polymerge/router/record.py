@@ -55,12 +55,15 @@ class RouterRecord(BaseModel):
         temperature: the classifier's logits are divided by it.
         threshold: of the confidence; under it the fallback answers.
         thresholds: field -> its own, where the assessment says what its expert gains and loses.
+        labelled: training samples that somebody labelled, the first of them; 0 is a router fitted without labels, and
+            None one of before that was noted, whose samples are all labelled.
+        descriptions: field -> the description that the other samples were made of.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["polymerge-router"] = "polymerge-router"
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 2  # 2: the space has axes
     polymerge_version: str
     bundle: str
     model: str | None
@@ -73,6 +76,8 @@ class RouterRecord(BaseModel):
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     threshold: Annotated[float, Field(allow_inf_nan=False)]
     thresholds: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
+    labelled: int | None = None
+    descriptions: dict[str, str] = {}
     weights: Annotated[str, Field(pattern=rf"^({WEIGHTS.pattern})?$")] = ""
     samples: Annotated[str, Field(pattern=rf"^({SAMPLES.pattern})?$")] = ""
     held: Annotated[str, Field(pattern=rf"^({HELD.pattern})?$")] = ""

@@ -6,11 +6,14 @@ fitting itself is `polymerge.router.fit`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..bundle.bundle import Bundle
 from ..bundle.files import write_json
+from ..errors import RouterError
+from .described import by_name, described_samples, written_samples
 from .fit import Fitted, Progress, fit_samples
 from .loading import load_engine
 from .picture import draw_samples
@@ -20,15 +23,17 @@ from .settings import fit_settings
 from .table import Table, label_by_experts, read_table
 
 FIT_REPORT = "fit.json"
+ENOUGH = 2  # labelled samples of a field, beside which made ones only harm (docs/log-router.md)
 
 
 def fit_router(
     bundle: Bundle | str | Path,
-    data: str | Path | Sequence[Sample] | Mapping[str, Sequence[str]],
+    data: str | Path | Sequence[Sample] | Mapping[str, Sequence[str]] | None = None,
     *,
+    describe: Mapping[str, str] | None = None,
     fields: Sequence[str] | None = None,
     samples: int | None = 256,
-    classifier: str = "logistic",
+    classifier: str | None = None,
     template: str | None = None,
     layers: Sequence[int] | None = None,
     pooling: str | None = None,
@@ -47,10 +52,14 @@ def fit_router(
     """Fits a router to `data`/NAME/train.jsonl and validation.jsonl and saves it in the bundle.
 
     Args:
-        data: a folder; or samples, or texts by their field, which are cross-validated.
+        data: a folder; or samples, or texts by their field, which are cross-validated. Without any the router is fitted
+            to descriptions alone.
+        describe: field -> what it is about, for fields with fewer than ENOUGH samples. Without data or descriptions,
+            the experts' names.
         fields: which folders; all that have a train.jsonl otherwise.
         samples: of a field and split, at most.
-        classifier, fallback, coverage, accuracy, seed: as in `FitSettings`.
+        classifier: as in `FitSettings`; None is logistic, and centroid without data.
+        fallback, coverage, accuracy, seed: as in `FitSettings`.
         template, layers, pooling: as in `EmbedSettings`; a template may be named published, task or none.
         embed_with: another model to embed with, named as in a recipe.
         table: the assessment table; by default `router/assessment.json` in the bundle, where it exists.
@@ -61,23 +70,32 @@ def fit_router(
     Raises:
         RouterError: as `fit_samples`, and for settings and files that cannot be used.
     """
+    classifier = classifier or ("centroid" if data is None else "logistic")
     settings = fit_settings(
         template=template, layers=layers, pooling=pooling, classifier=classifier, fallback=fallback,
         coverage=coverage, accuracy=accuracy, seed=seed,
     )  # fmt: skip
     bundle = Bundle.open(bundle)
-    training = samples_of(data, "train", fields=fields, limit=samples)
-    validation = samples_of(data, "validation", fields=fields, limit=samples)
+    if data is None and self_label:
+        raise RouterError("labelling by the experts needs rows to label; give data")
+    rows = data if data is not None else []
+    training = samples_of(rows, "train", fields=fields if data is not None else None, limit=samples)
+    validation = samples_of(rows, "validation", fields=fields if data is not None else None, limit=samples)
+    if data is None and not describe:
+        describe = by_name([name for name in bundle.experts if fields is None or name in fields])
     labeller = load_engine(bundle, None, device) if self_label else None
     embeds = labeller if labeller and embed_with is None else load_engine(bundle, embed_with, device)
     if labeller is not None:
         labelled = label_by_experts(labeller, [*training, *validation], chat=chat, progress=progress)
         training, validation = labelled[: len(training)], labelled[len(training) :]
         validation = _of_fields(validation, training)
+    counts = Counter(sample.field for sample in training)
+    few = {field: words for field, words in (describe or {}).items() if counts[field] < ENOUGH}
+    made = [*described_samples(few), *written_samples(embeds, few)] if few else []
     known = _table_of(bundle, table)
     fitted = fit_samples(
-        bundle, embeds, training, validation, settings=settings, table=known, experts=assign, model=embed_with,
-        progress=progress,
+        bundle, embeds, training, validation, made=made, descriptions=few, settings=settings, table=known,
+        experts=assign, model=embed_with, progress=progress,
     )  # fmt: skip
     fitted.router.save(bundle)
     fitted.report["picture"] = draw_samples(fitted.router)

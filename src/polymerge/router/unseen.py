@@ -13,7 +13,7 @@ import numpy as np
 
 from ..engine.base import FloatArray
 from .calibrate import Bools, Ints
-from .space import fit_space
+from .space import Space, fit_space
 
 FOLDS = 5
 WORDINGS = 3  # clusters of a field
@@ -27,6 +27,12 @@ class Labelled(NamedTuple):
 
     def take(self, numbers: Ints | Bools) -> Labelled:
         return Labelled(self.vectors[numbers], self.labels[numbers])
+
+
+def space_of(train: Labelled, background: Labelled) -> Space:
+    """The space of samples and background together, in which what tells texts of one field or topic apart is small."""
+    topics = np.where(background.labels >= 0, background.labels + train.labels.max() + 1, -1)
+    return fit_space(np.concatenate([train.vectors, background.vectors]), np.concatenate([train.labels, topics]))
 
 
 def at_random(train: Labelled, held: Labelled | None, seed: int) -> Iterator[tuple[Labelled, Labelled]]:

@@ -40,6 +40,7 @@ def open_pipeline(
     expert: str | None = None,
     device: str | None = None,
     base: str = "16bit",
+    residuals: str = "decoded",
     chat: bool = True,
     low_memory: bool = False,
     lead: Lead | None = None,
@@ -55,7 +56,7 @@ def open_pipeline(
         expert: a name, `average`, `math:0.7+code:0.3`, or `auto`: the bundle's router chooses. By default it does where
             there is one, and elsewhere the average answers.
         device: of every model that is loaded: the bundle's, the router's own and the thinker.
-        base: of the average in memory, as `load_model` takes it.
+        base, residuals: of the average and of residuals in memory, as `load_model` takes them.
         lead: what is said before every question.
         asking: ask for direct answers as `polymerge stages --asking` found best in each field.
         settings: single values of `StageSettings` over the recipe's; None leaves one as it is.
@@ -71,7 +72,7 @@ def open_pipeline(
     thinks = open_thinker(named, device) if staged else None
     trust = read.trust_remote_code if read else False
     bundle = Bundle.open(bundle).path  # of the hub's cache, for a hub id
-    engine = HFEngine.from_bundle(bundle, device=device, base=base, trust_remote_code=trust)
+    engine = HFEngine.from_bundle(bundle, device=device, base=base, residuals=residuals, trust_remote_code=trust)
     return Pipeline(
         engine,
         chosen,

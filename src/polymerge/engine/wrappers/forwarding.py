@@ -28,6 +28,11 @@ class ForwardingEngine:
         return self._engine.max_length
 
     @property
+    def depth(self) -> int:
+        """The engine's."""
+        return self._engine.depth
+
+    @property
     def fingerprint(self) -> str:
         """The engine's."""
         return self._engine.fingerprint

@@ -1,0 +1,72 @@
+"""A router without labels: what it is fitted to, what it notes, and what it does not claim."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polymerge.bundle.bundle import Bundle
+from polymerge.errors import RouterError
+from polymerge.router.described import FORMS, by_name, described_samples
+from polymerge.router.feedback import learn
+from polymerge.router.fit import fit_samples
+from polymerge.router.router import Router
+from polymerge.router.samples import Sample
+from tests.conftest import Merged
+from tests.router.scripted import ScriptedEngine, make_samples
+
+WORDS = {"math": "sum plus times", "shell": "files folder grep", "json": "object key array"}
+EXPERTS = {"math": "e0", "shell": "e1", "json": "e2"}
+
+
+@pytest.fixture
+def bundle(merged: Merged, tmp_path: Path) -> Bundle:
+    return Bundle.open(shutil.copytree(merged("llama")[0].path, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def engine() -> Any:
+    return ScriptedEngine(("e0", "e1", "e2"))
+
+
+def test_names_become_words_and_descriptions_sentences() -> None:
+    assert by_name(["sql_fix", "bank-support"]) == {"sql_fix": "sql fix", "bank-support": "bank support"}
+    samples = described_samples({"math": " word {problems} "})
+    assert len(samples) == len(FORMS) and samples[0] == Sample("word {problems}", "math")
+    assert any(sample.text.startswith("Word {problems}:") for sample in samples)
+
+
+@pytest.mark.parametrize(("words", "fault"), [({"math": " "}, "empty description"), ({"none": "rest"}, "'none'")])
+def test_descriptions_that_say_nothing_are_refused(words: dict[str, str], fault: str) -> None:
+    with pytest.raises(RouterError, match=fault):
+        described_samples(words)
+
+
+def test_a_router_of_descriptions_alone_finds_the_field_and_claims_no_accuracy(bundle: Bundle, engine: Any) -> None:
+    fitted = fit_samples(bundle, engine, [], made=described_samples(WORDS), descriptions=WORDS, experts=EXPERTS)
+    fitted.router.save(bundle)
+    router = Router.load(bundle, engine)
+    assert router.record.labelled == 0 and router.record.descriptions == WORDS
+    asked = make_samples(8)
+    routes = router.route([sample.text for sample in asked])
+    assert sum(route.field == sample.field for route, sample in zip(routes, asked, strict=True)) >= 20
+    report = fitted.report
+    assert (
+        report["measured_on"] is report["accuracy"] is report["calibration_error"] is report["new_wording_kept"] is None
+    )
+    # what the threshold promises is read off the background
+    assert report["strangers_refused"] == pytest.approx(0.85, abs=0.02)
+
+
+def test_samples_go_beside_descriptions_and_feedback_keeps_them_apart(bundle: Bundle, engine: Any) -> None:
+    samples = make_samples(2)
+    made = described_samples(WORDS)
+    fitted = fit_samples(
+        bundle, engine, samples, make_samples(4, seed=1), made=made, descriptions=WORDS, experts=EXPERTS
+    )
+    assert fitted.router.record.labelled == len(samples) and fitted.report["measured_on"] == "validation"
+    again = learn(bundle, fitted.router, make_samples(3, seed=2), [])
+    assert again.router.record.labelled == len(samples) + 9
+    assert again.router.record.descriptions == WORDS
+    assert len(again.router.samples) == len(samples) + 9 + len(made)
