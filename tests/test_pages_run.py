@@ -62,7 +62,7 @@ NOT_RUN = {
     "polymerge eval bundle --tasks gsm8k": "tasks whose data a hub has; tests/evaluate has local ones",
     "python benchmarks/": BENCHMARK,
     "locust": "loads a server with another's tool, in an environment of its own",
-    "python -": "writes the prompts of locust",
+    "python - >": "writes the prompts of locust",
     "python -c": "writes the demo's held-out requests for the next command",
     "lm_eval": "another's client of a server that runs; tests/serve/test_clients.py is that client",
     "curl": "asks a server that runs for what tests/serve/test_experts.py asks",
@@ -86,6 +86,7 @@ STANDS_FOR = {
     "DIR": "data",
 }
 MADE_SHORT = {"polymerge search": ["--trials", "2"], "polymerge sweep": ["--rates", "0.9,0.95", "--codes", "int4"]}
+BEFORE = {"eval.md": ["polymerge router fit bundle --data data"]}  # what a page takes for done
 SLOW = {"assess.md", "codes.md", "eval.md", "README.md"}
 Run = Callable[[str], None]
 NAMES = ("math", "code")
@@ -256,7 +257,7 @@ def test_the_blocks_of_a_page_run(
     folder = shutil.copytree(world, tmp_path / "here", symlinks=True)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(opening, "DEFAULT_THINKER", str(folder / "thinker"))
-    for command in runnable(page):
+    for command in [*BEFORE.get(page.name, []), *runnable(page)]:
         run(command)
 
 
