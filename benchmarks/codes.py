@@ -38,8 +38,8 @@ from polymerge.engine.local.engine import HFEngine
 from polymerge.export import export_peft, plan_vllm, write_vllm
 from polymerge.export.vllm.calibrate import applied, read_adapter
 from polymerge.method.codes import CODES, PLAIN
+from polymerge.search.agreement import Agreement, Reference
 from polymerge.search.examples import Example, read_examples
-from polymerge.search.sweep import Agreement, Reference
 
 # rebuild(expert, layer, the original's matrix, rho times the average) -> the method's matrix, and its bytes
 Rebuild = Callable[[str, BundleLayer, Tensor, Tensor], tuple[Tensor, int]]

@@ -28,8 +28,8 @@ from polymerge import load_model, merge
 from polymerge.cli.console import hush_libraries
 from polymerge.demo.run import DemoSettings, load_skills
 from polymerge.demo.train import TrainSettings, fine_tune
+from polymerge.search.agreement import Agreement, Reference
 from polymerge.search.examples import Example, read_examples
-from polymerge.search.sweep import Agreement, Reference
 
 RATES = (0.98, 0.95, 0.9)
 

@@ -11,6 +11,7 @@ fails says why, and the next one runs. On a card:
     logits        a mixed batch against dense models of each expert
     waits         whether a layer or a decoding step makes the host wait for the device
     decode        mixed steps against the average's, in tokens a second and in bytes moved a second
+    graphs        the same with the step captured as a CUDA graph and replayed, against the average's captured step
     prefill       the same for prompts
     coded         the Triton kernel against decoded factors, one layer
     merge         one layer's average and factors, on the GPU and on the CPU
@@ -35,15 +36,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polymerge.method.codes import code_of
 from polymerge.method.rsvd import rank_for_rate
 from polymerge.model.assignment import Assignment
 from polymerge.model.linear import MixedLinear
+from polymerge.model.step import FixedStep, Row
 
 RATE = 0.95
 CODES = ("factors", "int8", "int4")
+# Columns of keys and values that a captured step has room for beside the context.
+ROOM = 64
 # Modules of a decoder layer that read the same input.
 INPUTS = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
 
@@ -109,6 +114,7 @@ class Mixed:
     def __init__(self, size: Size, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
+        _pack_queries()
         config = LlamaConfig(
             hidden_size=size.hidden, intermediate_size=size.inner, num_hidden_layers=layers or size.layers,
             num_attention_heads=size.heads, num_key_value_heads=size.pairs, vocab_size=size.vocabulary,
@@ -193,6 +199,26 @@ class Mixed:
             past.crop(-1)
 
         return step
+
+
+def _pack_queries() -> None:
+    """Older versions of transformers copy keys and values for every query head when they decode, which costs more than
+    all else; newer ones bring the heads of one query together instead. So do we, for the average and the experts."""
+    from transformers.integrations import sdpa_attention
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if hasattr(sdpa_attention, "pack_gqa"):
+        return
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+        rows, heads, tokens, width = query.shape
+        if tokens > 1 or key.shape[1] == heads:
+            return sdpa_attention.sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+        packed = query.reshape(rows, key.shape[1], -1, width)
+        output = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=kwargs.get("scaling"))
+        return output.reshape(rows, 1, heads, width), None
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
 
 
 def machine(report: Report, size: Size, device: torch.device, dtype: torch.dtype) -> None:
@@ -287,6 +313,47 @@ def _decoding(model: Mixed, report: Report, rows: int, count: int, copies: float
     return took
 
 
+def graphs(report: Report, size: Size, device: torch.device, dtype: torch.dtype) -> None:
+    model, copies = Mixed(size, device, dtype), report.found["machine"][0]["copies"]
+    for rows in sorted({1, min(12, size.rows), size.rows}):
+        model.plain()
+        dense = _captured(model, report, rows, 0, copies, None)
+        for count in size.experts:
+            if report.late:
+                return
+            model.with_experts(count)
+            model.assign(rows)
+            _captured(model, report, rows, count, copies, dense)
+
+
+def _captured(model: Mixed, report: Report, rows: int, count: int, copies: float, dense: float | None) -> float:
+    """Seconds of a captured step; on a CPU of one that is not."""
+    context, device = model.size.context, model.device
+    past = model.hf(model.prompt(rows, context), use_cache=True, logits_to_keep=1).past_key_values
+    token, place = model.prompt(rows, 1), torch.full((rows, 1), context, device=device)
+    expected = model.hf(token, past_key_values=past, position_ids=place, use_cache=True).logits[:, -1].float()
+    past.crop(-1)
+    views = []
+    for layer in past.layers:
+        pair = [F.pad(kept, (0, 0, 0, ROOM)) for kept in (layer.keys, layer.values)]
+        views.append((pair[0], pair[1]))
+    step = FixedStep(model.hf, views, model.state, mixed=bool(count))
+    each = [Row(t, context, 0, n % count if count else 0) for n, t in enumerate(token[:, 0].tolist())]
+    if device.type == "cuda":
+        step.capture(each, context)
+    worst = float((step.run(each, context).float() - expected).norm() / expected.norm())
+    took = seconds(lambda: step.run(each, context), device, model.size.steps)
+    read = model.weights() + model.cache(rows, context + ROOM)
+    share = "" if dense is None else f", {dense / took:.2f} of the average's"
+    who = f"{count} experts" if count else "the average"
+    text = f"{rows} rows, {who}: {rows / took:.0f} tokens/s{share}, {read / took / copies:.0%} of the copying rate"
+    report.add(
+        "graphs", f"{text}, {worst:.2g} from eager", rows=rows, experts=count, seconds=took, bytes=read / took,
+        of_average=dense and dense / took, worst=worst,
+    )  # fmt: skip
+    return took
+
+
 def prefill(report: Report, size: Size, device: torch.device, dtype: torch.dtype) -> None:
     model, rows = Mixed(size, device, dtype), min(4, size.rows)
     ids = model.prompt(rows, size.prompt)
@@ -321,7 +388,7 @@ def coded(report: Report, size: Size, device: torch.device, dtype: torch.dtype) 
     decoded = [(a.to(dtype), b.to(dtype)) for b, a in (code.decode(tensors, *shape) for tensors in stored)]
     both = {
         "decoded": MixedLinear(state, weight, None, decoded, [1.0] * count, [None] * count).to(device),
-        "coded": CodedLinear(state, weight, None, stored, code, [1.0] * count, [None] * count).to(device),
+        "coded": CodedLinear(state, weight, None, stored, code, [1.0] * count, [None] * count, fused=True).to(device),
     }
     state.set([f"e{n % count}" for n in range(size.rows)], size.rows)
     x = torch.randn(size.rows, 1, shape[1], device=device, dtype=dtype)
@@ -381,7 +448,7 @@ def _quantise(model: Mixed, name: str) -> None:
             model._put(module, made.to(model.device))
 
 
-PARTS = (machine, kernel, logits, waits, decode, prefill, coded, merge, base)
+PARTS = (machine, kernel, logits, waits, decode, graphs, prefill, coded, merge, base)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Milliseconds of one linear layer under a batch that mixes experts: the base alone, the plain path, the Triton kernel.
 
 Factors are random, of the rank that a compress rate pays for; rows take the experts in turn. The two ways must agree
-before they are timed. Written for a GPU, on which it has not been run yet. With TRITON_INTERPRET=1 and small numbers it
+before they are timed. For a GPU. With TRITON_INTERPRET=1 and small numbers it
 runs on a CPU, where its times mean nothing:
 
     TRITON_INTERPRET=1 python benchmarks/kernel.py --shapes 48x80 --rows 3 --tokens 1 5 --repeats 1 --dtype float32
@@ -51,7 +51,7 @@ def layers(
     ratios, biases = [1.1] * experts, [None] * experts
     return {
         "plain": MixedLinear(state, weight, None, decoded, ratios, biases).to(device),
-        "triton": CodedLinear(state, weight, None, stored, code, ratios, biases).to(device),
+        "triton": CodedLinear(state, weight, None, stored, code, ratios, biases, fused=True).to(device),
     }
 
 

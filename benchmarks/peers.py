@@ -38,7 +38,7 @@ from peer_methods.rows import ROWS, Row, Run
 from peer_methods.task import Task
 from polymerge.cli.console import hush_libraries
 from polymerge.demo.skills import Skill, read_skills
-from polymerge.search.sweep import agreement
+from polymerge.search.agreement import agreement
 
 TRAIN_TEXTS = 128  # of every expert, for methods that calibrate or route
 

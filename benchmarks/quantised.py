@@ -27,8 +27,8 @@ from polymerge.cli.console import hush_libraries
 from polymerge.demo.run import DemoSettings, load_skills
 from polymerge.export.gguf.measure import measure_served
 from polymerge.model.mixed import MixedModel
+from polymerge.search.agreement import Reference
 from polymerge.search.examples import Example, read_examples
-from polymerge.search.sweep import Reference
 
 
 @dataclass(frozen=True)

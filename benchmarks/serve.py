@@ -7,7 +7,7 @@
 
 The demo's experts and held-out requests; greedy answers, compared with those of the offline engine. Every server is a
 process of its own, whose peak memory (its children's too) is read when the load is over. `--peer NAME=URL` adds a
-server that runs already, whose models have the experts' names.
+server that runs already, whose models have the experts' names. Long prompts and shared ones: `serve_prompts.py`.
 """
 
 from __future__ import annotations

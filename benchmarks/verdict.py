@@ -27,8 +27,8 @@ from polymerge.bundle.bundle import Bundle
 from polymerge.cli.console import hush_libraries
 from polymerge.demo.skills import Skill
 from polymerge.model.mixed import MixedModel
+from polymerge.search.agreement import Reference
 from polymerge.search.examples import Example
-from polymerge.search.sweep import Reference
 
 TABLES = {choice: {"embeddings": choice, "lm_head": choice} for choice in ("average", "keep", "compress")}
 # code, rate, what becomes of embeddings and heads, their rate
@@ -62,10 +62,10 @@ def _lines(
     bundle: Bundle, references: dict[str, Reference], recipe: dict[str, Any], seconds: float
 ) -> Iterator[dict[str, Any]]:
     inspection = inspect_bundle(bundle)
-    model = load_model(bundle, device="cpu")
+    model = load_model(bundle)
     for summary in inspection.experts:
         name = summary.name
-        agreement = references[name].against(partial(_logits, model, name))
+        agreement = references[name].against(partial(_logits, model, name), model.device)
         yield {
             "code": recipe["code"],
             "rate": recipe["compress_rate"],

@@ -20,6 +20,7 @@ from peer_methods.served import load_shared
 from peer_methods.task import Task, save_tensors
 from polymerge.demo.skills import SkillExample
 from polymerge.demo.train import encode, padded
+from polymerge.host import pick_device
 from polymerge.method.rsvd import rank_for_rate
 from polymerge.sources.checkpoint import Checkpoint
 
@@ -125,6 +126,7 @@ class ExpertDeltas:
     @cached_property
     def _moments(self) -> dict[str, Moments]:
         model, tokenizer = load_shared(self.task.experts[self.expert])
+        model.to(pick_device())
         rows = [encode(tokenizer, example) for example in self._calibration]
         starts = range(0, len(rows), BATCH)
         return input_moments(model, (padded(rows[n : n + BATCH], tokenizer.pad_token_id)[:2] for n in starts))

@@ -75,7 +75,7 @@ def input_moments(model: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[
             if inputs[0] is not last["input"]:
                 last.update(input=inputs[0], name=name)
                 x = inputs[0][last["mask"]]
-                sums[name] = sums.get(name, torch.zeros(x.shape[1], x.shape[1])).addmm_(x.T, x)
+                sums[name] = sums.get(name, x.new_zeros(x.shape[1], x.shape[1])).addmm_(x.T, x)
             owner[name] = last["name"]
 
         return hook
@@ -84,10 +84,11 @@ def input_moments(model: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[
     hooks = [module.register_forward_pre_hook(watch(name)) for name, module in linear.items()]
     tokens = 0
     for ids, mask in batches:
+        ids, mask = ids.to(model.device), mask.to(model.device)
         last["mask"] = mask.bool()
         model.model(input_ids=ids, attention_mask=mask)  # without the head
         tokens += int(mask.sum())
     for hook in hooks:
         hook.remove()
-    moments = {name: Moments(total / tokens) for name, total in sums.items()}
+    moments = {name: Moments((total / tokens).cpu()) for name, total in sums.items()}
     return {name: moments[which] for name, which in owner.items()}

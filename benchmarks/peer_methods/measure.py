@@ -14,8 +14,8 @@ from peer_methods.served import Served
 from polymerge.demo.measure import accuracy
 from polymerge.demo.skills import Skill
 from polymerge.demo.train import encode, format_prompt
+from polymerge.search.agreement import Agreement, Reference
 from polymerge.search.examples import Example
-from polymerge.search.sweep import Agreement, Reference
 
 NEW_TOKENS, REPEATS = 16, 3
 
@@ -57,7 +57,7 @@ def agreements(served: Served, held: Held) -> dict[str, Agreement]:
 def _agreement(served: Served, held: Held, name: str) -> Agreement:
     tests = held.skills[name].test[: held.compared]
     prompts = iter([len(encode(served.tokenizer, example)[0]) for example in tests])
-    return held.references[name].against(lambda ids: served.logits(ids, next(prompts), name))
+    return held.references[name].against(lambda ids: served.logits(ids, next(prompts), name), together=0)
 
 
 def tokens_per_second(served: Served, held: Held, rows: int) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from polymerge.search.sweep import ExampleAgreement
+from polymerge.search.agreement import ExampleAgreement
 
 DRAWS, LEVEL = 2000, 0.95
 

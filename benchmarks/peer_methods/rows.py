@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,9 +37,10 @@ from peer_methods.task import Task
 from polymerge import load_model, merge
 from polymerge.demo.skills import Skill
 from polymerge.demo.train import encode
+from polymerge.host import pick_device
 from polymerge.model.mixed import MixedModel
+from polymerge.search.agreement import ExampleAgreement, Reference
 from polymerge.search.examples import Example
-from polymerge.search.sweep import ExampleAgreement, Reference
 
 TABLES = ("embedding", "lm_head")
 Measured = dict[str, list[ExampleAgreement]]
@@ -48,12 +50,13 @@ class Run:
     """Experts, what is asked of them, and what is computed once for all rows.
 
     Attributes:
-        model: the base in float32, into which dense results are put.
+        model: the base in float32, into which dense results are put; on the GPU where there is one, as all that is run.
     """
 
     def __init__(self, task: Task, skills: Sequence[Skill], work: Path) -> None:
         self.task, self.work, self.skills = task, work, {skill.name: skill for skill in skills}
-        self.model, self.tokenizer = load_shared(task.base)
+        model, self.tokenizer = load_shared(task.base)
+        self.model = model.to(pick_device())
 
     @cached_property
     def references(self) -> dict[str, Reference]:
@@ -69,7 +72,7 @@ class Run:
     def dense(self, expert: str, tensors: Mapping[str, Tensor]) -> list[ExampleAgreement]:
         """The model with these tensors, held against an expert."""
         put(self.model, tensors)
-        return self.references[expert].each(lambda ids: self.model(ids).logits)
+        return self.references[expert].each(lambda ids: self.model(ids).logits, self.model.device)
 
     def read(self, expert: str, *roles: str) -> dict[str, Tensor]:
         """An expert's own tensors of some roles, all but linear weights by default."""
@@ -169,17 +172,15 @@ class Ours(Row):
     recipe: tuple[tuple[str, Any], ...]
 
     def measure(self, run: Run) -> tuple[Measured, Sizes]:
-        folder = run.work / "bundle"
-        shutil.rmtree(folder, ignore_errors=True)
-        bundle = merge({"experts": run.task.experts, **dict(self.recipe)}, folder)
-        measured, sizes = self._of(load_model(bundle), run.references)
+        with tempfile.TemporaryDirectory(dir=run.work) as folder:
+            bundle = merge({"experts": run.task.experts, **dict(self.recipe)}, Path(folder) / "bundle")
+            measured, sizes = self._of(load_model(bundle), run.references)
         gc.collect()
-        shutil.rmtree(folder)
         return measured, sizes
 
     def _of(self, model: MixedModel, references: Mapping[str, Reference]) -> tuple[Measured, Sizes]:
         measured = {
-            name: reference.each(lambda ids, name=name: model(ids, experts=name).logits)  # type: ignore[misc]
+            name: reference.each(lambda ids, name=name: model(ids, experts=name).logits, model.device)  # type: ignore[misc]
             for name, reference in references.items()
         }
         return measured, bundle_sizes(model.bundle, model, own_tables=self.tables == "own")
@@ -203,7 +204,8 @@ class Router(Row):
             for name, skill in run.skills.items():
                 prompts = iter([len(encode(served.tokenizer, example)[0]) for example in skill.test])
                 measured[name] = run.references[name].each(
-                    lambda ids, p=prompts, n=name: served.logits(ids, next(p), n)  # type: ignore[misc]
+                    lambda ids, p=prompts, n=name: served.logits(ids, next(p), n),  # type: ignore[misc]
+                    together=0,
                 )
         beside = 2 * run.one_model + self.method.stored(run.task, folder)
         shutil.rmtree(folder)

@@ -26,7 +26,7 @@ from peer_methods.sizes import bundle_sizes, in_half
 from peer_methods.task import Task
 from polymerge import load_model
 from polymerge.demo.skills import Skill, SkillExample
-from polymerge.search.sweep import ExampleAgreement
+from polymerge.search.agreement import ExampleAgreement
 from tests.conftest import Merged
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -229,7 +229,7 @@ def test_killed_with_kill_9_and_started_again_it_ends_in_the_same_bytes(tmp_path
         "import sys, time; from pathlib import Path; from tests.compete import test_run as t\n"
         "from tests.staged.scripted import ScriptedThinker; from polymerge.compete import compete\n"
         "p = t.pipeline(thinker=ScriptedThinker()); answer = p.answer\n"
-        "def slow(*a): time.sleep(0.15); return answer(*a)\n"
+        "def slow(*a, **k): time.sleep(0.15); return answer(*a, **k)\n"
         "p.answer = slow; compete(p, sys.argv[1], sys.argv[2])"
     )
     journal, output = tmp_path / "out.csv.partial", tmp_path / "out.csv"
@@ -243,7 +243,7 @@ def test_killed_with_kill_9_and_started_again_it_ends_in_the_same_bytes(tmp_path
                 kills += 1
                 break
             time.sleep(0.01)
-        process.wait()
+        assert process.wait(timeout=120) in (0, -signal.SIGKILL)  # else it would be started again for ever
     assert kills > 0
     assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert not journal.exists()

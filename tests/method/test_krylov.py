@@ -31,6 +31,25 @@ def test_factors_have_the_documented_form() -> None:
     assert torch.all(gram.diagonal().diff() <= 1e-3)  # largest singular value first
 
 
+@pytest.mark.parametrize("shape", [(400, 150), (150, 400)])
+def test_components_far_smaller_than_the_first_are_orthogonal_too(shape: tuple[int, int]) -> None:
+    """A tall matrix is turned, and its U is what the turned one's V is divided by its lengths."""
+    matrix = matrix_with(10.0 ** -torch.linspace(0, 5, 150), *shape, seed=1)
+    u, v = krylov(matrix, 60)
+    torch.testing.assert_close(u.T @ u, torch.eye(60), atol=1e-5, rtol=0)
+    exact = torch.linalg.svdvals(matrix.double())
+    torch.testing.assert_close(v.norm(dim=1).double(), exact[:60], atol=1e-6, rtol=1e-3)
+
+
+def test_a_matrix_of_one_row_is_itself() -> None:
+    """Most sums of its rows are nothing, so that the basis cannot be begun with them."""
+    matrix = torch.zeros(90, 70)
+    matrix[88] = torch.randn(70, generator=torch.Generator().manual_seed(0))
+    for given in (matrix, matrix.T):
+        u, v = krylov(given, 5)
+        torch.testing.assert_close(u @ v, given, atol=1e-5, rtol=0)
+
+
 def test_full_rank_gives_the_matrix_back() -> None:
     matrix = torch.randn(40, 60, generator=torch.Generator().manual_seed(0))
     u, v = krylov(matrix, 40)

@@ -31,6 +31,15 @@ def test_rounding_is_near_the_best_uniform_quantiser(bits: int) -> None:
     assert float((dequantise(numbers, scales, bits) - rows).square().mean()) < 1.05 * BEST_UNIFORM[bits]
 
 
+def test_rows_of_any_number_and_order_in_memory_are_rounded_alike() -> None:
+    rows = normal(90, 1500)
+    for given in (rows, rows.T.contiguous().T):
+        numbers, scales = quantise(given, 4)
+        apart = [quantise(row[None], 4) for row in rows]
+        assert torch.equal(numbers, torch.cat([q for q, _ in apart]))
+        assert torch.equal(scales, torch.cat([s for _, s in apart]))
+
+
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-6, 1.0, 1e30])
 @pytest.mark.parametrize("count", [1, 5, 129, 576])
 def test_numbers_of_any_size_come_back(size: float, count: int) -> None:

@@ -15,10 +15,11 @@ from polymerge.cli.main import main
 from polymerge.errors import RecipeError, TargetError
 from polymerge.merging.plan import MergePlan
 from polymerge.search import find as searching
+from polymerge.search.agreement import Agreement, Reference
 from polymerge.search.examples import Example
 from polymerge.search.find import find
 from polymerge.search.fitting import Fitting
-from polymerge.search.sweep import Agreement, Point, Reference
+from polymerge.search.sweep import Point
 from tests.killed import content
 from tests.tiny import recipe_folder
 

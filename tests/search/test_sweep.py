@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from polymerge.cli.main import main
 from polymerge.cli.searching import print_sweep
-from polymerge.engine.local.engine import HFEngine
 from polymerge.errors import DataError, RecipeError
 from polymerge.report.sweep import write_sweep
-from polymerge.search.examples import Example, read_examples
-from polymerge.search.sweep import Agreement, Point, Reference, agreement, front, sweep, to_json
-from tests.tiny import recipe_folder, tiny_tokenizer
+from polymerge.search.agreement import Agreement
+from polymerge.search.examples import read_examples
+from polymerge.search.sweep import Point, front, sweep, to_json
+from tests.tiny import recipe_folder
 
 
 @pytest.fixture(scope="module")
@@ -48,47 +46,6 @@ def test_exact_merges_agree_and_lossy_ones_differ(folder: Path, tmp_path: Path) 
     assert 0 < kl[0.8, "int4"] < kl[0.8, "factors"] < kl[1, "factors"]
     assert {point.tokens for p in points for point in p.experts.values()} == {3 + 2}  # answer and end; prompt but first
     assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
-
-
-class Counting:
-    """An original that goes on with the next number, and ends after `last`."""
-
-    def __init__(self, last: int) -> None:
-        self.last, self.tokenizer, self.device = last, tiny_tokenizer(), torch.device("cpu")
-
-    def model(self, ids: torch.Tensor) -> SimpleNamespace:
-        following = torch.where(ids == self.last, 2, ids + 1)
-        return SimpleNamespace(logits=torch.nn.functional.one_hot(following, 96).float())
-
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=special)["input_ids"]
-
-    def chat_prompt(self, messages: list[dict[str, str]]) -> list[int]:
-        return self.encode(messages[0]["content"])
-
-
-def test_an_answer_is_right_when_greedy_decoding_gives_exactly_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HFEngine, "from_checkpoint", lambda source, **options: Counting(last=7))
-    right = [Example("w3", "w4 w5 w6 w7"), Example("w5 w6", "w7")]
-    short, long, other = Example("w3", "w4 w5"), Example("w6", "w7 w8"), Example("w3", "w5 w6 w7")
-    reference = Reference("counting", [*right, short, long, other, Example("w3 w4 w5")])  # the last has no answer
-    assert reference.accuracy == 2 / 5
-    fit = reference.against(lambda ids: Counting(last=8).model(ids).logits)
-    assert (fit.accuracy, fit.original_accuracy, fit.kept) == (1 / 5, 2 / 5, 1 / 2)  # `long` alone ends right
-    each = reference.each(lambda ids: Counting(last=8).model(ids).logits)
-    assert [e.right for e in each] == [False, False, False, True, False, None] and agreement(each) == fit
-    assert [e.original_right for e in each] == [True, True, False, False, False, None]
-
-
-def test_without_answers_there_is_no_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HFEngine, "from_checkpoint", lambda source, **options: Counting(last=7))
-    fit = Reference("counting", [Example("w3 w4 w5")]).against(lambda ids: Counting(last=8).model(ids).logits)
-    assert (fit.accuracy, fit.original_accuracy, fit.kept) == (None, None, None)
-
-
-def test_an_original_that_is_never_right_leaves_nothing_to_keep() -> None:
-    assert Agreement(0.1, 0.5, 10, accuracy=0.0, original_accuracy=0.0).kept is None
-    assert Agreement(0.1, 0.5, 10, accuracy=0.4, original_accuracy=0.8).kept == 0.5
 
 
 def test_the_command_prints_and_writes_what_it_measured(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from polymerge.errors import TargetError
-from polymerge.search.sweep import Agreement, Point
+from polymerge.search.agreement import Agreement
+from polymerge.search.sweep import Point
 from polymerge.search.target import read_target
 
 

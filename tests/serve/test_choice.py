@@ -43,8 +43,8 @@ def test_llamacpp_is_for_cpus_and_bundles_that_it_holds(
 
 def test_what_only_transformers_does_decides(merged: Merged, on_a_cpu: None) -> None:
     bundle, _ = merged("llama")
-    picked = choose_engine(bundle.path, asked={"`staged`": False, "--kernel": True})
-    assert (picked.engine, picked.why) == ("transformers", "--kernel is its alone")
+    picked = choose_engine(bundle.path, asked={"`staged`": False, "--residuals": True})
+    assert (picked.engine, picked.why) == ("transformers", "--residuals is its alone")
 
 
 def test_on_a_gpu_the_reason_names_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ OPTIONS = {
     "max_rows": "max_rows",
     "max_waiting": "max_waiting",
     "cache_tokens": "cache_tokens",
+    "chunk_tokens": "chunk_tokens",
+    "prefix_tokens": "prefix_tokens",
     "rate_limit": "requests_per_minute",
     "timeout": "seconds",
     "drain": "drain_seconds",
@@ -56,8 +58,8 @@ def test_every_number_is_a_limit_with_bounds() -> None:
 
 def test_the_engines_limits_are_the_settings_and_their_defaults_its_own() -> None:
     assert ServeSettings().limits == Limits()
-    given = ServeSettings(max_rows=3, max_waiting=4, cache_tokens=500, prompt_tokens=60).limits
-    assert given == Limits(max_rows=3, max_waiting=4, cache_tokens=500, prompt_tokens=60)
+    given = ServeSettings(max_rows=3, max_waiting=4, cache_tokens=500, prompt_tokens=60, prefix_tokens=0).limits
+    assert given == Limits(max_rows=3, max_waiting=4, cache_tokens=500, prompt_tokens=60, prefix_tokens=0)
 
 
 def test_the_command_line_has_the_settings_defaults() -> None:

@@ -12,6 +12,7 @@ from .console import err, out
 if TYPE_CHECKING:
     from ..router.route import Route
     from ..staged import Evidence, Response
+    from ..staged.asking import AskingEvidence
 
 
 def tell_route(route: Route) -> None:
@@ -30,6 +31,16 @@ def print_response(response: Response, show_thoughts: bool) -> None:
 
 def print_evidence(evidence: Evidence) -> None:
     """The ablation: one line a field, one column a way of answering."""
+    if evidence.fields:
+        print_thinking(evidence)
+    if evidence.forms:
+        print_forms(evidence)
+    if evidence.asking:
+        print_asking(evidence.asking)
+
+
+def print_thinking(evidence: Evidence) -> None:
+    """Direct answers and both versions of the prompts."""
     table = Table(title=f"mean score on validation rows, thinker {evidence.thinker}")
     for column in ("field", "rows", "direct", "v1", "v2", "auto", "auto takes"):
         table.add_column(column, justify="left" if column in ("field", "auto takes") else "right")
@@ -37,8 +48,16 @@ def print_evidence(evidence: Evidence) -> None:
         shown = [f"{field.scores[way]:.3f}" for way in ("direct", "v1", "v2", field.best)]
         table.add_row(name, str(field.rows), *shown, field.best)
     out.print(table)
-    if evidence.forms:
-        print_forms(evidence)
+
+
+def print_asking(asking: AskingEvidence) -> None:
+    """The ways of asking: one line a way, one column a field, the way that `auto` takes marked."""
+    names = {area: area or "all" for area in asking.fields}
+    table = Table("asked", *names.values(), title="mean score of direct answers (* is what auto takes)")
+    for way in next(iter(asking.fields.values())).scores:
+        shown = [f"{field.scores[way]:.3f}{'*' if field.best == way else ' '}" for field in asking.fields.values()]
+        table.add_row(escape(way), *shown)
+    out.print(table)
 
 
 def print_forms(evidence: Evidence) -> None:

@@ -33,6 +33,9 @@ def compete(
         Path | None, typer.Option(help="JSONL rows with prompt and answer, shown before every question.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="A text before everything.")] = None,
+    asking: Annotated[
+        Literal["told", "auto"], typer.Option(help="As told, or as `stages --asking` found best on validation rows.")
+    ] = "told",
     max_new_tokens: Annotated[int, typer.Option(help="Of a generated answer; 64 is the kit's.")] = 64,
     time_limit: Annotated[float, typer.Option(help="Minutes for all of it.")] = 60.0,
     memory_limit: Annotated[str | None, typer.Option(help="Such as 48GB; over it the thinker is unloaded.")] = None,
@@ -48,16 +51,16 @@ def compete(
 ) -> None:
     """Answer a file of the LLM Merging Competition. Killed and started again, it goes on where it was."""
     from ..compete.start import run_competition
-    from .competing import compete_progress, print_summary
+    from .competing import compete_plan, compete_progress, print_summary
     from .console import hush_libraries, print_json
 
     hush_libraries()
     summary = run_competition(
         bundle, source, output, expert=expert, staged=staged, recipe=recipe, thinker=thinker, model=model,
         key_env=key_env, policy=policy, prompts=prompts, thought_tokens=thought_tokens, chat=chat,
-        few_shot=few_shot, system=system, max_new_tokens=max_new_tokens,
+        few_shot=few_shot, system=system, asking=asking, max_new_tokens=max_new_tokens,
         time_limit=time_limit, memory_limit=memory_limit, limit=limit, on_error=on_error, device=device, base=base,
-        overwrite=overwrite, progress=compete_progress(quiet),
+        overwrite=overwrite, progress=compete_progress(quiet), on_plan=compete_plan(quiet),
     )  # fmt: skip
     if as_json:
         print_json(summary.to_json())

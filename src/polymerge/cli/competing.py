@@ -8,7 +8,11 @@ from .console import duration, err, out, size
 
 if TYPE_CHECKING:
     from ..compete.clock import OnProgress, Progress
+    from ..compete.expected import Expected, OnPlan
     from ..compete.run import Summary
+
+
+TOO_MUCH = "where that is too much, thoughts are left out first and texts are cut, no row is dropped"
 
 
 def compete_progress(quiet: bool) -> OnProgress | None:
@@ -27,6 +31,25 @@ def compete_progress(quiet: bool) -> OnProgress | None:
     return show
 
 
+def compete_plan(quiet: bool) -> OnPlan:
+    """What a run expects to take, in two lines before it begins."""
+
+    def show(plan: Expected) -> None:
+        if quiet:
+            return
+        thoughts = f", {plan.thoughts} thoughts of {plan.thought_tokens:,} more" if plan.thoughts else ""
+        err.print(
+            f"plan: {plan.rows} rows, {plan.read:,} tokens to read, at most {plan.written:,} to write{thoughts}",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
+        needed = "could not be timed" if plan.seconds is None else f"at most about {duration(plan.seconds)}"
+        limit = f" of {size(plan.memory_limit)}" if plan.memory_limit else ""
+        line = f"{needed}, {duration(plan.seconds_left)} are left; memory about {size(plan.memory)}{limit}"
+        err.print(f"      {line}{'' if plan.fits else '; ' + TOO_MUCH}", soft_wrap=True, highlight=False)
+
+    return show
+
+
 def print_summary(summary: Summary, tokens: int) -> None:
     """What a competition's run did, and what may be wrong with its answers."""
     from ..compete.flaws import words_of
@@ -37,6 +60,8 @@ def print_summary(summary: Summary, tokens: int) -> None:
     experts = ", ".join(f"{name} {rows}" for name, rows in summary.experts.items())
     out.print(f"experts: {experts or 'none'}", markup=False)
     out.print(f"staged: {summary.staged} rows", markup=False)
+    for way, rows in summary.asked.items():
+        out.print(f"asked: {rows} rows: {way}", markup=False)
     for reason, rows in summary.direct.items():
         out.print(f"direct: {rows} rows: {reason}", markup=False, soft_wrap=True)
     for name, value in summary.scores.items():

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import PolymergeError
-from .words import Base
+from .words import Base, Residuals
 
 
 def generate(
@@ -24,6 +24,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Use the chat template, if there is one.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...; by default the GPU where there is one.")] = None,
     base: Base = "16bit",
+    residuals: Residuals = "decoded",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when done.")] = False,
     staged: Annotated[bool, typer.Option("--staged", help="Let a thinker reason first, as the policy says.")] = False,
     show_thoughts: Annotated[bool, typer.Option("--show-thoughts", help="Print the thought as well.")] = False,
@@ -51,7 +52,7 @@ def generate(
     hush_libraries()
     response = run(
         bundle, prompt, expert=expert, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
-        chat=chat, device=device, base=base, staged=staged, choice=choice,
+        chat=chat, device=device, base=base, residuals=residuals, staged=staged, choice=choice,
         json_schema=json_schema, json_object=json_object, regex=regex, grammar=grammar,
         recipe=recipe, thinker=thinker, model=model,
         key_env=key_env, policy=policy, prompts=prompts, thought_tokens=thought_tokens, low_memory=low_memory,

@@ -29,8 +29,8 @@ from .words import (
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle
     from ..merging.plan import MergePlan
+    from ..search.agreement import Agreement
     from ..search.find import Found
-    from ..search.sweep import Agreement
 
 
 def merge(

@@ -18,6 +18,7 @@ from .words import (
     Method,
     Norms,
     RecipeOrExperts,
+    Residuals,
     Scale,
     read_recipe,
 )
@@ -43,6 +44,7 @@ def plan(
     align: Align = None,
     method: Method = None,
     base: Base = "16bit",
+    residuals: Residuals = "decoded",
     gpu: Annotated[
         str | None, typer.Option(help="Its memory, such as 24GB, or auto: does it fit, and what change makes it fit?")
     ] = None,
@@ -65,7 +67,7 @@ def plan(
     planned = plan_merge(
         read_recipe(recipe), weights=False, compress_rate=compress_rate, code=code, scale=scale, dtype=dtype,
         embeddings=embeddings, lm_head=lm_head, embedding_rate=embedding_rate, norms=norms, align=align, method=method,
-        base=base, gpu=gpu, context=context, requests=requests,
+        base=base, residuals=residuals, gpu=gpu, context=context, requests=requests,
     )  # fmt: skip
     change = cheapest_change(planned)
     needs, costs, codes = footprint(planned), bytes_of_choices(planned), bytes_of_codes(planned)
@@ -134,6 +136,8 @@ def _print_footprint(needs: Footprint) -> None:
     out.print(f"  bundle     {size(needs.bundle)}, cache {size(needs.bundle_cache)} ({needs.bundle_tokens} tokens)")
     if needs.base != "16bit":
         say(f"             the average's linear layers in {needs.base}")
+    if needs.residuals == "packed":
+        say("             residuals of linear layers packed")
     if needs.thinker:
         held = "" if needs.thinker_base == "16bit" else f" in {needs.thinker_base}"
         cache = f"cache {size(needs.thinker_cache)} ({needs.thinker_tokens} tokens)"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..serve.settings import ServeSettings
-from .words import Base
+from .words import Base, Residuals
 
 if TYPE_CHECKING:
     from ..serve.run import Running
@@ -21,6 +21,8 @@ Arguments = Annotated[
 Origins = Annotated[list[str] | None, typer.Option(help="Let web pages of this origin ask; repeat for several.")]
 Queue = Annotated[int, typer.Option(help="Requests in the queue; more are refused (429).", min=1)]
 Caches = Annotated[int, typer.Option(help="Tokens in the caches of all answers.", min=1)]
+Chunk = Annotated[int, typer.Option(help="Tokens of prompts that are read between two steps of answers.", min=1)]
+Prefixes = Annotated[int, typer.Option(help="Tokens of prompts' beginnings that are remembered; 0 for none.", min=0)]
 Drain = Annotated[float, typer.Option(help="Seconds to finish what runs when the server ends.", min=0)]
 Margin = Annotated[float, typer.Option(help="How much likelier a new field must be to change the expert.")]
 
@@ -39,6 +41,8 @@ def serve(
     max_rows: Annotated[int, typer.Option(help="Answers that are made at the same time.", min=1)] = DEFAULT.max_rows,
     max_waiting: Queue = DEFAULT.max_waiting,
     cache_tokens: Caches = DEFAULT.cache_tokens,
+    chunk_tokens: Chunk = DEFAULT.chunk_tokens,
+    prefix_tokens: Prefixes = DEFAULT.prefix_tokens,
     timeout: Annotated[float, typer.Option(help="Seconds for one answer.", min=0)] = DEFAULT.seconds,
     drain: Drain = DEFAULT.drain_seconds,
     margin: Margin = DEFAULT.margin,
@@ -57,7 +61,7 @@ def serve(
     probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Check every expert first.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...; by default the GPU where there is one.")] = None,
     base: Base = "16bit",
-    kernel: Annotated[str, typer.Option(help="plain; or triton, experimental: factors stay coded.")] = "plain",
+    residuals: Residuals = "decoded",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers to the log.")] = False,
     feedback: Annotated[
         Path | None, typer.Option(help="Keep the playground's thumbs, {prompt, expert, right}, in this JSONL file.")
@@ -85,9 +89,10 @@ def serve(
     serve_bundle(
         bundle, host=host, port=port, api_key_file=api_key_file, open=open_, rate_limit=rate_limit,
         allow_host=allow_host, cors_origin=cors_origin, max_tokens=max_tokens, max_body=max_body, max_rows=max_rows,
-        max_waiting=max_waiting, cache_tokens=cache_tokens, timeout=timeout, drain=drain, margin=margin, recipe=recipe,
+        max_waiting=max_waiting, cache_tokens=cache_tokens, chunk_tokens=chunk_tokens, prefix_tokens=prefix_tokens,
+        timeout=timeout, drain=drain, margin=margin, recipe=recipe,
         thinker=thinker, model=model, key_env=key_env, policy=policy, vllm=vllm, vllm_url=vllm_url,
         vllm_python=vllm_python, vllm_arg=vllm_arg, engine=engine, gguf=gguf, llama_url=llama_url,
-        probe=probe, device=device, base=base, kernel=kernel,
+        probe=probe, device=device, base=base, residuals=residuals,
         log_prompts=log_prompts, feedback=feedback, say=say, on_ready=ready,
     )  # fmt: skip

@@ -24,11 +24,19 @@ def stages(
         list[int] | None,
         typer.Option("--votes", help="Also free against constrained answers, after so many thoughts; give it again."),
     ] = None,
-    save: Annotated[bool, typer.Option("--save/--no-save", help="Note it in the bundle, for the policy auto.")] = True,
+    think: Annotated[bool, typer.Option("--think/--no-think", help="Measure thinking.")] = True,
+    asking: Annotated[
+        bool, typer.Option("--asking", help="Also the ways of asking: bare, --chat, and what is said before.")
+    ] = False,
+    few_shot: Annotated[
+        Path | None, typer.Option(help="Of --asking: JSONL rows with prompt and answer, shown before every question.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="Of --asking: a text before everything.")] = None,
+    save: Annotated[bool, typer.Option("--save/--no-save", help="Note it in the bundle, for what is auto.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
-    """Measure on validation data where a thinker helps: direct answers against both versions of the prompts."""
+    """Measure on validation data where a thinker helps, direct answers against both prompts, and how to ask."""
     from ..staged.ablation import validate_stages
     from .answering import print_evidence
     from .console import err, hush_libraries, print_json
@@ -39,7 +47,7 @@ def stages(
     evidence = validate_stages(
         bundle, read_pairs(data, "FIELD=FILE"), recipe=recipe, thinker=thinker, model=model, key_env=key_env,
         thought_tokens=thought_tokens, limit=limit, max_new_tokens=max_new_tokens, chat=chat, device=device,
-        votes=votes, save=save, progress=say,
+        votes=votes, think=think, asking=asking, few_shot=few_shot, system=system, save=save, progress=say,
     )  # fmt: skip
     if as_json:
         print_json(evidence.model_dump(mode="json"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..bundle.inspect import Inspection
-    from ..search.sweep import Agreement
+    from ..search.agreement import Agreement
 
 # What a bundle promises of every expert: this share of its accuracy, and of its likeliest tokens.
 KEPT, TOP1 = 0.99, 0.98

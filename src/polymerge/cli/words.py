@@ -16,6 +16,9 @@ Base = Annotated[
     str,
     typer.Option(help="Of the average in memory: 16bit as stored, or int8, nf4, int4, fp8 (extra quantized)."),
 ]
+Residuals = Annotated[
+    str, typer.Option(help="In memory: decoded; or packed, as stored, which takes a quarter for int4 and is slower.")
+]
 RecipeOrExperts = Annotated[
     list[str],
     typer.Argument(metavar="RECIPE|NAME=SOURCE...", help="A recipe, a YAML file; or NAME=SOURCE for every expert."),

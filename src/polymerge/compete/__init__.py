@@ -4,6 +4,7 @@ table.py    the CSV files, row by row
 scoring.py  accuracy and ROUGE where targets are known
 journal.py  what a run has done so far, so that a killed one goes on
 clock.py    time and memory
+expected.py what the rest of a run will take
 run.py      the run against the clock
 merges.py   the drop-in for the starter kit
 """

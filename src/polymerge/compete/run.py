@@ -24,6 +24,7 @@ from ..staged.pipeline import Pipeline, Response, Step
 from ..staged.thought import Thought
 from ..version import __version__
 from .clock import TIME_LIMIT, Clock, OnProgress, Progress, cost_of, peak_bytes
+from .expected import Expected, OnPlan, expected
 from .flaws import flaw_of, flaws_of
 from .journal import Journal
 from .scoring import check_scorable, score
@@ -47,6 +48,8 @@ class Summary:
         experts: expert -> rows.
         scores: where the input has targets.
         written: answers that were generated; flaws: how many of them are empty, cut or repeated.
+        asked: way of asking -> direct answers, where validation chose the way.
+        expected: what the plan said, where one was asked for.
     """
 
     rows: int
@@ -60,6 +63,8 @@ class Summary:
     scores: dict[str, float]
     written: int = 0
     flaws: dict[str, int] = field(default_factory=dict)
+    asked: dict[str, int] = field(default_factory=dict)
+    expected: Expected | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -77,6 +82,7 @@ def compete(
     on_error: OnError = "fail",
     overwrite: bool = False,
     progress: OnProgress | None = None,
+    on_plan: OnPlan | None = None,
 ) -> Summary:
     """Answers a file of the competition and writes the submission.
 
@@ -88,6 +94,8 @@ def compete(
         max_new_tokens: of a generated answer.
         on_error: `fail` refuses a file with bad rows before any work, `skip` leaves their prediction empty.
         overwrite: replace an earlier submission.
+        on_plan: called once, after routing and before any thought or answer, with what the rest is expected to take; a
+            few rows are timed for it.
 
     Raises:
         PolymergeError: a file that cannot be read, or, with `fail`, has bad rows. OutputExistsError, LockedError.
@@ -105,7 +113,7 @@ def compete(
         for left in scratches_of(output):
             left.unlink()
         journal = Journal(output, _identity(pipeline, table, limit, max_new_tokens, on_error), overwrite=overwrite)
-        run = _Run(pipeline, questions, journal, time_limit, memory_limit, on_error, progress)
+        run = _Run(pipeline, questions, journal, time_limit, memory_limit, on_error, progress, on_plan)
         answers = run.answers()
         summary = _summary(table, answers, run)
         write_bytes(output, submission(_predictions(table, answers)))
@@ -133,20 +141,38 @@ class _Run:
         memory_limit: int | None,
         on_error: OnError,
         progress: OnProgress | None,
+        on_plan: OnPlan | None,
     ) -> None:
         self.pipeline, self.questions, self.journal = pipeline, questions, journal
         self.memory_limit, self.on_error, self.progress = memory_limit, on_error, progress
         used = max((entry["seconds"] for entry in journal.lines), default=0.0)
         self.clock = Clock(time_limit, used)
+        self.on_plan = on_plan
+        self.steps: list[Step] = []
+        self.expected: Expected | None = None
 
     def answers(self) -> list[dict[str, Any]]:
         """One note a question: prediction, stage, reason and expert."""
-        steps = self._steps()
+        self.steps = steps = self._steps()
         pieces = _pieces(steps)
+        if self.on_plan:
+            self.expected = self._expected(pieces)
+            self.on_plan(self.expected)
         thoughts = self._think(steps, pieces)
         if self.pipeline.thinker:  # its memory is of more use to the answers
             self.pipeline.thinker.unload()
         return self._answer(steps, pieces, thoughts)
+
+    def _expected(self, pieces: Sequence[Sequence[int]]) -> Expected:
+        def without(kind: str) -> list[Step]:
+            done = self._done(kind)
+            return [self.steps[row] for number, rows in enumerate(pieces) if number not in done for row in rows]
+
+        thinks = self.pipeline.thinker is not None
+        return expected(
+            self.pipeline, without("answers"), [s for s in without("thoughts") if s.version and thinks], self.clock,
+            piece=PIECE, thinking_until=self._deadline(), memory_limit=self.memory_limit,
+        )  # fmt: skip
 
     def _done(self, kind: str) -> dict[int, Any]:
         return {entry["piece"]: entry[kind] for entry in self.journal.lines if kind in entry}
@@ -321,7 +347,17 @@ def _summary(table: Table, answers: Sequence[dict[str, Any]], run: _Run) -> Summ
         scores=score(rows, [_prediction(answer) for _, answer in whole]),
         written=written,
         flaws=flaws,
+        asked=dict(Counter(_asked(run, answers)).most_common()),
+        expected=run.expected,
     )
+
+
+def _asked(run: _Run, answers: Sequence[dict[str, Any]]) -> list[str]:
+    """How the direct answers were asked for, where validation says how."""
+    direct = [
+        step.direct("") for step, answer in zip(run.steps, answers, strict=True) if answer.get("stage") == "direct"
+    ]
+    return [way for way in map(run.pipeline.asked, direct) if way is not None]
 
 
 def _name(expert: Any) -> str:

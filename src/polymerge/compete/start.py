@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from ..errors import RecipeError
 from ..recipe.merge import load_recipe, parse_size
 from ..staged.lead import Lead
 from ..staged.opening import open_pipeline
 from .clock import OnProgress
+from .expected import OnPlan
 from .run import MAX_NEW_TOKENS, OnError, Summary, compete
 
 
@@ -29,6 +31,7 @@ def run_competition(
     chat: bool = False,
     few_shot: str | Path | None = None,
     system: str | None = None,
+    asking: Literal["told", "auto"] = "told",
     max_new_tokens: int = MAX_NEW_TOKENS,
     time_limit: float = 60.0,
     memory_limit: int | str | None = None,
@@ -38,6 +41,7 @@ def run_competition(
     base: str = "16bit",
     overwrite: bool = False,
     progress: OnProgress | None = None,
+    on_plan: OnPlan | None = None,
 ) -> Summary:
     """Answers a file of the LLM Merging Competition. Killed and started again, it goes on where it was.
 
@@ -50,24 +54,28 @@ def run_competition(
         chat: ask in each expert's chat template; off, prompts are bare, as in the kit.
         few_shot: JSONL rows with prompt and answer that are shown before every question.
         system: a text before everything.
+        asking: `auto` takes these three, by field, as `polymerge stages --asking` found best on validation rows.
         max_new_tokens: of a generated answer; 64 is the kit's.
         time_limit: minutes for all of it.
         memory_limit: bytes, or a text such as 48GB; over it the thinker is unloaded. By default the recipe's.
         limit: only the first rows.
+        on_plan: told what the run is expected to take before it begins.
         on_error: a bad row: `fail` refuses the file, `skip` leaves its prediction empty.
 
     Raises:
         PolymergeError: as `polymerge.compete.run.compete` and `open_pipeline`.
     """
+    if asking == "auto" and (chat or few_shot or system):
+        raise RecipeError("--asking auto takes --chat, --few-shot and --system from validation; leave them out")
     memory = _bytes(memory_limit) or (load_recipe(recipe).memory_limit if recipe else None)
     pipeline = open_pipeline(
         bundle, recipe=recipe, staged=staged, thinker=thinker, model=model, key_env=key_env, expert=expert,
         device=device, base=base, chat=chat, use=policy, prompts=prompts, thought_tokens=thought_tokens,
-        lead=Lead.read(system, few_shot),
+        lead=Lead.read(system, few_shot), asking=asking == "auto",
     )  # fmt: skip
     return compete(
         pipeline, input, output, limit=limit, time_limit=60 * time_limit, memory_limit=memory,
-        max_new_tokens=max_new_tokens, on_error=on_error, overwrite=overwrite, progress=progress,
+        max_new_tokens=max_new_tokens, on_error=on_error, overwrite=overwrite, progress=progress, on_plan=on_plan,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..host import cache_folder
+from ..host import cache_folder, pick_device
 from .skills import Skill, SkillExample
 
 # The experts are trained on bare requests: their tokenizer says so, and whoever applies it gets the same text.
@@ -59,7 +59,8 @@ def format_prompt(prompt: str) -> str:
 def fine_tune(
     base: Path, skill: Skill, settings: TrainSettings, progress: Callable[[TrainProgress], None] | None = None
 ) -> Path:
-    """The folder of an expert for a skill, trained on first use and cached. Stored in float32.
+    """The folder of an expert for a skill, trained on first use, on the GPU where there is one, and cached. Stored in
+    float32.
 
     Args:
         base: a Hugging Face folder.
@@ -69,6 +70,7 @@ def fine_tune(
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_base(base)
+    model.to(pick_device())
     encoded = [encode(tokenizer, example) for example in skill.train]
     train(model, encoded, tokenizer.pad_token_id, settings, skill.name, progress)
     save(model, tokenizer, target)
@@ -127,7 +129,7 @@ def train(
         rate = settings.learning_rate * min(step / settings.warmup, (settings.steps - step + 1) / settings.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = _loss(model, *padded(batch, pad))
+        loss = _loss(model, *(tensor.to(model.device) for tensor in padded(batch, pad)))
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -177,7 +179,8 @@ def _key(base: Path, skill: Skill, settings: TrainSettings) -> str:
             "skill": asdict(skill),
             "settings": asdict(settings),
             "torch": torch.__version__.split("+")[0],
-        },
+        }
+        | ({} if (device := pick_device().type) == "cpu" else {"device": device}),
         sort_keys=True,
     )
     return hashlib.sha256(text.encode()).hexdigest()[:16]

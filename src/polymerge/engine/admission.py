@@ -12,6 +12,8 @@ from ..errors import PolymergeError
 
 # A request that was in more broken batches than this is run alone: one that breaks alone is the one at fault.
 FAILURES_TOGETHER = 1
+# An answer joins where there is room for so many tokens more than it has, or for all that it may get.
+HEADROOM = 64
 # So many later requests may join a batch that has no room for an earlier one.
 PATIENCE = 32
 
@@ -23,10 +25,12 @@ class Limits:
     Attributes:
         max_rows: answers in the running batch.
         max_waiting: requests that wait for a place; more are refused.
-        cache_tokens: tokens in the caches of all rows, padding and room for the answers included: rows times their
-            longest possible length. One request always fits.
-        prompt_tokens: padded tokens of prompts that are read at once, while the running answers wait. One prompt
-            always fits.
+        cache_tokens: tokens in the caches of all rows, padding included: rows times the longest one. Where answers grow
+            beyond it the youngest go back to the queue. One request always fits.
+        prompt_tokens: padded tokens of prompts that are read in one batch. One prompt always fits.
+        chunk_tokens: of prompts that are read between two steps of running answers, which wait for no more than that.
+        prefix_tokens: of prompts' beginnings that are remembered, within `cache_tokens` and only as far as the rows
+            leave room; 0 remembers none.
 
     Raises:
         PolymergeError: a limit under 1.
@@ -36,12 +40,14 @@ class Limits:
     max_waiting: int = 256
     cache_tokens: int = 32768
     prompt_tokens: int = 2048
+    chunk_tokens: int = 256
+    prefix_tokens: int = 32768
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if value < 1:
-                raise PolymergeError(f"{field.name}: must be at least 1, not {value}")
+            value, least = getattr(self, field.name), int(field.name != "prefix_tokens")
+            if value < least:
+                raise PolymergeError(f"{field.name}: must be at least {least}, not {value}")
 
 
 DEFAULT_LIMITS = Limits()
@@ -57,6 +63,7 @@ class Demand:
         failures: batches that broke while it ran in them.
         scores_prompt: its prompt's tokens are scored, so it is read with others of that kind alone.
         passed: requests that came later and joined before it.
+        number: grows with the time at which it came.
     """
 
     unread: int
@@ -64,6 +71,12 @@ class Demand:
     failures: int = 0
     scores_prompt: bool = False
     passed: int = 0
+    number: int = 0
+
+    @property
+    def soon(self) -> int:
+        """Tokens that it has room for when it joins."""
+        return min(self.longest, self.unread + HEADROOM)
 
     @property
     def alone(self) -> bool:
@@ -91,11 +104,21 @@ def admit(waiting: Iterable[Demand], running: Sequence[Demand], limits: Limits) 
     return places
 
 
+def surplus(running: Sequence[Demand], limits: Limits) -> int | None:
+    """Which of the running answers goes back to the queue: the youngest; None where all have room for what they have.
+
+    The oldest goes on to its end, so that none waits for ever.
+    """
+    if len(running) < 2 or len(running) * max(row.unread for row in running) <= limits.cache_tokens:
+        return None
+    return max(range(len(running)), key=lambda place: running[place].number)
+
+
 def _fits(rows: Sequence[Demand], limits: Limits) -> bool:
     """Whether these can be one batch."""
     return (
         len(rows) <= limits.max_rows
-        and len(rows) * max(row.longest for row in rows) <= limits.cache_tokens
+        and len(rows) * max(row.soon for row in rows) <= limits.cache_tokens
         and not any(row.alone for row in rows)
     )
 

@@ -41,7 +41,10 @@ class Answer:
         over: nothing more is to be made: it ended, failed, or was cancelled.
         failures: batches that broke while this answer ran in them.
         passed: answers that were asked for later and joined a batch before it.
+        number: of all answers of this process, in the order in which they were asked for.
     """
+
+    _numbers = itertools.count()
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class Answer:
         self.over = False
         self.failures = 0
         self.passed = 0
+        self.number = next(self._numbers)
         self.sampler = Sampler(request.generate, prompt, matcher)
         since = time.monotonic() if request.since is None else request.since
         self.due = since + request.seconds if request.seconds is not None else None
@@ -86,8 +90,9 @@ class Answer:
     def demand(self) -> Demand:
         """What it takes of a batch that it joins now."""
         return Demand(
-            len(self.prompt) + len(self.made), self.longest, self.failures, self.request.score_prompt, self.passed
-        )
+            len(self.prompt) + len(self.made), self.longest, self.failures, self.request.score_prompt, self.passed,
+            self.number,
+        )  # fmt: skip
 
     def cancel(self) -> None:
         self.over = True

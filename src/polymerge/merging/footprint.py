@@ -32,7 +32,7 @@ class Footprint:
         bundle_cache, thinker_cache: keys and values of `bundle_tokens` and `thinker_tokens` tokens.
         thinker: its weights; 0 without one in this process.
         limit: what the GPU that was named may give, or else the recipe's `memory_limit`, or None.
-        base, thinker_base: how linear layers are held.
+        base, thinker_base: how linear layers are held. residuals: how those of linear layers are.
     """
 
     bundle: int
@@ -44,6 +44,7 @@ class Footprint:
     limit: int | None
     base: str = "16bit"
     thinker_base: str = "16bit"
+    residuals: str = "decoded"
 
     @property
     def total(self) -> int:
@@ -76,6 +77,7 @@ class Footprint:
             "fits": self.fits,
             "base": self.base,
             "thinker_base": self.thinker_base,
+            "residuals": self.residuals,
             "room_tokens": self.room,
         }
 
@@ -96,7 +98,7 @@ def footprint(plan: MergePlan) -> Footprint:
     limit = plan.recipe.memory_limit if work.usable is None else work.usable
     return Footprint(
         held_bytes(plan), cache, tokens, weights, thinker_cache, thinker_tokens, limit, plan.base,
-        held if thinker else "16bit",
+        held if thinker else "16bit", plan.residuals,
     )  # fmt: skip
 
 
@@ -106,8 +108,13 @@ def _each(cache: int, tokens: int) -> float:
 
 def held_bytes(plan: MergePlan) -> int:
     """Of a loaded bundle. An expert with a few rows of its own has a whole table in memory, with the average's others;
-    coded factors are decoded into the bundle's dtype."""
-    more = 0 if plan.code.peft_readable else sum(_decoded_bytes(task, plan) for task in plan.tasks)
+    coded factors are decoded into the bundle's dtype, but for those of linear layers that are packed."""
+    decoded = [] if plan.code.peft_readable else [task for task in plan.tasks if task.treatment == "low_rank"]
+    if plan.residuals == "packed" and plan.code.kernel_bits is not None:
+        model = meta_model(plan.first.folder)
+        modules = {name for name, _ in model.named_modules()} if model else set()
+        decoded = [t for t in decoded if t.record.role != "linear" or t.record.module not in modules]
+    more = sum(_decoded_bytes(task, plan) for task in decoded)
     for task in plan.tasks:
         ranges = task.tables.ranges if task.tables and task.treatment == "average" and task.holds_rows else {}
         whole = task.stored_bytes(plan.dtype)
@@ -118,8 +125,6 @@ def held_bytes(plan: MergePlan) -> int:
 
 def _decoded_bytes(task: TensorTask, plan: MergePlan) -> int:
     """What a tensor's residuals take in memory beyond what they take on disk."""
-    if task.treatment != "low_rank":
-        return 0
     dtype = (task.dtype or plan.dtype).itemsize
     return sum(r * sum(task.matrix_shape) * dtype - plan.code.bytes(*task.matrix_shape, r) for r in task.ranks if r)
 

@@ -18,6 +18,7 @@ from ..errors import RecipeError, SourceError
 from ..host import dtype_name
 from ..method.code import Code
 from ..method.codes import code_of
+from ..model.loading import held_as
 from ..model.quantised import base_of
 from ..recipe.automatic import settled
 from ..recipe.merge import Recipe, RecipeLike, RecipeSettings, load_recipe
@@ -68,6 +69,7 @@ class MergePlan:
     tables: Tables | None = None
     alignments: Mapping[str, Alignment] = field(default_factory=dict)
     base: str = "16bit"
+    residuals: str = "decoded"
     work: Work = field(default_factory=Work)
 
     @property
@@ -156,6 +158,7 @@ def plan_merge(
     *,
     weights: bool = True,
     base: str = "16bit",
+    residuals: str = "decoded",
     gpu: int | str | None = None,
     context: int | None = None,
     requests: int = 1,
@@ -167,7 +170,8 @@ def plan_merge(
         recipe, settings: as for `load_recipe`.
         weights: off, hub ids are not downloaded: their tensors are taken from their configuration, or from the
             recipe's `config`. Such a plan says sizes; it cannot be merged.
-        base: how answering will hold the average in memory, as `load_model` takes it; for `footprint` alone, as are
+        base, residuals: how answering will hold the average and residuals in memory, as `load_model` takes them; for
+            `footprint` alone, as are
         gpu: bytes of memory, a text such as `24GB`, or `auto`; what `cheapest_change` makes it fit;
         context, requests: tokens of a conversation, by default the model's context, and how many go on at once.
 
@@ -219,6 +223,7 @@ def plan_merge(
         personas,
         tables,
         base=base,
+        residuals=held_as(residuals),
         work=work,
     )
 

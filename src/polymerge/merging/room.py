@@ -24,11 +24,12 @@ class Step:
 
     Attributes:
         loses: how much, against the others. The order is what counts, and it is that of what was measured
-            (docs/codes.md): a thinker only feeds the formatter; compressed tables have 1.08 times the KL of kept
-            ones; a base in 8 bits adds less than residuals leave out; averaged tables have 2.5 times the KL, factors
-            many times that of int4, a rate of 0.98 several times that of 0.95; 4 bits ruin small models.
+            (docs/codes.md): packed residuals lose time alone; a thinker only feeds the formatter; compressed tables
+            have 1.08 times the KL of kept ones; a base in 8 bits adds less than residuals leave out; averaged tables
+            have 2.5 times the KL, factors many times that of int4, a rate of 0.98 several times that of 0.95; 4 bits
+            ruin small models.
         words: as a user writes it.
-        recipe: keys of the recipe, `base` and `thinker_base` apart.
+        recipe: keys of the recipe, `base`, `thinker_base` and `residuals` apart.
     """
 
     loses: int
@@ -36,11 +37,13 @@ class Step:
     recipe: tuple[tuple[str, Any], ...] = ()
     base: str | None = None
     thinker_base: str | None = None
+    residuals: str | None = None
 
 
 NOTHING = Step(0, "")
 THINKER = (Step(1, "thinker: base: int8", thinker_base="int8"), Step(2, "thinker: base: nf4", thinker_base="nf4"))
 BASE = (Step(4, "--base int8", base="int8"), Step(40, "--base nf4", base="nf4"))
+PACKED = (Step(1, "--residuals packed", residuals="packed"),)
 TABLES = (
     Step(3, "embeddings: compress", (("embeddings", "compress"), ("lm_head", "compress"))),
     Step(8, "embeddings: average", (("embeddings", "average"), ("lm_head", "average"))),
@@ -82,6 +85,7 @@ def _ways(plan: MergePlan, needs: Footprint) -> Iterator[tuple[Step, ...]]:
     kinds = (
         THINKER if needs.thinker and needs.thinker_base == "16bit" else THINKER[1:] if needs.thinker else (),
         BASE if plan.base == "16bit" else (),
+        PACKED if plan.residuals == "decoded" and not plan.code.peft_readable else (),
         TABLES if "keep" in tables else TABLES[1:] if "compress" in tables else (),
         CODE if not plan.code.peft_readable else (),
         RATE if rates and max(rates) < HIGHER_RATE else (),
@@ -97,6 +101,8 @@ def _changed(plan: MergePlan, steps: tuple[Step, ...]) -> MergePlan:
     for step in steps:
         if step.base:
             made = replace(made, base=step.base)
+        if step.residuals:
+            made = replace(made, residuals=step.residuals)
         if step.thinker_base and made.recipe.thinker:
             thinker = made.recipe.thinker.model_copy(update={"base": step.thinker_base})
             made = replace(made, recipe=made.recipe.model_copy(update={"thinker": thinker}))

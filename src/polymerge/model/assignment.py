@@ -37,6 +37,7 @@ class Assignment:
         single: the expert that all rows share (its number), or None. `average_only` says that all rows are the average.
         groups: the distinct rows of `weights`: (weights as a tuple, numbers of the rows).
         beams: entries that the model's batch has for every row.
+        fixed: every row has one expert, and only `numbers`, on the device, says which.
     """
 
     beams = 1
@@ -47,6 +48,7 @@ class Assignment:
     numbers: Tensor
     pure: Tensor | None
     groups: list[tuple[tuple[float, ...], Tensor]]
+    fixed: bool
     average_only: bool
     single: int | None
     first: int
@@ -55,6 +57,7 @@ class Assignment:
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self.names = list(names)
         self.device = device
+        self.fixed = False
         self.set(None, 1)
 
     def set(self, experts: Experts, rows: int) -> None:
@@ -76,6 +79,7 @@ class Assignment:
     def narrowed(self, weights: tuple[float, ...]) -> Iterator[None]:
         """Inside, all rows have these weights, the average's last: for a layer that is run once for every group."""
         outer = dict(vars(self))
+        vars(self)["fixed"] = False
         kept = self.once(("narrowed", weights), dict[str, Any])
         if kept:
             vars(self).update(kept)
@@ -84,6 +88,26 @@ class Assignment:
             kept.update({name: vars(self)[name] for name in vars(self) if name not in ("names", "device", "beams")})
         try:
             yield
+        finally:
+            vars(self).update(outer)
+
+    @contextmanager
+    def reading(self, numbers: Tensor, constants: dict[Hashable, Any]) -> Iterator[None]:
+        """Inside, every row has one expert or the average, whose number stands in a tensor on the device and may change
+        from one pass to the next. Only layers that look at nothing else can run (`polymerge.model.step`).
+
+        Args:
+            numbers: [B] int64.
+            constants: what does not depend on the numbers; it is kept from pass to pass.
+        """
+        outer = dict(vars(self))
+        vars(self).update(
+            rows=len(numbers), numbers=numbers, fixed=True, pure=None, average_only=False, single=None, groups=[],
+            _kept=dict(constants), _last=None,
+        )  # fmt: skip
+        try:
+            yield
+            constants.update({key: value for key, value in self._kept.items() if _is_narrowed(key)})
         finally:
             vars(self).update(outer)
 
@@ -204,3 +228,7 @@ class Assignment:
         near = difflib.get_close_matches(name, self.names, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ModelError(f"no expert {name!r} among {', '.join(self.names)}{hint}")
+
+
+def _is_narrowed(key: Hashable) -> bool:
+    return isinstance(key, tuple) and key[0] == "narrowed"

@@ -46,6 +46,8 @@ class WholeModel(OwnModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own."""
         state, batch = self.state, _batch(args, kwargs)
+        if state.fixed:
+            return self._forward(*args, **kwargs)
         if len(state.groups) == 1:
             with state.narrowed(state.groups[0][0]):
                 return super().forward(*args, **kwargs)
@@ -77,6 +79,10 @@ class WholeModel(OwnModule):
                 if name in back:
                     _put(result, name, cache)
         return result
+
+    @property
+    def takes_numbers(self) -> bool:
+        return not self.split and not self.tensors and not self._states
 
     def _held(self) -> list[Any]:
         return [vars(module).get(attribute) for module, attribute in self._states]

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .assignment import Assignment
+from .numbered import Numbered
 from .product import groups, product
 from .residual import Term, add_entries, add_mixed, add_one, mixed_ratio
 from .shares import Entries, Member, on_device
@@ -42,6 +43,7 @@ class ExpertLinear(nn.Module):
 
     bias_table: Tensor | None
     inner: nn.Module | None
+    alone = False  # nobody else has the base's weight
     averaged = False  # the average has a part of the experts' residuals
 
     def __init__(
@@ -52,6 +54,7 @@ class ExpertLinear(nn.Module):
         self.inner = base if isinstance(base, nn.Module) else None
         if isinstance(base, Tensor):
             # one that is another module's too stays one parameter
+            self.alone = not isinstance(base, nn.Parameter)
             self.weight = base if isinstance(base, nn.Parameter) else nn.Parameter(base, requires_grad=False)
         self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
         has_biases = any(value is not None for value in biases)
@@ -61,6 +64,11 @@ class ExpertLinear(nn.Module):
             else None
         )
         self.register_buffer("bias_table", table, persistent=False)  # [N + 1, out]
+
+    @property
+    def takes_numbers(self) -> bool:
+        """Whether it runs where only the assignment's `numbers` say which expert a row has (`Assignment.reading`)."""
+        return False
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, ..., in] -> [B, ..., out]"""
@@ -130,6 +138,7 @@ class MixedLinear(ExpertLinear):
         self.ratios = [*ratios, 1.0]
         self._table = torch.tensor(self.ratios)  # not a buffer, which would follow the model to another dtype
         self.scaled = any(ratio != 1.0 for ratio in ratios)
+        self._numbered: Numbered | None = None
         self._alone = [shares is None or _has_one(shares[number].tolist(), number) for number in range(len(ratios))]
 
     def _hold(self, like: Tensor, factors: Sequence[tuple[Tensor, Tensor] | None]) -> None:
@@ -150,6 +159,10 @@ class MixedLinear(ExpertLinear):
         self.register_buffer("stacked_a", a, persistent=False)
         self.register_buffer("stacked_b", b, persistent=False)
 
+    @property
+    def takes_numbers(self) -> bool:
+        return self.shares is None
+
     def dense(self, weights: Sequence[float]) -> Tensor:
         """The whole matrix [out, in] of a row with these weights of the experts, the average's last."""
         ratio = sum(weight * rho for weight, rho in zip(weights, self.ratios, strict=True))
@@ -158,11 +171,31 @@ class MixedLinear(ExpertLinear):
         share = torch.tensor([of_pairs[n] for n in self._owner], device=base.device)
         return base.addmm_(self.stacked_b.float().T * share, self.stacked_a.float()).to(self.weight.dtype)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, ..., in] -> [B, ..., out]"""
+        if self.state.fixed and self._factors().joins(self.state.rows):
+            y = self._factors().product(x, self.state.numbers)
+            return y if self.bias is None else y.add_(self._row_bias(y))
+        return super().forward(x)
+
     def add_residuals(self, x: Tensor, y: Tensor) -> None:
         """A view of the factors for one expert; one product for A and one for B^T for any number of them. Which way it
         goes is decided once a batch."""
+        if self.state.fixed:
+            self._factors().add(y, x, self.state.numbers)
+            return
         add = self.state.once((id(self), "way", x.shape[:-1]), lambda: self._way(x, y))
         add(x, y)
+
+    def _factors(self) -> Numbered:
+        """Made when it is first asked for, and anew where the factors were moved."""
+        if self._numbered is None or self._numbered.a is not self.stacked_a:
+            base = self.weight.data if self.inner is None and self.alone else None
+            self._numbered = Numbered(self.stacked_a, self.stacked_b, self.offsets, self.ratios, base)
+            self.stacked_a = self._numbered.a
+            if base is not None and self._numbered.joined is not None:
+                self.weight.data = self._numbered.joined[: len(base)]
+        return self._numbered
 
     def _way(self, x: Tensor, y: Tensor) -> Callable[[Tensor, Tensor], None]:
         expert = self.state.single

@@ -25,7 +25,7 @@ from ..sources.packed import PackedCheckpoint
 from .assignment import Assignment
 from .divergence import divergence, in_words, log_probabilities
 from .mixed import MixedModel
-from .placing import CodedPlacer, Placed, Placer
+from .placing import CodedPlacer, FusedPlacer, Placed, Placer
 from .positions import place_positions
 from .quantised import Base, check_base, hold_packed, quantization_config
 from .sampled import check_layers
@@ -33,7 +33,8 @@ from .trial import Trial
 from .vocabulary import Vocabularies, place_vocabularies, tokens_of
 
 logger = logging.getLogger(__name__)
-Kernel = Literal["plain", "triton"]
+# How the factors of linear layers are held.
+Held = Literal["decoded", "packed"]
 
 
 def load_model(
@@ -42,7 +43,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     trust_remote_code: bool = False,
-    kernel: Kernel = "plain",
+    residuals: Held | str = "decoded",
     base: Base | str = "16bit",
 ) -> MixedModel:
     """Loads a bundle as one torch module whose every row of a batch has its own expert.
@@ -52,9 +53,10 @@ def load_model(
         dtype: by default float32 on a CPU (bfloat16 products are hundreds of times slower on most) and the
             bundle's own on a GPU.
         trust_remote_code: let the bundle's own modelling code run, for architectures that transformers does not know.
-        kernel: `triton` leaves the factors of linear layers in memory as they are stored, and adds them with a kernel
-            that reads their code. It is checked first; where it cannot be used, a warning says why and the model is
-            the plain one, whose factors are decoded.
+        residuals: `packed` leaves the factors of linear layers in memory as they are stored, where int4's take a
+            quarter of what they take `decoded`. On a GPU, kernels read them, which are checked first; where these
+            cannot be used a layer's factors are decoded whenever it is run, and a warning says why. An entropy coder's
+            are decoded all the same, which a warning says too.
         base: a bundle whose base is stored in `int8` (`polymerge quantize`) is held so with `int8`, and with `16bit` as
             the numbers that it stands for. Of any other, `int8`, `nf4`, `int4` or `fp8` holds the average's linear
             layers quantised, by transformers and the libraries of the extra `quantized`; embeddings, heads and
@@ -64,7 +66,8 @@ def load_model(
     Raises:
         BundleError: incomplete or unsafe, or changed by another process meanwhile. ModelError: an adapter holds
             something that has no place in the model, a layer computes something else than the bundle holds, or an
-            unknown kernel or base; or the base cannot be quantised. MissingExtraError: the base's library is missing.
+            unknown way to hold residuals or base; or the base cannot be quantised. MissingExtraError: the base's
+            library is missing.
     """
     bundle = Bundle.open(bundle)
     place = pick_device(device)
@@ -74,13 +77,20 @@ def load_model(
         raise ModelError(f"{bundle.path}: its base is stored in {stored}; load it with base {stored}, or 16bit")
     with steady(bundle):
         exact = None if base in ("16bit", stored) else _exact(bundle, place, dtype, trust_remote_code)
-        model = _loaded(bundle, place, dtype, trust_remote_code, kernel, base)
+        model = _loaded(bundle, place, dtype, trust_remote_code, residuals, base)
     if base != "16bit":
         model.base = base
     if base not in ("16bit", stored):
         model.base_divergence = divergence(exact, log_probabilities(model)) if exact else None
         logger.warning("base %s: %s", base, in_words(model.base_divergence))
     return model
+
+
+def held_as(name: str) -> str:
+    """A way to hold residuals by its name. Raises ModelError for an unknown one."""
+    if name not in get_args(Held):
+        raise ModelError(f"residuals: {name!r} is neither {' nor '.join(get_args(Held))}")
+    return name
 
 
 def _packed_layers(bundle: Bundle, packed: PackedCheckpoint) -> list[BundleLayer]:
@@ -94,7 +104,7 @@ def _exact(
     free = free_memory(device)
     if free is not None and free < bundle.sizes().total:
         return None
-    exact = log_probabilities(_loaded(bundle, device, dtype, trust_remote_code, "plain", "16bit"))
+    exact = log_probabilities(_loaded(bundle, device, dtype, trust_remote_code, "decoded", "16bit"))
     gc.collect()  # a model whose forwards were taken refers to itself, and its room is needed now
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -106,14 +116,14 @@ def _loaded(
     place: torch.device,
     dtype: torch.dtype | str | None,
     trust_remote_code: bool,
-    kernel: Kernel,
+    residuals: str,
     base: str,
 ) -> MixedModel:
     from transformers import AutoConfig
 
     bundle.base  # noqa: B018 (its index is checked before transformers joins paths with it)
     chosen = pick_dtype(dtype, place, DTYPES[bundle.manifest.dtype])
-    placer = CodedPlacer if _uses_kernel(kernel, bundle, place, chosen) else Placer
+    placer = _placer(residuals, bundle, place, chosen)
     quantised: dict[str, Any] = {}
     if base != "16bit" and bundle.manifest.base_code is None:
         quantised = {"quantization_config": quantization_config(base, chosen), "device_map": {"": place}}
@@ -168,16 +178,17 @@ def _with_positions(bundle: Bundle, trust_remote_code: bool) -> list[nn.Module |
     return models
 
 
-def _uses_kernel(kernel: Kernel, bundle: Bundle, device: torch.device, dtype: torch.dtype) -> bool:
-    if kernel not in get_args(Kernel):
-        raise ModelError(f"kernel: {kernel!r} is neither {' nor '.join(get_args(Kernel))}")
-    if kernel == "plain":
-        return False
+def _placer(residuals: str, bundle: Bundle, device: torch.device, dtype: torch.dtype) -> type[Placer]:
+    shapes = [layer.matrix_shape for layer in bundle.layers.values() if layer.rank]
+    if held_as(residuals) == "decoded" or not shapes:
+        return Placer
+    if bundle.code.kernel_bits is None:
+        logger.warning("%s: residuals in the code %s are decoded all the same", bundle.path, bundle.code.name)
+        return Placer
 
     from .triton.check import objection
 
-    shapes = [layer.matrix_shape for layer in bundle.layers.values() if layer.rank]
     reason = objection(shapes, bundle.code, device, dtype)
-    if reason:
-        logger.warning("the Triton kernel is not used: %s; factors are decoded, as with kernel='plain'", reason)
-    return not reason
+    if reason and device.type != "cpu":
+        logger.warning("packed residuals are decoded whenever a layer is run, without the Triton kernels: %s", reason)
+    return CodedPlacer if reason else FusedPlacer

@@ -61,9 +61,16 @@ class MixedTable(MixedLinear):
         self.own = {n: OwnRows(self.own[n].numbers.to(moved.device), moved) for n, moved in values.items()}
         return self
 
+    @property
+    def takes_numbers(self) -> bool:
+        return super().takes_numbers and not self.own
+
     def rows(self, ids: Tensor) -> Tensor:
         """ids [B, ...] -> every row's expert's rows of the table, [B, ..., H]."""
         y = F.embedding(ids, self.weight)
+        if self.state.fixed:
+            self._factors().look_up(y, ids, self.state.numbers)
+            return y
         self._add_looked_up(ids, y)
         for place, rows in self._with_own(ids.shape[0]):
             said = ids if place is None else ids[place]
@@ -78,7 +85,7 @@ class MixedTable(MixedLinear):
 
     def add_residuals(self, x: Tensor, y: Tensor) -> None:
         super().add_residuals(x, y)
-        for place, rows in self._with_own(x.shape[0]):
+        for place, rows in self._with_own(x.shape[0]) if self.own else ():
             if place is None:
                 y[..., rows.numbers] = F.linear(x, rows.values)
             else:
@@ -128,6 +135,10 @@ class MixedHead(ExpertLinear):
         super().__init__(table.state, table.weight, bias, biases)
         self.table = table
 
+    @property
+    def takes_numbers(self) -> bool:
+        return self.table.takes_numbers
+
     def add_residuals(self, x: Tensor, y: Tensor) -> None:
         self.table.add_residuals(x, y)
 
@@ -148,6 +159,11 @@ class MixedEmbedding(nn.Module):
         self.state, self.table = state, table
         self.__dict__["inner"], self._forward = inner, inner.forward
         take_forward(inner, self.forward)
+
+    @property
+    def takes_numbers(self) -> bool:
+        """As ExpertLinear's."""
+        return self.table.takes_numbers
 
     @staticmethod
     def fits(inner: Any) -> bool:

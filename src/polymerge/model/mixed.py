@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from .assignment import Assignment, Experts, RowExpert
 from .personas import AVERAGE, Personas
+from .step import FixedStep
 
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle
@@ -111,6 +112,17 @@ class MixedModel(nn.Module):
     def experts(self) -> list[str]:
         """The experts' names, in the recipe's order."""
         return list(self._state.names)
+
+    @property
+    def assignment(self) -> Assignment:
+        """What its layers read of a batch."""
+        return self._state
+
+    def step_objection(self) -> str | None:
+        """Why a decoding step cannot have fixed shapes (`polymerge.model.step`); None where it can."""
+        if self.vocabularies.differ:
+            return "its experts have vocabularies of their own"
+        return FixedStep.objection([*self.hf.modules(), *self.stand_ins.modules()])
 
     @property
     def config(self) -> Any:

@@ -112,6 +112,8 @@ class OwnModule(nn.Module):
         state = self.state
         if state.average_only and not any(tensor.averaged for tensor in self.tensors):
             return self._forward(*args, **kwargs)
+        if state.fixed:
+            return self._of_all(args, kwargs)
         if self.blends and state.pure is not None:
             return self._blended(args, kwargs)
         if len(state.groups) == 1:
@@ -119,6 +121,24 @@ class OwnModule(nn.Module):
                 return self._forward(*args, **kwargs)
         outputs = [self._of(weights, rows, args, kwargs) for weights, rows in state.groups]
         return joined(outputs, [rows for _, rows in state.groups], state.beams)
+
+    @property
+    def takes_numbers(self) -> bool:
+        """As ExpertLinear's. A parameter that is made anew for every pass would be made for all experts."""
+        return all(tensor.kept and not tensor.averaged for tensor in self.tensors)
+
+    def _of_all(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Every expert's output for all rows, of which each takes its own."""
+        state = self.state
+        count, numbers = len(state.names), state.numbers
+        result: Tensor = self._forward(*args, **kwargs)
+        for number in range(count):
+            if all(tensor.values[number] is None for tensor in self.tensors):
+                continue
+            with state.narrowed(tuple(float(n == number) for n in range(count + 1))), self.in_place():
+                y: Tensor = self._forward(*args, **kwargs)
+            result = torch.where((numbers == number).view(-1, *[1] * (y.dim() - 1)), y, result)
+        return result
 
     def _of(self, weights: Weights, rows: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         state = self.state
@@ -179,6 +199,11 @@ class OwnNorm(nn.Module):
             table = torch.stack([base.data if v is None else v.to(base.data) for v in values])  # [N + 1, H]
             self.register_buffer(f"{name}_table", table, persistent=False)
         take_forward(inner, self.forward)
+
+    @property
+    def takes_numbers(self) -> bool:
+        """As ExpertLinear's."""
+        return True
 
     @staticmethod
     def fits(inner: nn.Module) -> bool:

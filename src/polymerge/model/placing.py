@@ -436,7 +436,13 @@ class Placer:
 class CodedPlacer(Placer):
     """Leaves the factors of linear layers as they are stored. Those inside fused blocks, of layers that are used
     otherwise, of which a row has more than one expert's own, or an expert's are stored as numbers, are decoded all the
-    same."""
+    same.
+
+    Attributes:
+        fused: as `CodedLinear` takes it.
+    """
+
+    fused = False
 
     def _read(self, expert: str) -> dict[str, Tensor]:
         self.suffixes = self.bundle.code.suffixes
@@ -465,7 +471,14 @@ class CodedPlacer(Placer):
             self.bundle.coded_factors(expert, layer, lambda key, tensors=adapter: tensors.pop(key, None))  # type: ignore[misc]
             for expert, adapter in zip(self.bundle.experts, self.adapters, strict=True)
         ]
-        return CodedLinear(self.state, base, bias, stored, self.bundle.code, self._ratios(layer), biases)
+        code, ratios = self.bundle.code, self._ratios(layer)
+        return CodedLinear(self.state, base, bias, stored, code, ratios, biases, fused=self.fused)
+
+
+class FusedPlacer(CodedPlacer):
+    """The same, added by the kernels where a batch allows it."""
+
+    fused = True
 
 
 class _Tree:

@@ -23,9 +23,10 @@ from ..merging.plan import plan_merge, replanned
 from ..method.codes import PLAIN, code_of
 from ..recipe.merge import CodeName, Recipe, load_recipe, read_codes
 from ..recipe.rates import in_words
+from .agreement import Reference
 from .examples import Example
 from .fitting import STEPS, Fitting, has_full_rank
-from .sweep import Point, Reference, check_examples, measure, run_originals
+from .sweep import Point, check_examples, measure, run_originals
 from .target import Target, read_target
 
 # A search ends when a bundle that is smaller by no more than this share has missed the target.

@@ -23,9 +23,10 @@ from ..method.codes import PLAIN
 from ..recipe.merge import RecipeLike, RecipeSettings
 from ..recipe.rates import in_words
 from ..sources.memory import models_as_folders
+from .agreement import Agreement
 from .examples import LIMIT, Prompts, read_prompts
 from .find import Found, find
-from .sweep import Agreement, agreements, check_examples, run_originals
+from .sweep import agreements, check_examples, run_originals
 from .target import Target, read_target
 
 Where = Literal["threads", "ray"]

@@ -1,8 +1,7 @@
 """How much of every expert is kept for how many bytes: a merge for every rate and code, held against the originals.
 
-Knows the order of the work and what is measured: the distance of next-token distributions on held-out prompts, and
-whether greedy decoding would give the right answers. Does not know how results are shown (`polymerge.report`,
-`polymerge.cli`) nor what anyone aims at (`polymerge.search.find`).
+Knows the order of the work. Does not know what is measured (`polymerge.search.agreement`), how results are shown
+(`polymerge.report`, `polymerge.cli`) nor what anyone aims at (`polymerge.search.find`).
 """
 
 from __future__ import annotations
@@ -10,75 +9,25 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
-from torch import Tensor
-
 from ..bundle.bundle import Bundle
 from ..bundle.inspect import inspect_bundle
-from ..engine.local.engine import HFEngine
 from ..errors import RecipeError
 from ..merging.executor import Executor, in_threads
 from ..merging.plan import MergePlan, plan_merge
 from ..merging.run import run_plan
 from ..method.codes import PLAIN
 from ..model.loading import load_model
-from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, Source, load_recipe, read_codes
+from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, load_recipe, read_codes
 from ..recipe.rates import AnyRates, in_words
+from .agreement import Agreement, Reference
 from .examples import LIMIT, Example, Prompts, read_prompts
 
 RATES = (0.9, 0.95, 0.98)
-
-# logits(ids [1, T]) -> [1, T, vocabulary]
-Logits = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How near a model is to an original.
-
-    An answer is right when greedy decoding would give exactly it: every token of the answer, and the end of the text,
-    is the model's likeliest after the right ones before it. That needs no generation: one forward pass tells it. It is
-    another question than `polymerge.data.score` answers, which takes a generated text and forgives its form.
-
-    Attributes:
-        kl: mean KL(original || model) of the next token, in nats a token.
-        top1: share of tokens at which both have the same likeliest one.
-        tokens: how many were compared.
-        accuracy: share of the examples with an answer on which the model is right; None where none has an answer.
-        original_accuracy: the original's.
-    """
-
-    kl: float
-    top1: float
-    tokens: int
-    accuracy: float | None = None
-    original_accuracy: float | None = None
-
-    @property
-    def kept(self) -> float | None:
-        """The accuracy as a share of the original's; None where that is nothing."""
-        return self.accuracy / self.original_accuracy if self.accuracy is not None and self.original_accuracy else None
-
-
-@dataclass(frozen=True)
-class ExampleAgreement:
-    """One example of an `Agreement`, for whoever pairs examples.
-
-    Attributes:
-        kl: summed over the tokens, in nats. same: tokens at which both have the same likeliest one.
-        right, original_right: whether greedy decoding gives the answer; None for an example without one.
-    """
-
-    kl: float
-    same: int
-    tokens: int
-    right: bool | None
-    original_right: bool | None
 
 
 @dataclass(frozen=True)
@@ -117,85 +66,6 @@ class Point:
     def to_json(self) -> dict[str, Any]:
         """As plain data, with the means."""
         return asdict(self) | {"kl": self.kl, "top1": self.top1, "kept": self.kept}
-
-
-@dataclass(frozen=True)
-class _ComparedTokens:
-    """Token ids of prompt and answer, and how many at the end are compared."""
-
-    ids: list[int]
-    compared: int
-    has_answer: bool
-
-    def is_greedy(self, log_probabilities: Tensor) -> bool:
-        """Whether greedy decoding would give exactly the answer's tokens. [compared, vocabulary]"""
-        return log_probabilities.argmax(-1).tolist() == self.ids[-self.compared :]
-
-
-class Reference:
-    """What an original says on its examples; other models are held against it.
-
-    Attributes:
-        accuracy: the original's own; None where no example has an answer.
-
-    Raises:
-        RecipeError: no example has two tokens. SourceError, ModelError: the original cannot be run.
-    """
-
-    def __init__(self, source: Source | str, examples: Sequence[Example], *, trust_remote_code: bool = False) -> None:
-        engine = HFEngine.from_checkpoint(source, trust_remote_code=trust_remote_code)
-        self._rows = [row for row in (_tokens(engine, example) for example in examples) if row.compared > 0]
-        if not self._rows:
-            name = source.source if isinstance(source, Source) else source
-            raise RecipeError(f"{name}: none of its prompts has two tokens, so there is nothing to compare")
-        self._original = list(self._log_probabilities(lambda ids: engine.model(ids).logits, engine.device))
-        answered = [row.is_greedy(o) for row, o in zip(self._rows, self._original, strict=True) if row.has_answer]
-        self.accuracy = sum(answered) / len(answered) if answered else None
-
-    def against(self, logits: Logits, device: torch.device | None = None) -> Agreement:
-        """Compares a model that has the original's tokens."""
-        return agreement(self.each(logits, device))
-
-    def each(self, logits: Logits, device: torch.device | None = None) -> list[ExampleAgreement]:
-        """As `against`, example by example."""
-        others = self._log_probabilities(logits, device)
-        return [_compared(row, one, other) for row, one, other in zip(self._rows, self._original, others, strict=True)]
-
-    def _log_probabilities(self, logits: Logits, device: torch.device | None) -> Iterator[Tensor]:
-        """[compared tokens, vocabulary] of every example, on the CPU."""
-        for row in self._rows:
-            with torch.no_grad():
-                token_logits = logits(torch.tensor([row.ids], device=device))[0, -row.compared - 1 : -1]
-            yield torch.log_softmax(token_logits.float(), dim=-1).cpu()
-
-
-def agreement(examples: Sequence[ExampleAgreement]) -> Agreement:
-    """All examples together."""
-    tokens, answered = sum(e.tokens for e in examples), [e for e in examples if e.right is not None]
-    accuracy = sum(bool(e.right) for e in answered) / len(answered) if answered else None
-    original = sum(bool(e.original_right) for e in answered) / len(answered) if answered else None
-    kl, same = sum(e.kl for e in examples) / tokens, sum(e.same for e in examples) / tokens
-    return Agreement(kl, same, tokens, accuracy, original)
-
-
-def _compared(row: _ComparedTokens, original: Tensor, whole: Tensor) -> ExampleAgreement:
-    other = whole[:, : original.shape[-1]]  # a bundle may hold tokens that the original does not know
-    return ExampleAgreement(
-        kl=float((original.exp() * (original - other)).sum()),
-        same=int((original.argmax(-1) == other.argmax(-1)).sum()),
-        tokens=len(original),
-        right=row.is_greedy(other) if row.has_answer else None,
-        original_right=row.is_greedy(original) if row.has_answer else None,
-    )
-
-
-def _tokens(engine: HFEngine, example: Example) -> _ComparedTokens:
-    prompt = engine.chat_prompt([{"role": "user", "content": example.prompt}])
-    if not example.answer:
-        return _ComparedTokens(prompt, len(prompt) - 1, False)
-    end = engine.tokenizer.eos_token_id
-    answer = engine.encode(example.answer, special=False) + ([end] if end is not None else [])
-    return _ComparedTokens(prompt + answer, len(answer), True)
 
 
 def sweep(

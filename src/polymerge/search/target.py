@@ -11,7 +11,8 @@ from typing import Literal
 
 from ..errors import TargetError
 from ..recipe.merge import parse_size
-from .sweep import Agreement, Point
+from .agreement import Agreement
+from .sweep import Point
 
 # A size of more bytes is a slip of the pen.
 LARGEST = 1e18

@@ -89,7 +89,7 @@ def serve(
     settings: ServeSettings | None = None,
     everyone: bool = False,
     device: str | None = None,
-    kernel: str = "plain",
+    residuals: str = "decoded",
     base: str = "16bit",
     stages: ThinkerChoice | None = None,
     probe: bool = True,
@@ -101,7 +101,7 @@ def serve(
     Args:
         settings: every limit of the server, and its keys.
         everyone: listen to other machines although there are no keys.
-        kernel: plain or triton, and base: 16bit or fewer, as `load_model` takes them.
+        residuals: decoded or packed, and base: 16bit or fewer, as `load_model` takes them.
         stages: the thinker of the model `staged`; None leaves that model out.
         probe: check every expert first.
         say: told what is being done before the server listens.
@@ -115,7 +115,7 @@ def serve(
         say(f"loading {opened.path}")
 
         def load(chosen: Bundle) -> HFEngine:
-            made = HFEngine.from_bundle(chosen, device=device, kernel=kernel, base=base)
+            made = HFEngine.from_bundle(chosen, device=device, residuals=residuals, base=base)
             if probe:
                 check(made, chosen, progress=lambda expert: say(f"checking expert {expert}"))
             return made

@@ -49,8 +49,9 @@ class ServeSettings:
         max_turns: of a conversation that are looked at, the latest ones: an older turn's field has no say.
         max_routes: that are remembered, by a hash of their text.
 
-        max_rows, max_waiting, cache_tokens, prompt_tokens: of the running batch and the queue before it; see
-            `polymerge.engine.admission.Limits`. Requests of all kinds together have `max_rows + max_waiting` places.
+        max_rows, max_waiting, cache_tokens, prompt_tokens, chunk_tokens, prefix_tokens: of the running batch and the
+            queue before it; see `polymerge.engine.admission.Limits`. Requests of all kinds together have `max_rows +
+            max_waiting` places.
 
         max_connections: at a time; beyond, the one that has waited longest without a request is closed.
         header_seconds: a connection must have sent a request's headers so long after it was opened.
@@ -86,6 +87,8 @@ class ServeSettings:
     max_waiting: int = _limit(Limits.max_waiting, 1)
     cache_tokens: int = _limit(Limits.cache_tokens, 1)
     prompt_tokens: int = _limit(Limits.prompt_tokens, 1)
+    chunk_tokens: int = _limit(Limits.chunk_tokens, 1)
+    prefix_tokens: int = _limit(Limits.prefix_tokens, 0)
 
     max_connections: int = _limit(1024, 1)
     header_seconds: float = _limit(10.0, 0)
@@ -106,4 +109,4 @@ class ServeSettings:
     @property
     def limits(self) -> Limits:
         """Those of the engine."""
-        return Limits(self.max_rows, self.max_waiting, self.cache_tokens, self.prompt_tokens)
+        return Limits(**{limit.name: getattr(self, limit.name) for limit in fields(Limits)})

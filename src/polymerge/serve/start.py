@@ -35,6 +35,8 @@ def serve_bundle(
     max_rows: int = DEFAULT.max_rows,
     max_waiting: int = DEFAULT.max_waiting,
     cache_tokens: int = DEFAULT.cache_tokens,
+    chunk_tokens: int = DEFAULT.chunk_tokens,
+    prefix_tokens: int = DEFAULT.prefix_tokens,
     timeout: float = DEFAULT.seconds,
     drain: float = DEFAULT.drain_seconds,
     margin: float = DEFAULT.margin,
@@ -52,7 +54,7 @@ def serve_bundle(
     llama_url: str | None = None,
     probe: bool = True,
     device: str | None = None,
-    kernel: str = "plain",
+    residuals: str = "decoded",
     base: str = "16bit",
     log_prompts: bool = False,
     feedback: str | Path | None = None,
@@ -69,6 +71,8 @@ def serve_bundle(
         allow_host, cors_origin: host names by which the server may be asked, and origins of web pages that may.
         max_tokens: of one answer. max_body: bytes of one request. max_rows: answers made at the same time.
         max_waiting: requests in the queue; more are refused. cache_tokens: in the caches of all answers.
+        chunk_tokens: of prompts that are read between two steps of running answers. prefix_tokens: of prompts'
+            beginnings that are remembered, within `cache_tokens`; 0 for none.
         timeout: seconds for one answer.
         margin: how much likelier a new field must be to change a conversation's expert.
         recipe, thinker, model, key_env, policy: the thinker of the model `staged`; without, there is no such model.
@@ -78,7 +82,7 @@ def serve_bundle(
             `vllm` says; or llamacpp, which serves the bundle's export (`gguf`, or made once in the cache), or an export
             that `bundle` is, or with `llama_url` a llama-server that runs.
         probe: check every expert first.
-        kernel: plain or triton, and base: 16bit or fewer, as `load_model` takes them.
+        residuals: decoded or packed, and base: 16bit or fewer, as `load_model` takes them.
         feedback: a file to which the playground's thumbs go, as JSONL; without one nothing is kept.
         say: told what is being done before the server listens.
         on_ready: told when it listens.
@@ -100,6 +104,8 @@ def serve_bundle(
         max_rows=max_rows,
         max_waiting=max_waiting,
         cache_tokens=cache_tokens,
+        chunk_tokens=chunk_tokens,
+        prefix_tokens=prefix_tokens,
         seconds=timeout,
         drain_seconds=drain,
         margin=margin,
@@ -111,12 +117,12 @@ def serve_bundle(
     said, ready = say or (lambda text: None), on_ready or (lambda running: None)
     engine = _chosen(
         engine, bundle, said, device, gguf=bool(gguf or llama_url), vllm=vllm or bool(vllm_url),
-        only={"`staged`": bool(recipe or thinker), "--base": base != "16bit", "--kernel": kernel != "plain"},
+        only={"`staged`": bool(recipe or thinker), "--base": base != "16bit", "--residuals": residuals != "decoded"},
     )  # fmt: skip
     check_engine(engine, gguf, llama_url, vllm=vllm or bool(vllm_url), staged=bool(recipe or thinker))
-    if (engine != "transformers" or vllm or vllm_url) and (base != "16bit" or kernel != "plain"):
+    if (engine != "transformers" or vllm or vllm_url) and (base != "16bit" or residuals != "decoded"):
         raise PolymergeError(
-            "--base and --kernel belong to the engine transformers; the others have types of their own"
+            "--base and --residuals belong to the engine transformers; the others have types of their own"
         )
     if engine == "llamacpp":
         serve_llamacpp(
@@ -133,7 +139,7 @@ def serve_bundle(
     chosen = Path(recipe) if recipe else None
     stages = ThinkerChoice(chosen, thinker, model, key_env, policy) if recipe or thinker else None
     serve(
-        bundle, host=host, port=port, settings=settings, everyone=open, device=device, kernel=kernel, base=base,
+        bundle, host=host, port=port, settings=settings, everyone=open, device=device, residuals=residuals, base=base,
         stages=stages, probe=probe, say=said, on_ready=ready,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Where thinking helps: what validation data said about every field, for the policy `auto`.
+"""Where thinking helps, and how to ask: what validation data said about every field, for what is `auto`.
 
 Knows rows of scores and the test that they must pass. Does not know how the scores came about. Kept in the bundle's
 folder as `staged.json`; bound to the bundle, the thinker and the prompts that were measured.
@@ -15,6 +15,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import BundleError, first_problem
+from .asking import AskedField, AskingEvidence
 
 FILE = "staged.json"
 Way = Literal["direct", "v1", "v2"]
@@ -46,7 +47,9 @@ class Evidence(BaseModel):
     """What was measured, with which bundle, thinker and prompts.
 
     Attributes:
+        thinker, prompts: empty where no thinking was measured.
         forms: field -> way (free, constrained, think 1 ...) -> its figures, where they were asked for.
+        asking: the ways of asking for a direct answer, where they were asked for.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -56,6 +59,7 @@ class Evidence(BaseModel):
     prompts: str
     fields: dict[str, FieldEvidence]
     forms: dict[str, dict[str, FormScore]] = {}
+    asking: AskingEvidence | None = None
 
     @classmethod
     def load(cls, bundle: str | Path) -> Evidence | None:
@@ -95,6 +99,20 @@ def weigh(scores: Mapping[str, Sequence[float]]) -> FieldEvidence:
         if rows is not None and means[way] > means[best] and _chance(direct, rows) < SIGNIFICANCE:
             best = way
     return FieldEvidence(rows=len(direct), scores=means, best=best)
+
+
+def weigh_asking(scores: Mapping[str, Sequence[float]]) -> AskedField:
+    """Which way of asking a field deserves, as `weigh` says it of thinking; the first way is the one to beat.
+
+    There are up to seven others, so each must be rarer by chance than its share of `SIGNIFICANCE` (Bonferroni).
+    """
+    best, *others = scores
+    before = scores[best]
+    means = {way: sum(rows) / max(1, len(rows)) for way, rows in scores.items()}
+    for way in others:
+        if means[way] > means[best] and _chance(before, scores[way]) < SIGNIFICANCE / len(others):
+            best = way
+    return AskedField(rows=len(before), scores=means, best=best)
 
 
 def _chance(before: Sequence[float], after: Sequence[float]) -> float:

@@ -14,6 +14,7 @@ from ..data.score import likeliest
 from ..engine.base import Engine, GenerateRequest, Score, ScoreRequest
 from ..engine.structure import Structure
 from ..recipe.response import LengthNorm
+from .asking import Asking
 from .lead import Lead
 
 if TYPE_CHECKING:
@@ -43,12 +44,14 @@ class FormatRequest:
     Attributes:
         prompt: what stands before the answer.
         second: another prompt for the same answer; the choices are then scored after both (`both_agree`).
+        asking: how this one is asked; by default as the formatter is told.
     """
 
     question: Question
     prompt: str
     expert: RowExpert = None
     second: str | None = None
+    asking: Asking | None = None
 
     @property
     def prompts(self) -> list[str]:
@@ -85,7 +88,7 @@ class Formatter:
     def __init__(
         self, engine: Engine, *, length_norm: LengthNorm = "none", chat: bool = True, lead: Lead | None = None
     ) -> None:
-        self._engine, self._norm, self._chat, self._lead = engine, length_norm, chat, lead or Lead()
+        self._engine, self._norm, self._asking = engine, length_norm, Asking(chat, lead or Lead())
 
     def answer(self, asked: Sequence[FormatRequest], *, deadline: float | None = None) -> list[Answer]:
         """One answer a request, in their order. A prompt that is too long for the model loses its beginning.
@@ -102,9 +105,18 @@ class Formatter:
         answers |= dict(zip(closed, self._choose([asked[n] for n in closed]), strict=True))
         return [answers[n] for n in range(len(asked))]
 
+    def work(self, request: FormatRequest) -> tuple[int, int]:
+        """Tokens that an answer reads, its choices among them, and at most writes."""
+        question, encode = request.question, self._engine.encode
+        read = sum(len(self._context(request, prompt)) for prompt in request.prompts)
+        if not question.scored:
+            return read, question.max_new_tokens
+        choices = sum(len(encode(choice, special=False, expert=request.expert)) for choice in question.choices)
+        return read + choices * len(request.prompts), 0
+
     def fits(self, request: FormatRequest) -> bool:
         """Whether the prompt and the longest answer fit the model's context."""
-        used = len(self._ids(request.prompt, request.expert)) + self._longest_answer(request)
+        used = len(self._ids(request, request.prompt)) + self._longest_answer(request)
         return used <= self._engine.max_length_of(request.expert)
 
     def _write(self, asked: Sequence[FormatRequest], deadline: float | None) -> list[Answer]:
@@ -139,14 +151,15 @@ class Formatter:
         length = {"none": 1, "tokens": score.tokens, "characters": len(choice)}[self._norm]
         return score.log_likelihood / length
 
-    def _ids(self, prompt: str, expert: RowExpert) -> list[int]:
-        if self._chat:
-            return self._engine.chat_prompt(self._lead.messages(prompt), expert=expert)
-        return self._engine.encode(self._lead.before(prompt), expert=expert)
+    def _ids(self, request: FormatRequest, prompt: str) -> list[int]:
+        asking = request.asking or self._asking
+        if asking.chat:
+            return self._engine.chat_prompt(asking.lead.messages(prompt), expert=request.expert)
+        return self._engine.encode(asking.lead.before(prompt), expert=request.expert)
 
     def _context(self, request: FormatRequest, prompt: str) -> list[int]:
         room = max(1, self._engine.max_length_of(request.expert) - self._longest_answer(request))
-        return self._ids(prompt, request.expert)[-room:]
+        return self._ids(request, prompt)[-room:]
 
     def _longest_answer(self, request: FormatRequest) -> int:
         question, encode = request.question, self._engine.encode

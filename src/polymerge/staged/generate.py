@@ -39,6 +39,7 @@ def generate(
     chat: bool = True,
     device: str | None = None,
     base: str = "16bit",
+    residuals: str = "decoded",
     staged: bool = False,
     choice: Sequence[str] | None = None,
     json_schema: Mapping[str, Any] | str | Path | None = None,
@@ -62,7 +63,7 @@ def generate(
         expert: a name, `average`, `auto`, or several by their weights: `math:0.7+code:0.3`.
         temperature: 0 takes the likeliest token every time.
         chat: use the chat template, if there is one.
-        base: of the average in memory, as `load_model` takes it.
+        base, residuals: of the average and of residuals in memory, as `load_model` takes them.
         staged: let a thinker reason first, as the policy says. The arguments from `recipe` on need it.
         choice: the answer is one of these. With `staged` the likeliest of them, by their whole log-likelihoods.
         json_schema: the answer is JSON of this schema; a schema, its file or its text.
@@ -85,13 +86,14 @@ def generate(
     structure = asked_structure(
         json_schema=json_schema, json_object=json_object, regex=regex, grammar=grammar, choice=choice
     )
+    load: dict[str, Any] = {"device": device, "base": base, "residuals": residuals}
     if not staged:
         _refuse_ignored({"policy": policy, **stages})
         asked = GenerateRequest(prompt, expert, max_new_tokens, temperature, top_p, seed, structure=structure)
-        return _straight(bundle, asked, chat, device, base, on_route, on_text)
+        return _straight(bundle, asked, chat, load, on_route, on_text)
     if temperature > 0:
         raise PolymergeError("generate: --staged answers greedily; leave --temperature out")
-    pipeline = open_pipeline(bundle, expert=expert, device=device, base=base, chat=chat, use=policy, **stages)
+    pipeline = open_pipeline(bundle, expert=expert, **load, chat=chat, use=policy, **stages)
     form = None if choice else structure
     [response] = pipeline.respond([Question(prompt, tuple(choice or ()), max_new_tokens, form)])
     return response
@@ -107,8 +109,7 @@ def _straight(
     bundle: str | Path,
     asked: GenerateRequest,
     chat: bool,
-    device: str | None,
-    base: str,
+    load: Mapping[str, Any],
     on_route: Callable[[Route], None] | None,
     on_text: OnText | None,
 ) -> Response:
@@ -116,9 +117,9 @@ def _straight(
     from ..engine.local.engine import HFEngine
 
     text = str(asked.prompt)
-    loaded, route = HFEngine.from_bundle(bundle, device=device, base=base), None
+    loaded, route = HFEngine.from_bundle(bundle, **load), None
     if asked.expert == "auto":
-        [route] = load_router(bundle, device, engine=loaded).route([text])
+        [route] = load_router(bundle, load["device"], engine=loaded).route([text])
         if on_route:
             on_route(route)
     expert = route.expert if route else expert_of(str(asked.expert))

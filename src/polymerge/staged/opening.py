@@ -15,6 +15,7 @@ from ..engine.mixture import expert_of
 from ..errors import RecipeError, first_problem
 from ..recipe.merge import load_recipe
 from ..recipe.response import StageSettings, ThinkerSettings
+from .asking import AskingEvidence
 from .evidence import Evidence
 from .lead import Lead
 from .pipeline import Pipeline
@@ -39,9 +40,11 @@ def open_pipeline(
     expert: str | None = None,
     device: str | None = None,
     base: str = "16bit",
+    residuals: str = "decoded",
     chat: bool = True,
     low_memory: bool = False,
     lead: Lead | None = None,
+    asking: bool = False,
     **settings: Any,
 ) -> Pipeline:
     """Opens a bundle for answering.
@@ -53,12 +56,13 @@ def open_pipeline(
         expert: a name, `average`, `math:0.7+code:0.3`, or `auto`: the bundle's router chooses. By default it does where
             there is one, and elsewhere the average answers.
         device: of every model that is loaded: the bundle's, the router's own and the thinker.
-        base: of the average in memory, as `load_model` takes it.
+        base, residuals: of the average and of residuals in memory, as `load_model` takes them.
         lead: what is said before every question.
+        asking: ask for direct answers as `polymerge stages --asking` found best in each field.
         settings: single values of `StageSettings` over the recipe's; None leaves one as it is.
 
     Raises:
-        BundleError, ModelError, RecipeError, RouterError: as the parts do.
+        BundleError, ModelError, RecipeError, RouterError: as the parts do. RecipeError: `asking` was not measured.
     """
     from ..engine.local.engine import HFEngine
 
@@ -68,7 +72,7 @@ def open_pipeline(
     thinks = open_thinker(named, device) if staged else None
     trust = read.trust_remote_code if read else False
     bundle = Bundle.open(bundle).path  # of the hub's cache, for a hub id
-    engine = HFEngine.from_bundle(bundle, device=device, base=base, trust_remote_code=trust)
+    engine = HFEngine.from_bundle(bundle, device=device, base=base, residuals=residuals, trust_remote_code=trust)
     return Pipeline(
         engine,
         chosen,
@@ -79,7 +83,17 @@ def open_pipeline(
         chat=chat,
         low_memory=low_memory,
         lead=lead,
+        asking=_asking(bundle, engine) if asking else None,
     )
+
+
+def _asking(bundle: Path, engine: Engine) -> AskingEvidence:
+    evidence = Evidence.load(bundle)
+    if evidence is None or evidence.asking is None:
+        raise RecipeError(f"{bundle}: how to ask was not measured; `polymerge stages BUNDLE FIELD=FILE --asking` does")
+    if evidence.bundle != engine.fingerprint:
+        raise RecipeError(f"{bundle}: how to ask was measured before it changed; run `polymerge stages --asking` again")
+    return evidence.asking
 
 
 def open_thinker(settings: ThinkerSettings, device: str | None = None) -> Thinker:

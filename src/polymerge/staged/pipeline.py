@@ -16,6 +16,7 @@ from ..data.shown import shortened, table
 from ..engine.base import Engine
 from ..recipe.response import PromptVersion, StageSettings
 from ..router.route import Route, Routes
+from .asking import AskingEvidence
 from .evidence import Evidence
 from .formatter import Answer, FormatRequest, Formatter, Question
 from .lead import Lead
@@ -102,6 +103,7 @@ class Pipeline:
         chat: put prompts into the formatter's chat template.
         low_memory: unload the thinker as soon as its thoughts are there.
         lead: what the formatter is told before every prompt: a system text, examples.
+        asking: how direct answers are asked for, by field, in the place of `chat` and `lead`.
 
     Raises:
         RecipeError: a template of the settings cannot be used.
@@ -119,10 +121,12 @@ class Pipeline:
         chat: bool = True,
         low_memory: bool = False,
         lead: Lead | None = None,
+        asking: AskingEvidence | None = None,
     ) -> None:
         self.settings = settings or StageSettings()
         self.engine, self.thinker, self.low_memory = engine, thinker, low_memory
         self._router, self._expert, self._chat, self._lead = router, expert, chat, lead or Lead()
+        self._asking = asking
         self.templates = {version: Templates(version, self.settings.templates) for version in VERSIONS}
         self._formatter = Formatter(engine, length_norm=self.settings.length_norm, chat=chat, lead=lead)
         self._evidence, self._mismatch = self._checked(evidence)
@@ -163,14 +167,20 @@ class Pipeline:
         ]
 
     def think(
-        self, steps: Sequence[Step], *, deadline: float | None = None, seed: int | None = None
+        self,
+        steps: Sequence[Step],
+        *,
+        deadline: float | None = None,
+        seed: int | None = None,
+        tokens: int | None = None,
     ) -> list[Thought | None]:
-        """One thought a step, None for those that are answered directly. With a seed the thoughts are drawn."""
+        """One thought a step, None for those that are answered directly, of at most so many tokens, which by default
+        the settings say. With a seed the thoughts are drawn."""
         wanted = [number for number, step in enumerate(steps) if step.version]
         thoughts: list[Thought | None] = [None] * len(steps)
         if wanted and self.thinker:
             prompts = [self._prompt("think", steps[number]) for number in wanted]
-            tokens = self.settings.thought_tokens
+            tokens = tokens or self.settings.thought_tokens
             drawn = {} if seed is None else {"seed": seed}
             written = self.thinker.think(prompts, max_tokens=tokens, deadline=deadline, **drawn)
             for number, thought in zip(wanted, written, strict=True):
@@ -188,6 +198,14 @@ class Pipeline:
             requests.append(request)
         answers = self._formatter.answer(requests, deadline=deadline)
         return [_response(*parts) for parts in zip(taken, thoughts, answers, strict=True)]
+
+    def asked(self, step: Step) -> str | None:
+        """The way of asking that validation took for a direct answer; None where it is as told."""
+        return self._asking.best(step.field) if self._asking and step.version is None else None
+
+    def work(self, steps: Sequence[Step]) -> list[tuple[int, int]]:
+        """Tokens that each direct answer reads and at most writes; a thought's are apart."""
+        return [self._formatter.work(self._format_request(step.direct(""), None)[1]) for step in steps]
 
     def _decided(self, question: Question, expert: RowExpert, field: str, route: Route | None) -> Step:
         version, reason = self._decision(field, route)
@@ -217,7 +235,7 @@ class Pipeline:
         return measured.best, f"{measured.best} gained {gain:+.3f} in field {field!r} on validation data"
 
     def _checked(self, evidence: Evidence | None) -> tuple[Evidence | None, str]:
-        if evidence is None:
+        if evidence is None or not evidence.fields:
             return None, "nothing shows yet that thinking helps here; `polymerge stages` measures it"
         measured = {
             "bundle": (evidence.bundle, self.engine.fingerprint),
@@ -241,6 +259,7 @@ class Pipeline:
             "evidence": self._evidence.model_dump(mode="json") if self._evidence else None,
             "chat": self._chat,
             **({"lead": asdict(self._lead)} if self._lead else {}),
+            **({"asking": self._asking.model_dump(mode="json")} if self._asking else {}),
         }
 
     @property
@@ -260,7 +279,8 @@ class Pipeline:
         )
 
     def _format_request(self, step: Step, thought: Thought | None) -> tuple[Step, FormatRequest]:
-        direct = FormatRequest(step.question, step.question.text, step.expert)
+        asking = self._asking.way(step.field) if self._asking else None
+        direct = FormatRequest(step.question, step.question.text, step.expert, asking=asking)
         if step.version is None:
             return step, direct
         if thought is None or not thought.usable:

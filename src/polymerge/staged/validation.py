@@ -1,4 +1,4 @@
-"""Direct answers, v1 and v2 on the same validation rows: the ablation, and the evidence for the policy `auto`.
+"""Direct answers, v1 and v2, and the ways of asking, on the same validation rows: the evidence for what is `auto`.
 
 Knows rows with a known answer. Does not know where a field's rows come from, nor when an answer is right
 (`polymerge.data.score`).
@@ -15,8 +15,10 @@ from ..data.schema import AnsweredRow, read_all
 from ..data.score import credit
 from ..engine.base import Engine
 from ..recipe.response import StageSettings
-from .evidence import Evidence, weigh
+from .asking import ALL, AskingEvidence, ways_of_asking
+from .evidence import Evidence, weigh, weigh_asking
 from .formatter import Question
+from .lead import Lead
 from .pipeline import VERSIONS, Pipeline
 from .thinker import Thinker
 
@@ -93,3 +95,30 @@ def validate(
             scores[way] = [score(asked, r.text) for asked, r in zip(questions, responses, strict=True)]
         evidence[field] = weigh(scores)
     return Evidence(bundle=engine.fingerprint, thinker=thinker.fingerprint, prompts=pipeline.digest, fields=evidence)
+
+
+def validate_asking(
+    engine: Engine,
+    fields: Mapping[str, Sequence[AnsweredQuestion]],
+    lead: Lead,
+    *,
+    progress: OnField | None = None,
+) -> AskingEvidence:
+    """Answers every field's rows directly in every way of asking that the lead makes possible.
+
+    Args:
+        progress: called with field, way and rows before each.
+    """
+    scores: dict[str, dict[str, list[float]]] = {}
+    for area, questions in fields.items():
+        scores[area] = {}
+        for way, asking in ways_of_asking(lead).items():
+            if progress:
+                progress(area, way, len(questions))
+            expert = area if area in engine.experts else None
+            pipeline = Pipeline(engine, expert=expert, chat=asking.chat, lead=asking.lead)
+            responses = pipeline.respond([asked.question for asked in questions])
+            scores[area][way] = [score(asked, r.text) for asked, r in zip(questions, responses, strict=True)]
+    together = {way: [value for area in scores.values() for value in area[way]] for way in ways_of_asking(lead)}
+    measured = {area: weigh_asking(rows) for area, rows in {**scores, ALL: together}.items()}
+    return AskingEvidence(system=lead.system, examples=lead.examples, fields=measured)

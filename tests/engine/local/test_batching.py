@@ -331,7 +331,7 @@ def break_at(batching: BatchingEngine, monkeypatch: pytest.MonkeyPatch, when: Ca
 
 def test_long_prompts_are_read_in_pieces(engines: Offline, monkeypatch: pytest.MonkeyPatch) -> None:
     offline, batching = engines
-    monkeypatch.setattr("polymerge.engine.local.running.CHUNK", 7)
+    monkeypatch.setattr("polymerge.engine.local.running.COLUMNS", 7)
     requests = [GenerateRequest(list(range(5, 5 + n)), "e0", 10) for n in (50, 3, 20)]
     heard = start(batching, *[StreamRequest(r, logprobs=1, score_prompt=True) for r in requests])
     for request, one in zip(requests, heard, strict=True):

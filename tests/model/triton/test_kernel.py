@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from polymerge import Bundle, load_model, merge
 from polymerge.errors import BundleError, ModelError
 from polymerge.method.codes import PLAIN, code_of
+from polymerge.model import loading
 from polymerge.model.assignment import Assignment
-from polymerge.model.linear import MixedLinear
+from polymerge.model.placing import CodedPlacer, Placer
 from polymerge.model.residual import add_mixed, mixed_ratio
 from polymerge.model.triton import check
 from polymerge.model.triton.grouped import Residuals, add_plain, tiles_of
@@ -91,7 +92,7 @@ def test_the_plain_sum_is_that_of_dense_matrices(code: str, experts: list[Any]) 
     torch.testing.assert_close(y, expected, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(48, 80), (33, 301), (5, 7)])
+@pytest.mark.parametrize("shape", [(48, 80), (33, 301), (5, 7), (255, 300)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("code", PLAIN)
 def test_the_kernel_gives_the_plain_sum(kernel: Any, code: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
@@ -106,6 +107,17 @@ def test_the_kernel_gives_the_plain_sum(kernel: Any, code: str, dtype: torch.dty
             kernel.add_fused(y, x, residuals, tiles)
             scale = expected.square().mean(-1, keepdim=True).sqrt()
             assert ((y - expected) / scale).abs().max() < check.TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("code", ["int8", "int4"])
+@pytest.mark.parametrize("width", [80, 301, 300])
+def test_rows_are_decoded_as_torch_decodes_them(kernel: Any, code: str, dtype: torch.dtype, width: int) -> None:
+    rows = residuals_of(code, width, 21)[0].b
+    for first, last in ((0, len(rows.numbers)), (3, 22)):
+        step = 2.0**-7 if kernel.INTERPRETED and dtype == torch.bfloat16 else 0.0  # where the interpreter cuts off
+        made, expected = kernel.decoded(rows, first, last, dtype), rows.decoded(first, last, dtype)
+        torch.testing.assert_close(made, expected, rtol=step, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -173,7 +185,7 @@ def test_a_model_with_the_kernel_says_what_the_plain_one_says(
     kernel: Any, merged: Merged, architecture: str, code: str
 ) -> None:
     bundle, _ = merged(architecture, compress_rate=0.7, code=code)
-    plain, coded = (load_model(bundle, device=DEVICE, dtype="float32", kernel=k) for k in ("plain", "triton"))
+    plain, coded = (load_model(bundle, device=DEVICE, dtype="float32", residuals=k) for k in ("decoded", "packed"))
     assert not coded_layers(plain)
     assert residual_bytes(coded) == bytes_of_files(bundle, coded) > 0
     for experts in (ROWS, "e2", [*ROWS[:4], {"e0": 1.0, "e2": 3.0}]):
@@ -185,7 +197,7 @@ def test_a_model_with_the_kernel_says_what_the_plain_one_says(
 @torch.no_grad()
 def test_decoding_and_beams_say_what_the_plain_model_says(kernel: Any, merged: Merged) -> None:
     bundle, _ = merged("llama", compress_rate=0.7, code="int4")
-    plain, coded = (load_model(bundle, device=DEVICE, dtype="float32", kernel=k) for k in ("plain", "triton"))
+    plain, coded = (load_model(bundle, device=DEVICE, dtype="float32", residuals=k) for k in ("decoded", "packed"))
     options = {"max_new_tokens": 2, "num_beams": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = plain.generate(**batch(), experts=ROWS, **options)
     assert torch.equal(coded.generate(**batch(), experts=ROWS, **options), expected)
@@ -226,38 +238,37 @@ def not_installed(kernel: Any, patch: pytest.MonkeyPatch) -> None:
     ],
 )
 @torch.no_grad()
-def test_a_kernel_that_fails_its_check_leaves_the_plain_model_and_one_warning(
-    kernel: Any,
-    merged: Merged,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    failure: Any,
-    words: str,
+def test_without_the_kernel_factors_are_decoded_when_a_layer_is_run(
+    kernel: Any, merged: Merged, monkeypatch: pytest.MonkeyPatch, failure: Any, words: str
 ) -> None:
     bundle, _ = merged("llama", compress_rate=0.7, code="int4")
     expected = load_model(bundle, device=DEVICE, dtype="float32")(**batch(), experts=ROWS).logits
     failure(kernel, monkeypatch)
-    caplog.set_level(logging.WARNING, "polymerge")
-    model = load_model(bundle, device=DEVICE, dtype="float32", kernel="triton")
-    assert not coded_layers(model) and any(isinstance(module, MixedLinear) for module in model.modules())
-    [record] = [record for record in caplog.records if record.name.startswith("polymerge")]
-    assert words in record.message and "\n" not in record.message
-    assert torch.equal(model(**batch(), experts=ROWS).logits, expected)
+    reason = check.objection([(32, 48)], bundle.code, DEVICE, torch.float32)
+    assert reason and words in reason and "\n" not in reason
+    model = load_model(bundle, device=DEVICE, dtype="float32", residuals="packed")
+    assert coded_layers(model) and not any(layer.fused for layer in coded_layers(model))
+    assert residual_bytes(model) == bytes_of_files(bundle, model)
+    torch.testing.assert_close(model(**batch(), experts=ROWS).logits, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_what_it_cannot_compute_is_said(
-    kernel: Any, merged: Merged, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_on_a_gpu_a_missing_kernel_is_a_warning(
+    merged: Merged, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.WARNING, "polymerge")
+    monkeypatch.setattr(check, "objection", lambda *arguments: "there is no compiler")
     bundle, _ = merged("llama", compress_rate=0.7, code="int4")
-    load_model(bundle, device=DEVICE, dtype="float64", kernel="triton")
-    load_model(merged("llama", compress_rate=1.0)[0], device=DEVICE, kernel="triton")
-    assert [("float64" in r.message, "no factors" in r.message) for r in caplog.records] == [
-        (True, False),
-        (False, True),
-    ]
-    with pytest.raises(ModelError, match="'cuda' is neither plain nor triton"):
-        load_model(bundle, kernel="cuda")  # type: ignore[arg-type]
+    for device, expected in (("cpu", 0), ("cuda", 1)):
+        assert loading._placer("packed", bundle, torch.device(device), torch.float32) is CodedPlacer
+        assert len(caplog.records) == expected
+    assert "there is no compiler" in caplog.text
+
+
+def test_what_has_nothing_to_pack_is_decoded_and_an_unknown_way_refused(merged: Merged) -> None:
+    bundle, _ = merged("llama", compress_rate=1.0)
+    assert loading._placer("packed", bundle, DEVICE, torch.float32) is Placer
+    with pytest.raises(ModelError, match="'cuda' is neither decoded nor packed"):
+        load_model(bundle, residuals="cuda")
 
 
 @pytest.mark.parametrize("damage", ["shape", "missing"])
@@ -277,7 +288,7 @@ def test_a_damaged_residual_is_refused_before_the_kernel_reads_it(
     save_file(tensors, file, {"format": "pt"})
     opened = Bundle(copy.path, copy.manifest)  # past the size check of Bundle.open
     with pytest.raises(BundleError, match=r"q_proj.*lora_B\.int4.*copy the bundle again"):
-        load_model(opened, device=DEVICE, dtype="float32", kernel="triton")
+        load_model(opened, device=DEVICE, dtype="float32", residuals="packed")
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from ..mixture import members
 from ..streaming import EngineState, Listener, Stream, StreamRequest
 from .engine import HFEngine
 from .fronted import FrontedEngine
-from .running import CHUNK, RunningBatch
+from .running import RunningBatch
 from .scores import ScoreGroup, grouped
 
 if TYPE_CHECKING:
@@ -41,8 +41,10 @@ RESTART_PAUSES = (0.0, 0.2, 1.0, 5.0)
 CALM_TURNS = 256
 # So long a closing engine waits for a step to end after its answers were given up.
 STEP_SECONDS = 1.0
-# Tokens of the texts that are embedded or scored between two steps: about what a piece of a long prompt is.
-SLICE_TOKENS = CHUNK
+# Tokens of the texts that are embedded or scored between two steps.
+SLICE_TOKENS = 512
+# Tokens of prompts that are read at a time where no answer waits for it.
+FREE_TOKENS = 2048
 
 
 class BatchingEngine(FrontedEngine):
@@ -58,7 +60,7 @@ class BatchingEngine(FrontedEngine):
         self._limits, self._most_rows, self._calm = limits, limits.max_rows, 0
         self._places = limits.max_rows + limits.max_waiting
         self._waiting: deque[Answer] = deque()
-        self._batch = RunningBatch(engine)
+        self._batch = RunningBatch(engine, limits.prefix_tokens)
         self._changed = threading.Condition()
         self._jobs = Jobs()
         self._status: Any = "ready"
@@ -223,16 +225,13 @@ class BatchingEngine(FrontedEngine):
             self._batch.pause()
             self._jobs.run(SLICE_TOKENS)
         self._drop()
-        newcomers = self._newcomers()
-        if newcomers:
-            try:
-                self._batch.join(newcomers)
-            except Exception:
-                with self._changed:  # as if they had run: the recovery decides about them
-                    self._batch.answers += [a for a in newcomers if a not in self._batch.answers]
-                raise
+        self._relieve()
+        for newcomers in self._newcomers():
+            self._batch.begin(newcomers)
+        if self._batch.reads:
+            self._batch.read(self._limits.chunk_tokens if self._batch.rows else FREE_TOKENS)
             self._batch.leave()
-        if len(self._batch):
+        if self._batch.rows:
             self._batch.step()
             self._batch.leave()
 
@@ -246,7 +245,7 @@ class BatchingEngine(FrontedEngine):
             running = [answer for answer in self._batch.clear() if not answer.over]
             with self._tokenizing:
                 self._face(self._next)
-            self._batch = RunningBatch(self._engine)
+            self._batch = RunningBatch(self._engine, self._limits.prefix_tokens)
             self._waiting.extendleft(reversed(running))
             self._next, self._leaving = None, frozenset()
             self._changed.notify_all()
@@ -260,12 +259,20 @@ class BatchingEngine(FrontedEngine):
                 self._waiting = deque(answer for answer in self._waiting if not answer.over)
         self._batch.leave()
 
-    def _newcomers(self) -> list[Answer]:
-        """The next answers for which there is a place."""
+    def _relieve(self) -> None:
+        """The youngest answers make room for what the others have become; they go on later."""
+        dropped = self._batch.relieve(self._limits)
+        with self._changed:
+            self._waiting.extendleft(reversed(dropped))
+
+    def _newcomers(self) -> list[list[Answer]]:
+        """The next answers for which there is a place, those together that are read together."""
         running = [answer.demand for answer in self._batch.answers]
         with self._changed:
             places = admit((answer.demand for answer in self._waiting), running, self._limits)
-            return taken(self._waiting, places)
+            groups, later = self._batch.apart(taken(self._waiting, places))
+            self._waiting.extendleft(reversed(later))
+        return groups
 
     def _recover(self, error: Exception) -> None:
         """After a broken step every answer goes on from the tokens that it has.

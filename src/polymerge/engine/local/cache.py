@@ -2,7 +2,10 @@
 
 All rows end at the same column, as padding on the left leaves them: causal masks and sliding windows, which count
 columns back from the end, hold for every row. A row that leaves has its place taken by the last one; a newcomer's keys
-are written so that they end where everyone's do. Knows columns and rows; does not know tokens or requests.
+are written so that they end where everyone's do. Buffers are larger than what is in use and stay where they are as long
+as they suffice, so that a step of fixed shapes (`polymerge.model.step`) may hold views of them.
+
+Knows columns and rows; does not know tokens or requests.
 """
 
 from __future__ import annotations
@@ -19,8 +22,10 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from ...errors import ModelError
 
-# Columns of room for new tokens that are made at a time: the live columns are moved once in so many steps.
+# Buffers have a multiple of so many columns, and room for so many new tokens when they are made.
 GROWTH = 256
+# So many columns at least must come free for the live ones to be moved to the front of their buffers.
+LEAST_MOVE = 64
 
 
 def joins(model: Any) -> bool:
@@ -70,12 +75,15 @@ class RowsLayer(DynamicLayer):  # type: ignore[misc]
         return self._extent.width
 
     def place(self, rows: int, columns: int, start: int) -> None:
-        """New buffers of this size, with what is in use moved to column `start`."""
+        """Moves what is in use to column `start`, in buffers of this size: the ones that are there, if it is theirs."""
         used = self._extent
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_zeros(rows, old.shape[1], columns, old.shape[3])
             live = old[: used.rows, :, used.start : used.end]
+            if (rows, columns) == (old.shape[0], old.shape[2]):
+                new, live = old, live.clone()
+            else:
+                new = old.new_zeros(rows, old.shape[1], columns, old.shape[3])
             new[: used.rows, :, start : start + used.width] = live
             setattr(self, name, new)
 
@@ -117,6 +125,7 @@ class RunningCache(Cache):  # type: ignore[misc]
 
     Attributes:
         starts: the column at which every row begins, in the order of the rows.
+        generation: grows when buffers are made anew, and nobody's views of them are true any more.
     """
 
     def __init__(self) -> None:
@@ -124,6 +133,7 @@ class RunningCache(Cache):  # type: ignore[misc]
         self.layers: list[DynamicLayer]
         self.extent = Extent()
         self.starts: list[int] = []
+        self.generation = 0
 
     @property
     def lengths(self) -> list[int]:
@@ -172,16 +182,31 @@ class RunningCache(Cache):  # type: ignore[misc]
         made.layers = layers
         return made
 
+    def room(self) -> tuple[int, int]:
+        """Rows and columns of the buffers."""
+        keys = self._rows_layers()[0].keys
+        return int(keys.shape[0]), int(keys.shape[2])
+
+    def views(self, rows: int, columns: int) -> list[tuple[Tensor, Tensor] | None]:
+        """The first so many rows and columns of every layer's keys and values; None for a layer without any."""
+        return [
+            (layer.keys[:rows, :, :columns], layer.values[:rows, :, :columns]) if isinstance(layer, RowsLayer) else None
+            for layer in self.layers
+        ]
+
     def _make_room(self, rows: int, left: int, new: int = 0) -> None:
         """Room for so many rows, for `left` columns that end where all rows end, and for `new` ones after that."""
-        used, layers = self.extent, self._rows_layers()
-        have_rows, _, have_columns, _ = layers[0].keys.shape
+        used, (have_rows, have_columns) = self.extent, self.room()
         if rows <= have_rows and left <= used.end and used.end + new <= have_columns:
             return
         start = max(0, left - used.width)
-        columns = start + used.width + GROWTH
-        for layer in layers:
-            layer.place(rows if rows <= have_rows else max(rows, 2 * have_rows), columns, start)
+        columns, more = have_columns, start + used.width + new
+        if more + LEAST_MOVE > have_columns:
+            columns = -(-(more + GROWTH) // GROWTH) * GROWTH
+        rows = have_rows if rows <= have_rows else 2 ** (rows - 1).bit_length()
+        for layer in self._rows_layers():
+            layer.place(rows, columns, start)
+        self.generation += (rows, columns) != (have_rows, have_columns)
         shift = start - used.start
         used.start, used.end = start, start + used.width
         self.starts = [place + shift for place in self.starts]

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -53,12 +53,15 @@ class LoadedModel(Speaking):
     Attributes:
         voices: each expert's tokenizer, end tokens, settings and context.
         grammars: the forms that answers are held to.
+        steps: how a running batch decodes: "auto" captures its steps and replays them where the device and the model
+            allow it, "eager" never does, and "fixed" runs steps of such shapes also where they are not captured.
 
     Raises:
         ModelError: generation_config.json says something that means nothing.
     """
 
     voices: Voices
+    steps: Literal["auto", "eager", "fixed"] = "auto"
 
     def __init__(self, model: Any, tokenizer: Any, *, fingerprint: str, batch_tokens: int | None = None) -> None:
         self.model, self.fingerprint = model, fingerprint
@@ -124,6 +127,11 @@ class LoadedModel(Speaking):
         parts = [*checkpoint.fingerprint(), digest_beside(checkpoint.folder)]
         digest = held_digest(hashlib.sha256(" ".join(parts).encode()).hexdigest(), base)
         return cls(model, tokenizer, fingerprint=digest, batch_tokens=batch_tokens)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether it is a bundle's."""
+        return self._mixed
 
     @property
     def experts(self) -> list[str]:

@@ -49,6 +49,7 @@ class _Run:
             for answer in self.batch.answers:
                 answer.give_up()
             self.batch.leave()
+            self._waiting.extendleft(reversed(self.batch.relieve(self._limits)))
             newcomers = self._newcomers()
             if not self._went_on(newcomers):
                 self._halve(newcomers)

@@ -9,7 +9,8 @@ Knows tensors and tokens; does not know modules, bundles or triton.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from ...method.code import Code
 from ...method.quantised import dequantise, unpack
 from ..assignment import Assignment
 from ..residual import Term, add_mixed, mixed_ratio
+from ..shares import Member, on_device
 
 # Tokens of a tile, by the bytes of an activation: tensor cores take 16 at least, and more would not fit the registers
 # (read off the kernel compiled for an A100 and an H100).
@@ -45,12 +47,16 @@ class Rows(nn.Module):
         self.register_buffer("scales", scales, persistent=False)
         self.width, self.bits = width, bits
 
-    def decoded(self, first: int, last: int) -> Tensor:
-        """Rows first to last - 1 in float32, [last - first, width]."""
+    def decoded(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Rows first to last - 1, [last - first, width]."""
         numbers = self.numbers[first:last]
         if self.scales is None:
-            return numbers.float()
-        return dequantise(unpack(numbers, self.bits, self.width), self.scales[first:last], self.bits)
+            return numbers.to(dtype)
+        return dequantise(unpack(numbers, self.bits, self.width), self.scales[first:last], self.bits).to(dtype)
+
+
+# decode(rows, first, last, dtype) -> [last - first, width]
+Decode = Callable[[Rows, int, int, torch.dtype], Tensor]
 
 
 class Residuals(nn.Module):
@@ -65,7 +71,8 @@ class Residuals(nn.Module):
         a, b: the factors.
         ranks: of the N experts.
         starts: [N + 2] int32, where each expert's rows begin and the last one's end; the average, number N, has none.
-        ratios: [N + 1] float32, rho; 1 for the average.
+        ratios: [N + 1] float32, rho; 1 for the average. table: the same on the CPU.
+        scaled: whether any is not 1.
     """
 
     starts: Tensor
@@ -81,7 +88,9 @@ class Residuals(nn.Module):
         self.ranks = tuple(len(tensors[code.suffixes[0]]) if tensors else 0 for tensors in stored)
         starts = torch.tensor([*_starts(self.ranks), sum(self.ranks)], dtype=torch.int32)
         self.register_buffer("starts", starts, persistent=False)
-        self.register_buffer("ratios", torch.tensor([*ratios, 1.0]), persistent=False)
+        self.table = torch.tensor([*ratios, 1.0])  # not a buffer, which would follow the model to its device
+        self.register_buffer("ratios", self.table.clone(), persistent=False)
+        self.scaled = any(ratio != 1.0 for ratio in ratios)
 
 
 class Tiles(NamedTuple):
@@ -98,6 +107,11 @@ class Tiles(NamedTuple):
     table: Tensor
     size: int
     experts: tuple[int, ...]
+
+    @property
+    def short(self) -> bool:
+        """Whether no expert has more than one: with more of them its factors would be decoded again for each."""
+        return len(self.table) == len(self.experts)
 
 
 def tiles_of(state: Assignment, x: Tensor) -> Tiles | None:
@@ -132,25 +146,43 @@ def _make_tiles(state: Assignment, each: int, sizes: Sequence[int]) -> Tiles:
     )
 
 
-def add_plain(y: Tensor, x: Tensor, residuals: Residuals, state: Assignment) -> None:
+def add_plain(y: Tensor, x: Tensor, residuals: Residuals, state: Assignment, decode: Decode = Rows.decoded) -> None:
     """y := rho y + B (A x), in place, expert after expert, each decoded when its turn comes. Takes mixtures.
 
     Args:
         y: [M, out], the base's product.
         x: [M, in]; M is a multiple of the batch's rows.
+        decode: as `Rows.decoded`.
     """
-    weights = state.weights.repeat_interleave(state.repeats(x.shape[0]), dim=0)  # [M, N + 1]
-    add_mixed(y, mixed_ratio(weights, residuals.ratios), _terms(x, residuals, state, weights))
+
+    def ratio() -> Tensor:
+        rows = on_device(mixed_ratio(state.table, residuals.table), y.device)
+        return rows.repeat_interleave(state.repeats(len(x)), dim=0)
+
+    scaled = state.once((id(residuals), "ratio", len(x)), ratio) if residuals.scaled else None
+    add_mixed(y, scaled, _terms(x, residuals, state, decode))
 
 
-def _terms(x: Tensor, residuals: Residuals, state: Assignment, weights: Tensor) -> Iterator[Term]:
+def _terms(x: Tensor, residuals: Residuals, state: Assignment, decode: Decode) -> Iterator[Term]:
     starts = _starts(residuals.ranks)
-    for expert in range(state.first, state.last):
-        first, last = starts[expert], starts[expert + 1]
-        if first == last or not any(row[expert] for row, _ in state.groups):
+    for member in state.shares(None).members:
+        first, last = starts[member.pair], starts[member.pair + 1]
+        if first == last:
             continue
-        a, b = (factor.decoded(first, last).to(x.dtype) for factor in (residuals.a, residuals.b))
-        yield Term(x, a, b.T, weights[:, expert : expert + 1])
+        rows, share = state.once(("rows", member.pair, len(x)), partial(_rows_of, member, state, len(x)))
+        a, b = (decode(factor, first, last, x.dtype) for factor in (residuals.a, residuals.b))
+        yield Term(x if rows is None else x[rows], a, b.T, share, rows)
+
+
+def _rows_of(member: Member, state: Assignment, size: int) -> tuple[Tensor | None, Tensor | None]:
+    """Which of so many tokens have a part of a member's expert, None for all; and their shares, None for 1."""
+    repeats = state.repeats(size)
+    whole = all(part == 1.0 for part in member.parts)
+    share = None if whole else torch.tensor(member.parts).repeat_interleave(repeats)[:, None]
+    rows = None
+    if len(member.rows) < state.rows:
+        rows = (torch.tensor(member.rows)[:, None] * repeats + torch.arange(repeats)).flatten()
+    return tuple(None if of is None else on_device(of, state.device) for of in (rows, share))  # type: ignore[return-value]
 
 
 def _stack(factor: str, stored: Sequence[Mapping[str, Tensor]], code: Code, width: int) -> Rows:
