@@ -331,8 +331,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         report["strangers"] = strangers(router, mixed, {"gsm8k": school})
         report["strangers_rest"] = strangers(router, rest_of_files(data, options.fields, mixed), {})
     if "latency" in options.parts:
-        few = [s for field in options.fields for s in [t for t in train if t.field == field][:8]]
-        report["latency"] = latency(engine, few, known[0].text, options)
+        sample = [s for field in options.fields for s in [t for t in train if t.field == field][:8]]
+        report["latency"] = latency(engine, sample, known[0].text, options)
     if "cost-quality" in options.parts:
         report["cost_quality"] = {
             name: cost_quality(
