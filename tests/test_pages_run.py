@@ -129,7 +129,8 @@ def _open(text: str) -> bool:
 
 
 def reason_of(command: str) -> str | None:
-    return next((beginning for beginning in NOT_RUN if command.startswith(beginning)), None)
+    plain = re.sub(r"^(?:(?:PYTHONPATH|OMP_NUM_THREADS)=\S+ )+", "", command)
+    return next((beginning for beginning in NOT_RUN if plain.startswith(beginning)), None)
 
 
 def shown(page: Path, block: str) -> bool:
