@@ -51,13 +51,14 @@ BASES = ("16bit", "int8", "nf4")
 TABLES = ("keep", "compress", "average")
 
 
-def plans_of(folder: str, tokens: int) -> list[MergePlan]:
+def plans_of(folder: str, tokens: int, residuals: str) -> list[MergePlan]:
     """Of two experts and of three with a configuration's shapes: what one more costs is what lies between."""
     return [
         plan_merge(
             {"experts": {f"e{n}": f"shapes/e{n}" for n in range(count)}, "config": folder, "dtype": "bfloat16"},
             weights=False,
             context=tokens,
+            residuals=residuals,
         )
         for count in (2, 3)
     ]
@@ -78,9 +79,11 @@ def fits(memory: float, taken: float, each: float) -> int:
     return max(0, int((USABLE * memory - taken) / each))
 
 
-def rows_of_config(name: str, memories: list[float], tokens: int, rates: list[float]) -> Iterator[dict[str, Any]]:
+def rows_of_config(
+    name: str, memories: list[float], tokens: int, rates: list[float], residuals: str
+) -> Iterator[dict[str, Any]]:
     with TemporaryDirectory() as folder:
-        two, three = plans_of(configured(name, Path(folder)), tokens)
+        two, three = plans_of(configured(name, Path(folder)), tokens, residuals)
         needs = footprint(two)
         cache = needs.bundle_cache * tokens // needs.bundle_tokens
         for rate in rates:
@@ -110,7 +113,7 @@ def _rows(two: MergePlan, three: MergePlan, memories: list[float], cache: int) -
 
 def rows_of_export(folder: Path, memories: list[float], tokens: int) -> Iterator[dict[str, Any]]:
     note = read_note(folder)
-    needs = footprint(plans_of(str(folder), tokens)[0])
+    needs = footprint(plans_of(str(folder), tokens, "decoded")[0])
     cache = needs.bundle_cache * tokens // needs.bundle_tokens
     for memory in memories:
         yield {
@@ -128,6 +131,7 @@ def main() -> None:
     """Prints one table and, where asked, writes its JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="llama-3-8b", help=f"{', '.join(KNOWN)} or a folder with a config.json")
+    parser.add_argument("--residuals", default="decoded", help="in the embedded engine: decoded or packed")
     parser.add_argument("--export", type=Path, help="a folder of `polymerge export --to vllm`, instead of --config")
     parser.add_argument("--gpu-memory", type=float, nargs="+", default=[24, 48, 80], help="GB")
     parser.add_argument("--tokens", type=int, default=32768, help="of all running conversations together")
@@ -138,7 +142,7 @@ def main() -> None:
     if options.export:
         rows = list(rows_of_export(options.export, memories, options.tokens))
     else:
-        rows = list(rows_of_config(options.config, memories, options.tokens, options.rate))
+        rows = list(rows_of_config(options.config, memories, options.tokens, options.rate, options.residuals))
     table = Table(title=f"experts that fit, of {options.export or options.config}, {options.tokens} tokens of cache")
     for column in rows[0]:
         table.add_column(column.replace("_", " "), justify="right")

@@ -1,9 +1,11 @@
-"""Tokens a second of one batch that mixes three experts: ours against four ways to serve the same rows.
+"""Tokens a second of one batch that mixes three experts: ours against other ways to serve the same rows.
 
     dense base        the average alone, every row: what the mixture costs is measured against it
     polymerge         every row its own expert, one model
     PEFT              the same adapters in one model, `adapter_names` for the rows
     three models      the dense experts one after the other, each with its third of the batch
+    int4              a bundle of the code int4 at the same rate, whose factors are decoded when it is loaded
+    int4, packed      the same with `residuals="packed"`, decoded whenever a layer is run
 
 The bundle is SmolLM2-135M with three experts, merged at 0.95 with `scale: shared` and everything else averaged, because
 that is all that PEFT can hold. All systems run interleaved in one process, and their logits are compared first: a fast
@@ -40,13 +42,14 @@ BASE = "dense base"
 Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
 
 
-def bundle_folder() -> Path:
-    """The benchmark's bundle, made from the demo's experts (trained where the cache lacks them)."""
+def bundle_folder(*, codes_only: bool) -> Path:
+    """The benchmark's bundles, made from the demo's experts (trained where the cache lacks them)."""
     _, experts = demo_experts(demo_base())
     recipe = {"experts": experts, "code": "factors", "scale": "shared", "embeddings": "average", "norms": "average"}
     folder = cache_folder() / "bench-forward"
     merge(recipe, folder / "bundle", overwrite=True)
-    for name in experts:
+    merge(recipe | {"code": "int4"}, folder / "int4", overwrite=True)
+    for name in () if codes_only else experts:
         export_dense(folder / "bundle", name, folder / name, overwrite=True)
     return folder
 
@@ -55,10 +58,9 @@ def systems(folder: Path, batch: int) -> dict[str, Step]:
     """Every system as one function over a batch whose rows take the experts in turn."""
     from peft import PeftModel
 
-    model = load_model(folder / "bundle")
-    names = model.experts
+    steps = ours(folder, batch)
+    names = list(json.loads((folder / "bundle/polymerge.json").read_text())["experts"])
     rows = [names[number % len(names)] for number in range(batch)]
-    base = _open(folder / "bundle")
     adapted = PeftModel.from_pretrained(_open(folder / "bundle"), folder / "bundle/experts" / names[0], names[0])
     for name in names[1:]:
         adapted.load_adapter(folder / "bundle/experts" / name, name)
@@ -75,11 +77,18 @@ def systems(folder: Path, batch: int) -> dict[str, Step]:
         assert all_logits is not None
         return all_logits, kept
 
+    return steps | {"PEFT": _call(adapted, adapter_names=rows), "three models": one_after_the_other}
+
+
+def ours(folder: Path, batch: int) -> dict[str, Step]:
+    """The average alone, and the codes."""
+    model = load_model(folder / "bundle")
+    rows = [model.experts[number % len(model.experts)] for number in range(batch)]
     return {
-        BASE: _call(base),
+        BASE: _call(_open(folder / "bundle")),
         OURS: _call(model, experts=rows),
-        "PEFT": _call(adapted, adapter_names=rows),
-        "three models": one_after_the_other,
+        "int4": _call(load_model(folder / "int4"), experts=rows),
+        "int4, packed": _call(load_model(folder / "int4", residuals="packed"), experts=rows),
     }
 
 
@@ -105,34 +114,44 @@ def largest_difference(steps: dict[str, Step], ids: Tensor) -> float:
     return worst
 
 
-def measure(steps: dict[str, Step], ids: Tensor, new_tokens: int, repeats: int) -> dict[str, dict[str, float]]:
+def measure(
+    steps: dict[str, Step], ids: Tensor, new_tokens: int, repeats: int, clock: Callable[[], float]
+) -> dict[str, dict[str, float]]:
     """Median seconds of a prefill of `ids` and of decoding `new_tokens` after it. The systems take turns."""
     seconds: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in steps}
     for repeat in range(repeats + 1):
         for name, step in steps.items():
-            began = time.perf_counter()
+            began = clock()
             _, cache = step(ids, None)
-            middle = time.perf_counter()
+            middle = clock()
             for _ in range(new_tokens):
                 _, cache = step(ids[:, :1], cache)
-            ended = time.perf_counter()
+            ended = clock()
             if repeat:  # the first round warms up
                 seconds[name]["prefill"].append(middle - began)
                 seconds[name]["decode"].append(ended - middle)
     return {name: {kind: statistics.median(s) for kind, s in kinds.items()} for name, kinds in seconds.items()}
 
 
-def run(batches: Sequence[int], prompt: int, new_tokens: int, repeats: int) -> dict[str, Any]:
+def run(
+    batches: Sequence[int],
+    prompt: int,
+    new_tokens: int,
+    repeats: int,
+    *,
+    codes_only: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
     """All batch sizes; plain data for the table and the file."""
-    folder = bundle_folder()
+    folder = bundle_folder(codes_only=codes_only)
     results = []
     for batch in track(batches, description="measuring", transient=True):
         generator = torch.Generator().manual_seed(batch)
         ids = torch.randint(100, 40_000, (batch, prompt), generator=generator)
         with torch.no_grad():
-            steps = systems(folder, batch)
-            worst = largest_difference(steps, ids)
-            seconds = measure(steps, ids, new_tokens, repeats)
+            steps = ours(folder, batch) if codes_only else systems(folder, batch)
+            worst = 0.0 if codes_only else largest_difference(steps, ids)
+            seconds = measure(steps, ids, new_tokens, repeats, clock)
         tokens = {"prefill": batch * prompt, "decode": batch * new_tokens}
         for kind in ("prefill", "decode"):
             for name, taken in seconds.items():
@@ -174,11 +193,20 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--codes-only", action="store_true", help="leave out PEFT and the dense models")
+    parser.add_argument("--processor", action="store_true", help="count its seconds, where others use the machine too")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/forward.json"))
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    report = run(options.batches, options.prompt, options.new_tokens, options.repeats)
+    report = run(
+        options.batches,
+        options.prompt,
+        options.new_tokens,
+        options.repeats,
+        codes_only=options.codes_only,
+        clock=time.process_time if options.processor else time.perf_counter,
+    )
     Console(width=120).print(table(report))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(report, indent=1) + "\n")

@@ -112,6 +112,9 @@ async def arrival(url: str, experts: list[str], seed: int) -> dict[str, Any]:
             for n in range(RUNNING)
         ]
         while not all(len(stream.times) > 8 for stream in running):
+            for task in tasks:
+                if task.done():
+                    task.result()  # raises what it failed with
             await asyncio.sleep(0.02)
         long, asked = Stream(), time.perf_counter() - began
         await ask(client, url, experts[0], words(LONG_TOKENS, seed), 1, long)

@@ -39,6 +39,7 @@ def test_inspect_keeps_units_and_names_sources_whole(narrow: Callable[..., str],
     for name, path in experts.items():
         assert f"{name}: from {path}\n" in shown
         assert re.search(rf"^ +{name} +[\d.]+ kB +\d+ +1 ± \S+ +[\d.]+% ", shown, re.MULTILINE), shown
+    assert not re.search(r"_proj *$", shown, re.MULTILINE)  # a share stays beside its kind
     assert inspect_bundle(bundle).worst[0]["tensor"] in shown and "…" not in shown
 
 

@@ -14,6 +14,7 @@ from polymerge.compete.expected import SHARE, TIMED, Expected
 from polymerge.engine import Generation
 from polymerge.errors import ModelError
 from polymerge.staged import Pipeline, Thought
+from polymerge.staged.endpoint import EndpointThinker
 from tests.compete.test_run import ALWAYS, Stopped, make_input, pipeline
 from tests.staged.scripted import ScriptedEngine, ScriptedThinker
 
@@ -93,3 +94,13 @@ def test_few_rows_are_timed(tmp_path: Path) -> None:
     compete(used, make_input(tmp_path, 900), tmp_path / "out.csv", on_plan=lambda plan: None)
     engine: Any = used.engine
     assert len(engine.prompts) - (600 * 3 + 300) <= (TIMED + 1) * 3 + 2 * TIMED + 1
+
+
+class PaidThinker(ScriptedThinker, EndpointThinker):
+    """An endpoint, whose calls cost."""
+
+
+def test_an_endpoint_is_asked_nothing_for_a_plan(tmp_path: Path) -> None:
+    seen, paid = list[Expected](), PaidThinker()
+    compete(pipeline(thinker=paid), make_input(tmp_path), tmp_path / "o.csv", on_plan=seen.append, time_limit=100)
+    assert len(paid.prompts) == 90 and seen[0].seconds is not None and seen[0].seconds > 45

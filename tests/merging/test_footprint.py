@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from polymerge import load_model, load_recipe
 from polymerge.errors import DeviceError, ModelError, RecipeError, SourceError
@@ -97,14 +99,30 @@ def test_a_quantised_base_is_counted() -> None:
 
 @pytest.mark.parametrize("code", ["factors", "int8", "int4"])
 def test_a_loaded_bundle_holds_what_was_said(code: str, tmp_path: Path) -> None:
-    """Coded factors are decoded when they are loaded."""
+    """Coded factors are decoded when they are loaded, or stay packed."""
     experts = {name: str(path) for name, path in make_experts("llama", tmp_path).items()}
     recipe = {"experts": experts, "compress_rate": 0.5, "code": code, "embeddings": "average", "lm_head": "average"}
     plan = plan_merge(load_recipe(recipe | {"norms": "average"}))
-    model = load_model(run_plan(plan, tmp_path / "bundle"), device="cpu")
-    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
-    held = sum(t.numel() * t.element_size() for t in tensors.values())
-    assert footprint(plan).bundle == pytest.approx(held, rel=0.03)
+    bundle = run_plan(plan, tmp_path / "bundle")
+    for residuals in ("decoded", "packed"):
+        model = load_model(bundle, device="cpu", residuals=residuals)
+        counted = (
+            t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() or t.dtype == torch.uint8
+        )
+        held = sum(t.nbytes for t in {t.data_ptr(): t for t in counted}.values())
+        assert footprint(replace(plan, residuals=residuals)).bundle == pytest.approx(held, rel=0.03)
+
+
+def test_packed_residuals_are_the_first_change_that_is_proposed() -> None:
+    recipe = {"experts": {f"e{n}": f"shapes/e{n}" for n in range(2)}, "code": "int4", "dtype": "bfloat16"}
+    recipe |= {"config": str(ROOT / "recipes" / "configs" / "llama-3-8b"), "embeddings": "average"}
+    plan = plan_merge(recipe | {"lm_head": "average"}, **EIGHT | {"requests": 1, "gpu": "22GB"})
+    change = cheapest_change(plan)
+    assert change and change.words == ("--residuals packed",) and change.needs.to_json()["residuals"] == "packed"
+    linear = 2 * 2 * 32 * (4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336)  # bytes of two experts' matrices
+    assert footprint(plan).bundle - change.needs.bundle == pytest.approx(linear * 0.05 * 2.8, rel=0.03)
+    with pytest.raises(ModelError, match="'coded' is neither"):
+        plan_merge(recipe, weights=False, residuals="coded")
 
 
 EIGHT = {"weights": False, "gpu": "24GB", "context": 8192, "requests": 4}

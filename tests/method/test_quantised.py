@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from polymerge.method.quantised import GROUP, Quantised, dequantise, pack, quantise, unpack
+from polymerge.method.quantised import GROUP, Quantised, decoded, dequantise, pack, quantise, unpack
 
 # Squared error of a standard normal number at the best uniform step (Max, 1960, table II).
 BEST_UNIFORM = {4: 0.01154, 8: 0.0001}
@@ -47,6 +47,17 @@ def test_numbers_of_any_size_come_back(size: float, count: int) -> None:
     numbers, scales = quantise(rows, 8)
     assert scales.shape == (3, -(-count // GROUP))
     torch.testing.assert_close(dequantise(numbers, scales, 8), rows, rtol=0, atol=0.02 * size)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("count", [1, 2, 77, 128, 576, 301])
+def test_bytes_are_decoded_as_their_numbers(bits: int, count: int) -> None:
+    numbers, scales = quantise(normal(3, count), bits)
+    expected = (numbers.float() - (2 ** (bits - 1) - 0.5)) * scales.float().repeat_interleave(
+        -(-count // scales.shape[1]), dim=1
+    )[:, :count]
+    assert torch.equal(dequantise(numbers, scales, bits), expected)
+    assert torch.equal(decoded(pack(numbers, bits), scales, bits, count), expected)
 
 
 def test_one_huge_number_spoils_only_its_own_group() -> None:

@@ -70,3 +70,12 @@ def test_samples_go_beside_descriptions_and_feedback_keeps_them_apart(bundle: Bu
     assert again.router.record.labelled == len(samples) + 9
     assert again.router.record.descriptions == WORDS
     assert len(again.router.samples) == len(samples) + 9 + len(made)
+
+
+def test_made_samples_are_learned_from_and_never_measured_on(bundle: Bundle, engine: Any) -> None:
+    turned = {"math": "shell", "shell": "json", "json": "math"}
+    samples = [Sample(sample.text, turned[sample.field]) for sample in make_samples(2)]  # against the descriptions
+    made = described_samples(WORDS)
+    report = fit_samples(bundle, engine, samples, made=made, descriptions=WORDS, experts=EXPERTS).report
+    assert report["measured_on"] == "cross-validation" and report["labelled"] == len(samples)
+    assert report["accuracy"] in {n / len(samples) for n in range(3)}  # 6 samples, and not 18

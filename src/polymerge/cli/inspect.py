@@ -16,12 +16,15 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Summarise a bundle: sizes, ranks, energy kept, the tensors that lost most."""
+    import textwrap
+
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
     from ..bundle.inspect import inspect_bundle
-    from ..recipe.rates import in_words
+    from ..recipe.rates import in_words as rate_in_words
+    from ..sources.persona import in_words
     from .console import out, print_json, say, size
     from .verdicts import print_verdicts
 
@@ -39,14 +42,15 @@ def inspect(
         f"({size(inspection.separate_bytes)} apart)"
     )
     ranks = f"rank {inspection.rank_range[0]} to {inspection.rank_range[1]}"
-    rate = escape(in_words(inspection.compress_rate))
+    rate = escape(rate_in_words(inspection.compress_rate))
     out.print(f"compressed   rate {rate}, {ranks}, code {inspection.code}, scale {inspection.scale}")
     if inspection.base_code != inspection.dtype:
         out.print(f"base         linear layers stored in {inspection.base_code}")
     storage = ", ".join(f"{n} {kind}" for kind, n in inspection.storage.items())
     out.print(f"tensors      {inspection.tensors}; linear: {storage}")
-    kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in inspection.energy_by_kind.items())
-    out.print(f"energy kept  {inspection.energy_kept:.1%} of the residuals ({kinds})")
+    kinds = ", ".join(f"{kind}\N{NO-BREAK SPACE}{share:.0%}" for kind, share in inspection.energy_by_kind.items())
+    kept = f"energy kept  {inspection.energy_kept:.1%} of the residuals ({kinds})"
+    say(textwrap.fill(kept, out.width, subsequent_indent=" " * 13).replace("\N{NO-BREAK SPACE}", " "))
     # Units stay together in a terminal of 80 columns; a source is a line of its own.
     experts = Table(box=SIMPLE_HEAD)
     experts.add_column("expert", overflow="fold", min_width=8)
@@ -68,7 +72,7 @@ def inspect(
         say(f"{e.name}: from {e.source}")
     print_verdicts(inspection)
     for e in (e for e in inspection.experts if e.persona):
-        out.print(f"{e.name} has its own {', '.join(e.persona)}", markup=False)
+        out.print(f"{e.name} has its own {in_words(e.persona)}", markup=False)
     for e in (e for e in inspection.experts if e.aligned):
         before, after = e.aligned or (0.0, 0.0)
         out.print(f"{e.name} was {before:.2g} from what it was aligned to, and is {after:.2g} from it", markup=False)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import PolymergeError
+from ..staged.endpoint import EndpointThinker
 from ..staged.pipeline import Pipeline, Response, Step
 from .clock import Clock, peak_bytes
 
@@ -132,10 +133,13 @@ def _written(responses: Sequence[Response]) -> int:
 
 
 def _thinking(pipeline: Pipeline, steps: Sequence[Step], tokens: int, until: float) -> float:
-    """Seconds of all thoughts; no more than there are until thinking is over."""
+    """Seconds of all thoughts; no more than there are until thinking is over. An endpoint is not timed: its calls may
+    be paid for."""
     if not steps:
         return 0.0
     room = max(0.0, until - time.monotonic())
+    if isinstance(pipeline.thinker, EndpointThinker):
+        return room
     sample = [steps[number] for number in _sample(range(len(steps)))]
     seconds, written = [], []
     for budget in (1, 1, 1 + WRITTEN):  # the first loads the thinker

@@ -168,7 +168,7 @@ class _Run:
             done = self._done(kind)
             return [self.steps[row] for number, rows in enumerate(pieces) if number not in done for row in rows]
 
-        thinks = self.pipeline.thinker is not None
+        thinks = self.pipeline.thinker is not None and not self._short_of_memory()  # else it is not loaded
         return expected(
             self.pipeline, without("answers"), [s for s in without("thoughts") if s.version and thinks], self.clock,
             piece=PIECE, thinking_until=self._deadline(), memory_limit=self.memory_limit,

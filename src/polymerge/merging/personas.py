@@ -15,9 +15,7 @@ from ..bundle.personas import write_persona
 from ..bundle.write import bundle_config
 from ..sources.checkpoint import Checkpoint
 from ..sources.outline import OutlineCheckpoint
-from ..sources.persona import Group, Persona, differing, persona_of
-
-IN_WORDS = {"template": "chat template", "generation": "generation settings"}  # the other groups are plain words
+from ..sources.persona import Group, Persona, differing, in_words, persona_of
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,7 @@ def personas_of(checkpoints: Mapping[str, Checkpoint]) -> Personas:
     groups = {name: differing(bundle, persona) for name, persona in experts.items()}
     unlike = sorted({group for of_expert in groups.values() for group in of_expert})
     if unlike:
-        named = ", ".join(IN_WORDS.get(group, group) for group in unlike)
-        notes.append(f"experts differ in {named}; the average has what {first!r} has")
+        notes.append(f"experts differ in {in_words(unlike)}; the average has what {first!r} has")
     return Personas(bundle, experts, groups, tuple(notes), tuple(hints))
 
 

@@ -85,7 +85,7 @@ def _ways(plan: MergePlan, needs: Footprint) -> Iterator[tuple[Step, ...]]:
     kinds = (
         THINKER if needs.thinker and needs.thinker_base == "16bit" else THINKER[1:] if needs.thinker else (),
         BASE if plan.base == "16bit" else (),
-        PACKED if plan.residuals == "decoded" and not plan.code.peft_readable else (),
+        PACKED if plan.residuals == "decoded" and plan.code.kernel_bits is not None else (),
         TABLES if "keep" in tables else TABLES[1:] if "compress" in tables else (),
         CODE if not plan.code.peft_readable else (),
         RATE if rates and max(rates) < HIGHER_RATE else (),

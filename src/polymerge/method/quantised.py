@@ -91,7 +91,7 @@ class Quantised(Code):
         rows = {}
         for factor, width in (("A", in_features), ("B", out_features)):
             packed, scales = stored[f"lora_{factor}.{self.name}"], stored[f"lora_{factor}.{self.name}_scale"]
-            rows[factor] = dequantise(unpack(packed, self.bits, width), scales, self.bits)
+            rows[factor] = decoded(packed, scales, self.bits, width)
         return rows["B"].T, rows["A"]
 
     def _packed(self, count: int) -> int:
@@ -148,11 +148,21 @@ def _quantise(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def dequantise(numbers: Tensor, scales: Tensor, bits: int) -> Tensor:
     """q [r, n] and scales [r, ceil(n / 128)] -> [r, n] float32."""
-    r, n = numbers.shape
-    size = group_size(n)
-    levels = F.pad(numbers, (0, -n % size)).float().sub_(2 ** (bits - 1) - 0.5)
-    levels.view(r, -1, size).mul_(scales.float()[:, :, None])
-    return levels[:, :n].contiguous()
+    levels = numbers.float().sub_(2 ** (bits - 1) - 0.5)
+    return _scaled(levels, scales, numbers.shape[1])
+
+
+def decoded(packed: Tensor, scales: Tensor, bits: int, count: int) -> Tensor:
+    """What `pack` and `quantise` made of rows: [r, count] float32, as `dequantise` gives it.
+
+    Of two numbers in a byte both levels are looked up at once, which a CPU does in less than half of the time.
+    """
+    if bits != 4:
+        return dequantise(unpack(packed, bits, count), scales, bits)
+    pairs = torch.arange(256, dtype=torch.uint8, device=packed.device)[:, None]
+    levels = unpack(pairs, bits, 2).float().sub_(7.5).view(torch.float64)[:, 0]  # two levels of 4 bytes as one of 8
+    looked_up = levels.index_select(0, packed.flatten().int()).view(torch.float32).view(len(packed), -1)
+    return _scaled(looked_up, scales, count)
 
 
 def pack(numbers: Tensor, bits: int) -> Tensor:
@@ -173,6 +183,14 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         return packed[:, :count]
     places = [(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
     return torch.stack(places, dim=-1).flatten(1)[:, :count]
+
+
+def _scaled(levels: Tensor, scales: Tensor, count: int) -> Tensor:
+    """The first `count` levels of every row times their group's scale; may write to the levels."""
+    size = group_size(count)
+    padded = F.pad(levels, (0, more)) if (more := scales.shape[1] * size - levels.shape[1]) else levels
+    padded.view(len(levels), -1, size).mul_(scales.float()[:, :, None])
+    return padded[:, :count].contiguous()
 
 
 def _levels(groups: Tensor, scale: Tensor, half: int) -> Tensor:

@@ -99,8 +99,7 @@ def fit_samples(
     validation = [sample for sample in validation if sample not in seen]
     embedder = Embedder(engine, settings.embed)
     train, held, others = _embedded(embedder, training, validation, strangers, fields, progress)
-    measured = bool(labelled or len(held.labels))
-    calibrated = calibrate(train, held if len(held.labels) else None, others, settings, labelled=measured)
+    calibrated = calibrate(train, held if len(held.labels) else None, others, settings, labelled)
     record = RouterRecord(
         polymerge_version=__version__,
         bundle=bundle.digest,
@@ -173,25 +172,28 @@ class Calibrated(NamedTuple):
 
 
 def calibrate(
-    train: Labelled, held: Labelled | None, others: Labelled, settings: FitSettings, *, labelled: bool = True
+    train: Labelled, held: Labelled | None, others: Labelled, settings: FitSettings, labelled: int | None = None
 ) -> Calibrated:
     """Head with its gate, temperature and threshold.
 
     Args:
         others: the background, by topic.
-        labelled: whether there are requests among the samples. Without any nothing is known of requests: no accuracy
-            is reported, and the threshold is read off the background alone.
+        labelled: how many of the training samples are requests, the first ones; None is all. Others are learned from
+            and never measured on. Without any request nothing is known: no accuracy is reported, and the threshold is
+            read off the background alone.
     """
-    logits, labels = _unseen_logits(train, held, others, settings)
+    known = labelled != 0 or held is not None
+    splits = list(at_random(train, held, settings.seed, labelled or None))
+    logits, labels = _unseen_logits(splits, others, settings)
     temperature = fit_temperature(logits, labels)
     head = fit_head(settings.classifier, train, others)
     gate = fit_gate(head.space, train, held, others, settings.seed)
     head = replace(head, outside=gate.outside)
     probabilities = cross_fitted(logits, labels)
     right: Bools = probabilities.argmax(axis=1) == labels
-    threshold = usual(gate.strange, bounded=labelled)
+    threshold = usual(gate.strange, bounded=known)
     if settings.fixed:
-        confidence = probabilities.max(axis=1) * _unseen_known(head, train, held, others, settings)
+        confidence = probabilities.max(axis=1) * _unseen_known(head, splits, others)
         threshold = _threshold(confidence, right, settings)
     report: dict[str, Any] = {
         "accuracy": float(right.mean()),
@@ -202,29 +204,27 @@ def calibrate(
         "new_wording_kept": float((gate.known >= threshold).mean()),
         "strangers_refused": float((gate.strange < threshold).mean()),
     }
-    if not labelled:
+    if not known:
         report |= dict.fromkeys(("accuracy", "calibration_error_before", "calibration_error", "new_wording_kept"))
     return Calibrated(head, temperature, threshold, report)
 
 
 def _unseen_logits(
-    train: Labelled, held: Labelled | None, others: Labelled, settings: FitSettings
+    splits: Sequence[tuple[Labelled, Labelled]], others: Labelled, settings: FitSettings
 ) -> tuple[Floats, Ints]:
     """Logits of samples that the head that gave them had not seen, and their labels."""
     logits, labels = [], []
-    for fitting, measuring in at_random(train, held, settings.seed):
+    for fitting, measuring in splits:
         head = fit_head(settings.classifier, fitting, others)
         logits.append(head.logits(measuring.vectors))
         labels.append(measuring.labels)
     return np.concatenate(logits), np.concatenate(labels)
 
 
-def _unseen_known(
-    head: Head, train: Labelled, held: Labelled | None, others: Labelled, settings: FitSettings
-) -> Floats:
+def _unseen_known(head: Head, splits: Sequence[tuple[Labelled, Labelled]], others: Labelled) -> Floats:
     """Probabilities of being known for the samples of `_unseen_logits`, by gates that had not seen them."""
     known, strangers = [], head.space(others.vectors)
-    for fitting, measuring in at_random(train, held, settings.seed):
+    for fitting, measuring in splits:
         vectors = head.space(fitting.vectors)
         outside = fit_outside(vectors, fitting.labels, strangers)
         known.append(head.outside.known(outside.signs(head.space(measuring.vectors), vectors)))

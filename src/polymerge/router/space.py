@@ -18,6 +18,7 @@ from .calibrate import Floats, Ints
 
 SHRINKAGE = 0.8  # chosen on rows of new wording (docs/log-router.md)
 AXES = 256  # kept at most; the others vary too little to be made smaller
+ROWS = 1024  # that the axes are read off, at most: their cost grows with the cube, and what they tell does not
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,12 @@ def _axes(vectors: Floats, topics: Ints) -> tuple[FloatArray, FloatArray]:
     for topic in np.unique(topics[topics >= 0]):
         inside = topics == topic
         within[inside] = vectors[inside] - vectors[inside].mean(axis=0)
-    values, left = np.linalg.eigh(within @ within.T)  # [n, n], of far fewer samples than dimensions
+    if len(within) > ROWS:  # evenly, so that every topic has its share
+        within = within[np.linspace(0, len(within) - 1, ROWS).astype(np.int64)]
+    values, left = np.linalg.eigh(within @ within.T)
     values, left = values[::-1][:AXES], left[:, ::-1][:, :AXES]
     some = values > 1e-6 * values[0]
-    variances, left = values[some] / len(vectors), left[:, some]
+    variances, left = values[some] / len(within), left[:, some]
     axes = left.T @ within / np.sqrt(values[some])[:, None]
     mean = np.square(within).sum() / within.size
     gains = np.sqrt(SHRINKAGE * mean / ((1 - SHRINKAGE) * variances + SHRINKAGE * mean))

@@ -35,8 +35,14 @@ def space_of(train: Labelled, background: Labelled) -> Space:
     return fit_space(np.concatenate([train.vectors, background.vectors]), np.concatenate([train.labels, topics]))
 
 
-def at_random(train: Labelled, held: Labelled | None, seed: int) -> Iterator[tuple[Labelled, Labelled]]:
-    """(to fit on, to measure on): the validation samples, or folds that hold every field on both sides."""
+def at_random(
+    train: Labelled, held: Labelled | None, seed: int, first: int | None = None
+) -> Iterator[tuple[Labelled, Labelled]]:
+    """(to fit on, to measure on): the validation samples, or folds that hold every field on both sides.
+
+    Args:
+        first: without validation samples, so many of the first are measured and no others.
+    """
     if held is not None:
         yield train, held
         return
@@ -45,7 +51,9 @@ def at_random(train: Labelled, held: Labelled | None, seed: int) -> Iterator[tup
     count = min(FOLDS, int(np.bincount(train.labels).min()))
     folds = StratifiedKFold(count, shuffle=True, random_state=seed)
     for fitting, measuring in folds.split(train.vectors, train.labels):
-        yield train.take(fitting), train.take(measuring)
+        measured = measuring if first is None else measuring[measuring < first]
+        if len(measured):
+            yield train.take(fitting), train.take(measured)
 
 
 def by_wording(train: Labelled, held: Labelled | None, seed: int) -> Iterator[tuple[Labelled, Labelled]]:

@@ -87,6 +87,7 @@ def merge(
     goal = read_target(target) if target is not None else None
     examples = read_prompts(prompts or {}, limit or LIMIT)
     output = Path(output).expanduser()
+    check_output(output, overwrite=overwrite)  # now and not after the plan, which may ask a hub or unpack a file
     with models_as_folders(recipe, output) as (recipe, in_memory):
         plan, chosen = plan_merge(recipe, **settings), None
         for name, called in in_memory.items():
@@ -98,7 +99,6 @@ def merge(
             on_plan(plan)
         with _opened(executor, address) as tasks:
             if goal:
-                check_output(output, overwrite=overwrite)  # now and not after the work
                 folder = next(parent for parent in output.absolute().parents if parent.exists())
                 chosen = find(
                     plan.recipe, goal, examples, codes=codes or PLAIN, folder=folder, executor=tasks, progress=say

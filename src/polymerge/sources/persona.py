@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from .configuration import positions_of, resolved
 
 Group = Literal["tokenizer", "template", "generation", "positions", "processor"]
 GROUPS: tuple[Group, ...] = get_args(Group)
+_WORDS = {"template": "chat template", "generation": "generation settings"}  # the others are plain words
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -266,3 +267,8 @@ def _settings(generation: Mapping[str, Any]) -> dict[str, Any]:
     settings = {key: value for key, value in _meant(generation).items() if value is not None and key not in OF_THE_RUN}
     settings = {key: value for key, value in settings.items() if UNSAID.get(key) != value}
     return {**settings, "eos_token_id": end_tokens(settings)}
+
+
+def in_words(groups: Iterable[str]) -> str:
+    """Groups as people call them."""
+    return ", ".join(_WORDS.get(group, group) for group in groups)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...method.code import Code
-from ...method.quantised import dequantise, unpack
+from ...method.quantised import decoded
 from ..assignment import Assignment
 from ..residual import Term, add_mixed, mixed_ratio
 from ..shares import Member, on_device
@@ -52,7 +52,7 @@ class Rows(nn.Module):
         numbers = self.numbers[first:last]
         if self.scales is None:
             return numbers.to(dtype)
-        return dequantise(unpack(numbers, self.bits, self.width), self.scales[first:last], self.bits).to(dtype)
+        return decoded(numbers, self.scales[first:last], self.bits, self.width).to(dtype)
 
 
 # decode(rows, first, last, dtype) -> [last - first, width]
