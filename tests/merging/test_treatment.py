@@ -227,7 +227,7 @@ def test_other_positions_are_held_by_merge_and_by_add_alike(case: Case, key: str
     assert not beside_the_proof(plain) and not plain.manifest.experts["e1"].persona
     together = merged(case.folder, "e0", "e2", out="together")
     assert together.manifest.experts["e2"].persona == ("positions",)
-    assert "the average has 'e0''s" in together.manifest.notes[0]
+    assert "the average has what 'e0' has" in together.manifest.notes[0]
     grown = add_expert(plain, "e2", case.folder / "e2")
     assert grown.persona == ("positions",) == grown.bundle.manifest.experts["e2"].persona
     kept = [b.persona("e2") for b in (together, grown.bundle)]

@@ -74,7 +74,7 @@ def test_the_bundle_says_who_has_what(bundle: Bundle) -> None:
     personas = {expert.name: expert.persona for expert in inspect_bundle(bundle).experts}
     assert personas == {"plain": (), "chatml": ("tokenizer", "template", "generation")}
     assert bundle.manifest.format_version == 3
-    assert any("the average has 'plain''s" in note for note in bundle.manifest.notes)
+    assert any("the average has what 'plain' has" in note for note in bundle.manifest.notes)
     opened = hf.AutoTokenizer.from_pretrained(bundle.path / "experts/chatml/persona")
     assert opened.eos_token == "<|im_end|>" and "<|im_start|>" in opened.chat_template
 

@@ -87,7 +87,8 @@ def merge(
     goal = read_target(target) if target is not None else None
     examples = read_prompts(prompts or {}, limit or LIMIT)
     output = Path(output).expanduser()
-    check_output(output, overwrite=overwrite)  # now and not after the plan, which may ask a hub or unpack a file
+    if goal or not resume:  # now and not after the plan; a merge that is resumed clears up what a kill left first
+        check_output(output, overwrite=overwrite)
     with models_as_folders(recipe, output) as (recipe, in_memory):
         plan, chosen = plan_merge(recipe, **settings), None
         for name, called in in_memory.items():
