@@ -111,8 +111,9 @@ def learn(
         model=record.model,
         progress=progress,
     )
-    thresholds = {"threshold": record.threshold, "thresholds": record.thresholds}
-    fitted.router.record = fitted.router.record.model_copy(update=thresholds)
+    if record.format_version == fitted.router.record.format_version:  # those of an older one are of another space
+        thresholds = {"threshold": record.threshold, "thresholds": record.thresholds}
+        fitted.router.record = fitted.router.record.model_copy(update=thresholds)
     before, after = (_reached(each, validation) for each in (router, fitted.router))
     if after < before:
         raise RouterError(
