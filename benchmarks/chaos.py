@@ -206,7 +206,7 @@ async def client(number: int, asking: httpx2.AsyncClient, until: float, storm: S
         except httpx2.HTTPError as error:
             storm.note(kind, type(error).__name__, time.monotonic() - began)
             continue
-        failed = kind == "stream" and '"error"' in answer.text
+        failed = kind == "stream" and answer.status_code == 200 and '"error"' in answer.text
         status = "error event" if failed else str(answer.status_code)
         storm.note(kind, status, time.monotonic() - began)
         if status == "200" and kind in ("chat", "stream"):

@@ -111,6 +111,31 @@ def test_generate_is_the_offline_engines_with_stop_texts(engines: Offline) -> No
         assert (answer.text, answer.finish) == (other.text, other.finish)
 
 
+def test_answers_and_other_work_share_the_time(engines: Offline, monkeypatch: pytest.MonkeyPatch) -> None:
+    offline, batching = engines
+    steps, slices, step, embed = [0], [0], RunningBatch.step, HFEngine.embed
+
+    def counted(batch: RunningBatch) -> None:
+        steps[0] += 1
+        step(batch)
+
+    def slow(engine: HFEngine, prompts: Any, **options: Any) -> Any:
+        slices[0] += 1
+        time.sleep(0.1)
+        return embed(engine, prompts, **options)
+
+    heard, request = Heard(), GenerateRequest([5, 6, 7], "e1", max_new_tokens=40)
+    expected = offline.generate([request])[0].text
+    monkeypatch.setattr(RunningBatch, "step", counted)
+    monkeypatch.setattr(HFEngine, "embed", slow)
+    texts = threading.Thread(target=lambda: batching.embed([[5] * 60] * 400))  # eight texts a slice
+    batching.submit([StreamRequest(request)], [heard])
+    texts.start()
+    assert heard.text == expected
+    assert slices[0] < steps[0] / 2  # not one before every step
+    texts.join()
+
+
 def test_scores_and_embeddings_run_between_steps(engines: Offline) -> None:
     offline, batching = engines
     without_end(batching)

@@ -63,6 +63,7 @@ class BatchingEngine(FrontedEngine):
         self._batch = RunningBatch(engine, limits.prefix_tokens)
         self._changed = threading.Condition()
         self._jobs = Jobs()
+        self._owed = 0.0  # seconds of answers before other work's next slice: they share the time evenly
         self._status: Any = "ready"
         self._closing = False
         self._next: HFEngine | None = None
@@ -221,18 +222,22 @@ class BatchingEngine(FrontedEngine):
         """What happens between two steps, and one step."""
         if self._next is not None:
             self._take_next()
-        if self._jobs:
+        if self._jobs and (self._owed <= 0 or not len(self._batch)):
+            began = time.monotonic()
             self._batch.pause()
             self._jobs.run(SLICE_TOKENS)
+            self._owed = time.monotonic() - began
         self._drop()
         self._relieve()
         self._admit()
+        began = time.monotonic()
         if self._batch.reads:
             self._batch.read(self._limits.chunk_tokens if self._batch.rows else FREE_TOKENS)
             self._batch.leave()
         if self._batch.rows:
             self._batch.step()
             self._batch.leave()
+        self._owed -= time.monotonic() - began
 
     def _take_next(self) -> None:
         """Goes over to the other model, unless an answer still needs an expert that it has not."""
