@@ -293,16 +293,25 @@ def _waits(run: Callable[[], Any]) -> str | None:
 
 
 def decode(report: Report, size: Size, device: torch.device, dtype: torch.dtype) -> None:
-    model, copies = Mixed(size, device, dtype), report.found["machine"][0]["copies"]
+    _at_every_size(_decoding, Mixed(size, device, dtype), report)
+
+
+# of(model, report, rows, experts, copying rate, the average's seconds) -> seconds of a step
+Measure = Callable[[Mixed, Report, int, int, float, float | None], float]
+
+
+def _at_every_size(of: Measure, model: Mixed, report: Report) -> None:
+    """The average and then every number of experts, for batches of one row, of some and of many."""
+    size, copies = model.size, report.found["machine"][0]["copies"]
     for rows in sorted({1, min(12, size.rows), size.rows}):
         model.plain()
-        dense = _decoding(model, report, rows, 0, copies, None)
+        dense = of(model, report, rows, 0, copies, None)
         for count in size.experts:
             if report.late:
                 return
             model.with_experts(count)
             model.assign(rows)
-            _decoding(model, report, rows, count, copies, dense)
+            of(model, report, rows, count, copies, dense)
 
 
 def _decoding(model: Mixed, report: Report, rows: int, count: int, copies: float, dense: float | None) -> float:
@@ -316,16 +325,7 @@ def _decoding(model: Mixed, report: Report, rows: int, count: int, copies: float
 
 
 def graphs(report: Report, size: Size, device: torch.device, dtype: torch.dtype) -> None:
-    model, copies = Mixed(size, device, dtype), report.found["machine"][0]["copies"]
-    for rows in sorted({1, min(12, size.rows), size.rows}):
-        model.plain()
-        dense = _captured(model, report, rows, 0, copies, None)
-        for count in size.experts:
-            if report.late:
-                return
-            model.with_experts(count)
-            model.assign(rows)
-            _captured(model, report, rows, count, copies, dense)
+    _at_every_size(_captured, Mixed(size, device, dtype), report)
 
 
 def _captured(model: Mixed, report: Report, rows: int, count: int, copies: float, dense: float | None) -> float:

@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -145,6 +145,15 @@ def vllm_system(
         yield {name: (server.url, name) for name in experts}, [server.pid]
 
 
+async def streamed(client: httpx2.AsyncClient, url: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    """The events of a completion."""
+    async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if line.startswith("data: ") and line != "data: [DONE]":
+                yield json.loads(line[6:])
+
+
 async def ask(client: httpx2.AsyncClient, url: str, model: str, asked: Asked) -> Answered:
     """One streamed answer."""
     body = {
@@ -152,16 +161,11 @@ async def ask(client: httpx2.AsyncClient, url: str, model: str, asked: Asked) ->
         "stream_options": {"include_usage": True},
     }  # fmt: skip
     began, first, text, tokens = time.perf_counter(), 0.0, "", 0
-    async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
-                continue
-            chunk = json.loads(line[6:])
-            tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
-            for choice in chunk["choices"]:
-                text += choice["text"]
-                first = first or time.perf_counter() - began
+    async for chunk in streamed(client, url, body):
+        tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
+        for choice in chunk["choices"]:
+            text += choice["text"]
+            first = first or time.perf_counter() - began
     return Answered(text, tokens, first, time.perf_counter() - began)
 
 

@@ -31,7 +31,7 @@ import httpx2
 from rich.console import Console
 from rich.table import Table
 
-from serve import _p95, server
+from serve import _p95, server, streamed
 
 WAYS: dict[str, list[str]] = {
     "as it is": [],
@@ -65,15 +65,10 @@ async def ask(client: httpx2.AsyncClient, url: str, expert: str, prompt: str, to
         "stream_options": {"include_usage": True},
     }  # fmt: skip
     began = time.perf_counter()
-    async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
-                continue
-            chunk = json.loads(line[6:])
-            stream.tokens = (chunk.get("usage") or {}).get("completion_tokens", stream.tokens)
-            if any(choice["text"] for choice in chunk["choices"]):
-                stream.times.append(time.perf_counter() - began)
+    async for chunk in streamed(client, url, body):
+        stream.tokens = (chunk.get("usage") or {}).get("completion_tokens", stream.tokens)
+        if any(choice["text"] for choice in chunk["choices"]):
+            stream.times.append(time.perf_counter() - began)
 
 
 async def shared(

@@ -23,13 +23,9 @@ Way = Literal["direct", "v1", "v2"]
 SIGNIFICANCE = 0.05
 
 
-class FieldEvidence(BaseModel):
-    """One field: mean score of every way to answer over `rows` validation rows, and the way to take."""
+class FieldEvidence(AskedField):
+    """The same of the ways to answer."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    rows: int
-    scores: dict[str, float]
     best: Way
 
 
