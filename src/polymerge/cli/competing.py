@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .console import duration, err, out, size
+from .console import duration, err, out, over, size
 
 if TYPE_CHECKING:
     from ..compete.clock import OnProgress, Progress
@@ -19,14 +19,13 @@ def compete_progress(quiet: bool) -> OnProgress | None:
     """A line for every piece of a competition's run, with the time left of the work and of the limit."""
     if quiet:
         return None
-    end = "\r" if err.is_terminal else "\n"
 
     def show(step: Progress) -> None:
         memory = f", peak memory {size(step.peak_memory)}"
         memory += f" of {size(step.memory_limit)}" if step.memory_limit else ""
         limit = f"{duration(max(0.0, step.time_limit - step.seconds))} of the limit"
         line = f"{step.phase}: {step.done} of {step.total} rows, {duration(step.seconds_left)} left, {limit}{memory}"
-        err.print(line.ljust(100), end="\n" if step.done == step.total else end, soft_wrap=True)
+        over(line, last=step.done == step.total)
 
     return show
 

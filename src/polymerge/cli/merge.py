@@ -162,14 +162,14 @@ def _print(bundle: Bundle, output: Path, searched: list[Found], words: str) -> N
 def _print_costs(plan: MergePlan, bundle: Bundle) -> None:
     """What residuals and tables cost and would cost, and how far averaged tables are from the experts' own."""
     from ..merging.choices import averaged, bytes_of_choices, bytes_of_codes, moved
-    from .console import say
+    from .console import tell
     from .plan import embedding_costs, residual_costs
 
     costs, codes = bytes_of_choices(plan), bytes_of_codes(plan)
     if codes:
-        say(f"residuals of all experts ({plan.recipe.code}): {residual_costs(codes)}")
+        tell(f"residuals of all experts ({plan.recipe.code}): {residual_costs(codes)}")
     if costs:
-        say(f"embeddings and heads of all experts: {embedding_costs(costs, plan.recipe.embedding_rate)}")
+        tell(f"embeddings and heads of all experts: {embedding_costs(costs, plan.recipe.embedding_rate)}")
     if averaged(plan):
         apart = ", ".join(f"{expert} {share:.2g}" for expert, share in moved(plan, bundle).items())
-        say(f"averaged: they are from each expert's own, as a share of its norm: {apart}")
+        tell(f"averaged: they are from each expert's own, as a share of its norm: {apart}")
