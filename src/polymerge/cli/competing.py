@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .console import duration, err, out, over, size
+from .console import duration, err, out, over, size, tell
 
 if TYPE_CHECKING:
     from ..compete.clock import OnProgress, Progress
@@ -65,6 +65,8 @@ def print_summary(summary: Summary, tokens: int) -> None:
         out.print(f"direct: {rows} rows: {reason}", markup=False, soft_wrap=True)
     for name, value in summary.scores.items():
         out.print(f"{name}: {value:.4f}")
+    if summary.scores and summary.scored < summary.rows:
+        tell(f"(scores are means over the rows with a target: {summary.scored} of {summary.rows})")
     warning = words_of(summary.written, summary.flaws, tokens)
     if warning:
         err.print(f"warning: {warning}", markup=False, soft_wrap=True)

@@ -101,6 +101,20 @@ def over(line: str, *, last: bool) -> None:
 
 
 @contextmanager
+def waiting(what: str, quiet: bool = False) -> Iterator[Callable[[], None]]:
+    """In a terminal a moving line that says what takes its time, until the work ends or what is given is called."""
+    if quiet or not err.is_terminal:
+        yield lambda: None
+        return
+    status = err.status(escape(what))
+    status.start()
+    try:
+        yield status.stop
+    finally:
+        status.stop()
+
+
+@contextmanager
 def merge_progress(quiet: bool, work: str = "merging") -> Iterator[OnProgress | None]:
     """A progress line with rate, time left and peak memory; plain lines where there is no terminal."""
     if quiet:

@@ -74,7 +74,7 @@ def merge(
     """Merge the recipe's experts into one bundle."""
     from ..bundle.inspect import inspect_bundle
     from ..search.merge import merge as run
-    from .console import err, hush_libraries, merge_progress, out, print_json
+    from .console import err, hush_libraries, merge_progress, out, print_json, waiting
     from .interrupted import half_done_work, interruptible
     from .verdicts import print_measured, print_verdicts
 
@@ -85,6 +85,7 @@ def merge(
     plans: list[MergePlan] = []
 
     def notes(plan: MergePlan) -> None:
+        looked()
         plans.append(plan)
         for note in (*plan.notes, *plan.personas.hints):
             if not quiet:
@@ -105,7 +106,12 @@ def merge(
         "method": method,
     }
     half_done_work(output, resume=resume, say=say)
-    with merge_progress(quiet or as_json) as progress, interruptible(output, progress) as progress:
+    silent = quiet or as_json
+    with (
+        waiting("looking at the sources", silent) as looked,
+        merge_progress(silent) as progress,
+        interruptible(output, progress) as progress,
+    ):
         bundle = run(
             read_recipe(recipe), output, target=target,
             prompts=read_pairs(prompts, "NAME=FILE") if prompts else None, codes=read_list(codes), limit=limit,

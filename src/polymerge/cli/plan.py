@@ -62,13 +62,14 @@ def plan(
     from ..merging.plan import plan_merge
     from ..merging.room import cheapest_change
     from ..recipe.rates import in_words
-    from .console import out, print_json, say, size, tell
+    from .console import out, print_json, say, size, tell, waiting
 
-    planned = plan_merge(
-        read_recipe(recipe), weights=False, compress_rate=compress_rate, code=code, scale=scale, dtype=dtype,
-        embeddings=embeddings, lm_head=lm_head, embedding_rate=embedding_rate, norms=norms, align=align, method=method,
-        base=base, residuals=residuals, gpu=gpu, context=context, requests=requests,
-    )  # fmt: skip
+    with waiting("looking at the sources", quiet=as_json):
+        planned = plan_merge(
+            read_recipe(recipe), weights=False, compress_rate=compress_rate, code=code, scale=scale, dtype=dtype,
+            embeddings=embeddings, lm_head=lm_head, embedding_rate=embedding_rate, norms=norms, align=align,
+            method=method, base=base, residuals=residuals, gpu=gpu, context=context, requests=requests,
+        )  # fmt: skip
     change = cheapest_change(planned)
     needs, costs, codes = footprint(planned), bytes_of_choices(planned), bytes_of_codes(planned)
     summary = planned.summary() | {"embedding_bytes": costs, "code_bytes": codes, "answering": needs.to_json()}
