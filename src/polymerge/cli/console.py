@@ -158,7 +158,7 @@ def print_peft_export(written: PeftExport, bundle: Path) -> None:
     """Where a PEFT adapter is, and what plain PEFT leaves out of it."""
     say(f'{written.folder}: opens with PeftModel.from_pretrained(base, "{written.folder}") over {bundle}')
     if written.dropped_ratio_error:
-        say(
+        tell(
             f"plain PEFT has no place for the expert's scale ratios: without them a tensor is off by up to "
             f"{written.dropped_ratio_error:.2g} of its norm ({written.worst_tensor}), where compression lost "
             f"up to {written.compression_error:.2g}. Merge with `scale: shared` for an exact adapter."
