@@ -200,7 +200,7 @@ def test_no_answer_no_choices_and_no_final_are_none(tmp_path: Path) -> None:
     assert read_all(ExampleRow, file) == [ExampleRow(prompt="q")]
     assert [e.answer for e in read_examples(file)] == [""] and [p.answer for p in read_prompts(file)] == [None]
     assert [s.answer for s in read_fields(written(tmp_path / "d/f/test.jsonl", nothing).parents[1], "test")] == [""]
-    file = written(tmp_path / "b.jsonl", {"prompt": "q", "answer": "a", "choices": [], "final": None})
+    file = written(tmp_path / "b.jsonl", {"prompt": "q", "answer": "a", "choices": None, "final": None})
     assert (read_all(AnsweredRow, file)[0].choices, read_all(AnsweredRow, file)[0].final) == (None, None)
 
 
