@@ -76,6 +76,19 @@ def test_ctrl_c_while_the_bundle_is_measured_says_that_it_is_whole(
     assert run(["verify", str(tmp_path / "b")], monkeypatch) == 0
 
 
+def test_a_bundle_that_is_replaced_takes_its_router_with_it_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = make_experts("llama", tmp_path, count=2)
+    words = ["merge", *(f"{name}={path}" for name, path in made.items()), "-o", str(tmp_path / "b")]
+    assert run(words, monkeypatch) == 0
+    (tmp_path / "b" / "router").mkdir()
+    capsys.readouterr()
+    assert run([*words, "--overwrite"], monkeypatch) == 0
+    assert f"afterwards: polymerge router fit {tmp_path / 'b'} --data DIR" in capsys.readouterr().err
+    assert not (tmp_path / "b" / "router").exists()
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_ctrl_c_while_an_expert_is_added_says_whether_it_is_in(
     late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

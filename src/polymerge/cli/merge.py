@@ -107,6 +107,9 @@ def merge(
     }
     half_done_work(output, resume=resume, say=say)
     silent = quiet or as_json
+    if overwrite and (output / "router").is_dir() and not silent:
+        again = f"polymerge router fit {output} --data DIR"
+        tell(f"note: the router in {output} goes with the bundle that is replaced; afterwards: {again}", to=err)
     with (
         waiting("looking at the sources", silent) as looked,
         merge_progress(silent) as progress,
