@@ -58,10 +58,10 @@ def load_model(
             cannot be used a layer's factors are decoded whenever it is run, and a warning says why. An entropy coder's
             are decoded all the same, which a warning says too.
         base: a bundle whose base is stored in `int8` (`polymerge quantize`) is held so with `int8`, and with `16bit` as
-            the numbers that it stands for. Of any other, `int8`, `nf4`, `int4` or `fp8` holds the average's linear
-            layers quantised, by transformers and the libraries of the extra `quantized`; embeddings, heads and
-            residuals stay as they are. How far that moves the answers is measured against the 16-bit bundle, which is
-            loaded first, and logged.
+            the numbers that it stands for; one in `int4` in this way alone. Of any other, `int8`, `nf4`, `int4` or
+            `fp8` holds the average's linear layers quantised, by transformers and the libraries of the extra
+            `quantized`; embeddings, heads and residuals stay as they are. How far that moves the answers is measured
+            against the 16-bit bundle, which is loaded first, and logged.
 
     Raises:
         BundleError: incomplete or unsafe, or changed by another process meanwhile. ModelError: an adapter holds
@@ -73,8 +73,9 @@ def load_model(
     place = pick_device(device)
     check_base(base, place)
     stored = bundle.manifest.base_code
-    if stored is not None and base not in ("16bit", stored):
-        raise ModelError(f"{bundle.path}: its base is stored in {stored}; load it with base {stored}, or 16bit")
+    held = ("int8", "16bit") if stored == "int8" else ("16bit",)
+    if stored is not None and base not in held:
+        raise ModelError(f"{bundle.path}: its base is stored in {stored}; load it with base {', or '.join(held)}")
     with steady(bundle):
         exact = None if base in ("16bit", stored) else _exact(bundle, place, dtype, trust_remote_code)
         model = _loaded(bundle, place, dtype, trust_remote_code, residuals, base)
