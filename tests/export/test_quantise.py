@@ -246,6 +246,31 @@ def test_a_layer_that_no_text_comes_to_is_rounded_to_the_nearest_in_eight_bits_a
         packing_of(bundle, BASE_WAYS["gptq-int4"], matrices, model, {})
 
 
+@torch.no_grad()
+def test_block_experts_are_packed_too_and_transformers_opens_them(tmp_path: Path) -> None:
+    experts = make_experts("mixtral", tmp_path, count=2)
+    for path in experts.values():
+        tiny_tokenizer().save_pretrained(path)
+    settings = {"compress_rate": 0.5, "dtype": "bfloat16"}
+    bundle = merge({"experts": {n: str(p) for n, p in experts.items()}, **settings}, tmp_path / "bundle")
+    made = quantize_bundle(bundle, tmp_path / "small", device="cpu").bundle
+    packed = made.packed()
+    assert packed is not None and packed.is_packed("model.layers.0.block_sparse_moe.experts.0.w1.weight")
+    assert verify(made, sources=True).ok
+    calibrated = quantize_bundle(bundle, tmp_path / "gptq", base="gptq-int8", device="cpu").bundle
+    assert verify(calibrated, sources=True).ok and calibrated.digest != made.digest
+    with pytest.raises(
+        ModelError,
+        match="is run together with others in one tensor, for which GPTQ has no calibration here; --base int8 packs it",
+    ):
+        quantize_bundle(bundle, tmp_path / "four", base="gptq-int4", device="cpu")
+    pytest.importorskip("compressed_tensors")
+    ids = torch.tensor([[1, 5, 9, 3, 7]])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(made.path, dtype=torch.float32)
+    ours = load_model(made, device="cpu")
+    torch.testing.assert_close(ours(ids, experts=None).logits, theirs(ids).logits, atol=2e-2, rtol=2e-2)
+
+
 def test_bad_input_is_one_line(quantised: MakeBundle, tmp_path: Path) -> None:
     bundle, made = quantised()
     with pytest.raises(ModelError, match="stored in int8 already"):

@@ -27,7 +27,7 @@ from ..sources.layers import meta_model
 from ..sources.packed import EIGHT_BITS, PACKED, SCALE, SHAPE, Form, four_bits, pack
 from .rounding import Calibrated, Nearest, Rounder, Texts, reached
 
-# The stored tensors that are the weight of one linear layer, and the linear layers that stay as they are.
+# The stored tensors that are packed, and the linear layers that stay as they are.
 Matrices: TypeAlias = tuple[Mapping[str, BundleLayer], Sequence[str]]
 
 
@@ -77,7 +77,14 @@ def packing_of(bundle: Bundle, way: BaseWay, matrices: Matrices, loaded: MixedMo
     form = EIGHT_BITS if way.code == "int8" else four_bits(layer.shape[1] for layer in layers.values())
     if not way.calibrated:
         return Packing(way.code, form, layers, kept, Nearest(form, dtype))
-    read = reached(loaded, texts, [layer.module for layer in layers.values()])
+    inside = dict(loaded.hf.named_modules())
+    pieces = [layer.tensor for layer in layers.values() if layer.module not in inside]
+    if pieces and way.code == "int4":
+        raise ModelError(
+            f"{bundle.path}: {pieces[0]} is run together with others in one tensor, for which GPTQ has no calibration "
+            "here; --base int8 packs it"
+        )
+    read = reached(loaded, texts, [layer.module for layer in layers.values() if layer.module in inside])
     if way.code == "int4":
         fine = {name: x for name, x in layers.items() if x.module in read and form.takes(x.shape[1])}
         kept = sorted([*kept, *(x.module for name, x in layers.items() if name not in fine)])
@@ -90,7 +97,8 @@ def packing_of(bundle: Bundle, way: BaseWay, matrices: Matrices, loaded: MixedMo
 
 
 def packable(bundle: Bundle) -> Matrices:
-    """The stored tensors that are the weight of one linear layer, and the linear layers that stay as they are.
+    """The stored tensors that are one matrix, of a linear layer or of a block of experts that are run together, and the
+    linear layers that stay as they are.
 
     Raises:
         ModelError: there is none, or transformers does not know the architecture.
@@ -100,12 +108,13 @@ def packable(bundle: Bundle) -> Matrices:
         raise ModelError(
             f"{bundle.path}: transformers does not know {bundle.manifest.architecture} without its own code"
         )
-    linear = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    modules = dict(model.named_modules())
+    linear = {name for name, module in modules.items() if type(module) is nn.Linear}
     layers = {
         layer.tensor: layer
         for layer in bundle.manifest.layers
-        if layer.role == "linear" and layer.module in linear and layer.parameter == "weight"
-        if not (layer.slice or layer.transposed or layer.dtype)
+        if layer.role == "linear" and (layer.module in linear or layer.module not in modules)
+        if layer.parameter == "weight" and not (layer.slice or layer.transposed or layer.dtype)
     }
     if not layers:
         raise ModelError(f"{bundle.path}: no linear layer of {bundle.manifest.architecture} is stored as one matrix")

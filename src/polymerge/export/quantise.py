@@ -80,7 +80,8 @@ def quantize_bundle(
         base: `int8`: every linear layer of the average rounded to the nearest of 256 levels a row. `gptq-int8`: the
             same levels, chosen by GPTQ for what the layers are given. `gptq-int4`: 16 levels a group of 128, 64 or
             32 numbers, as the widths allow. Embeddings and heads, norms, biases and matrices that are stored with
-            others in one tensor stay as they are; with 4 bits also layers that no text comes to.
+            others in one tensor stay as they are; with 4 bits also layers that no text comes to. Matrices that are run
+            with others in one tensor (block experts) have 8 bits to the nearest.
         prompts: expert -> requests, or their JSONL file, to measure on; an expert without has built-in ones, to which
             it writes the answers itself. GPTQ is calibrated with every second one, which is not measured then.
         limit: rows of each file.

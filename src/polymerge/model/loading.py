@@ -24,8 +24,9 @@ from ..sources.layers import meta_model
 from ..sources.packed import PackedCheckpoint
 from .assignment import Assignment
 from .divergence import divergence, in_words, log_probabilities
+from .holders import Placed
 from .mixed import MixedModel
-from .placing import CodedPlacer, FusedPlacer, Placed, Placer
+from .placing import CodedPlacer, FusedPlacer, Placer
 from .positions import place_positions
 from .quantised import Base, check_base, hold_packed, quantization_config
 from .sampled import check_layers
@@ -94,8 +95,10 @@ def held_as(name: str) -> str:
     return name
 
 
-def _packed_layers(bundle: Bundle, packed: PackedCheckpoint) -> list[BundleLayer]:
-    return [layer for layer in bundle.manifest.layers if packed.is_packed(layer.tensor)]
+def _packed_layers(bundle: Bundle, packed: PackedCheckpoint, hf: nn.Module) -> list[BundleLayer]:
+    """Those that are a layer of the model; what is run with others in one tensor is held as what it stands for."""
+    modules = dict(hf.named_modules())
+    return [layer for layer in bundle.manifest.layers if packed.is_packed(layer.tensor) and layer.module in modules]
 
 
 def _exact(
@@ -141,7 +144,7 @@ def _loaded(
         raise ModelError(f"{bundle.path}: transformers cannot load it ({reason})") from None
     hf.eval().requires_grad_(False)
     if packed is not None and base != "16bit":
-        hold_packed(hf, {x.module: packed.numbers(x.tensor) for x in _packed_layers(bundle, packed)}, chosen)
+        hold_packed(hf, {x.module: packed.numbers(x.tensor) for x in _packed_layers(bundle, packed, hf)}, chosen)
     if not quantised:  # which is there already, and must not be moved
         hf.to(place)
     trial = Trial(hf)

@@ -19,7 +19,7 @@ from .step import FixedStep
 
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle
-    from .placing import Placed
+    from .holders import Placed
     from .vocabulary import Vocabularies
 
 
