@@ -22,14 +22,14 @@ from typing import Any
 from polymerge.demo.skills import SkillExample, demo_skills
 
 VOTES = (1, 4, 8)
-ANSWERED_BY_THE_AVERAGE = {"orders": "json", "sums": "math"}
+ANSWERED_BY_THE_AVERAGE = {"orders": "json"}
 
 
 def main() -> None:
     """Writes the rows, runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
-    parser.add_argument("--rows", type=int, default=12, help="of each field")
+    parser.add_argument("--rows", type=int, default=6, help="of each field")
     parser.add_argument("--thought-tokens", type=int, default=24)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

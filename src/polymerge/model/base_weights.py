@@ -37,7 +37,8 @@ class BaseWeights:
             path, _, leaf = name.rpartition(".")
             layer = modules.get(path)
             if leaf == "weight" and isinstance(layer, ExpertLinear) and layer.inner is None and layer.alone:
-                self._layers[name] = layer, layer.weight.shape != self._parameters.pop(name).shape
+                # a view of it, which lies the other way where the layer stores [in, out]
+                self._layers[name] = layer, layer.weight.stride() != self._parameters.pop(name).stride()
 
     def model(self) -> Any:
         """Another transformers model with these very weights; None where one cannot be made of them."""
