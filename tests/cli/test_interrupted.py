@@ -54,3 +54,31 @@ def test_ctrl_c_before_the_first_tensor_says_that_nothing_is_there(
     monkeypatch.setattr("polymerge.search.merge.merge", stopped)
     assert run(["merge", "a=./a", "b=./b", "-o", str(tmp_path / "b")], monkeypatch) == STOPPED
     assert "before the first tensor" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_ctrl_c_while_an_expert_is_added_says_whether_it_is_in(
+    late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experts = [f"{name}={path}" for name, path in make_experts("llama", tmp_path).items()]
+    assert run(["merge", *experts[:2], "-o", str(tmp_path / "b"), "-q"], monkeypatch) == 0
+
+    def stopped(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    before = (tmp_path / "b" / "polymerge.json").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(f"polymerge.merging.grow.{'_assess' if late else '_finish'}", stopped)
+        assert run(["add", str(tmp_path / "b"), f"more={tmp_path / 'llama-0-1'}"], patched) == STOPPED
+    said = capsys.readouterr().err
+    if late:
+        assert "more was added before that" in said
+    else:
+        assert "it is as it was; the same command begins anew" in said
+        assert (tmp_path / "b" / "polymerge.json").read_bytes() == before
+        assert run(["add", str(tmp_path / "b"), f"more={tmp_path / 'llama-0-1'}"], monkeypatch) == 0
+    assert run(["verify", str(tmp_path / "b")], monkeypatch) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr("polymerge.merging.grow.hand_over", stopped)
+        assert run(["remove", str(tmp_path / "b"), "more"], patched) == STOPPED
+    assert "it is as it was" in capsys.readouterr().err

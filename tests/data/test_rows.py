@@ -160,8 +160,8 @@ def test_rows_keep_their_order_and_a_limit_takes_the_first(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "q"}, "answer: Field required"),
-        ({"answer": "a"}, "prompt: Field required"),
+        ({"prompt": "q"}, "answer: is missing"),
+        ({"answer": "a"}, "prompt: is missing"),
         ({"prompt": "q", "answer": None}, "answer: Input should be a valid string"),
         ({"prompt": "q", "answer": True}, "answer: Input should be a valid string"),
         ({"prompt": "q", "answer": ["a"]}, "answer: Input should be a valid string"),

@@ -1,4 +1,5 @@
-"""A merge that is stopped by Ctrl-C says what is done and how to go on; a second run says what lies there.
+"""A merge that is stopped by Ctrl-C says what is done and how to go on; a second run says what lies there. An expert
+that was being added or removed is in its bundle or it is not, and that is said.
 
 Knows what the terminal was told, and a work folder's size; what is half-done is `polymerge.merging.journal`'s.
 """
@@ -30,6 +31,22 @@ def half_done_work(output: Path, *, resume: bool, say: Callable[[str], None]) ->
         return
     held = f"{work} holds {size(half_done(work))} of an interrupted merge"
     say(f"note: {held}, which is done anew; --resume goes on with it")
+
+
+@contextmanager
+def whole_or_not(bundle: Path, name: str, *, adding: bool) -> Iterator[None]:
+    """Ctrl-C while an expert comes or goes is one line on standard error, and the exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from ..bundle.bundle import Bundle
+        from .console import err
+
+        done = (name in Bundle.open(bundle).experts) is adding
+        verb = "added" if adding else "removed"
+        how = f"{name} was {verb} before that" if done else "it is as it was; the same command begins anew"
+        err.print(f"interrupted: {bundle}: {how}", markup=False, soft_wrap=True)
+        raise SystemExit(STOPPED) from None
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from ..errors import RecipeError, on_one_line
 from ..method.codes import known_code
@@ -272,7 +273,7 @@ def validated(model: type[Model], data: Any, *, where: str, lines: Lines) -> Mod
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = _to_tell(error)
         keys = tuple(str(part) for part in first["loc"] if part != "[key]")
         line = next((lines[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in lines), None)
         place = f"{where}, line {line}" if line else where
@@ -284,6 +285,15 @@ def validated(model: type[Model], data: Any, *, where: str, lines: Lines) -> Mod
             message = "write a mapping of names to sources, a line each: `math: ./math`"
         name = on_one_line(".".join(keys)) or "the whole file"
         raise RecipeError(f"{place}: {name}: {message}") from None
+
+
+def _to_tell(error: ValidationError) -> ErrorDetails:
+    """The first problem; of a key that is missing, an unknown key beside it, which is what it was written as."""
+    first, *others = error.errors()
+    beside = (
+        other for other in others if other["type"] == "extra_forbidden" and other["loc"][:-1] == first["loc"][:-1]
+    )
+    return next(beside, first) if first["type"] == "missing" else first
 
 
 # pydantic's words for Python's types, in YAML's.
