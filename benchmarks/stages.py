@@ -30,11 +30,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
     parser.add_argument("--rows", type=int, default=6, help="of each field")
+    parser.add_argument("--fields", nargs="+", default=["json", "math", "shell", *ANSWERED_BY_THE_AVERAGE])
     parser.add_argument("--thought-tokens", type=int, default=24)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         files = write_rows(Path(folder), given.rows)
-        pairs = [f"{name}={file}" for name, file in files.items()]
+        pairs = [f"{name}={file}" for name, file in files.items() if name in given.fields]
         votes = [word for count in VOTES for word in ("--votes", str(count))]
         command = ["stages", given.bundle, *pairs, *votes, "--thought-tokens", str(given.thought_tokens)]
         command += ["--max-new-tokens", "24", "--no-chat", "--no-save"]
