@@ -32,11 +32,12 @@ def quantize(
 ) -> None:
     """Store a bundle's base in 8 or 4 bits, residuals as they are; what that costs is measured."""
     from ..export import quantize_bundle
-    from .console import hush_libraries, out, print_json, say, size
+    from .console import hush_libraries, out, print_json, size, tell, waiting
 
     hush_libraries()
     read = read_pairs(prompts, "NAME=FILE") if prompts else None
-    made = quantize_bundle(bundle, output, base=base, prompts=read, limit=limit, device=device)
+    with waiting(f"writing {output}, and measuring what it costs", quiet or as_json):
+        made = quantize_bundle(bundle, output, base=base, prompts=read, limit=limit, device=device)
     if as_json:
         print_json(made.to_json())
     elif not quiet:
@@ -46,7 +47,7 @@ def quantize(
         for name, cost in made.costs.items():
             table.add_row(name, f"{cost.kl:.2g}", f"{cost.same_token:.1%}", str(cost.tokens))
         out.print(table)
-        say(
+        tell(
             f"{output}: {size(made.after.total)}, {made.after.total / made.after.one_model:.2f} times one model "
             f"(before {size(made.before.total)}); base in {base}, residuals as they were"
         )
