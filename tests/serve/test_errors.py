@@ -69,7 +69,7 @@ def test_a_method_that_a_route_has_not_is_405_with_or_without_a_body(server: Ser
 
 def test_a_field_that_asks_for_nothing_is_taken(server: Server) -> None:
     harmless = {"min_tokens": 0, "length_penalty": 1, "use_beam_search": False, "stop_token_ids": [], "n": 1,
-                "verbosity": "low", "skip_special_tokens": True, "priority": 3, "request_id": "a",
-                "best_of": 1}  # fmt: skip
+                "verbosity": "low", "skip_special_tokens": True, "priority": 3,
+                "request_id": "a", "best_of": 1}  # fmt: skip
     body = {"model": "e0", "prompt": "w5", "max_tokens": 2} | harmless
     assert httpx2.post(f"{server.url}/v1/completions", json=body, headers=AUTH).status_code == 200
