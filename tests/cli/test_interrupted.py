@@ -45,6 +45,17 @@ def test_ctrl_c_names_the_command_that_goes_on_and_that_ends_with_the_same_bytes
         assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
+def test_ctrl_c_before_a_verb_has_begun_is_a_word_and_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("polymerge.cli.main.app", stopped)
+    assert run(["plan", "a=./a", "b=./b"], monkeypatch) == STOPPED
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_ctrl_c_before_the_first_tensor_says_that_nothing_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ from .eval import eval
 from .export import export
 from .generate import generate
 from .inspect import inspect
+from .interrupted import STOPPED
 from .merge import merge
 from .plan import plan
 from .pull import pull
@@ -75,6 +76,9 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app()
+    except KeyboardInterrupt:  # before a verb had begun
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(STOPPED) from None
     except PolymergeError as error:
         print(f"polymerge: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
