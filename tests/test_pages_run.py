@@ -87,6 +87,7 @@ STANDS_FOR = {
     "your-org/llama-3-8b-code@v2": "./llama-3-8b-code",
     "org/c": "./c",
     "DIR": "data",
+    "1.1x": "2x",  # norms are most of what experts of tiny models keep
 }
 MADE_SHORT = {"polymerge search": ["--trials", "2"], "polymerge sweep": ["--rates", "0.9,0.95", "--codes", "int4"]}
 BEFORE = {"eval.md": ["polymerge router fit bundle --data data"]}  # what a page takes for done
