@@ -56,6 +56,26 @@ def test_ctrl_c_before_the_first_tensor_says_that_nothing_is_there(
     assert "before the first tensor" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_ctrl_c_while_the_bundle_is_measured_says_that_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = make_experts("llama", tmp_path, count=2)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "w3 w4"}\n')
+    words = [f"{name}={path}" for name, path in made.items()]
+    words += [f"--prompts={name}={tmp_path / 'p.jsonl'}" for name in made]
+
+    def stopped(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("polymerge.search.merge.agreements", stopped)
+    monkeypatch.setattr("polymerge.search.merge.run_originals", lambda *args: None)
+    monkeypatch.setattr("polymerge.search.merge.check_examples", lambda *args: None)
+    assert run(["merge", *words, "-o", str(tmp_path / "b")], monkeypatch) == STOPPED
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'b'} is whole" in said and "--resume" not in said
+    assert run(["verify", str(tmp_path / "b")], monkeypatch) == 0
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_ctrl_c_while_an_expert_is_added_says_whether_it_is_in(
     late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -73,21 +73,23 @@ def say(text: str) -> None:
     out.print(text, markup=False, soft_wrap=True)
 
 
-def tell(text: str, indent: int = 2) -> None:
+def tell(text: str, indent: int = 2, to: Console | None = None) -> None:
     """A sentence of results: in a terminal it is broken between words, never inside one or before a unit.
 
     Args:
         indent: spaces before its further lines.
+        to: by default standard output.
     """
-    if not out.is_terminal:
-        say(text.replace("\N{NO-BREAK SPACE}", " "))
+    to = to or out
+    if not to.is_terminal:
+        to.print(text.replace("\N{NO-BREAK SPACE}", " "), markup=False, soft_wrap=True)
         return
     whole = _BEFORE_A_UNIT.sub("\N{NO-BREAK SPACE}", text)
     further = " " * indent
     for line in textwrap.wrap(
-        whole, out.width, subsequent_indent=further, break_long_words=False, break_on_hyphens=False
+        whole, to.width, subsequent_indent=further, break_long_words=False, break_on_hyphens=False
     ):
-        say(line.replace("\N{NO-BREAK SPACE}", " "))
+        to.print(line.replace("\N{NO-BREAK SPACE}", " "), markup=False, soft_wrap=True)
 
 
 def over(line: str, *, last: bool) -> None:

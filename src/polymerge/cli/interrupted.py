@@ -70,12 +70,15 @@ def interruptible(output: Path, progress: OnProgress | None) -> Iterator[OnProgr
 
 
 def _stopped(output: Path, last: Progress | None) -> list[str]:
-    from ..bundle.place import settled, work_folder
+    from ..bundle.place import mark_of, settled, work_folder
 
     if last is None:
         return ["interrupted before the first tensor was done; nothing was written"]
+    work = work_folder(settled(output))
+    if mark_of(work) is None:  # it has become the bundle
+        return [f"interrupted after the merge: {output} is whole, and nothing but its measuring was left out"]
     words = [word for word in sys.argv[1:] if word != "--resume"]
     return [
-        f"interrupted: {last.done / last.total:.0%} of the tensors are done and lie in {work_folder(settled(output))}",
+        f"interrupted: {last.done / last.total:.0%} of the tensors are done and lie in {work}",
         f"go on: {shlex.join(['polymerge', *words, '--resume'])}",
     ]

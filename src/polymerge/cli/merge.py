@@ -74,7 +74,7 @@ def merge(
     """Merge the recipe's experts into one bundle."""
     from ..bundle.inspect import inspect_bundle
     from ..search.merge import merge as run
-    from .console import err, hush_libraries, merge_progress, out, print_json, waiting
+    from .console import err, hush_libraries, merge_progress, out, print_json, tell, waiting
     from .interrupted import half_done_work, interruptible
     from .verdicts import print_measured, print_verdicts
 
@@ -89,7 +89,7 @@ def merge(
         plans.append(plan)
         for note in (*plan.notes, *plan.personas.hints):
             if not quiet:
-                err.print(f"note: {note}", markup=False)
+                tell(f"note: {note}", to=err)
 
     def say(text: str) -> None:
         if not (quiet or as_json):

@@ -25,8 +25,9 @@ from ..sources.packed import PackedCheckpoint
 from .assignment import Assignment
 from .base_weights import BaseWeights
 from .divergence import divergence, in_words, log_probabilities
+from .holders import Placed
 from .mixed import MixedModel
-from .placing import CodedPlacer, FusedPlacer, Placed, Placer
+from .placing import CodedPlacer, FusedPlacer, Placer
 from .positions import place_positions
 from .quantised import Base, check_base, hold_packed, quantization_config
 from .sampled import check_layers
@@ -60,10 +61,10 @@ def load_model(
             cannot be used a layer's factors are decoded whenever it is run, and a warning says why. An entropy coder's
             are decoded all the same, which a warning says too.
         base: a bundle whose base is stored in `int8` (`polymerge quantize`) is held so with `int8`, and with `16bit` as
-            the numbers that it stands for. Of any other, `int8`, `nf4`, `int4` or `fp8` holds the average's linear
-            layers quantised, by transformers and the libraries of the extra `quantized`; embeddings, heads and
-            residuals stay as they are. How far that moves the answers is measured against the 16-bit bundle, which is
-            loaded first, and logged.
+            the numbers that it stands for; one in `int4` in this way alone. Of any other, `int8`, `nf4`, `int4` or
+            `fp8` holds the average's linear layers quantised, by transformers and the libraries of the extra
+            `quantized`; embeddings, heads and residuals stay as they are. How far that moves the answers is measured
+            against the 16-bit bundle, which is loaded first, and logged.
         beside: a model of the same average, with other experts: its weights of the average are this one's too, in one
             copy, where device, dtype and the way to hold them are the same. What is read are the experts' files.
 
@@ -77,8 +78,9 @@ def load_model(
     place = pick_device(device)
     check_base(base, place)
     stored = bundle.manifest.base_code
-    if stored is not None and base not in ("16bit", stored):
-        raise ModelError(f"{bundle.path}: its base is stored in {stored}; load it with base {stored}, or 16bit")
+    held = ("int8", "16bit") if stored == "int8" else ("16bit",)
+    if stored is not None and base not in held:
+        raise ModelError(f"{bundle.path}: its base is stored in {stored}; load it with base {', or '.join(held)}")
     with steady(bundle):
         exact = None if base in ("16bit", stored) else _exact(bundle, place, dtype, trust_remote_code)
         model = _loaded(bundle, place, dtype, trust_remote_code, residuals, base, beside)
@@ -97,8 +99,10 @@ def held_as(name: str) -> str:
     return name
 
 
-def _packed_layers(bundle: Bundle, packed: PackedCheckpoint) -> list[BundleLayer]:
-    return [layer for layer in bundle.manifest.layers if packed.is_packed(layer.tensor)]
+def _packed_layers(bundle: Bundle, packed: PackedCheckpoint, hf: nn.Module) -> list[BundleLayer]:
+    """Those that are a layer of the model; what is run with others in one tensor is held as what it stands for."""
+    modules = dict(hf.named_modules())
+    return [layer for layer in bundle.manifest.layers if packed.is_packed(layer.tensor) and layer.module in modules]
 
 
 def _exact(
@@ -137,7 +141,7 @@ def _loaded(
         hf = _opened(bundle, packed, chosen, quantised, trust_remote_code=trust_remote_code)
     hf.eval().requires_grad_(False)
     if packed is not None and base != "16bit":
-        hold_packed(hf, {x.module: packed.numbers(x.tensor) for x in _packed_layers(bundle, packed)}, chosen)
+        hold_packed(hf, {x.module: packed.numbers(x.tensor) for x in _packed_layers(bundle, packed, hf)}, chosen)
     if not quantised:  # which is there already, and must not be moved
         hf.to(place)
     trial = Trial(hf)

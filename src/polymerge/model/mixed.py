@@ -20,7 +20,7 @@ from .step import FixedStep
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle
     from .base_weights import BaseWeights
-    from .placing import Placed
+    from .holders import Placed
     from .vocabulary import Vocabularies
 
 

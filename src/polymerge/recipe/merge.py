@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias, TypedDict, TypeVar, Unpack
 
@@ -240,6 +241,9 @@ def _loaded(source: RecipeLike) -> Recipe:
         return source
     if isinstance(source, Mapping):
         return validated(Recipe, _with_experts(source), where="recipe", lines={})
+    if not isinstance(source, str | PathLike):
+        kind = type(source).__name__
+        raise RecipeError(f"recipe: give a YAML file, or a mapping of names to experts; a {kind} has no names")
     path = Path(source)
     data, lines = read_yaml(path)
     recipe = validated(Recipe, data, where=str(path), lines=lines)
