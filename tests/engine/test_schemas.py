@@ -8,7 +8,7 @@ import pytest
 
 from polymerge.engine.grammar import has_form
 from polymerge.engine.schemas import blamed, inexact
-from polymerge.engine.structure import json_structure
+from polymerge.engine.structure import calls_structure, json_structure
 from polymerge.errors import ModelError
 
 FITS = {
@@ -77,6 +77,12 @@ def test_a_refusal_names_the_keyword(schema: dict[str, Any], named: str) -> None
     with pytest.raises(ModelError) as refused:
         has_form(json_structure(schema, "response_format"), "{}")
     assert str(refused.value).startswith("response_format: ") and named in str(refused.value)
+
+
+def test_a_refused_tool_names_the_keyword() -> None:
+    pay = {"type": "object", "properties": {"a": {"type": "string", "pattern": "("}}}
+    with pytest.raises(ModelError, match=r"tools: the keyword pattern \(#/properties/a/pattern\)"):
+        has_form(calls_structure("", pay, "", several=False), "{}")
 
 
 def test_data_and_names_of_properties_are_no_keywords() -> None:

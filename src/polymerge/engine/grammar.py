@@ -214,7 +214,7 @@ def _refused(structure: Structure, reason: str) -> ModelError:
         return ModelError(f"{structure.name}: the keyword {unknown[1]} cannot be held exactly; leave it out")
     if "Resource '" in reason:
         return ModelError(f"{structure.name}: the keyword $ref refers to another place: {_short(reason)}")
-    to_blame = _blamed(structure) if structure.kind == "json" and len(structure.text) < LONGEST_BLAMED else None
+    to_blame = _blamed(structure) if len(structure.text) < LONGEST_BLAMED else None
     if to_blame:
         keyword, place = to_blame
         return ModelError(f"{structure.name}: the keyword {keyword} ({place}) cannot be held: {_short(reason)}")
@@ -222,21 +222,26 @@ def _refused(structure: Structure, reason: str) -> ModelError:
 
 
 def _blamed(structure: Structure) -> tuple[str, str] | None:
+    """The keyword of its schema, or of its calls', as `blamed` has it."""
     from llguidance import LLMatcher, LLTokenizer
 
+    if structure.kind not in ("json", "calls"):
+        return None
     tokenizer = LLTokenizer("byte")
 
     def compiles(schema: Any) -> bool:
         try:
-            matcher = LLMatcher(tokenizer, _grammar(Structure("json", json.dumps(schema)), None), log_level=0)
+            alone = Structure("json", json.dumps(schema))
+            matcher = LLMatcher(tokenizer, _grammar(alone, None), log_level=0)
         except ValueError:
             return False
-        return not matcher.is_error() and not _is_endless(structure, matcher)
+        return not matcher.is_error() and not _is_endless(alone, matcher)
 
     try:
-        return blamed(json.loads(structure.text), compiles)
+        said = json.loads(structure.text)
     except ValueError:  # it is no JSON
         return None
+    return blamed(said["schema"] if structure.kind == "calls" else said, compiles)
 
 
 def _short(reason: str) -> str:
