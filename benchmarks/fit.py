@@ -150,7 +150,7 @@ def main() -> None:
         table.add_row(
             *(f"{v / 1e9:.2f} GB" if isinstance(v, float | int) and v > 1e6 else f"{v}" for v in row.values())
         )
-    Console().print(table)
+    Console(width=110).print(table)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -1,9 +1,10 @@
-"""A bundle whose base is in 8 bits: bytes on disk and in memory, and how far every expert is from its original.
+"""A bundle whose base is in fewer bits: bytes on disk and in memory, and how far every expert is from its original.
 
     python benchmarks/quantised.py --bundle BUNDLE                    # its experts' sources must still be there
     python benchmarks/quantised.py --bundle BUNDLE --gguf             # and llama.cpp's q8_0 (extra llamacpp)
 
-Held-out requests are the demo's, or `--data FOLDER` with NAME/test.jsonl for every expert. Every original is run by
+Held-out requests are the demo's, or `--data FOLDER` with NAME/test.jsonl for every expert; GPTQ is calibrated with
+every second one of `--calibrate` training rows (NAME/train.jsonl), which are none of these. Every original is run by
 transformers; compared are the tokens of answers. Bytes are in units of one 16-bit model. In a GGUF llama.cpp itself is
 asked, over fewer tokens, so its 16-bit line is measured on the same ones.
 """
@@ -26,6 +27,7 @@ from polymerge import Bundle, export_gguf, load_model, quantize_bundle
 from polymerge.cli.console import hush_libraries
 from polymerge.demo.run import DemoSettings, load_skills
 from polymerge.export.gguf.measure import measure_served
+from polymerge.export.packing import BASE_WAYS
 from polymerge.model.mixed import MixedModel
 from polymerge.search.agreement import Reference
 from polymerge.search.examples import Example, read_examples
@@ -45,11 +47,13 @@ class Line:
         return sum(self.experts.values()) / len(self.experts)
 
 
-def examples_of(bundle: Bundle, data: Path | None, limit: int) -> dict[str, Sequence[Example]]:
+def examples_of(bundle: Bundle, data: Path | None, split: str, limit: int) -> dict[str, Sequence[Example]]:
+    """Of the split `train` or `test`."""
     if data is not None:
-        return {name: read_examples(data / name / "test.jsonl", limit) for name in bundle.experts}
+        return {name: read_examples(data / name / f"{split}.jsonl", limit) for name in bundle.experts}
     skills = {skill.name: skill for skill in load_skills(DemoSettings(output=Path()))}
-    return {name: [Example(e.prompt, e.answer) for e in skills[name].test[:limit]] for name in bundle.experts}
+    rows = {name: getattr(skills[name], split)[:limit] for name in bundle.experts}
+    return {name: [Example(e.prompt, e.answer) for e in of_skill] for name, of_skill in rows.items()}
 
 
 def held_bytes(model: MixedModel) -> int:
@@ -123,21 +127,25 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--data", type=Path, help="with NAME/test.jsonl for every expert")
     parser.add_argument("--limit", type=int, default=24, help="held-out requests of each expert")
+    parser.add_argument("--bases", nargs="+", choices=list(BASE_WAYS), default=list(BASE_WAYS), help="that are stored")
+    parser.add_argument("--calibrate", type=int, default=128, help="training requests of each expert for GPTQ")
     parser.add_argument("--gguf", action="store_true", help="llama.cpp's f16 and q8_0 too")
     parser.add_argument("--no-int8", action="store_true", help="not the base in 8 bits in memory, which needs torchao")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     hush_libraries()
     bundle = Bundle.open(options.bundle)
-    examples, one = examples_of(bundle, options.data, options.limit), bundle.sizes().one_model
+    examples, one = examples_of(bundle, options.data, "test", options.limit), bundle.sizes().one_model
+    training = examples_of(bundle, options.data, "train", options.calibrate)
     sources = {name: record.source for name, record in bundle.manifest.experts.items()}
     references = {name: Reference(source, examples[name]) for name, source in sources.items()}
     with tempfile.TemporaryDirectory() as folder:
         lines = [line_of(f"{bundle.manifest.dtype}", bundle, references, one, "16bit")]
-        small = quantize_bundle(bundle, Path(folder) / "int8").bundle
-        lines.append(line_of("int8, stored", small, references, one, "16bit"))
-        if not options.no_int8:
-            lines.append(line_of("int8, stored and held", small, references, one, "int8"))
+        for base in options.bases:
+            small = quantize_bundle(bundle, Path(folder) / base, base=base, prompts=training).bundle
+            lines.append(line_of(f"{base}, stored", small, references, one, "16bit"))
+            if small.manifest.base_code == "int8" and not options.no_int8:
+                lines.append(line_of(f"{base}, stored and held", small, references, one, "int8"))
         if options.gguf:
             lines += gguf_lines(bundle, examples, one, Path(folder))
     show(lines, Console(width=140))

@@ -46,7 +46,7 @@ VLLM = "needs vLLM; `pytest -m vllm` starts it"
 CLUSTER = "needs the machines of a cluster; `pytest -m ray` has one on this machine"
 HUB = "needs a model hub; tests/hub has a stand-in"
 BENCHMARK = "a benchmark of minutes or hours; tests/benchmarks and the page's own figures"
-MADE = "the average writes the samples, and a random one writes no text; tests/router/test_described.py"
+UNLIKE = "models made at random are so far from each other that no rate reaches it; tests/search/test_find.py"
 DATA = "trains models on data that is not in the repository"
 NOT_RUN = {
     "make demo": "minutes of training; CI runs it",
@@ -61,10 +61,8 @@ NOT_RUN = {
     "polymerge push": HUB,
     "polymerge generate your-org/bundle": HUB,
     "polymerge eval bundle --tasks gsm8k": "tasks whose data a hub has; tests/evaluate has local ones",
-    "polymerge eval bundle --tasks my_task": "a task file of a user's own; tests/evaluate/test_run.py has one",
-    "polymerge merge recipe.yaml -o bundle --target": "random models are right on nothing; tests/search/test_find.py",
-    "polymerge router fit bundle  ": MADE,
-    "polymerge router fit bundle --describe": MADE,
+    "polymerge merge recipe.yaml -o bundle --target kl": UNLIKE,
+    "polymerge merge recipe.yaml -o bundle --target accuracy": UNLIKE,
     "python benchmarks/": BENCHMARK,
     "locust": "loads a server with another's tool, in an environment of its own",
     "python - >": "writes the prompts of locust",
@@ -128,6 +126,13 @@ def _open(text: str) -> bool:
     return text.endswith("\\")
 
 
+def inline_of(page: Path) -> list[str]:
+    """The commands inside the page's sentences. A verb's name alone is none, nor are its options alone."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    quoted = [" ".join(words.split()) for words in re.findall(r"`(polymerge [^`]+)`", text)]
+    return [command for command in quoted if len(command.split()) > 2 and not command.split()[2].startswith("-")]
+
+
 def reason_of(command: str) -> str | None:
     plain = re.sub(r"^(?:(?:PYTHONPATH|OMP_NUM_THREADS)=\S+ )+", "", command)
     return next((beginning for beginning in NOT_RUN if plain.startswith(beginning)), None)
@@ -161,7 +166,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     made = make_experts("llama", folder / "made", count=2, config=config)
-    called = ("math", "m", "llama-3-8b-math", "thinker"), ("code", "c", "json", "llama-3-8b-code")
+    called = ("math", "m", "llama-3-8b-math", "thinker"), ("code", "c", "json", "llama-3-8b-code", "llama-3-8b-law")
     for path, names in zip(made.values(), called, strict=True):
         tokenizer.save_pretrained(path)
         # nearly every token ends an answer: random models would go on to the last
@@ -178,6 +183,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / place / name).mkdir(parents=True)
             for file, start, count in (("train", 0, 24), ("validation", 100, 12), ("test", 200, 4)):
                 (folder / place / name / f"{file}.jsonl").write_text(rows_of(name, start, count))
+    (folder / "my-tasks").mkdir()
+    (folder / "my-tasks" / "my_task.yaml").write_text(
+        "task: my_task\ndataset_path: json\ntest_split: test\noutput_type: multiple_choice\n"
+        f"dataset_kwargs: {{data_files: {{test: {folder / 'choices.jsonl'}}}}}\n"
+        "doc_to_text: '{{prompt}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: '{{choices.index(answer)}}'\n"
+        "metric_list: [{metric: acc}]\n"
+    )
+    (folder / "choices.jsonl").write_text('{"prompt": "1 plus 1", "answer": "2", "choices": ["2", "3"]}\n' * 2)
     (folder / "validation").mkdir()
     for file in ("math", "prompts", "rows", "shots", "validation/math"):
         (folder / f"{file}.jsonl").write_text(rows_of("math", 300, 2))
@@ -242,7 +255,8 @@ def _clear(words: list[str]) -> None:
     """What a command is to make is not there yet."""
     for flag, value in itertools.pairwise(words):
         if flag in ("-o", "--output", "--html"):
-            shutil.rmtree(value) if Path(value).is_dir() else Path(value).unlink(missing_ok=True)
+            folder = Path(value).is_dir() and not Path(value).is_symlink()
+            shutil.rmtree(value) if folder else Path(value).unlink(missing_ok=True)
 
 
 RUN = [page for page in PAGES if runnable(page)]
@@ -257,7 +271,20 @@ def test_the_blocks_of_a_page_run(
     folder = shutil.copytree(world, tmp_path / "here", symlinks=True)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(opening, "DEFAULT_THINKER", str(folder / "thinker"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     for command in [*BEFORE.get(page.name, []), *runnable(page)]:
+        run(command)
+
+
+def test_the_commands_inside_the_guides_sentences_run(
+    world: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shutil.copytree(world, tmp_path / "here", symlinks=True))
+    commands = [command for command in inline_of(ROOT / "docs" / "guide.md") if reason_of(command) is None]
+    assert len(commands) >= 8 and {"plan", "merge", "inspect", "verify", "export", "add", "remove"} == {
+        command.split()[1] for command in commands
+    }
+    for command in commands:
         run(command)
 
 

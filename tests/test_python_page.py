@@ -4,12 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import polymerge
 from polymerge.engine.base import Generation
-from polymerge.errors import SourceError
+from polymerge.errors import RecipeError, SourceError
 from polymerge.router.route import Neighbour, Route
 from tests.tiny import ARCHITECTURES, COMMON, make_experts, tiny_tokenizer
 
@@ -67,6 +68,19 @@ def test_a_peft_model_is_its_adapter_and_one_without_a_named_base_is_refused(
     with pytest.raises(SourceError, match=r"expert 'b': its adapter's base was made in memory"):
         polymerge.merge({"a": str(folders["math"]), "b": nameless}, tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_what_is_in_memory_and_no_model_is_refused_by_name(tmp_path: Path) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**COMMON))
+    for given, said in (
+        (model.state_dict(), "expert 'a': weights alone do not say their architecture; give the model that has them"),
+        (torch.nn.Linear(2, 2), "expert 'a': a Linear is neither a transformers model nor PEFT's"),
+    ):
+        with pytest.raises(SourceError, match=re.escape(said)):
+            polymerge.merge({"a": given, "b": model}, tmp_path / "b")
+    with pytest.raises(RecipeError, match="give a YAML file, or a mapping of names to experts; a list has no names"):
+        polymerge.merge([model, model], tmp_path / "b")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_notebook_shows_is_short_and_escaped(folders: dict[str, Path], tmp_path: Path) -> None:

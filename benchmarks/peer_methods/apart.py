@@ -17,8 +17,8 @@ from scipy.stats import norm
 from torch import Tensor
 
 from peer_methods.deltas import Coded, Delta
-from peer_methods.gptq import gptq
 from peer_methods.grids import grid, packed_bytes, vector_bits
+from polymerge.method.gptq import gptq
 
 GPTQ_BITS = 4
 NF4_BLOCK, NF4_SCALES = 64, 256

@@ -6,7 +6,8 @@ then U for the inputs that the rounded S V^T gives; singular values in 16 bits. 
 the delta's 16 bits, which does not count scales; they are counted here.
 
 Otherwise than there: groups lie along singular vectors for U too, ranges are searched for the least error (with plain
-minima and maxima two bits are much worse), and see `gptq` on the calibration. Its inference reads the packed vectors.
+minima and maxima two bits are much worse), and see `peer_methods.gptq` on the calibration. Its inference reads the
+packed vectors.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 
 from peer_methods.deltas import Coded, Delta, factor_bytes, largest
-from peer_methods.gptq import Moments, gptq
 from peer_methods.grids import SCALE_BITS, grid, packed_bytes, vector_bits
+from polymerge.method.gptq import Moments, gptq
 
 WIDTHS = ((2, 8), (32, 3))
 REST = 2

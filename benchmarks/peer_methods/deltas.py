@@ -15,12 +15,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from peer_methods.gptq import Moments, input_moments
+from peer_methods.gptq import input_moments
 from peer_methods.served import load_shared
 from peer_methods.task import Task, save_tensors
 from polymerge.demo.skills import SkillExample
 from polymerge.demo.train import encode, padded
 from polymerge.host import pick_device
+from polymerge.method.gptq import Moments
 from polymerge.method.rsvd import rank_for_rate
 from polymerge.sources.checkpoint import Checkpoint
 

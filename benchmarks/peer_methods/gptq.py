@@ -1,62 +1,20 @@
-"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): columns are rounded one after the other, and those that are still to
-come make good what the inputs notice of it.
+"""Inputs of an expert's layers, for peers that calibrate with GPTQ (Frantar et al. 2022, arXiv 2210.17323).
 
-From the paper, with its settings: columns by falling second moment (act-order), damping of 1%, blocks of 128 columns.
-Second moments of inputs are collected in one pass of the unquantised expert over training requests and answers, where
-the published code quantises layer by layer and feeds the next one what the quantised ones give. The delta papers
-calibrate on general text (Delta-CoMe's repository on C4): an expert's own requests are nearer to what it is asked.
+The rounding is `polymerge.method.gptq`, in the paper's settings. Second moments of inputs are collected in one pass of
+the unquantised expert over training requests and answers, where the published code quantises layer by layer and feeds
+the next one what the quantised ones give. The delta papers calibrate on general text (Delta-CoMe's repository on C4):
+an expert's own requests are nearer to what it is asked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peer_methods.grids import Grid
-
-DAMPING, BLOCK = 0.01, 128
-
-
-class Moments:
-    """E[x x^T] of a layer's inputs, [in, in], and what GPTQ makes of it whatever it rounds."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-
-    @cached_property
-    def order(self) -> Tensor:
-        """Inputs by falling second moment."""
-        return self.matrix.diagonal().argsort(descending=True)
-
-    @cached_property
-    def factor(self) -> Tensor:
-        """The upper Cholesky factor of the inverse, damped and in order."""
-        damped = self.matrix[self.order][:, self.order].double()
-        damped.diagonal().add_(DAMPING * damped.diagonal().mean().clamp(min=1e-12))
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
-        return upper.float()
-
-
-def gptq(weight: Tensor, moments: Moments, levels: Grid) -> Tensor:
-    """weight [out, in] -> the rounded weight, every number on its grid."""
-    factor, columns = moments.factor, levels.T  # rows lie together in memory, columns do not
-    columns, work = columns[moments.order].contiguous(), weight.T[moments.order].contiguous()  # [in, out]
-    rounded = torch.empty_like(work)
-    for first in range(0, len(work), BLOCK):
-        last = min(first + BLOCK, len(work))
-        errors = torch.empty_like(work[first:last])
-        for column in range(first, last):
-            rounded[column] = columns[column].round(work[column])
-            error = (work[column] - rounded[column]) / factor[column, column]
-            work[column:last].addr_(factor[column, column:last], error, alpha=-1)
-            errors[column - first] = error
-        work[last:] -= factor[first:last, last:].T @ errors
-    return rounded[moments.order.argsort()].T
+from polymerge.method.gptq import Moments
 
 
 @torch.no_grad()

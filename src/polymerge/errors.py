@@ -128,4 +128,5 @@ def first_problem(error: ValidationError) -> str:
     """The first of pydantic's problems as one line, behind the key that it is about where it is about one."""
     first = error.errors()[0]
     key = on_one_line(".".join(str(part) for part in first["loc"]))
-    return f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}"
+    said = "is missing" if first["type"] == "missing" else first["msg"].removeprefix("Value error, ")
+    return f"{key + ': ' if key else ''}{said}"

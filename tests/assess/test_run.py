@@ -154,7 +154,7 @@ def test_a_task_that_fails_leaves_the_others(checkpoints: Checkpoints, data: Pat
 def test_a_bad_data_set_stops_everything_before_a_model_is_loaded(checkpoints: Checkpoints, data: Path) -> None:
     runner = Scripted()
     (data / "sums" / "test.jsonl").write_text('{"prompt": "x"}\n')
-    with pytest.raises(DataError, match="line 1: answer: Field required"):
+    with pytest.raises(DataError, match="line 1: answer: is missing"):
         run(checkpoints, data, runner)
     assert not runner.jobs
 

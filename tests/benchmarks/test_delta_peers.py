@@ -14,7 +14,7 @@ from peer_methods import apart
 from peer_methods.deltacome import delta_come
 from peer_methods.deltas import Coded, Delta
 from peer_methods.dqrelo import bit_delta, d_qrelo
-from peer_methods.gptq import Moments, gptq, input_moments
+from peer_methods.gptq import input_moments
 from peer_methods.grids import GROUP, grid, packed_bytes, vector_bits
 from peer_methods.impart import DROPPED_WHOLE, im_part, shares
 from peer_methods.loraquant import lora_quant
@@ -26,6 +26,7 @@ from peer_methods.sizes import bundle_sizes, in_half
 from peer_methods.task import Task
 from polymerge import load_model
 from polymerge.demo.skills import Skill, SkillExample
+from polymerge.method.gptq import Moments, gptq
 from polymerge.search.agreement import ExampleAgreement
 from tests.conftest import Merged
 

@@ -79,3 +79,29 @@ def test_the_harness_asks_no_git(
     with _no_git():
         assert evaluator.get_git_commit_hash() is None
     assert evaluator.get_git_commit_hash is asked and capfd.readouterr().err == ""
+
+
+def test_a_sentence_is_broken_between_words_in_a_terminal_and_not_in_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (
+        f"math: may not answer as before: rank is short in {'k_proj, ' * 6}v_proj and /a/{'long-path' * 9} of 12.5 MB"
+    )
+    for terminal in (False, True):
+        made = Console(highlight=False, width=80, force_terminal=terminal)
+        monkeypatch.setattr(console, "out", made)
+        console.tell(text)
+    piped, *shown = capsys.readouterr().out.splitlines()
+    assert piped == text and " ".join(line.strip() for line in shown) == text
+    assert all(len(line) <= 80 or "/" in line for line in shown) and all(line.startswith("  ") for line in shown[1:])
+    assert not any(line.endswith("12.5") for line in shown)
+
+
+def test_a_line_that_is_written_over_is_never_wider_than_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "err", Console(stderr=True, highlight=False, width=80, force_terminal=True))
+    console.over("answers: 32 of 807 rows, " * 8, last=False)
+    console.over("done", last=True)
+    first, second = capsys.readouterr().err.removesuffix("\n").split("\r")
+    assert len(first) == len(second) == 79 and first.endswith("…") and second.strip() == "done"

@@ -54,3 +54,51 @@ def test_ctrl_c_before_the_first_tensor_says_that_nothing_is_there(
     monkeypatch.setattr("polymerge.search.merge.merge", stopped)
     assert run(["merge", "a=./a", "b=./b", "-o", str(tmp_path / "b")], monkeypatch) == STOPPED
     assert "before the first tensor" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_while_the_bundle_is_measured_says_that_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = make_experts("llama", tmp_path, count=2)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "w3 w4"}\n')
+    words = [f"{name}={path}" for name, path in made.items()]
+    words += [f"--prompts={name}={tmp_path / 'p.jsonl'}" for name in made]
+
+    def stopped(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("polymerge.search.merge.agreements", stopped)
+    monkeypatch.setattr("polymerge.search.merge.run_originals", lambda *args: None)
+    monkeypatch.setattr("polymerge.search.merge.check_examples", lambda *args: None)
+    assert run(["merge", *words, "-o", str(tmp_path / "b")], monkeypatch) == STOPPED
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'b'} is whole" in said and "--resume" not in said
+    assert run(["verify", str(tmp_path / "b")], monkeypatch) == 0
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_ctrl_c_while_an_expert_is_added_says_whether_it_is_in(
+    late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experts = [f"{name}={path}" for name, path in make_experts("llama", tmp_path).items()]
+    assert run(["merge", *experts[:2], "-o", str(tmp_path / "b"), "-q"], monkeypatch) == 0
+
+    def stopped(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    before = (tmp_path / "b" / "polymerge.json").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(f"polymerge.merging.grow.{'_assess' if late else '_finish'}", stopped)
+        assert run(["add", str(tmp_path / "b"), f"more={tmp_path / 'llama-0-1'}"], patched) == STOPPED
+    said = capsys.readouterr().err
+    if late:
+        assert "more was added before that" in said
+    else:
+        assert "it is as it was; the same command begins anew" in said
+        assert (tmp_path / "b" / "polymerge.json").read_bytes() == before
+        assert run(["add", str(tmp_path / "b"), f"more={tmp_path / 'llama-0-1'}"], monkeypatch) == 0
+    assert run(["verify", str(tmp_path / "b")], monkeypatch) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr("polymerge.merging.grow.hand_over", stopped)
+        assert run(["remove", str(tmp_path / "b"), "more"], patched) == STOPPED
+    assert "it is as it was" in capsys.readouterr().err

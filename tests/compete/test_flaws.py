@@ -64,6 +64,16 @@ def test_an_empty_target_is_no_target(tmp_path: Path) -> None:
     assert [row.target for row in read_table(file).good] == [None, None, "yes"]
 
 
+def test_it_is_said_how_many_rows_the_scores_are_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "in.csv"
+    file.write_text("id,input,eval_type,answer_choices,target\n1,q,generation,,yes\n2,q,generation,, \n")
+    used = Pipeline(ScriptedEngine(lambda prompt, expert: "yes"), chat=False)
+    summary = compete(used, file, tmp_path / "out.csv")
+    print_summary(summary, 64)
+    assert summary.scores["rouge1"] == 1.0  # the row without a target draws nothing down
+    assert "(scores are means over the rows with a target: 1 of 2)" in capsys.readouterr().out
+
+
 def test_examples_and_a_system_text_are_turns_of_a_chat_or_text_before_the_text(tmp_path: Path) -> None:
     file = tmp_path / "shots.jsonl"
     file.write_text('{"prompt": "1+1", "answer": "2"}\n')

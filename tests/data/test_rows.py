@@ -160,8 +160,8 @@ def test_rows_keep_their_order_and_a_limit_takes_the_first(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "q"}, "answer: Field required"),
-        ({"answer": "a"}, "prompt: Field required"),
+        ({"prompt": "q"}, "answer: is missing"),
+        ({"answer": "a"}, "prompt: is missing"),
         ({"prompt": "q", "answer": None}, "answer: Input should be a valid string"),
         ({"prompt": "q", "answer": True}, "answer: Input should be a valid string"),
         ({"prompt": "q", "answer": ["a"]}, "answer: Input should be a valid string"),
@@ -200,7 +200,7 @@ def test_no_answer_no_choices_and_no_final_are_none(tmp_path: Path) -> None:
     assert read_all(ExampleRow, file) == [ExampleRow(prompt="q")]
     assert [e.answer for e in read_examples(file)] == [""] and [p.answer for p in read_prompts(file)] == [None]
     assert [s.answer for s in read_fields(written(tmp_path / "d/f/test.jsonl", nothing).parents[1], "test")] == [""]
-    file = written(tmp_path / "b.jsonl", {"prompt": "q", "answer": "a", "choices": [], "final": None})
+    file = written(tmp_path / "b.jsonl", {"prompt": "q", "answer": "a", "choices": None, "final": None})
     assert (read_all(AnsweredRow, file)[0].choices, read_all(AnsweredRow, file)[0].final) == (None, None)
 
 

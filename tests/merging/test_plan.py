@@ -16,6 +16,7 @@ from safetensors import safe_open
 from polymerge import load_recipe, merge, plan_merge
 from polymerge.errors import SourceError
 from polymerge.merging.plan import MergePlan, replanned
+from polymerge.sources.opening import open_checkpoint
 from tests.conftest import Merged
 from tests.tiny import ARCHITECTURES, make_experts
 
@@ -174,3 +175,22 @@ def test_the_plan_of_llama_3_8b_shapes_is_within_two_per_cent_of_the_bundle(
     files = sum(file.stat().st_size for file in (tmp_path / "bundle").rglob("*") if file.is_file())
     print(f"planned {plan.write_bytes}, written {files}", file=sys.stderr)
     assert plan.write_bytes == pytest.approx(files, rel=0.02)
+
+
+def test_what_is_not_on_this_machine_is_found_out_before_anything_is_opened(
+    checkpoints: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = checkpoints("llama")
+    opened: list[str] = []
+
+    def opening(source: Any) -> Any:
+        opened.append(source.source)
+        return open_checkpoint(source)
+
+    monkeypatch.setattr("polymerge.merging.plan.open_checkpoint", opening)
+    with pytest.raises(SourceError, match=r"expert 'away': ./nowhere: no such folder or file"):
+        plan_merge({**{name: str(path) for name, path in experts.items()}, "away": "./nowhere"})
+    assert opened == ["./nowhere"]
+    opened.clear()
+    assert list(plan_merge({name: str(path) for name, path in experts.items()}).recipe.experts) == list(experts)
+    assert opened == [str(path) for path in experts.values()]

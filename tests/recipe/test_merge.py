@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -96,3 +97,18 @@ class TestTheWordPublished:
     def test_another_word_is_refused(self) -> None:
         with pytest.raises(RecipeError, match=r"recipe: method: Input should be 'published'"):
             load_recipe({"experts": self.EXPERTS, "method": "publish"})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("expert: {a: ./a, b: ./b}\n", "line 1: expert: unknown key; did you mean 'experts'?"),
+        ("experts:\n  a: ./a\n  b: {sorce: ./b}\n", "line 3: experts.b.sorce: unknown key; did you mean 'source'?"),
+        ("experts:\n  a: ./a\n  b: {base: ./b}\n", "line 3: experts.b.source: is missing"),
+        ("code: int4\n", "experts: write a mapping of names to sources, a line each: `math: ./math`"),
+    ],
+)
+def test_a_key_that_is_missing_is_looked_for_among_the_unknown_ones(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        load_recipe(tmp_path / "recipe.yaml")

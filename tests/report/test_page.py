@@ -36,6 +36,14 @@ def test_a_page_is_small_and_asks_no_network_for_its_script(merged: Merged, tmp_
     assert re.findall(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="([^"]+)"', page) == [script.name]
 
 
+@pytest.mark.parametrize(
+    ("code", "said"), [("factors", "A loaded bundle holds as much"), ("int4", "In memory the residuals are more")]
+)
+def test_the_size_says_what_of_it_memory_holds(merged: Merged, tmp_path: Path, code: str, said: str) -> None:
+    bundle, _ = merged("llama", code=code)
+    assert said in write_report(bundle, tmp_path / "report.html").read_text()
+
+
 def test_what_a_demo_measured_goes_before_what_is_predicted(merged: Merged, tmp_path: Path) -> None:
     bundle, _ = merged("llama")
     shares = {"original": 1.0, "average": 0.2, "bundle": 0.9, "kept": 0.9, "kl_average": 0.5, "kl_bundle": 0.1}

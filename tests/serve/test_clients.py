@@ -1,4 +1,4 @@
-"""Other people's clients against the server, unchanged: LiteLLM, lm-eval's `local-completions`, schemathesis."""
+"""Other people's clients against the server, unchanged: LiteLLM, lm-eval's models of both APIs, schemathesis."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ from polymerge.engine import GenerateRequest, ScoreRequest
 from tests.serve.conftest import KEY, Server
 from tests.tiny import tiny_tokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.clients]
 
 HELLO = [{"role": "user", "content": "w11 w20"}]
 
@@ -94,6 +94,37 @@ def test_lm_eval_runs_a_local_task(server: Server, harness: Any, tmp_path: Path)
     assert 0 <= results["results"]["tiny"]["acc,none"] <= 1
 
 
+def test_lm_evals_chat_completions_runs_a_local_task(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `lm_eval --model local-chat-completions --apply_chat_template` asks, with examples as turns."""
+    models = pytest.importorskip("lm_eval.models.openai_completions")
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    chat = models.LocalChatCompletion(base_url=f"{server.url}/v1/chat/completions", model="e1", max_retries=1)
+    (tmp_path / "rows.jsonl").write_text('{"q": "w5 w6", "a": "w7"}\n{"q": "w11", "a": "w3"}\n')
+    (tmp_path / "talk.yaml").write_text(
+        "task: talk\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
+        f"    test: {tmp_path / 'rows.jsonl'}\ntest_split: test\nfewshot_split: test\noutput_type: generate_until\n"
+        'doc_to_text: "{{q}}"\ndoc_to_target: "{{a}}"\nnum_fewshot: 1\n'
+        'generation_kwargs:\n  until: ["w999", "w998"]\n  max_gen_toks: 6\n  do_sample: false\n'
+        "metric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    results = simple_evaluate(
+        model=chat, tasks=["talk"], task_manager=manager, apply_chat_template=True, fewshot_as_multiturn=True,
+        log_samples=True, bootstrap_iters=0,
+    )  # fmt: skip
+    samples = results["samples"]["talk"]
+    assert len(samples) == 2
+    turns = [{"role": "user", "content": "w11"}, {"role": "assistant", "content": "w3"}]
+    asked = server.engine.chat_prompt([*turns, {"role": "user", "content": "w5 w6"}], expert="e1")
+    expected = server.engine.generate([GenerateRequest(asked, "e1", 6)])[0].text
+    assert expected in {text for sample in samples for text in sample["resps"][0]}
+
+
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 def test_no_request_of_the_schema_is_a_server_error(server: Server, mode: GenerationMode) -> None:
     """schemathesis makes requests from /openapi.json: right ones, and wrong ones."""
@@ -111,4 +142,5 @@ def test_no_request_of_the_schema_is_a_server_error(server: Server, mode: Genera
 
         ask()
         asked.add(operation.path)
-    assert len(asked) >= 4
+    answering = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/route"}
+    assert answering <= asked

@@ -26,8 +26,8 @@ def served(merged: Merged) -> Iterator[Server]:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
 
-    def load(bundle: Bundle) -> HFEngine:
-        return HFEngine(load_model(bundle), tokenizer, fingerprint=bundle.digest)
+    def load(bundle: Bundle, beside: Any = None) -> HFEngine:
+        return HFEngine(load_model(bundle, beside=beside), tokenizer, fingerprint=bundle.digest)
 
     bundle = merged("llama")[0]
     engine = BatchingEngine(load(bundle))

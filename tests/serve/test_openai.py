@@ -231,7 +231,7 @@ def test_the_staged_model_answers_in_stages(client: openai.OpenAI) -> None:
         ({"messages": [{"role": "user"}]}, "messages.0"),
         ({"messages": [{"role": "robot", "content": ""}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": "w5 " * 200}]}, "max_tokens"),
+        ({"messages": [{"role": "user", "content": "w5 " * 200}]}, "messages"),
         ({"polymerge": {"stick": False}}, "polymerge.stick"),
         ({"model": "e7"}, "model"),
     ],

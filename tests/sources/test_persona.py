@@ -188,5 +188,23 @@ def test_the_same_words_with_other_special_tokens(tmp_path: Path) -> None:
 
 def test_no_tokenizer_is_one_line(tmp_path: Path) -> None:
     hf.LlamaConfig().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="no usable tokenizer"):
+    with pytest.raises(ModelError, match="holds no tokenizer"):
         load_tokenizer(persona(tmp_path))
+
+
+@pytest.mark.parametrize("left", [["tokenizer_config.json"], ["special_tokens_map.json", "added_tokens.json"]])
+def test_files_without_words_are_no_tokenizer(tmp_path: Path, left: list[str]) -> None:
+    path = folder_of(tmp_path)
+    (path / "tokenizer.json").unlink()
+    (path / "tokenizer_config.json").rename(path / left[0])
+    for name in left[1:]:
+        (path / name).write_text("{}")
+    assert persona(path).files == ()
+    with pytest.raises(ModelError, match="holds no tokenizer, so it takes token ids and no text; copy the files"):
+        load_tokenizer(persona(path))
+
+
+def test_a_tokenizer_of_bytes_needs_no_words(tmp_path: Path) -> None:
+    hf.ByT5Tokenizer().save_pretrained(tmp_path)
+    hf.LlamaConfig().save_pretrained(tmp_path)
+    assert persona(tmp_path).files and load_tokenizer(persona(tmp_path))("abc").input_ids[:3] == [100, 101, 102]

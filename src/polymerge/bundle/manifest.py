@@ -37,7 +37,7 @@ FORMAT = "polymerge-bundle"
 # of a bundle with a code as numbers.
 FormatVersion = Literal[1, 2, 3, 4, 5, 6, 7]
 # How linear layers of the base are stored, where not in the bundle's dtype (`polymerge.sources.packed`).
-BaseCode = Literal["int8"]
+BaseCode = Literal["int8", "int4"]
 MANIFEST = "polymerge.json"
 STATS = "merge_stats.jsonl"
 # PEFT's name for an adapter's weights. What an expert's file is called in a bundle says its code.

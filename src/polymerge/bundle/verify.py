@@ -94,8 +94,10 @@ def verify_files(bundle: Bundle, progress: Callable[[str], None] | None = None) 
 def base_problems(bundle: Bundle) -> Iterator[str]:
     """Where the average's tensors are not the manifest's."""
     stored, packed = bundle.base.tensors, bundle.packed()
-    if (packed is not None) != (bundle.manifest.base_code is not None):
-        yield f"base: its config.json says {'8 bits' if packed else '16 bits'}, and the manifest something else"
+    stored_bits = f"int{packed.form.bits}" if packed else None
+    if stored_bits != bundle.manifest.base_code:
+        said, other = (x or bundle.manifest.dtype for x in (stored_bits, bundle.manifest.base_code))
+        yield f"base: its config.json says {said}, the manifest {other}"
     for layer in bundle.layers.values():
         if layer.tensor not in stored:
             yield f"base: tensor {layer.tensor!r} of the manifest is missing"

@@ -25,10 +25,11 @@ def add(
     """Add an expert against the average as it stands; the other experts are neither read nor changed."""
     from ..merging.grow import add_expert
     from .console import err, print_json, progress_bar
+    from .interrupted import whole_or_not
     from .words import read_pairs
 
     [(name, source)] = read_pairs([expert]).items()
-    with progress_bar(f"adding {name}", quiet or as_json) as show:
+    with progress_bar(f"adding {name}", quiet or as_json) as show, whole_or_not(bundle, name, adding=True):
         added = add_expert(
             bundle, name, source, base=base, device=device, trust_remote_code=trust_remote_code,
             progress=lambda done, total, tensor: show(done, total),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .console import duration, err, out, size
+from .console import duration, err, out, over, size, tell
 
 if TYPE_CHECKING:
     from ..compete.clock import OnProgress, Progress
@@ -19,14 +19,13 @@ def compete_progress(quiet: bool) -> OnProgress | None:
     """A line for every piece of a competition's run, with the time left of the work and of the limit."""
     if quiet:
         return None
-    end = "\r" if err.is_terminal else "\n"
 
     def show(step: Progress) -> None:
         memory = f", peak memory {size(step.peak_memory)}"
         memory += f" of {size(step.memory_limit)}" if step.memory_limit else ""
         limit = f"{duration(max(0.0, step.time_limit - step.seconds))} of the limit"
         line = f"{step.phase}: {step.done} of {step.total} rows, {duration(step.seconds_left)} left, {limit}{memory}"
-        err.print(line.ljust(100), end="\n" if step.done == step.total else end, soft_wrap=True)
+        over(line, last=step.done == step.total)
 
     return show
 
@@ -66,6 +65,8 @@ def print_summary(summary: Summary, tokens: int) -> None:
         out.print(f"direct: {rows} rows: {reason}", markup=False, soft_wrap=True)
     for name, value in summary.scores.items():
         out.print(f"{name}: {value:.4f}")
+    if summary.scores and summary.scored < summary.rows:
+        tell(f"(scores are means over the rows with a target: {summary.scored} of {summary.rows})")
     warning = words_of(summary.written, summary.flaws, tokens)
     if warning:
         err.print(f"warning: {warning}", markup=False, soft_wrap=True)

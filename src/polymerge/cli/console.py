@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 # Results go to standard output; progress and errors to standard error, so that output can be piped.
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+_BEFORE_A_UNIT = re.compile(r"(?<=\d) (?=(?:B|kB|MB|GB|s|min|h)\b)")
 
 PLAIN_STEP = 0.1  # without a terminal, a line of progress for every tenth of the work
 
@@ -67,6 +71,49 @@ def write(text: str) -> None:
 def say(text: str) -> None:
     """A line of results that is not broken at the terminal's width."""
     out.print(text, markup=False, soft_wrap=True)
+
+
+def tell(text: str, indent: int = 2, to: Console | None = None) -> None:
+    """A sentence of results: in a terminal it is broken between words, never inside one or before a unit.
+
+    Args:
+        indent: spaces before its further lines.
+        to: by default standard output.
+    """
+    to = to or out
+    if not to.is_terminal:
+        to.print(text.replace("\N{NO-BREAK SPACE}", " "), markup=False, soft_wrap=True)
+        return
+    whole = _BEFORE_A_UNIT.sub("\N{NO-BREAK SPACE}", text)
+    further = " " * indent
+    for line in textwrap.wrap(
+        whole, to.width, subsequent_indent=further, break_long_words=False, break_on_hyphens=False
+    ):
+        to.print(line.replace("\N{NO-BREAK SPACE}", " "), markup=False, soft_wrap=True)
+
+
+def over(line: str, *, last: bool) -> None:
+    """A line of progress that the next one is written over: in a terminal never wider than that is."""
+    if not err.is_terminal:
+        err.print(line, markup=False, soft_wrap=True)
+        return
+    room = err.width - 1
+    short = line if len(line) <= room else line[: room - 1] + "…"
+    err.print(short.ljust(room), end="\n" if last else "\r", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def waiting(what: str, quiet: bool = False) -> Iterator[Callable[[], None]]:
+    """In a terminal a moving line that says what takes its time, until the work ends or what is given is called."""
+    if quiet or not err.is_terminal:
+        yield lambda: None
+        return
+    status = err.status(escape(what))
+    status.start()
+    try:
+        yield status.stop
+    finally:
+        status.stop()
 
 
 @contextmanager
@@ -113,7 +160,7 @@ def print_peft_export(written: PeftExport, bundle: Path) -> None:
     """Where a PEFT adapter is, and what plain PEFT leaves out of it."""
     say(f'{written.folder}: opens with PeftModel.from_pretrained(base, "{written.folder}") over {bundle}')
     if written.dropped_ratio_error:
-        say(
+        tell(
             f"plain PEFT has no place for the expert's scale ratios: without them a tensor is off by up to "
             f"{written.dropped_ratio_error:.2g} of its norm ({written.worst_tensor}), where compression lost "
             f"up to {written.compression_error:.2g}. Merge with `scale: shared` for an exact adapter."
@@ -164,11 +211,7 @@ def request_progress(quiet: bool, what: str = "asked") -> Iterator[OnRequests | 
         if not began[1] or done < began[1]:
             began[:] = [now, done]
         left = (now - began[0]) * (total - done) / (done - began[1]) if done > began[1] else None
-        line = f"{what}: {done} of {total}, {duration(left)} left"
-        if err.is_terminal:
-            err.print(line.ljust(60), end="\n" if done == total else "\r")
-        else:
-            err.print(line, soft_wrap=True)
+        over(f"{what}: {done} of {total}, {duration(left)} left", last=done == total)
 
     yield None if quiet else show
 
@@ -249,10 +292,8 @@ def demo_listeners(quiet: bool) -> Iterator[Listeners]:
 def _training(step: TrainProgress) -> None:
     left = step.seconds / step.step * (step.steps - step.step)
     line = f"        {step.skill}: step {step.step} of {step.steps}, loss {step.loss:.3f}, {duration(left)} left"
-    if err.is_terminal:
-        err.print(line.ljust(70), end="\n" if step.step == step.steps else "\r")
-    elif step.step % 10 == 0 or step.step == step.steps:
-        err.print(line, soft_wrap=True)
+    if err.is_terminal or step.step % 10 == 0 or step.step == step.steps:
+        over(line, last=step.step == step.steps)
 
 
 def print_demo(result: DemoResult) -> None:

@@ -48,7 +48,7 @@ def export(
 ) -> None:
     """Write one expert as a dense checkpoint or a PEFT adapter, or all experts for vLLM or llama.cpp."""
     from ..export import export_dense, export_peft
-    from .console import print_json, print_peft_export, say
+    from .console import print_json, print_peft_export, say, waiting
     from .export_gguf import export_for_gguf
     from .export_vllm import export_for_vllm
 
@@ -71,14 +71,17 @@ def export(
         raise PolymergeError("--max-rank, --calibration and --device belong to --to vllm and --to gguf")
     if expert is None:
         raise PolymergeError(f"--to {to} needs --expert NAME")
+    silent = quiet or as_json
     if to == "dense":
-        folder = export_dense(bundle, expert, output, dtype=dtype, overwrite=overwrite)
+        with waiting(f"writing {output}", silent):
+            folder = export_dense(bundle, expert, output, dtype=dtype, overwrite=overwrite)
         if as_json:
             print_json({"folder": str(folder), "form": "dense"})
         elif not quiet:
             say(f'{folder}: opens with AutoModelForCausalLM.from_pretrained("{folder}")')
         return
-    written = export_peft(bundle, expert, output, overwrite=overwrite)
+    with waiting(f"writing {output}", silent):
+        written = export_peft(bundle, expert, output, overwrite=overwrite)
     if as_json:
         print_json({**asdict(written), "folder": str(written.folder), "form": "peft"})
     elif not quiet:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import PolymergeError
 from .words import Base, Residuals
+
+if TYPE_CHECKING:
+    from ..router.route import Route
 
 
 def generate(
@@ -45,19 +48,29 @@ def generate(
     """Answer a prompt with one expert (or the average), streamed to the terminal."""
     from ..staged.generate import generate as run
     from .answering import print_response, tell_route
-    from .console import hush_libraries, print_json, write
+    from .console import hush_libraries, print_json, waiting, write
 
     if show_thoughts and not staged:
         raise PolymergeError("generate: --show-thoughts needs --staged")
     hush_libraries()
-    response = run(
-        bundle, prompt, expert=expert, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
-        chat=chat, device=device, base=base, residuals=residuals, staged=staged, choice=choice,
-        json_schema=json_schema, json_object=json_object, regex=regex, grammar=grammar,
-        recipe=recipe, thinker=thinker, model=model,
-        key_env=key_env, policy=policy, prompts=prompts, thought_tokens=thought_tokens, low_memory=low_memory,
-        on_route=None if as_json else tell_route, on_text=None if as_json else write,
-    )  # fmt: skip
+    with waiting(f"loading {bundle}", quiet=as_json) as loaded:
+
+        def chosen(route: Route) -> None:
+            loaded()
+            tell_route(route)
+
+        def said(piece: str) -> None:
+            loaded()
+            write(piece)
+
+        response = run(
+            bundle, prompt, expert=expert, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+            seed=seed, chat=chat, device=device, base=base, residuals=residuals, staged=staged, choice=choice,
+            json_schema=json_schema, json_object=json_object, regex=regex, grammar=grammar,
+            recipe=recipe, thinker=thinker, model=model,
+            key_env=key_env, policy=policy, prompts=prompts, thought_tokens=thought_tokens, low_memory=low_memory,
+            on_route=None if as_json else chosen, on_text=None if as_json else said,
+        )  # fmt: skip
     if staged and as_json:
         print_json({"prompt": prompt} | response.to_json())
     elif staged:

@@ -16,8 +16,6 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Summarise a bundle: sizes, ranks, energy kept, the tensors that lost most."""
-    import textwrap
-
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
@@ -25,7 +23,7 @@ def inspect(
     from ..bundle.inspect import inspect_bundle
     from ..recipe.rates import in_words as rate_in_words
     from ..sources.persona import in_words
-    from .console import out, print_json, say, size
+    from .console import out, print_json, say, size, tell
     from .verdicts import print_verdicts
 
     inspection = inspect_bundle(bundle)
@@ -49,8 +47,7 @@ def inspect(
     storage = ", ".join(f"{n} {kind}" for kind, n in inspection.storage.items())
     out.print(f"tensors      {inspection.tensors}; linear: {storage}")
     kinds = ", ".join(f"{kind}\N{NO-BREAK SPACE}{share:.0%}" for kind, share in inspection.energy_by_kind.items())
-    kept = f"energy kept  {inspection.energy_kept:.1%} of the residuals ({kinds})"
-    say(textwrap.fill(kept, out.width, subsequent_indent=" " * 13).replace("\N{NO-BREAK SPACE}", " "))
+    tell(f"energy kept  {inspection.energy_kept:.1%} of the residuals ({kinds})", 13)
     # Units stay together in a terminal of 80 columns; a source is a line of its own.
     experts = Table(box=SIMPLE_HEAD)
     experts.add_column("expert", overflow="fold", min_width=8)
@@ -91,6 +88,6 @@ def inspect(
         )
     out.print(worst)
     for note in inspection.notes:
-        out.print(f"note: {note}", markup=False)
+        tell(f"note: {note}")
     if html is not None:
-        out.print(f"report: {html}", markup=False)
+        say(f"report: {html}")

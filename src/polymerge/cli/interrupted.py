@@ -1,4 +1,5 @@
-"""A merge that is stopped by Ctrl-C says what is done and how to go on; a second run says what lies there.
+"""A merge that is stopped by Ctrl-C says what is done and how to go on; a second run says what lies there. An expert
+that was being added or removed is in its bundle or it is not, and that is said.
 
 Knows what the terminal was told, and a work folder's size; what is half-done is `polymerge.merging.journal`'s.
 """
@@ -33,6 +34,22 @@ def half_done_work(output: Path, *, resume: bool, say: Callable[[str], None]) ->
 
 
 @contextmanager
+def whole_or_not(bundle: Path, name: str, *, adding: bool) -> Iterator[None]:
+    """Ctrl-C while an expert comes or goes is one line on standard error, and the exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from ..bundle.bundle import Bundle
+        from .console import err
+
+        done = (name in Bundle.open(bundle).experts) is adding
+        verb = "added" if adding else "removed"
+        how = f"{name} was {verb} before that" if done else "it is as it was; the same command begins anew"
+        err.print(f"interrupted: {bundle}: {how}", markup=False, soft_wrap=True)
+        raise SystemExit(STOPPED) from None
+
+
+@contextmanager
 def interruptible(output: Path, progress: OnProgress | None) -> Iterator[OnProgress]:
     """Gives what is told of every step. Ctrl-C inside is a line or two on standard error, and the exit code 130."""
     last: list[Progress] = []
@@ -53,12 +70,15 @@ def interruptible(output: Path, progress: OnProgress | None) -> Iterator[OnProgr
 
 
 def _stopped(output: Path, last: Progress | None) -> list[str]:
-    from ..bundle.place import settled, work_folder
+    from ..bundle.place import mark_of, settled, work_folder
 
     if last is None:
         return ["interrupted before the first tensor was done; nothing was written"]
+    work = work_folder(settled(output))
+    if mark_of(work) is None:  # it has become the bundle
+        return [f"interrupted after the merge: {output} is whole, and nothing but its measuring was left out"]
     words = [word for word in sys.argv[1:] if word != "--resume"]
     return [
-        f"interrupted: {last.done / last.total:.0%} of the tensors are done and lie in {work_folder(settled(output))}",
+        f"interrupted: {last.done / last.total:.0%} of the tensors are done and lie in {work}",
         f"go on: {shlex.join(['polymerge', *words, '--resume'])}",
     ]

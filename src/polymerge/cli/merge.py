@@ -74,7 +74,7 @@ def merge(
     """Merge the recipe's experts into one bundle."""
     from ..bundle.inspect import inspect_bundle
     from ..search.merge import merge as run
-    from .console import err, hush_libraries, merge_progress, out, print_json
+    from .console import err, hush_libraries, merge_progress, out, print_json, tell, waiting
     from .interrupted import half_done_work, interruptible
     from .verdicts import print_measured, print_verdicts
 
@@ -85,10 +85,11 @@ def merge(
     plans: list[MergePlan] = []
 
     def notes(plan: MergePlan) -> None:
+        looked()
         plans.append(plan)
         for note in (*plan.notes, *plan.personas.hints):
             if not quiet:
-                err.print(f"note: {note}", markup=False)
+                tell(f"note: {note}", to=err)
 
     def say(text: str) -> None:
         if not (quiet or as_json):
@@ -105,7 +106,12 @@ def merge(
         "method": method,
     }
     half_done_work(output, resume=resume, say=say)
-    with merge_progress(quiet or as_json) as progress, interruptible(output, progress) as progress:
+    silent = quiet or as_json
+    with (
+        waiting("looking at the sources", silent) as looked,
+        merge_progress(silent) as progress,
+        interruptible(output, progress) as progress,
+    ):
         bundle = run(
             read_recipe(recipe), output, target=target,
             prompts=read_pairs(prompts, "NAME=FILE") if prompts else None, codes=read_list(codes), limit=limit,
@@ -162,14 +168,14 @@ def _print(bundle: Bundle, output: Path, searched: list[Found], words: str) -> N
 def _print_costs(plan: MergePlan, bundle: Bundle) -> None:
     """What residuals and tables cost and would cost, and how far averaged tables are from the experts' own."""
     from ..merging.choices import averaged, bytes_of_choices, bytes_of_codes, moved
-    from .console import say
+    from .console import tell
     from .plan import embedding_costs, residual_costs
 
     costs, codes = bytes_of_choices(plan), bytes_of_codes(plan)
     if codes:
-        say(f"residuals of all experts ({plan.recipe.code}): {residual_costs(codes)}")
+        tell(f"residuals of all experts ({plan.recipe.code}): {residual_costs(codes)}")
     if costs:
-        say(f"embeddings and heads of all experts: {embedding_costs(costs, plan.recipe.embedding_rate)}")
+        tell(f"embeddings and heads of all experts: {embedding_costs(costs, plan.recipe.embedding_rate)}")
     if averaged(plan):
         apart = ", ".join(f"{expert} {share:.2g}" for expert, share in moved(plan, bundle).items())
-        say(f"averaged: they are from each expert's own, as a share of its norm: {apart}")
+        tell(f"averaged: they are from each expert's own, as a share of its norm: {apart}")

@@ -62,13 +62,14 @@ def plan(
     from ..merging.plan import plan_merge
     from ..merging.room import cheapest_change
     from ..recipe.rates import in_words
-    from .console import out, print_json, say, size
+    from .console import out, print_json, say, size, tell, waiting
 
-    planned = plan_merge(
-        read_recipe(recipe), weights=False, compress_rate=compress_rate, code=code, scale=scale, dtype=dtype,
-        embeddings=embeddings, lm_head=lm_head, embedding_rate=embedding_rate, norms=norms, align=align, method=method,
-        base=base, residuals=residuals, gpu=gpu, context=context, requests=requests,
-    )  # fmt: skip
+    with waiting("looking at the sources", quiet=as_json):
+        planned = plan_merge(
+            read_recipe(recipe), weights=False, compress_rate=compress_rate, code=code, scale=scale, dtype=dtype,
+            embeddings=embeddings, lm_head=lm_head, embedding_rate=embedding_rate, norms=norms, align=align,
+            method=method, base=base, residuals=residuals, gpu=gpu, context=context, requests=requests,
+        )  # fmt: skip
     change = cheapest_change(planned)
     needs, costs, codes = footprint(planned), bytes_of_choices(planned), bytes_of_codes(planned)
     summary = planned.summary() | {"embedding_bytes": costs, "code_bytes": codes, "answering": needs.to_json()}
@@ -86,25 +87,29 @@ def plan(
     spread = f"rank {ranks[0]} to {ranks[1]}" if ranks else "none"
     out.print(f"tensors      {summary['tensors']}, of which {summary['compressed_tensors']} compressed ({spread});")
     out.print(f"             linear layers found by {summary['layers_from']}")
-    say(
+    tell(
         f"writes       {size(written)} in {summary['dtype']}, at most "
-        f"({written / separate:.0%} of {size(separate)} apart)"
+        f"({written / separate:.0%} of {size(separate)} apart)",
+        13,
     )
     out.print(f"  average    {size(summary['base_bytes'])}")
     of_residuals, its_own = size(summary["residual_bytes_per_expert"]), size(summary["own_bytes_per_expert"])
-    say(f"  an expert  {of_residuals} of residuals ({summary['code']}), {its_own} of its own tensors (norms ...)")
+    tell(f"  an expert  {of_residuals} of residuals ({summary['code']}), {its_own} of its own tensors (norms ...)", 13)
     if codes:
-        say(f"residuals    of all experts: {residual_costs(codes)}")
+        tell(f"residuals    of all experts: {residual_costs(codes)}", 13)
     if costs:
-        say(f"embeddings   of all experts, with the head: {embedding_costs(costs, planned.recipe.embedding_rate)}")
+        tell(f"embeddings   of all experts, with the head: {embedding_costs(costs, planned.recipe.embedding_rate)}", 13)
     if averaged(planned):
-        say("             averaged: experts that moved far lose most by it; the end of a merge says how far they did")
+        tell(
+            "             averaged: experts that moved far lose most by it; the end of a merge says how far they did",
+            13,
+        )
     out.print(f"reads        {size(summary['read_bytes'])}")
     out.print(f"memory       about {size(summary['memory_bytes'])} beside the program itself")
     _print_footprint(needs)
     _print_change(needs, change)
     for note in summary["notes"]:
-        say(f"note: {note}")
+        tell(f"note: {note}")
 
 
 def residual_costs(costs: Mapping[str, int]) -> str:

@@ -16,7 +16,9 @@ def remove(
     """Take an expert out; the average and the other experts stay as they are to the bit."""
     from ..merging.grow import remove_expert
     from .console import out
+    from .interrupted import whole_or_not
 
-    left = remove_expert(bundle, name)
+    with whole_or_not(bundle, name, adding=False):
+        left = remove_expert(bundle, name)
     if not quiet:
         out.print(f"{bundle}: {name} removed; left: {', '.join(left.experts)}", markup=False)

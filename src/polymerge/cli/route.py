@@ -22,17 +22,19 @@ def route(
 ) -> None:
     """Say which expert a request goes to, how sure that is, and which training samples speak for it."""
     from ..router.requests import route as run
-    from .console import hush_libraries, print_json
+    from .console import hush_libraries, print_json, waiting
 
     hush_libraries()
-    for request, routed in run(bundle, text, file=file, device=device):
-        if as_json:
-            print_json(routed.to_json())
-        elif file is None:
-            _print(routed)
-        else:
-            line = " ".join(request.split())[:80]
-            print(f"{_expert(routed)}\t{routed.field}\t{routed.confidence:.3f}\t{line}")
+    with waiting(f"loading {bundle}", quiet=as_json) as loaded:
+        for request, routed in run(bundle, text, file=file, device=device):
+            loaded()
+            if as_json:
+                print_json(routed.to_json())
+            elif file is None:
+                _print(routed)
+            else:
+                line = " ".join(request.split())[:80]
+                print(f"{_expert(routed)}\t{routed.field}\t{routed.confidence:.3f}\t{line}")
 
 
 def _expert(route: Route) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from .console import out
+from .console import out, tell
 
 if TYPE_CHECKING:
     from ..router.evaluation import RouterEvaluation
@@ -25,21 +25,22 @@ def print_fit(bundle: Path, fitted: Fitted) -> None:
             curve.add_row(str(point["samples"]), *shares)
         out.print(curve)
     goes = ", ".join(f"{field} → {expert}" for field, expert in record.experts.items())
-    out.print(f"fields       {goes}", markup=False, soft_wrap=True)
+    tell(f"fields       {goes}", 13)
     if report["measured_on"]:
         out.print(f"accuracy     {report['accuracy']:.1%} ({report['measured_on']})")
         error, before = report["calibration_error"], report["calibration_error_before"]
         out.print(f"calibration  error {error:.3f} ({before:.3f} before), temperature {record.temperature:.3g}")
     else:
-        out.print(
-            "accuracy     not measured: fitted without labels; `polymerge router eval` measures it on labelled rows"
+        tell(
+            "accuracy     not measured: fitted without labels; `polymerge router eval` measures it on labelled rows", 13
         )
     if report["repeated"]:
-        out.print(f"repeated     {report['repeated']} validation samples are training samples too, and were left out")
-    out.print(f"threshold    {', '.join(_thresholds(record))}", markup=False, soft_wrap=True)
+        repeated = report["repeated"]
+        tell(f"repeated     {repeated} validation samples are training samples too, and were left out", 13)
+    tell(f"threshold    {', '.join(_thresholds(record))}", 13)
     kept, refused = report["new_wording_kept"], report["strangers_refused"]
     passing = f"{kept:.1%} of samples of new wording pass, " if kept is not None else ""
-    out.print(f"gate         {passing}{refused:.1%} of strangers do not pass")
+    tell(f"gate         {passing}{refused:.1%} of strangers do not pass", 13)
     out.print(f"fallback     {record.fallback}")
     out.print(f'try: polymerge route {bundle} "a request"', markup=False, soft_wrap=True)
 

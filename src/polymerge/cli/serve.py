@@ -71,7 +71,7 @@ def serve(
 ) -> None:
     """Serve a bundle: OpenAI's API, a playground at /, metrics. SIGTERM finishes what runs."""
     from ..serve.start import serve_bundle
-    from .console import err, hush_libraries, log_to_stderr, out, print_json
+    from .console import err, hush_libraries, log_to_stderr, out, print_json, tell
 
     hush_libraries()
     log_to_stderr("WARNING" if quiet else "INFO")
@@ -84,7 +84,7 @@ def serve(
 
     def say(text: str) -> None:
         if not quiet:
-            err.print(text, markup=False)
+            tell(text, to=err)
 
     serve_bundle(
         bundle, host=host, port=port, api_key_file=api_key_file, open=open_, rate_limit=rate_limit,

@@ -19,11 +19,11 @@ KEPT, TOP1 = 0.99, 0.98
 
 def print_verdicts(inspection: Inspection) -> None:
     """A line an expert: what is predicted."""
-    from .console import say
+    from .console import tell
 
     for expert in inspection.experts:
-        say(f"{expert.name}: {expert.verdict.words}")
-    say("(predicted from the energy kept; held-out requests measure it: merge --prompts NAME=FILE.jsonl)")
+        tell(f"{expert.name}: {expert.verdict.words}")
+    tell("(predicted from the energy kept; held-out requests measure it: merge --prompts NAME=FILE.jsonl)")
 
 
 def print_measured(measured: Mapping[str, Agreement], words: str) -> None:
@@ -32,12 +32,12 @@ def print_measured(measured: Mapping[str, Agreement], words: str) -> None:
     Args:
         words: what `polymerge merge` was told.
     """
-    from .console import say
+    from .console import say, tell
 
     for name, agreement in measured.items():
         kept = "" if agreement.kept is None else f"keeps {agreement.kept:.1%} of its accuracy, "
-        say(f"{name}: {kept}the same likeliest token at {agreement.top1:.1%}, KL {agreement.kl:.2g}")
+        tell(f"{name}: {kept}the same likeliest token at {agreement.top1:.1%}, KL {agreement.kl:.2g}")
     short = [name for name, a in measured.items() if a.top1 < TOP1 or (a.kept is not None and a.kept < KEPT)]
     if short:
-        say(f"{' and '.join(short)} kept less than {KEPT:.0%}; this finds what keeps it:")
+        tell(f"{' and '.join(short)} kept less than {KEPT:.0%}; this finds what keeps it:")
         say(f"  polymerge merge {words} --target accuracy={KEPT:.0%}")

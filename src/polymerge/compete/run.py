@@ -46,7 +46,7 @@ class Summary:
         staged: rows whose answer has a thought behind it.
         direct: reason -> rows that were answered directly.
         experts: expert -> rows.
-        scores: where the input has targets.
+        scores: where the input has targets; scored: how many rows have one.
         written: answers that were generated; flaws: how many of them are empty, cut or repeated.
         asked: way of asking -> direct answers, where validation chose the way.
         expected: what the plan said, where one was asked for.
@@ -65,6 +65,7 @@ class Summary:
     flaws: dict[str, int] = field(default_factory=dict)
     asked: dict[str, int] = field(default_factory=dict)
     expected: Expected | None = None
+    scored: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -349,6 +350,7 @@ def _summary(table: Table, answers: Sequence[dict[str, Any]], run: _Run) -> Summ
         flaws=flaws,
         asked=dict(Counter(_asked(run, answers)).most_common()),
         expected=run.expected,
+        scored=sum(row.target is not None for row in rows),
     )
 
 

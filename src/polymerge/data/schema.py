@@ -67,8 +67,10 @@ class AnsweredRow(PromptRow):
 
     @field_validator("choices")
     @classmethod
-    def _none_is_no_list(cls, choices: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        return choices or None
+    def _some_or_none(cls, choices: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if choices == ():
+            raise ValueError("is empty; leave it out where an answer is free")
+        return choices
 
     @field_validator("final")
     @classmethod
@@ -83,7 +85,7 @@ class AnsweredRow(PromptRow):
             raise ValueError("the answer is not one of the choices")
         if self.choices is not None and not all(choice.strip() for choice in self.choices):
             raise ValueError("a choice is empty")
-        if self.choices is not None and len(set(self.choices)) < len(self.choices):
+        if self.choices is not None and len({choice.strip() for choice in self.choices}) < len(self.choices):
             raise ValueError("two choices are the same")
         if not self.answer.strip():
             raise ValueError("the answer is empty")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ModelError, needs_extra
+from .schemas import blamed, inexact
 from .structure import Structure
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ JSON_OPTIONS = {"whitespace_pattern": rf"[\x20\x0A\x0D\x09]{{1,{MOST_SPACE}}}", 
 # Compiled forms that are kept: those of a program that asks for a handful again and again.
 REMEMBERED = 256
 LONGEST_REASON = 300  # characters
+LONGEST_BLAMED = 20_000  # of a schema whose keyword is looked for
 
 
 class Matcher:
@@ -91,15 +93,12 @@ class Grammars:
 
     def _compile(self, structure: Structure, voice: Voice) -> Any:
         with needs_extra("structured"):
-            from llguidance import LLMatcher
+            import llguidance  # noqa: F401
         try:
             tokenizer = self._tokenizer(voice)
-            matcher = LLMatcher(tokenizer, _grammar(structure, voice.tokenizer), log_level=0)
         except ValueError as error:
             raise _refused(structure, str(error)) from None
-        if matcher.is_error():
-            raise _refused(structure, matcher.get_error())
-        return matcher
+        return _matcher(structure, tokenizer, voice.tokenizer)
 
     def _tokenizer(self, voice: Voice) -> Any:
         """The tokenizer as llguidance reads it. The voice's own is kept too, so that its id stays its own."""
@@ -121,16 +120,39 @@ class Grammars:
 def has_form(structure: Structure, text: str) -> bool:
     """Whether a text is wholly of a form. Raises as `Grammars.matcher`."""
     with needs_extra("structured"):
-        from llguidance import LLMatcher, LLTokenizer
+        from llguidance import LLTokenizer
     tokenizer = LLTokenizer("byte")
+    matcher = _matcher(structure, tokenizer, None)
+    tokens = tokenizer.tokenize_str(text)
+    return matcher.try_consume_tokens(tokens) == len(tokens) and bool(matcher.is_accepting())
+
+
+def _matcher(structure: Structure, tokenizer: Any, spelling: Any) -> Any:
+    """llguidance's, at its beginning. Raises ModelError.
+
+    Args:
+        tokenizer: llguidance's. spelling: the same as transformers has it, for calls of tools.
+    """
+    from llguidance import LLMatcher
+
     try:
-        matcher = LLMatcher(tokenizer, _grammar(structure, None), log_level=0)
+        matcher = LLMatcher(tokenizer, _grammar(structure, spelling), log_level=0)
     except ValueError as error:
         raise _refused(structure, str(error)) from None
     if matcher.is_error():
         raise _refused(structure, matcher.get_error())
-    tokens = tokenizer.tokenize_str(text)
-    return matcher.try_consume_tokens(tokens) == len(tokens) and bool(matcher.is_accepting())
+    if _is_endless(structure, matcher):
+        raise _refused(structure, "no answer has an end")
+    return matcher
+
+
+def _is_endless(structure: Structure, matcher: Any) -> bool:
+    """Whether no answer has a beginning, as where a schema is itself and nothing else."""
+    if structure.kind != "json":
+        return False
+    tried = matcher.deep_copy()
+    tried.compute_bitmask()
+    return bool(tried.is_stopped() or tried.is_error())
 
 
 def _grammar(structure: Structure, tokenizer: Any) -> str:
@@ -161,11 +183,15 @@ def _schema(text: str) -> str:
         raise ValueError("nothing fits the schema false")
     if not isinstance(schema, dict):
         raise ValueError("a schema is a JSON object, or true")
+    if keyword := inexact(schema):
+        raise ValueError(f"{keyword} would not be held exactly")
     return text
 
 
 def _calls(said: dict[str, Any], tokenizer: Any) -> str:
     """Free text that may go on with calls, in Lark: the beginning of a call makes the rest of it follow."""
+    if keyword := inexact(said["schema"]):
+        raise ValueError(f"{keyword} would not be held exactly")
     schema = json.dumps({**said["schema"], "x-guidance": JSON_OPTIONS})
     end = json.dumps(said["end"]) if said["end"] else ""
     body = f"call: %json {schema} {end}\n"
@@ -186,7 +212,31 @@ def _refused(structure: Structure, reason: str) -> ModelError:
     unknown = re.search(r"Unimplemented keys: \[(.*)\]", reason)
     if unknown:
         return ModelError(f"{structure.name}: the keyword {unknown[1]} cannot be held exactly; leave it out")
+    if "Resource '" in reason:
+        return ModelError(f"{structure.name}: the keyword $ref refers to another place: {_short(reason)}")
+    to_blame = _blamed(structure) if structure.kind == "json" and len(structure.text) < LONGEST_BLAMED else None
+    if to_blame:
+        keyword, place = to_blame
+        return ModelError(f"{structure.name}: the keyword {keyword} ({place}) cannot be held: {_short(reason)}")
     return ModelError(f"{structure.name}: cannot be used: {_short(reason)}")
+
+
+def _blamed(structure: Structure) -> tuple[str, str] | None:
+    from llguidance import LLMatcher, LLTokenizer
+
+    tokenizer = LLTokenizer("byte")
+
+    def compiles(schema: Any) -> bool:
+        try:
+            matcher = LLMatcher(tokenizer, _grammar(Structure("json", json.dumps(schema)), None), log_level=0)
+        except ValueError:
+            return False
+        return not matcher.is_error() and not _is_endless(structure, matcher)
+
+    try:
+        return blamed(json.loads(structure.text), compiles)
+    except ValueError:  # it is no JSON
+        return None
 
 
 def _short(reason: str) -> str:

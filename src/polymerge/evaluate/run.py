@@ -18,6 +18,7 @@ from ..engine.base import Engine
 from ..errors import DataError, MissingExtraError, ModelError, PolymergeError, RecipeError, install_line
 from ..version import __version__
 from .modes import Choose
+from .questions import HINT, CheckedTasks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,7 +97,7 @@ def evaluate(
         results: dict[str, Any] = simple_evaluate(
             model=model,
             tasks=loaded,
-            task_manager=manager,
+            task_manager=CheckedTasks(manager, settings.limit),
             random_seed=settings.seed,
             numpy_random_seed=settings.seed,
             torch_random_seed=settings.seed,
@@ -178,8 +179,7 @@ def _harness_errors() -> Iterator[None]:
         raise RecipeError(f"a task's data cannot be loaded: {_one_line(error)}") from None
     except (IndexError, ZeroDivisionError) as error:
         log.debug("the harness's own error", exc_info=True)
-        hint = "has each its choices, and its answer among them?"
-        raise DataError(f"a task's questions cannot be judged ({_one_line(error)}); {hint}") from None
+        raise DataError(f"a task's questions cannot be judged ({_one_line(error)}); {HINT}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         log.debug("the harness's own error", exc_info=True)
         raise ModelError(f"lm-evaluation-harness: {type(error).__name__}: {_one_line(error)}") from None

@@ -1,8 +1,8 @@
-"""A bundle whose base is stored in 8 bits, as transformers and vLLM open it; everything else is the bundle's as it was.
+"""A bundle whose base is stored in 8 or 4 bits, as transformers and vLLM open it; everything else is as it was.
 
 Residuals stay as they are: fitted anew around the rounded base they spend their rank on noise (docs/log.md). What the
-rounding costs is measured against the bundle, on prompts of every expert. One matrix is held at a time, and for the
-measurement a loaded bundle.
+rounding costs is measured against the bundle, on prompts of every expert. One matrix is held at a time, beside a loaded
+bundle. Who rounds is `polymerge.export.rounding`.
 """
 
 from __future__ import annotations
@@ -15,27 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..bundle.bundle import Bundle, Sizes, base_of
-from ..bundle.files import DTYPE_NAMES, Entry, FileEntry, raw_bytes, write_json
-from ..bundle.manifest import MANIFEST, BundleLayer
+from ..bundle.files import FileEntry, write_json
+from ..bundle.manifest import MANIFEST
 from ..bundle.place import settled
 from ..bundle.reading import steady
-from ..bundle.write import write_manifest, write_weights
-from ..errors import ModelError
+from ..bundle.write import write_manifest
+from ..errors import DataError, ModelError
 from ..host import DTYPES, pick_device
 from ..merging.upgrade import follow_router
 from ..search.examples import LIMIT, Prompts, read_prompts
-from ..sources.checkpoint import Checkpoint, read_json
-from ..sources.layers import meta_model
-from ..sources.packed import PACKED, SCALE, SHAPE, pack, quantisation_of, quantise_rows
+from ..sources.checkpoint import read_json
 from ..version import __version__
+from .packing import BASE_WAYS, BaseWay, Matrices, Packing, packable, packing_of, write_base
 from .place import placed
 from .vllm.calibrate import Calibration, check_tokenizer
 from .vllm.prompts import CalibrationPrompt, builtin_prompts
-
-BASE_CODES = ("int8",)
 
 
 @dataclass(frozen=True)
@@ -80,65 +77,68 @@ def quantize_bundle(
     """Writes a bundle anew with its base in fewer bits, and measures what that costs.
 
     Args:
-        base: `int8`: every linear layer of the average rounded to the nearest of 256 levels a row; embeddings and
-            heads, norms, biases and matrices that are stored with others in one tensor stay as they are.
-        prompts: expert -> held-out requests, or their JSONL file, to measure on; an expert without has built-in ones,
-            to which it writes the answers itself.
+        base: `int8`: every linear layer of the average rounded to the nearest of 256 levels a row. `gptq-int8`: the
+            same levels, chosen by GPTQ for what the layers are given. `gptq-int4`: 16 levels a group of 128, 64 or
+            32 numbers, as the widths allow. Embeddings and heads, norms, biases and matrices that are stored with
+            others in one tensor stay as they are; with 4 bits also layers that no text comes to. Matrices that are run
+            with others in one tensor (block experts) have 8 bits to the nearest.
+        prompts: expert -> requests, or their JSONL file, to measure on; an expert without has built-in ones, to which
+            it writes the answers itself. GPTQ is calibrated with every second one, which is not measured then.
         limit: rows of each file.
         device: of the measurement.
 
     Raises:
         ModelError: another base, a base that is stored so already, or one without a linear layer of its own.
-        BundleError, DataError, OutputExistsError, DiskSpaceError: before anything is written.
+        DataError: one request of an expert alone where some shall calibrate.
+        BundleError, OutputExistsError, DiskSpaceError: before anything is written.
     """
     bundle, output = Bundle.open(bundle), settled(output)
-    _check(bundle, base)
+    way = _checked(bundle, base)
     for expert in prompts or ():
         bundle.expert_folder(expert)
-    samples = _samples(bundle, read_prompts(prompts or {}, limit or LIMIT))
+    samples = _samples(bundle, read_prompts(prompts or {}, limit or LIMIT), fewest=2 if way.calibrated else 1)
     check_tokenizer(bundle)
-    layers, kept = packable(bundle)
+    matrices = packable(bundle)
     with placed(output, overwrite=False, needed=bundle.sizes().total) as staged, steady(bundle):
-        made = _write(bundle, staged, layers, kept)
-        costs = _costs(bundle, made, samples, device)
+        costs = _written(bundle, staged, way, matrices, samples, pick_device(device))
     after = Bundle.open(output)
     return QuantisedBundle(after, bundle.sizes(), after.sizes(), costs)
 
 
-def _check(bundle: Bundle, base: str) -> None:
-    if base not in BASE_CODES:
+def _checked(bundle: Bundle, base: str) -> BaseWay:
+    if base not in BASE_WAYS:
         raise ModelError(
-            f"base {base!r} is not stored: there is {', '.join(BASE_CODES)}, which needs no calibration. Four bits "
-            'need a calibrated quantiser, which polymerge does not have; `load_model(base="nf4")` rounds in memory'
+            f"base {base!r} is not stored: there is {', '.join(BASE_WAYS)}. Four bits that are not calibrated ruin a "
+            'small model; `load_model(base="nf4")` rounds to them in memory'
         )
     if bundle.manifest.base_code is not None:
         raise ModelError(f"{bundle.path}: its base is stored in {bundle.manifest.base_code} already")
+    return BASE_WAYS[base]
 
 
-def packable(bundle: Bundle) -> tuple[dict[str, BundleLayer], list[str]]:
-    """The stored tensors that are the weight of one linear layer, and the linear layers that stay as they are.
+def _written(
+    bundle: Bundle,
+    folder: Path,
+    way: BaseWay,
+    matrices: Matrices,
+    samples: Mapping[str, Sequence[CalibrationPrompt]],
+    device: torch.device,
+) -> dict[str, Cost]:
+    """Both are loaded, one after the other; what the first says is kept meanwhile."""
+    exact = Calibration(bundle, samples, device)
+    rows = {expert: exact.rows(expert) for expert in bundle.experts}
+    measured = {expert: of_expert[:: 2 if way.calibrated else 1] for expert, of_expert in rows.items()}
+    truths = {expert: [(ids, start, exact.truth(expert, ids)) for ids, start in measured[expert]] for expert in rows}
+    texts = {expert: [ids for ids, _ in of_expert[1::2]] for expert, of_expert in rows.items()}
+    packing = packing_of(bundle, way, matrices, exact.model, texts)
+    made = _write(bundle, folder, packing)
+    del exact, packing
+    gc.collect()  # a model whose forwards were taken refers to itself
+    rounded = Calibration(made, samples, device, rows=measured)
+    return {expert: _cost(truths[expert], list(rounded.truths(expert))) for expert in bundle.experts}
 
-    Raises:
-        ModelError: there is none, or transformers does not know the architecture.
-    """
-    model = meta_model(bundle.path)
-    if model is None:
-        raise ModelError(
-            f"{bundle.path}: transformers does not know {bundle.manifest.architecture} without its own code"
-        )
-    linear = {name for name, module in model.named_modules() if type(module) is nn.Linear}
-    layers = {
-        layer.tensor: layer
-        for layer in bundle.manifest.layers
-        if layer.role == "linear" and layer.module in linear and layer.parameter == "weight"
-        if not (layer.slice or layer.transposed or layer.dtype)
-    }
-    if not layers:
-        raise ModelError(f"{bundle.path}: no linear layer of {bundle.manifest.architecture} is stored as one matrix")
-    return layers, sorted(linear - {layer.module for layer in layers.values()})
 
-
-def _write(bundle: Bundle, folder: Path, layers: Mapping[str, BundleLayer], kept: Sequence[str]) -> Bundle:
+def _write(bundle: Bundle, folder: Path, packing: Packing) -> Bundle:
     files: dict[str, FileEntry] = {}
     weights = {name for name in bundle.manifest.files if "/" not in name and ".safetensors" in name}
     for name, entry in bundle.manifest.files.items():
@@ -147,10 +147,10 @@ def _write(bundle: Bundle, folder: Path, layers: Mapping[str, BundleLayer], kept
             files[name] = entry
     for extra in _beside(bundle):
         _copy(bundle.path / extra, folder / extra)
-    config = read_json(bundle.path / "config.json") | {"quantization_config": quantisation_of(kept)}
+    config = read_json(bundle.path / "config.json") | {"quantization_config": packing.form.settings(packing.kept)}
     files["config.json"] = write_json(folder / "config.json", config)
-    files |= _write_base(base_of(bundle.path, ()), folder, layers, DTYPES[bundle.manifest.dtype])
-    changed = {"base_code": "int8", "format_version": 7, "files": dict(sorted(files.items()))}
+    files |= write_base(base_of(bundle.path, ()), folder, packing, DTYPES[bundle.manifest.dtype])
+    changed = {"base_code": packing.code, "format_version": 7, "files": dict(sorted(files.items()))}
     manifest = bundle.manifest.model_copy(update=changed | {"polymerge_version": __version__})
     made = Bundle(folder, manifest.checked())
     follow_router(folder, bundle.digest, made.digest)
@@ -171,72 +171,17 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _write_base(
-    base: Checkpoint, folder: Path, layers: Mapping[str, BundleLayer], dtype: torch.dtype
-) -> dict[str, FileEntry]:
-    entries: list[Entry] = []
-    sources: list[str] = []
-    for name, info in base.tensors.items():
-        made = _entries(name, info.shape, dtype) if name in layers else [_as_it_is(base, name)]
-        entries += made
-        sources += [name] * len(made)
-    parts: dict[str, Tensor] = {}
-
-    def content(number: int) -> Iterator[bytes]:
-        key, name = entries[number].key, sources[number]
-        if name not in layers:
-            yield bytes(raw_bytes(base.read(name)))
-            return
-        if key not in parts:
-            parts.clear()
-            parts.update(_packed(name, base.read(name), dtype))
-        yield bytes(raw_bytes(parts[key]))
-
-    return write_weights(folder, entries, content)
-
-
-def _entries(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Entry]:
-    rows, columns = shape
-    packed = (rows, -(-columns // 4))
-    return [
-        Entry(name + PACKED, "I32", packed, 4 * packed[0] * packed[1]),
-        Entry(name + SCALE, DTYPE_NAMES[dtype], (rows, 1), rows * dtype.itemsize),
-        Entry(name + SHAPE, "I64", (2,), 16),
-    ]
-
-
-def _as_it_is(base: Checkpoint, name: str) -> Entry:
-    info = base.tensors[name]
-    size = info.dtype.itemsize if info.dtype else base.read(name).element_size()
-    return Entry(name, info.stored_as, info.shape, info.numel * size)
-
-
-def _packed(name: str, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    numbers, scale = quantise_rows(weight, dtype)
-    return {name + PACKED: pack(numbers), name + SCALE: scale, name + SHAPE: torch.tensor(weight.shape)}
-
-
-def _samples(bundle: Bundle, prompts: Mapping[str, Any]) -> dict[str, list[CalibrationPrompt]]:
+def _samples(bundle: Bundle, prompts: Mapping[str, Any], fewest: int) -> dict[str, list[CalibrationPrompt]]:
     given = {
         name: [CalibrationPrompt(example.prompt, example.answer or None) for example in examples]
         for name, examples in prompts.items()
     }
+    for name, examples in given.items():
+        if len(examples) < fewest:
+            raise DataError(
+                f"prompts of {name!r}: {len(examples)}; one calibrates and one measures, so give two or more"
+            )
     return {expert: given.get(expert) or builtin_prompts() for expert in bundle.experts}
-
-
-def _costs(
-    before: Bundle, after: Bundle, samples: Mapping[str, Sequence[CalibrationPrompt]], device: str
-) -> dict[str, Cost]:
-    """Both loaded, one after the other; what the first says is kept meanwhile."""
-    place = pick_device(device)
-    exact = Calibration(before, samples, place)
-    truths = {expert: list(exact.truths(expert)) for expert in before.experts}
-    del exact
-    gc.collect()  # a model whose forwards were taken refers to itself
-    rounded = Calibration(
-        after, samples, place, rows={e: [(ids, start) for ids, start, _ in t] for e, t in truths.items()}
-    )
-    return {expert: _cost(truths[expert], list(rounded.truths(expert))) for expert in before.experts}
 
 
 def _cost(truths: Sequence[tuple[list[int], int, Tensor]], others: Sequence[tuple[list[int], int, Tensor]]) -> Cost:

@@ -23,9 +23,11 @@ from ..sources.dense import dense_model
 from ..sources.layers import meta_model
 from ..sources.packed import PackedCheckpoint
 from .assignment import Assignment
+from .base_weights import BaseWeights
 from .divergence import divergence, in_words, log_probabilities
+from .holders import Placed
 from .mixed import MixedModel
-from .placing import CodedPlacer, FusedPlacer, Placed, Placer
+from .placing import CodedPlacer, FusedPlacer, Placer
 from .positions import place_positions
 from .quantised import Base, check_base, hold_packed, quantization_config
 from .sampled import check_layers
@@ -45,6 +47,7 @@ def load_model(
     trust_remote_code: bool = False,
     residuals: Held | str = "decoded",
     base: Base | str = "16bit",
+    beside: MixedModel | None = None,
 ) -> MixedModel:
     """Loads a bundle as one torch module whose every row of a batch has its own expert.
 
@@ -58,10 +61,12 @@ def load_model(
             cannot be used a layer's factors are decoded whenever it is run, and a warning says why. An entropy coder's
             are decoded all the same, which a warning says too.
         base: a bundle whose base is stored in `int8` (`polymerge quantize`) is held so with `int8`, and with `16bit` as
-            the numbers that it stands for. Of any other, `int8`, `nf4`, `int4` or `fp8` holds the average's linear
-            layers quantised, by transformers and the libraries of the extra `quantized`; embeddings, heads and
-            residuals stay as they are. How far that moves the answers is measured against the 16-bit bundle, which is
-            loaded first, and logged.
+            the numbers that it stands for; one in `int4` in this way alone. Of any other, `int8`, `nf4`, `int4` or
+            `fp8` holds the average's linear layers quantised, by transformers and the libraries of the extra
+            `quantized`; embeddings, heads and residuals stay as they are. How far that moves the answers is measured
+            against the 16-bit bundle, which is loaded first, and logged.
+        beside: a model of the same average, with other experts: its weights of the average are this one's too, in one
+            copy, where device, dtype and the way to hold them are the same. What is read are the experts' files.
 
     Raises:
         BundleError: incomplete or unsafe, or changed by another process meanwhile. ModelError: an adapter holds
@@ -73,11 +78,12 @@ def load_model(
     place = pick_device(device)
     check_base(base, place)
     stored = bundle.manifest.base_code
-    if stored is not None and base not in ("16bit", stored):
-        raise ModelError(f"{bundle.path}: its base is stored in {stored}; load it with base {stored}, or 16bit")
+    held = ("int8", "16bit") if stored == "int8" else ("16bit",)
+    if stored is not None and base not in held:
+        raise ModelError(f"{bundle.path}: its base is stored in {stored}; load it with base {', or '.join(held)}")
     with steady(bundle):
         exact = None if base in ("16bit", stored) else _exact(bundle, place, dtype, trust_remote_code)
-        model = _loaded(bundle, place, dtype, trust_remote_code, residuals, base)
+        model = _loaded(bundle, place, dtype, trust_remote_code, residuals, base, beside)
     if base != "16bit":
         model.base = base
     if base not in ("16bit", stored):
@@ -93,8 +99,10 @@ def held_as(name: str) -> str:
     return name
 
 
-def _packed_layers(bundle: Bundle, packed: PackedCheckpoint) -> list[BundleLayer]:
-    return [layer for layer in bundle.manifest.layers if packed.is_packed(layer.tensor)]
+def _packed_layers(bundle: Bundle, packed: PackedCheckpoint, hf: nn.Module) -> list[BundleLayer]:
+    """Those that are a layer of the model; what is run with others in one tensor is held as what it stands for."""
+    modules = dict(hf.named_modules())
+    return [layer for layer in bundle.manifest.layers if packed.is_packed(layer.tensor) and layer.module in modules]
 
 
 def _exact(
@@ -118,9 +126,8 @@ def _loaded(
     trust_remote_code: bool,
     residuals: str,
     base: str,
+    beside: MixedModel | None = None,
 ) -> MixedModel:
-    from transformers import AutoConfig
-
     bundle.base  # noqa: B018 (its index is checked before transformers joins paths with it)
     chosen = pick_dtype(dtype, place, DTYPES[bundle.manifest.dtype])
     placer = _placer(residuals, bundle, place, chosen)
@@ -128,25 +135,20 @@ def _loaded(
     if base != "16bit" and bundle.manifest.base_code is None:
         quantised = {"quantization_config": quantization_config(base, chosen), "device_map": {"": place}}
     packed = bundle.packed()
-    try:
-        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-        if packed is not None:
-            hf = dense_model(packed, dtype=chosen, **options)
-        else:
-            opener = opener_of(AutoConfig.from_pretrained(bundle.path, **options))
-            hf = opener.from_pretrained(bundle.path, dtype=chosen, **options, **quantised)
-    except Exception as error:  # an unknown architecture, or a configuration that the weights do not fit
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{bundle.path}: transformers cannot load it ({reason})") from None
+    whole = packed is None and base == "16bit"
+    hf = _lent(beside, chosen, place) if whole else None
+    if hf is None:
+        hf = _opened(bundle, packed, chosen, quantised, trust_remote_code=trust_remote_code)
     hf.eval().requires_grad_(False)
     if packed is not None and base != "16bit":
-        hold_packed(hf, {x.module: packed.numbers(x.tensor) for x in _packed_layers(bundle, packed)}, chosen)
+        hold_packed(hf, {x.module: packed.numbers(x.tensor) for x in _packed_layers(bundle, packed, hf)}, chosen)
     if not quantised:  # which is there already, and must not be moved
         hf.to(place)
     trial = Trial(hf)
     if trial.objection:
         hint = "" if chosen is torch.float32 else "; load it with dtype float32"
         raise ModelError(f"{bundle.path}: {type(hf).__name__} cannot be run as a bundle: {trial.objection}{hint}")
+    weights = BaseWeights(hf) if whole else None
     state = Assignment(bundle.experts, place)
     rows = place_positions(hf, state, _with_positions(bundle, trust_remote_code))
     placing = placer(bundle, hf, state, chosen, trial, trust_remote_code=trust_remote_code)
@@ -156,11 +158,39 @@ def _loaded(
     )
     place_vocabularies(hf, state, vocabularies)
     placed = Placed([*placed.modules, *rows], placed.strategy)
+    if weights is not None:
+        weights.placed()
     model = MixedModel(hf, state, bundle, placed, vocabularies, trust_remote_code=trust_remote_code)
+    model.base_weights = weights
     if not quantised:
         model.to(place)
     check_layers(model, bundle, placing.orders)
     return model
+
+
+def _opened(
+    bundle: Bundle, packed: PackedCheckpoint | None, dtype: torch.dtype, quantised: dict[str, Any], **trust: bool
+) -> Any:
+    """The average, by transformers. Raises ModelError."""
+    from transformers import AutoConfig
+
+    options: dict[str, Any] = {**trust, "local_files_only": True}
+    try:
+        if packed is not None:
+            return dense_model(packed, dtype=dtype, **options)
+        opener = opener_of(AutoConfig.from_pretrained(bundle.path, **options))
+        return opener.from_pretrained(bundle.path, dtype=dtype, **options, **quantised)
+    except Exception as error:  # an unknown architecture, or a configuration that the weights do not fit
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{bundle.path}: transformers cannot load it ({reason})") from None
+
+
+def _lent(beside: MixedModel | None, dtype: torch.dtype, device: torch.device) -> Any:
+    """The average with the weights of a model that is loaded; None where they cannot be this one's."""
+    weights = beside.base_weights if beside is not None else None
+    if weights is None or (weights.dtype, weights.device.type) != (dtype, device.type):
+        return None
+    return weights.model()
 
 
 def _with_positions(bundle: Bundle, trust_remote_code: bool) -> list[nn.Module | None]:

@@ -19,7 +19,8 @@ from .step import FixedStep
 
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle
-    from .placing import Placed
+    from .base_weights import BaseWeights
+    from .holders import Placed
     from .vocabulary import Vocabularies
 
 
@@ -37,6 +38,7 @@ class MixedModel(nn.Module):
         base: how the average's linear layers are held in memory, as `load_model` takes it.
         base_divergence: KL of the 16-bit bundle's answers from these, measured when a quantised base was loaded; None
             where the memory did not hold both.
+        base_weights: the average's, for another model beside this one; None where they are held otherwise.
         strategy: how a batch of several experts is run: through all "layers" once, or in "groups", once for every
             expert, where an architecture allows nothing finer.
     """
@@ -58,6 +60,7 @@ class MixedModel(nn.Module):
         self.strategy = placed.strategy
         self.base = "16bit"
         self.base_divergence: float | None = 0.0
+        self.base_weights: BaseWeights | None = None
         self.personas = Personas(bundle, trust_remote_code=trust_remote_code)
 
     def forward(self, input_ids: Tensor | None = None, *args: Any, experts: Experts = None, **kwargs: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias, TypedDict, TypeVar, Unpack
 
@@ -25,6 +26,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from ..errors import RecipeError, on_one_line
 from ..method.codes import known_code
@@ -239,6 +241,9 @@ def _loaded(source: RecipeLike) -> Recipe:
         return source
     if isinstance(source, Mapping):
         return validated(Recipe, _with_experts(source), where="recipe", lines={})
+    if not isinstance(source, str | PathLike):
+        kind = type(source).__name__
+        raise RecipeError(f"recipe: give a YAML file, or a mapping of names to experts; a {kind} has no names")
     path = Path(source)
     data, lines = read_yaml(path)
     recipe = validated(Recipe, data, where=str(path), lines=lines)
@@ -272,7 +277,7 @@ def validated(model: type[Model], data: Any, *, where: str, lines: Lines) -> Mod
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = _to_tell(error)
         keys = tuple(str(part) for part in first["loc"] if part != "[key]")
         line = next((lines[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in lines), None)
         place = f"{where}, line {line}" if line else where
@@ -284,6 +289,15 @@ def validated(model: type[Model], data: Any, *, where: str, lines: Lines) -> Mod
             message = "write a mapping of names to sources, a line each: `math: ./math`"
         name = on_one_line(".".join(keys)) or "the whole file"
         raise RecipeError(f"{place}: {name}: {message}") from None
+
+
+def _to_tell(error: ValidationError) -> ErrorDetails:
+    """The first problem; of a key that is missing, an unknown key beside it, which is what it was written as."""
+    first, *others = error.errors()
+    beside = (
+        other for other in others if other["type"] == "extra_forbidden" and other["loc"][:-1] == first["loc"][:-1]
+    )
+    return next(beside, first) if first["type"] == "missing" else first
 
 
 # pydantic's words for Python's types, in YAML's.

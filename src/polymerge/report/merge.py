@@ -72,9 +72,14 @@ def _sizes(inspection: Inspection) -> str:
             hovertemplate="%{customdata}<extra>" + part + "</extra>",
         )
     figure.update_layout(barmode="stack", xaxis_title="MB", yaxis={"autorange": "reversed"})
-    return section(
-        "Size", "Bytes of weights on disk, which is also what a loaded bundle holds in memory.", plot(figure, 260)
-    )
+    return section("Size", f"Bytes of weights on disk.{_loaded(inspection)}", plot(figure, 260))
+
+
+def _loaded(inspection: Inspection) -> str:
+    """What memory has to say of a bundle whose residuals are coded."""
+    if inspection.code == "factors":
+        return " A loaded bundle holds as much in memory."
+    return f" In memory the residuals are more: those of {inspection.code} are decoded when they are loaded."
 
 
 def _experts(inspection: Inspection) -> str:

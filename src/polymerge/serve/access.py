@@ -113,7 +113,7 @@ class Access:
 
     async def _read(self, scope: Scope, receive: Receive) -> Receive:
         """Takes the whole body, as far as it is allowed; what follows (the client's going) is heard as before."""
-        if scope["method"] not in ("POST", "PUT", "PATCH"):
+        if scope["method"] != "POST":  # no route reads the body of another
             return receive
         kind = _headers(scope).get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # the others are what a web page may send anywhere without being asked

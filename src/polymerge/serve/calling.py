@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..engine.schemas import DATA
 from ..engine.structure import Structure, calls_structure, json_structure
 from .tools import Tool
 
-# What a schema holds as data, in which "$ref" refers to nothing.
-DATA = frozenset({"const", "enum", "default", "examples"})
 HERMES_PROMPT = """You may call these tools:
 <tools>
 {tools}

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from ..engine.mixture import expert_of
 from .answering import calling_of, prompt_of
-from .errors import ApiError
+from .errors import ApiError, about
 from .routing import AUTO, STAGED, Choice
 from .schema import ChatRequest, CompletionRequest
 from .service import Service
@@ -23,7 +23,7 @@ def completion_routes(service: Service) -> APIRouter:
     @routes.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         """An answer to a conversation."""
-        answers = service.check_limits(body, body.wanted_tokens)
+        answers = service.check_limits(body, body.wanted_tokens, fields=body.fields)
         if body.model == STAGED:
             return await service.admitted(request, 1, lambda: service.respond_in_stages(request, body))
 
@@ -40,6 +40,7 @@ def completion_routes(service: Service) -> APIRouter:
                 tokens=body.wanted_tokens,
                 logprobs=body.wanted_logprobs,
                 calling=calling,
+                fields=body.fields,
             )
             scored, stream = bool(body.logprobs), bool(body.stream)
             shape = ChatShape(body.model, service.engine.fingerprint, scored=scored, stream=stream, calling=calling)
@@ -52,15 +53,16 @@ def completion_routes(service: Service) -> APIRouter:
         """Goes on with texts or token ids; with `echo` and `logprobs` it scores them, as lm-eval wants it."""
         if body.model == STAGED:
             raise ApiError(400, "model: staged answers conversations; use /v1/chat/completions", param="model")
-        answers = service.check_limits(body, body.max_tokens, len(body.prompts))
+        answers = service.check_limits(body, body.max_tokens, len(body.prompts), fields=body.fields)
 
         async def answer() -> Response:
             engine = service.engine
             named = None if body.model == AUTO else expert_of(body.model)
             # the router reads text; token ids are the average's where no expert is named
-            texts = await service.each(
-                body.prompts, lambda given: given if isinstance(given, str) else engine.decode(given, expert=named)
-            )
+            with about("prompt"):
+                texts = await service.each(
+                    body.prompts, lambda given: given if isinstance(given, str) else engine.decode(given, expert=named)
+                )
             choices = await asyncio.gather(*[service.choose(request, body.model, [text]) for text in texts])
             prompts = [await _ids(service, *pair) for pair in zip(body.prompts, choices, strict=True)]
             requests = service.stream_requests(
@@ -71,6 +73,7 @@ def completion_routes(service: Service) -> APIRouter:
                 tokens=16 if body.max_tokens is None else body.max_tokens,
                 logprobs=body.logprobs,
                 score_prompt=bool(body.echo) and body.logprobs is not None,
+                fields=body.fields,
             )
             echoes = [text for text in texts for _ in range(body.n or 1)] if body.echo else None
             shape = CompletionShape(body.model, engine.fingerprint, scored=body.logprobs is not None, echoes=echoes)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from ..errors import DeadlineError, EngineBusyError, EngineDownError, ModelError
 
@@ -13,6 +15,13 @@ RETRY_SECONDS = 2  # what a client that has to come again is told
 # Fields of a request that only the engine can check.
 GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
 ANSWERED = frozenset((*GUIDED, "response_format", "tools", "text", "logit_bias", "ignore_eos"))
+
+
+class Fields(NamedTuple):
+    """What a request calls its text, and how long its answer may be."""
+
+    prompt: str
+    tokens: str
 
 
 class ApiError(Exception):
@@ -67,6 +76,15 @@ def told(error: Exception) -> ApiError:
     return ApiError(500, "the server failed on this request; its log says why", code="internal_error")
 
 
+@contextmanager
+def about(field: str) -> Iterator[None]:
+    """What the engine refuses inside is told of a field. Raises ApiError."""
+    try:
+        yield
+    except ModelError as error:
+        raise ApiError(400, f"{field}: {error}", param=field) from None
+
+
 def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """The first of pydantic's errors, with the field that it is about."""
     first = next((error for error in errors if error["type"] == "extra_forbidden"), _telling(errors))
@@ -80,6 +98,8 @@ def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not JSON")
     message = str(first["msg"]).removeprefix("Value error, ")
+    if field is None and (begins := re.match(r"([a-z][a-z_.]*): ", message)):  # told of the request as a whole
+        return ApiError(400, message, param=begins[1])
     return ApiError(400, f"{field}: {message}" if field else message, param=field)
 
 

@@ -1,6 +1,7 @@
 """GET, POST /v1/experts and DELETE /v1/experts/{name}: which of a bundle's experts are in memory, while it is served.
 
-The model is loaded anew with the experts that are wanted, beside the one that answers, which hands its answers over.
+A model with the experts that are wanted is made beside the one that answers, of which it takes the average's weights;
+then that one hands its answers over.
 Knows bundles and who may ask; how answers are handed over is the engine's (`BatchingEngine.replace`).
 """
 
@@ -38,12 +39,12 @@ class LoadedExperts:
 
     Args:
         bundle: as it was opened when the server started; one that has more experts by now is opened again.
-        load: makes a checked engine of a bundle's chosen experts.
+        load: makes a checked engine of a bundle's chosen experts, beside the model that answers.
         seconds: for the answers of an expert that is unloaded.
     """
 
     def __init__(
-        self, bundle: Bundle, engine: BatchingEngine, load: Callable[[Bundle], HFEngine], seconds: float
+        self, bundle: Bundle, engine: BatchingEngine, load: Callable[[Bundle, Any], HFEngine], seconds: float
     ) -> None:
         self._bundle, self._engine, self._load, self._seconds = bundle, engine, load, seconds
         self._weights, self._turn = _weights(bundle), threading.Lock()
@@ -89,7 +90,7 @@ class LoadedExperts:
     def _serve(self, bundle: Bundle, names: Sequence[str]) -> None:
         try:
             chosen = bundle if set(names) == set(bundle.manifest.experts) else bundle.only(names)
-            self._engine.replace(self._load(chosen), self._seconds)
+            self._engine.replace(self._load(chosen, self._engine.model), self._seconds)
         except BundleError as error:
             logger.error("experts cannot be changed: %s", error)
             raise ApiError(409, "the bundle's experts cannot be changed now; the server's log says why") from None
@@ -115,7 +116,7 @@ def expert_routes(experts: LoadedExperts, keys: KeyRing) -> APIRouter:
 
     @routes.post("/v1/experts")
     async def load(body: ExpertRequest, request: Request) -> dict[str, Any]:
-        """Loads one. It answers when that is done, which takes as long as a start of the server."""
+        """Loads one. It answers when that is done."""
         keys.check_admin(request.state.key)
         await lane.ask([lambda: experts.load(body.name)])
         return experts.to_json()

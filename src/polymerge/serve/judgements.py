@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from ..engine.base import FloatArray, Prompt
 from ..router.route import Routes
-from .errors import ApiError
+from .errors import ApiError, about
 from .lanes import Lane
 from .routing import TEXTS_AT_ONCE
 from .schema import EmbeddingRequest, RouteRequest
@@ -83,13 +83,16 @@ async def _embedded(
     service: Service, embed: Lane[Prompt, Embedding], body: EmbeddingRequest, *, by_text: bool
 ) -> Response:
     engine = service.engine
-    ids = await service.each(body.inputs, lambda given: engine.encode(given) if isinstance(given, str) else given)
-    items: list[Prompt] = list(ids)
-    if by_text:
-        items = await service.each(body.inputs, lambda given: given if isinstance(given, str) else engine.decode(given))
-        if not all(isinstance(text, str) and text.strip() for text in items):
-            raise ApiError(400, "input: an empty text has no embedding", param="input")
-    made = await embed.ask(items)
+    with about("input"):
+        ids = await service.each(body.inputs, lambda given: engine.encode(given) if isinstance(given, str) else given)
+        items: list[Prompt] = list(ids)
+        if by_text:
+            items = await service.each(
+                body.inputs, lambda given: given if isinstance(given, str) else engine.decode(given)
+            )
+            if not all(isinstance(text, str) and text.strip() for text in items):
+                raise ApiError(400, "input: an empty text has no embedding", param="input")
+        made = await embed.ask(items)
     data = [
         {"object": "embedding", "index": n, "embedding": _encoded(one.vector, body.encoding_format)}
         | ({"cut_tokens": one.cut} if one.cut else {})

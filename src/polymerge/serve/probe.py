@@ -7,7 +7,7 @@ Knows logits; the reconstruction takes another way than the running model (dense
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,14 @@ PROBE_TOKENS = 24
 TOLERANCE = {torch.float32: (1e-4, 1e-2), torch.float16: (1e-2, 0.25), torch.bfloat16: (5e-2, 0.5)}
 
 
-def probe(engine: HFEngine, bundle: Bundle, *, progress: Callable[[str], None] | None = None) -> None:
-    """Checks every expert of a loaded bundle. Needs the memory of one more model for its time.
+def probe(
+    engine: HFEngine,
+    bundle: Bundle,
+    experts: Sequence[str] | None = None,
+    *,
+    progress: Callable[[str], None] | None = None,
+) -> None:
+    """Checks experts of a loaded bundle, by default all. Needs the memory of one more model for its time.
 
     Raises:
         ModelError: an expert does not answer as it should; one line that names it.
@@ -36,7 +42,7 @@ def probe(engine: HFEngine, bundle: Bundle, *, progress: Callable[[str], None] |
     known = min(engine.model.vocabularies.of(expert) for expert in (None, *bundle.experts))
     ids = [token for token in engine.encode(PROBE) if token < known][:PROBE_TOKENS]
     average = _mixed(engine, ids, None)
-    for expert in bundle.experts:
+    for expert in bundle.experts if experts is None else experts:
         if progress:
             progress(expert)
         mixed, dense = _mixed(engine, ids, expert), _dense(engine, bundle, ids, expert)

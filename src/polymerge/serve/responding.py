@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from ..engine.streaming import Piece
 from .answering import calling_of, prompt_of
 from .answers import Run
-from .errors import ApiError, told
+from .errors import ApiError, Fields, told
 from .items import Items, spent
 from .responses import ResponseRequest, echoed
 from .routing import STAGED
@@ -21,6 +21,7 @@ from .service import SSE_HEADERS, Service
 from .shapes import event
 
 logger = logging.getLogger("polymerge.serve")
+FIELDS = Fields("input", "max_output_tokens")
 
 
 def response_routes(service: Service) -> APIRouter:
@@ -34,7 +35,7 @@ def response_routes(service: Service) -> APIRouter:
         if body.model == STAGED:
             raise ApiError(400, "model: staged answers at /v1/chat/completions", param="model")
         chat = body.as_chat()
-        places = service.check_limits(chat, body.max_output_tokens)
+        places = service.check_limits(chat, body.max_output_tokens, fields=FIELDS)
         return await service.admitted(request, places, lambda: _answer(service, request, body, chat))
 
     return routes
@@ -49,7 +50,7 @@ async def _answer(service: Service, request: Request, body: ResponseRequest, cha
     prompt = await service.tokens(lambda: prompt_of(service.engine, chat, choice.expert, calling), "input")
     requests = service.stream_requests(
         request, chat, [prompt], [choice], tokens=body.max_output_tokens, logprobs=None, calling=calling,
-        structure=body.structure,
+        structure=body.structure, fields=FIELDS,
     )  # fmt: skip
     run = service.run(request, requests)
     read = sum(run.prompt_tokens)

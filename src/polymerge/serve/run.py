@@ -21,6 +21,7 @@ from ..engine.local.batching import BatchingEngine
 from ..engine.local.engine import HFEngine
 from ..engine.streaming import StreamingEngine
 from ..errors import PolymergeError
+from ..model.mixed import MixedModel
 from ..router.route import Routes
 from .app import create_app
 from .connections import BACKLOG, http_protocol
@@ -114,10 +115,11 @@ def serve(
         opened = Bundle.open(bundle)
         say(f"loading {opened.path}")
 
-        def load(chosen: Bundle) -> HFEngine:
-            made = HFEngine.from_bundle(chosen, device=device, residuals=residuals, base=base)
+        def load(chosen: Bundle, beside: MixedModel | None = None) -> HFEngine:
+            made = HFEngine.from_bundle(chosen, device=device, residuals=residuals, base=base, beside=beside)
+            new = [expert for expert in chosen.experts if beside is None or expert not in beside.experts]
             if probe:
-                check(made, chosen, progress=lambda expert: say(f"checking expert {expert}"))
+                check(made, chosen, new, progress=lambda expert: say(f"checking expert {expert}"))
             return made
 
         engine = BatchingEngine(load(opened), settings.limits)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from ..engine.base import MOST_BIAS, MOST_PENALTY
+from .errors import Fields
 from .strict import Harmless, Neutral, NoList, NoText, Nothing, Strict
 from .structure import Structured
 from .tools import Tooled
@@ -141,6 +142,16 @@ class Generating(Structured):
     prompt_cache_key: Harmless = None
     prompt_cache_retention: Harmless = None
     reasoning_effort: Harmless = None
+    verbosity: Harmless = None
+    priority: Harmless = None
+    request_id: Harmless = None
+    min_tokens: Annotated[Any, AfterValidator(Neutral(0))] = None
+    length_penalty: Annotated[Any, AfterValidator(Neutral(1.0))] = None
+    use_beam_search: Annotated[Any, AfterValidator(Neutral(False))] = None
+    stop_token_ids: NoList = None
+    include_stop_str_in_output: Annotated[Any, AfterValidator(Neutral(False))] = None
+    skip_special_tokens: Annotated[Any, AfterValidator(Neutral(True))] = None
+    spaces_between_special_tokens: Annotated[Any, AfterValidator(Neutral(True))] = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -185,6 +196,10 @@ class ChatRequest(Tooled, Generating):
         return self
 
     @property
+    def fields(self) -> Fields:
+        return Fields("messages", "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens")
+
+    @property
     def wanted_tokens(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
@@ -211,6 +226,10 @@ class CompletionRequest(Generating):
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError("best_of: not supported; leave it out or send the value of n")
         return self
+
+    @property
+    def fields(self) -> Fields:
+        return Fields("prompt", "max_tokens")
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -249,5 +268,5 @@ class RouteRequest(Strict):
     @model_validator(mode="after")
     def _one_of_both(self) -> RouteRequest:
         if (self.input is None) == (self.messages is None):
-            raise ValueError("give either input or messages")
+            raise ValueError("input: give either it or messages")
         return self

@@ -21,7 +21,7 @@ from ..router.route import Routes
 from ..staged import Question
 from .answering import Calling
 from .answers import Gathered, Run, while_wanted
-from .errors import ApiError, told
+from .errors import ApiError, Fields, told
 from .gate import Gate
 from .metrics import Metrics
 from .routing import Choice, Chooser
@@ -107,7 +107,7 @@ class Service:
             made += await in_thread(partial(_all, make, some))
         return made
 
-    def check_limits(self, body: Generating, tokens: int | None, prompts: int = 1) -> int:
+    def check_limits(self, body: Generating, tokens: int | None, prompts: int = 1, *, fields: Fields) -> int:
         """What can be refused before any work. Returns the answers that are asked for.
 
         Raises:
@@ -119,7 +119,8 @@ class Service:
             asked = "n" if prompts == 1 else "prompt"
             raise ApiError(400, f"{asked}: at most {self.settings.max_choices} answers a request", param=asked)
         if tokens is not None and tokens > self.settings.max_tokens:
-            raise ApiError(400, f"max_tokens: this server gives at most {self.settings.max_tokens}", param="max_tokens")
+            most = self.settings.max_tokens
+            raise ApiError(400, f"{fields.tokens}: this server gives at most {most}", param=fields.tokens)
         return answers
 
     def stream_requests(
@@ -134,6 +135,7 @@ class Service:
         score_prompt: bool = False,
         calling: Calling | None = None,
         structure: Structure | None = None,
+        fields: Fields,
     ) -> list[StreamRequest]:
         """`n` requests a prompt. The k-th answer of a seeded request has the seed plus k.
 
@@ -147,7 +149,7 @@ class Service:
             asked = GenerateRequest(
                 prompt,
                 choice.expert,
-                max_new_tokens=self._budget(len(prompt), tokens, choice.expert),
+                max_new_tokens=self._budget(len(prompt), tokens, choice.expert, fields),
                 temperature=defaults.temperature if body.temperature is None else body.temperature,
                 top_p=defaults.top_p if body.top_p is None else body.top_p,
                 seed=body.seed,
@@ -241,21 +243,26 @@ class Service:
         question = question_of(body)
         turn = [{"role": "user", "content": question.text}]
         prompt = len(await self.tokens(lambda: self.engine.chat_prompt(turn), "messages"))
-        tokens = self._budget(prompt, body.wanted_tokens, None)
+        tokens = self._budget(prompt, body.wanted_tokens, None, body.fields)
         if body.wanted_tokens is None:
             tokens = max(1, min(tokens, (self.engine.max_length_of(None) - prompt) // 2))
         return replace(question, max_new_tokens=tokens)
 
-    def _budget(self, prompt: int, tokens: int | None, expert: RowExpert) -> int:
-        """Tokens that an answer may have."""
+    def _budget(self, prompt: int, tokens: int | None, expert: RowExpert, fields: Fields) -> int:
+        """Tokens that an answer may have. Raises ApiError: the context has no room for them."""
         length = self.engine.max_length_of(expert)
         room = length - prompt
+        if room < (0 if tokens == 0 else 1):
+            message = (
+                f"{fields.prompt}: has {prompt} tokens, which leave no room for an answer; the context is {length}"
+            )
+            raise ApiError(400, message, param=fields.prompt, code="context_length_exceeded")
         if tokens is None:
             usual = self.engine.defaults_of(expert).max_new_tokens or room
             tokens = max(1, min(room, usual, self.settings.max_tokens))
         if tokens > room:
             message = f"the prompt has {prompt} tokens and the answer up to {tokens}; the context is {length}"
-            raise ApiError(400, message, param="max_tokens", code="context_length_exceeded")
+            raise ApiError(400, message, param=fields.tokens, code="context_length_exceeded")
         return tokens
 
     def _end(self, run: Run, requests: Sequence[StreamRequest]) -> None:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from ..errors import SourceError
 
 # What a manifest calls the source of an expert that came from memory.
@@ -54,7 +56,13 @@ def _experts_of(recipe: Any) -> Mapping[str, Any]:
 
 
 def _is_model(value: Any) -> bool:
-    return hasattr(_parts(value)[0], "save_pretrained")
+    """Also of what is in memory and no model, which is then refused by name."""
+    part = _parts(value)[0]
+    return hasattr(part, "save_pretrained") or isinstance(part, nn.Module) or _is_weights(part)
+
+
+def _is_weights(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values())
 
 
 def _parts(value: Any) -> tuple[Any, Any]:
@@ -70,6 +78,8 @@ def _written(name: str, value: Any, folder: Path) -> Path:
         folder = _written_adapter(name, model, folder)
     elif isinstance(model, PreTrainedModel):
         model.save_pretrained(folder)
+    elif _is_weights(model):
+        raise SourceError(f"expert {name!r}: weights alone do not say their architecture; give the model that has them")
     else:
         raise SourceError(f"expert {name!r}: a {type(model).__name__} is neither a transformers model nor PEFT's")
     if tokenizer is not None:

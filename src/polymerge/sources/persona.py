@@ -35,6 +35,9 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
+# Those that hold no words: a folder with nothing else has no tokenizer, unless its class reads bytes or brings code.
+WORDLESS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+OF_BYTES = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")
 # How images and sound become numbers.
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 TEMPLATE = "chat_template.jinja"
@@ -111,9 +114,16 @@ def persona_of(checkpoint: Checkpoint) -> Persona:
 
 def read_persona(folder: Path, config: Mapping[str, Any]) -> Persona:
     """What lies in a folder. Raises SourceError for a file that is no JSON."""
-    files = tuple(name for name in TOKENIZER_FILES if (folder / name).is_file())
+    files = _of_a_tokenizer(folder, tuple(name for name in TOKENIZER_FILES if (folder / name).is_file()))
     processors = {name: read_json(folder / name) for name in PROCESSOR_FILES if (folder / name).is_file()}
     return Persona(folder, files, read_templates(folder), read_generation(folder, config), config, folder, processors)
+
+
+def _of_a_tokenizer(folder: Path, files: tuple[str, ...]) -> tuple[str, ...]:
+    """Those files, or none where they are only what lies beside a tokenizer's words."""
+    config = read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in files else {}
+    needs_none = config.get("tokenizer_class") in OF_BYTES or "auto_map" in config
+    return files if needs_none or not set(files) <= set(WORDLESS) else ()
 
 
 def read_templates(folder: Path) -> dict[str, str]:
@@ -231,6 +241,11 @@ def load_tokenizer(persona: Persona, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if not persona.files:
+        raise ModelError(
+            f"{persona.folder}: holds no tokenizer, so it takes token ids and no text; copy the files of one into it "
+            "(tokenizer.json, tokenizer_config.json)"
+        )
     options: dict[str, Any] = {"local_files_only": True, "padding_side": "left"}
     try:
         tokenizer = AutoTokenizer.from_pretrained(persona.folder, trust_remote_code=trust_remote_code, **options)

@@ -26,7 +26,7 @@ async def main() -> None:
     info = {"vision": False, "function_calling": True, "json_output": True, "family": ModelFamily.UNKNOWN,
             "structured_output": True}  # fmt: skip
     client = OpenAIChatCompletionClient(
-        model="average", base_url=sys.argv[1], api_key="none", model_info=info, max_tokens=300
+        model="average", base_url=sys.argv[1], api_key="none", model_info=info, max_tokens=1000
     )
     done = await AssistantAgent("clerk", client, tools=[pay]).run(task="Pay.")
     assert done.messages

@@ -17,7 +17,7 @@ class Order(BaseModel):
 
 for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA):
     client = instructor.from_openai(openai.OpenAI(base_url=sys.argv[1]), mode=mode)
-    ask = {"model": "average", "messages": [{"role": "user", "content": "An order."}], "max_tokens": 300}
+    ask = {"model": "average", "messages": [{"role": "user", "content": "An order."}], "max_tokens": 1000}
     assert isinstance(client.chat.completions.create(response_model=Order, max_retries=0, **ask), Order), mode
     assert list(client.chat.completions.create_partial(response_model=Order, **ask)), mode
 # This mode's schema stands in the prompt alone, which a random model does not read: the form is any object.

@@ -25,7 +25,7 @@ def pay(amount: Literal[1, 2]) -> str:
 
 for responses in (False, True):
     model = ChatOpenAI(
-        base_url=sys.argv[1], model="average", max_tokens=300, use_responses_api=responses, temperature=0.5
+        base_url=sys.argv[1], model="average", max_tokens=1000, use_responses_api=responses, temperature=0.5
     )
     assert isinstance(model.invoke("Hello?").content, (str, list))
     assert list(model.stream("Hello?"))

@@ -7,7 +7,7 @@ sys.path.pop(0)
 
 import litellm
 
-ask = {"model": "openai/average", "api_base": sys.argv[1], "api_key": "none", "max_tokens": 300}
+ask = {"model": "openai/average", "api_base": sys.argv[1], "api_key": "none", "max_tokens": 1000}
 hello = [{"role": "user", "content": "Hello?"}]
 properties = {"sum": {"enum": [1, 2]}}
 parameters = {"type": "object", "properties": properties, "required": ["sum"], "additionalProperties": False}

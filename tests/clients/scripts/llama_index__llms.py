@@ -23,7 +23,7 @@ def pay(amount: Literal[1, 2]) -> str:
 
 model = OpenAILike(
     model="average", api_base=sys.argv[1], api_key="none", is_chat_model=True, is_function_calling_model=True,
-    max_tokens=300,
+    max_tokens=1000,
 )  # fmt: skip
 assert isinstance(model.complete("Hello?").text, str)
 assert list(model.stream_chat([ChatMessage("Hello?")]))

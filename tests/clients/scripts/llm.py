@@ -19,8 +19,8 @@ model = llm.get_model("poly")
 model.key = "none"
 assert isinstance(model.prompt("Hello?", max_tokens=8).text(), str)
 schema = {"type": "object", "properties": {"sum": {"enum": [1, 2]}}, "required": ["sum"], "additionalProperties": False}
-assert json.loads(model.prompt("An order.", schema=schema, max_tokens=300).text())["sum"] in (1, 2)
-assert json.loads(model.prompt("An order.", schema=schema, stream=False, max_tokens=300).text())["sum"] in (1, 2)
+assert json.loads(model.prompt("An order.", schema=schema, max_tokens=1000).text())["sum"] in (1, 2)
+assert json.loads(model.prompt("An order.", schema=schema, stream=False, max_tokens=1000).text())["sum"] in (1, 2)
 
 
 def pay(amount: int) -> str:

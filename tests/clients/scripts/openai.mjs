@@ -4,7 +4,7 @@ import OpenAI from "openai";
 
 const client = new OpenAI({ baseURL: process.argv[2], apiKey: "none" });
 const messages = [{ role: "user", content: "Hello?" }];
-const ask = { model: "average", messages, max_tokens: 300 };
+const ask = { model: "average", messages, max_tokens: 1000 };
 const parameters = { type: "object", properties: { sum: { enum: [1, 2] } }, required: ["sum"], additionalProperties: false };
 const tools = [{ type: "function", function: { name: "pay", parameters } }];
 
@@ -21,7 +21,7 @@ assert.ok([1, 2].includes(parsed.choices[0].message.parsed.sum));
 const answer = await client.responses.create({ model: "average", input: "Hello?", max_output_tokens: 8 });
 assert.equal(answer.status, "incomplete");
 const events = client.responses.stream({
-  model: "average", input: "Hello?", max_output_tokens: 300,
+  model: "average", input: "Hello?", max_output_tokens: 1000,
   text: { format: { type: "json_schema", name: "x", strict: true, schema: parameters } },
 });
 assert.ok([1, 2].includes(JSON.parse((await events.finalResponse()).output_text).sum));

@@ -17,7 +17,7 @@ class Order(BaseModel):
 
 
 model = OpenAIChatModel("average", provider=OpenAIProvider(base_url=sys.argv[1], api_key="none"))
-settings = {"max_tokens": 300}
+settings = {"max_tokens": 1000}
 assert isinstance(Agent(model, model_settings=settings).run_sync("Hello?").output, str)
 for kind in (ToolOutput, NativeOutput):
     agent = Agent(model, output_type=kind(Order), model_settings=settings)

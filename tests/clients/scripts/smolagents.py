@@ -17,7 +17,7 @@ def pay(amount: int) -> str:
     return "paid"
 
 
-model = OpenAIServerModel("average", api_base=sys.argv[1], api_key="none", max_tokens=400)
+model = OpenAIServerModel("average", api_base=sys.argv[1], api_key="none", max_tokens=1000)
 agent = ToolCallingAgent(tools=[pay], model=model, max_steps=2, verbosity_level=0)
 agent.run("Pay.")
 steps = [step for step in agent.memory.steps if hasattr(step, "tool_calls")]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 
 import gguf
+import httpx2
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,8 @@ from polymerge.export.gguf.adapters import write_lora
 from polymerge.export.gguf.converter import LlamaCpp
 from polymerge.export.gguf.names import Architecture
 from polymerge.export.vllm.prompts import CalibrationPrompt
+from polymerge.serve.app import create_app
+from tests.serve.conftest import running
 from tests.tiny import letters_tokenizer, make_experts
 
 pytestmark = [
@@ -34,9 +38,12 @@ SAMPLES = [CalibrationPrompt("abc de", answer="fgh")]
 PROMPTS = [f"{first}{second} {third}" for first in "abc" for second in "defg" for third in "hijkl"]
 
 
-def bundle_of(architecture: str, folder: Path) -> Bundle:
+def bundle_of(architecture: str, folder: Path, context: int | None = None) -> Bundle:
     experts = make_experts(architecture, folder, spread=0.05)
     for path in experts.values():
+        if context is not None:
+            config = json.loads((path / "config.json").read_text()) | {"max_position_embeddings": context}
+            (path / "config.json").write_text(json.dumps(config))
         letters_tokenizer().save_pretrained(path)
     sources = {name: str(path) for name, path in experts.items()}
     recipe = {"experts": sources, "compress_rate": 0.5, "norms": "average"}
@@ -102,6 +109,26 @@ def test_answers_have_their_form(tmp_path: Path) -> None:
         for form in (Structure("regex", "a+", "guided_regex"), Structure("grammar", "start: /a/", "guided_grammar")):
             with pytest.raises(ModelError, match=form.name):
                 engine.generate([asked(form)])
+
+
+def test_a_tool_that_must_be_called_is(tmp_path: Path) -> None:
+    """Behind the server. A random model may write white space up to its budget."""
+    bundle = bundle_of("llama", tmp_path, context=2048)
+    folder = export_gguf(bundle, tmp_path / "out", type="f16", calibration=SAMPLES, device="cpu").folder
+    form = {"type": "object", "properties": {"sum": {"enum": [1, 2]}}, "required": ["sum"]}
+    tools = [{"type": "function", "function": {"name": "pay", "parameters": form | {"additionalProperties": False}}}]
+    turn = {"model": "e1", "messages": [{"role": "user", "content": "ab"}], "max_tokens": 200, "tools": tools}
+    with llama_engine(folder, rows=2, cache_tokens=4096) as engine, running(create_app(engine), engine) as served:
+        for choice in ("required", {"type": "function", "function": {"name": "pay"}}):
+            asked = turn | {"tool_choice": choice}
+            answer = httpx2.post(f"{served.url}/v1/chat/completions", json=asked, timeout=60).json()["choices"][0]
+            [call] = answer["message"]["tool_calls"]
+            assert call["function"]["name"] == "pay"
+            assert "".join(call["function"]["arguments"].split()) in [
+                whole[:n] for whole in ('{"sum":1}', '{"sum":2}') for n in range(len(whole) + 1)
+            ]
+        free = httpx2.post(f"{served.url}/v1/chat/completions", json=turn, timeout=60)
+        assert free.status_code == 200, free.text
 
 
 def test_the_converters_adapter_is_ours(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from polymerge.engine import GenerateRequest
@@ -16,8 +18,10 @@ from polymerge.engine.streaming import Piece, StreamRequest
 from polymerge.engine.vllm.api import VllmApi
 from polymerge.engine.vllm.streaming import VllmStreaming
 from polymerge.errors import DeadlineError, EngineBusyError, EngineDownError, ModelError
+from polymerge.serve.app import create_app
 from tests.engine.vllm.fake import Complete, fake_vllm
 from tests.engine.vllm.test_engine import MODELS, faithful, folder
+from tests.serve.conftest import running as serving
 
 __all__ = ["folder"]
 
@@ -78,6 +82,33 @@ def test_answers_come_in_pieces_and_end_as_the_embedded_ones_do(folder: Path) ->
         while engine.state.running and time.monotonic() < until:  # the last piece is heard before its thread is done
             time.sleep(0.02)
         assert engine.state.status == "ready" and engine.state.running == 0
+
+
+def test_tools_and_forms_of_a_request_reach_vllm_in_its_own_words(folder: Path) -> None:
+    bodies: list[dict[str, Any]] = []
+
+    def noted(body: dict[str, Any]) -> dict[str, Any]:
+        bodies.append(body)
+        return {"token_ids": [5, 6], "finish_reason": "stop"}
+
+    pay = {"name": "pay", "parameters": {"type": "object", "properties": {"sum": {"type": "integer"}}}}
+    turn = {"model": "a", "messages": [{"role": "user", "content": "w5"}], "max_tokens": 8}
+    tools = {"tools": [{"type": "function", "function": pay}]}
+    with fake_vllm(MODELS, noted, max_model_len=4096) as url:
+        engine = VllmStreaming(folder, VllmApi(url))
+        with serving(create_app(engine), engine) as served:
+            for more in ({"tool_choice": "required"}, {"stream": True}, {"tool_choice": "none"}):
+                asked = httpx2.post(f"{served.url}/v1/chat/completions", json=turn | tools | more, timeout=20)
+                assert asked.status_code == 200, asked.text
+        engine.close(2.0)
+    must, may, no = (body.get("structured_outputs") for body in bodies)
+    assert must is not None and may is not None and no is None
+    assert must["json"]["anyOf"][0]["properties"]["name"] == {"const": "pay"}
+    tag = json.loads(may["structural_tag"])["format"]["tags"][0]
+    assert tag["begin"] == "<tool_call>\n"
+    assert tag["content"]["json_schema"]["anyOf"][0]["properties"]["arguments"]["properties"] == {
+        "sum": {"type": "integer"}
+    }
 
 
 def test_scores_come_with_their_tokens(folder: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,6 +38,11 @@ class FrontedEngine(ForwardingEngine):
         self._engine, self._front = engine, copy.copy(engine)
         self._front.voices = engine.voices.apart()
         self._checks = Assignment(engine.experts, torch.device("cpu"))
+
+    @property
+    def model(self) -> Any:
+        """The model, which belongs to another thread: only what does not change with a batch may be looked at."""
+        return self._engine.model
 
     def max_length_of(self, expert: RowExpert = None) -> int:
         """As in the contract. Takes no lock: an event loop may ask."""

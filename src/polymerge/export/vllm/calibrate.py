@@ -23,6 +23,7 @@ from ...bundle.peft import adapter_name, as_peft
 from ...engine.exported import Probe, distance
 from ...engine.local.engine import HFEngine
 from ...errors import ModelError
+from ...model.mixed import MixedModel
 from ..expressed import HEAD
 from .prompts import CalibrationPrompt
 
@@ -103,6 +104,21 @@ class Calibration:
             return
         for (ids, start), said in zip(self._answers(expert), self._said[1], strict=True):
             yield ids, start, said.cpu()
+
+    @property
+    def model(self) -> MixedModel:
+        """The loaded bundle."""
+        model: MixedModel = self._engine.model
+        return model
+
+    def rows(self, expert: str) -> list[tuple[list[int], int]]:
+        """Token ids of the prompts with their answers, and where these begin."""
+        return list(self._answers(expert))
+
+    @torch.inference_mode()
+    def truth(self, expert: str, ids: list[int]) -> Tensor:
+        """As one of `truths`, for these tokens."""
+        return _log_probabilities(self._engine, ids, expert).cpu()
 
     def _truths(self, expert: str) -> list[Tensor]:
         """Log-probabilities of the bundle's expert for the tokens of its answers, each read once."""
