@@ -241,25 +241,25 @@ def routed_draws(chosen: Shifted, embed: Embed, options: argparse.Namespace) -> 
     names = list(Bundle.open(bundle).experts)
     train = [sample for sample in chosen.train if sample.field in names]
     held = [sample for sample in chosen.held if sample.field in names]
-    rows = [row for row in chosen.rows if row.field in names and row.kind != shift.AS_THEY_ARE]
-    right = routed.outcomes(bundle, rows)
+    shifted = [row for row in chosen.rows if row.field in names and row.kind != shift.AS_THEY_ARE]
+    rows = routed.few_of(shifted, options.answered)
     vectors = shift.embedded(train, held, rows, embed)
     parts = [[s.field for s in train], [s.field for s in held], [row.field for row in rows]]
-    return {
-        str(size): routed.accuracies(list(shift.drawn(vectors, parts, names, size, options.draws, shift.judge)), right)
-        for size in options.sizes
-    }
+    draws = {size: list(shift.drawn(vectors, parts, names, size, options.draws, shift.judge)) for size in options.sizes}
+    wanted = routed.needed([draw for of_size in draws.values() for draw in of_size])
+    right = routed.outcomes(HFEngine.from_bundle(bundle), rows, wanted)
+    return {str(size): routed.accuracies(of_size, right) for size, of_size in draws.items()}
 
 
 def shift_systems(systems: dict[str, Embed], train: Sequence[Sample], options: argparse.Namespace) -> dict[str, Embed]:
-    """The router's own embedding first, and what stands beside it."""
+    """The router's own embedding first, and what was asked to stand beside it."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     ours = systems[TASK if options.prompt == "task" else OURS]
     words = TfidfVectorizer(sublinear_tf=True).fit([*(s.text for s in train), *(s.text for s in background())])
     tfidf: Embed = lambda texts: words.transform(texts).toarray().astype(np.float32)  # noqa: E731
-    beside = {name: systems[name] for name in (MINILM,) if name in systems}
-    return {OURS: ours, **beside, TFIDF: tfidf}
+    others = {**systems, TFIDF: tfidf}
+    return {OURS: ours, **{name: others[name] for name in options.beside if name in others}}
 
 
 def latency(engine: Any, samples: Sequence[Sample], text: str, options: argparse.Namespace) -> dict[str, float]:
@@ -395,8 +395,10 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=100, help="validation samples a field")
     parser.add_argument("--shifted", type=Path, help="instead of made rows: prompt, expert (none too), kind")
     parser.add_argument("--counts", type=int, nargs="+", default=[2, 3, 5], help="numbers of fields, of shift")
+    parser.add_argument("--beside", nargs="*", default=[MINILM, TFIDF], choices=[MINILM, TFIDF], help="of shift")
     parser.add_argument("--sizes", type=int, nargs="+", default=[16, 128], help="samples a field, of shift")
     parser.add_argument("--asked", type=int, default=60, help="test rows a field, of zero")
+    parser.add_argument("--answered", type=int, default=12, help="rows of a field and kind, of routed")
     parser.add_argument("--rows", type=int, help="of the RouteLLM files, at most")
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,7 @@ class ScriptedEngine:
         raise NotImplementedError
 
 
+@cache
 def word_vector(word: str) -> FloatArray:
     """A fixed random direction for a word; words of one topic share a large part."""
     topic = next((name for name, words in TOPICS.items() if word in words), None)

@@ -81,7 +81,7 @@ def calibrated(near: float, far: float) -> Outside:
     inside = np.stack([RNG.normal(near, 0.03, 300), np.full(300, 0.5)], axis=1)
     outside = np.stack([RNG.normal(far, 0.03, 60), np.full(60, 0.5)], axis=1)
     nothing = np.zeros((1, 1), np.float32)
-    return calibrate_outside(Outside(nothing, nothing[0]), inside, outside)
+    return calibrate_outside(Outside(nothing, nothing[0], 1), inside, outside)
 
 
 def test_signs_halfway_between_known_and_unknown_are_as_likely_either() -> None:

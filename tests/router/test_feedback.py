@@ -61,7 +61,7 @@ def test_what_was_right_and_wrong_is_learned_and_kept(fitted: tuple[Bundle, Any]
     assert again.samples == after.samples and again.held == after.held
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [2, 3])
 def test_thresholds_stay_unless_they_are_of_an_older_routers_space(
     fitted: tuple[Bundle, Any], tmp_path: Path, version: int
 ) -> None:
@@ -70,7 +70,7 @@ def test_thresholds_stay_unless_they_are_of_an_older_routers_space(
     router.record = router.record.model_copy(update={"format_version": version, "threshold": 0.0123})
     samples = [Sample("zeta eta theta", "shell")]
     record = feedback.learn(bundle, router, samples, []).router.record
-    assert (record.threshold == 0.0123) is (version == 2) and record.format_version == 2
+    assert (record.threshold == 0.0123) is (version == 3) and record.format_version == 3
 
 
 def test_feedback_that_makes_it_worse_changes_nothing(fitted: tuple[Bundle, Any], tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def _unseen_known(head: Head, splits: Sequence[tuple[Labelled, Labelled]], other
     known, strangers = [], head.space(others.vectors)
     for fitting, measuring in splits:
         vectors = head.space(fitting.vectors)
-        outside = fit_outside(vectors, fitting.labels, strangers)
+        outside = fit_outside(vectors, fitting.labels, strangers, others.labels)
         known.append(head.outside.known(outside.signs(head.space(measuring.vectors), vectors)))
     return np.concatenate(known)
 

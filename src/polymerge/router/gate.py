@@ -47,13 +47,14 @@ def fit_gate(space: Space, train: Labelled, held: Labelled | None, background: L
         beside = background.take(~away)
         near = space_of(fitting, beside)
         vectors = near(fitting.vectors)
-        fitted = fit_outside(vectors, fitting.labels, near(beside.vectors))
+        fitted = fit_outside(vectors, fitting.labels, near(beside.vectors), beside.labels)
         inside.append(fitted.signs(near(measuring.vectors), vectors))
         outside.append(fitted.signs(near(background.vectors[away]), vectors))
         topics.append(background.labels[away])
     known, strange, of_topics = np.concatenate(inside), np.concatenate(outside), np.concatenate(topics)
     claimed = [int(t) for t in np.unique(of_topics) if (strange[of_topics == t, 0] < 0).mean() > CLAIMED]
     strange = strange[~np.isin(of_topics, claimed)]
-    kept = background.vectors[~np.isin(background.labels, claimed)]
-    final = calibrate_outside(fit_outside(space(train.vectors), train.labels, space(kept)), known, strange)
+    kept = background.take(~np.isin(background.labels, claimed))
+    final = fit_outside(space(train.vectors), train.labels, space(kept.vectors), kept.labels)
+    final = calibrate_outside(final, known, strange)
     return Gate(final, final.known(known), final.known(strange), tuple(claimed))

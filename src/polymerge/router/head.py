@@ -60,6 +60,7 @@ class Head:
             "vectors": self.vectors,
             "outside.weights": outside.weights,
             "outside.bias": outside.bias,
+            "outside.fields": np.array([outside.fields], np.float32),
             "outside.calibration": np.array([*outside.mix, outside.middle, outside.slope]),  # float64
             **{f"classifier.{name}": array for name, array in self.classifier.arrays.items()},
         }
@@ -71,7 +72,9 @@ class Head:
             name.removeprefix("classifier."): a for name, a in arrays.items() if name.startswith("classifier.")
         }
         first, second, middle, slope = map(float, arrays["outside.calibration"])
-        outside = Outside(arrays["outside.weights"], arrays["outside.bias"], (first, second), middle, slope)
+        weights, bias = arrays["outside.weights"], arrays["outside.bias"]
+        fields = int(arrays["outside.fields"][0]) if "outside.fields" in arrays else len(weights)  # before: no topics
+        outside = Outside(weights, bias, fields, (first, second), middle, slope)
         none = np.zeros((0, len(arrays["mean"])), np.float32)  # routers of before had no axes
         space = Space(arrays["mean"], arrays["scale"], arrays.get("axes", none), arrays.get("gains", none[:, 0]))
         return cls(space, Classifier(kind, classifier), arrays["vectors"], outside)
@@ -87,4 +90,4 @@ def fit_head(kind: Kind, train: Labelled, background: Labelled) -> Head:
     space, labels = space_of(train, background), train.labels
     vectors = space(train.vectors)
     nothing = np.zeros((1, vectors.shape[1]), np.float32)
-    return Head(space, fit_classifier(kind, vectors, labels), vectors, Outside(nothing, nothing[:, 0]))
+    return Head(space, fit_classifier(kind, vectors, labels), vectors, Outside(nothing, nothing[:, 0], 1))

@@ -63,7 +63,7 @@ class RouterRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["polymerge-router"] = "polymerge-router"
-    format_version: Literal[1, 2] = 2  # 2: the space has axes
+    format_version: Literal[1, 2, 3] = 3  # 2: the space has axes; 3: the gate has topics
     polymerge_version: str
     bundle: str
     model: str | None
