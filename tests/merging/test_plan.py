@@ -18,6 +18,7 @@ from polymerge.errors import SourceError
 from polymerge.merging.plan import MergePlan, replanned
 from polymerge.sources.opening import open_checkpoint
 from tests.conftest import Merged
+from tests.test_paths import STRANGE
 from tests.tiny import ARCHITECTURES, make_experts
 
 ROOT = Path(__file__).parents[2]
@@ -194,3 +195,23 @@ def test_what_is_not_on_this_machine_is_found_out_before_anything_is_opened(
     opened.clear()
     assert list(plan_merge({name: str(path) for name, path in experts.items()}).recipe.experts) == list(experts)
     assert opened == [str(path) for path in experts.values()]
+
+
+@pytest.mark.parametrize("source", STRANGE)
+def test_a_source_that_is_no_path_is_named_in_one_line(source: str, checkpoints: Any) -> None:
+    with pytest.raises(SourceError, match=r"\Aexpert 'a': .*no such folder or file, and not a hub id"):
+        plan_merge({"a": source, "b": checkpoints("llama")["e0"]})
+
+
+def test_so_it_is_in_a_recipes_file(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(f"experts:\n  a: ~nobodyhere/model\n  b: {'x' * 300}\nconfig: ~nobodyhere/c\n")
+    with pytest.raises(SourceError, match=r"r.yaml, line 2: expert 'a': .*: no such folder or file, and not a hub id"):
+        plan_merge(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_model_in_memory_is_told_what_a_plan_takes(inside: bool, checkpoints: Any) -> None:
+    paths = checkpoints("llama")
+    experts = {"a": transformers.AutoModelForCausalLM.from_pretrained(paths["e0"]), "b": str(paths["e1"])}
+    with pytest.raises(SourceError, match=r"expert 'a': a model in memory, which `merge` alone takes; save it with"):
+        plan_merge({"experts": experts} if inside else experts)  # type: ignore[dict-item]

@@ -19,6 +19,7 @@ from polymerge.recipe.merge import Source
 from polymerge.sources.checkpoint import Origin
 from polymerge.sources.opening import open_checkpoint, opened_again
 from tests.sources.peft_oracle import by_peft, write_adapter
+from tests.test_paths import STRANGE
 
 Checkpoints = Callable[[str], dict[str, Path]]
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -168,3 +169,14 @@ def test_a_plain_sources_manifest_says_no_more_than_before(checkpoints: Checkpoi
     bundle = merge({"experts": experts, "compress_rate": 0.0}, tmp_path / "bundle")
     written = json.loads((bundle.path / "polymerge.json").read_text())["experts"]
     assert {tuple(sorted(record)) for record in written.values()} == {("dtype", "sha256", "source")}
+
+
+@pytest.mark.parametrize("text", STRANGE)
+def test_what_is_no_path_is_named_in_one_line_also_as_an_adapters_base(
+    text: str, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    with pytest.raises(SourceError, match="no such folder or file, and not a hub id"):
+        open_checkpoint(text)
+    write_adapter(tmp_path / "adapter", checkpoints("llama")["e0"])
+    with pytest.raises(SourceError, match=r"the adapter's base cannot be opened: .*no such folder or file"):
+        open_checkpoint(Source(source=str(tmp_path / "adapter"), base=text))

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import BundleError
-from ..sources.hub import hub_answers
+from ..paths import here
+from ..sources.hub import download_begins, hub_answers
 from ..sources.opening import HUB_ID
 from .manifest import MANIFEST
 
@@ -24,8 +25,7 @@ def hub_id(text: str | Path) -> str | None:
     """
     words = str(text)
     repo = words.partition("@")[0]
-    local = Path(words).expanduser()
-    if not HUB_ID.fullmatch(repo) or local.exists() or Path(repo.partition("/")[0]).exists():
+    if not HUB_ID.fullmatch(repo) or here(words) or here(repo.partition("/")[0]):
         return None
     return words
 
@@ -48,12 +48,14 @@ def snapshot(words: str, folder: Path | None) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     repo, _, revision = words.partition("@")
-    here = not hub_answers()
-    if here and folder is not None:
+    cached = not hub_answers()
+    if cached and folder is not None:
         raise BundleError(f"{words}: {constants.ENDPOINT} cannot be reached")
+    if not cached:
+        download_begins()
     with hub_errors(words):
         place = snapshot_download(
-            repo, revision=revision or None, local_dir=folder, local_files_only=here, ignore_patterns=["*.py"],
+            repo, revision=revision or None, local_dir=folder, local_files_only=cached, ignore_patterns=["*.py"],
             endpoint=constants.ENDPOINT,
         )  # fmt: skip
     if not (Path(place) / MANIFEST).is_file():

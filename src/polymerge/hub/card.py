@@ -14,6 +14,7 @@ import yaml
 
 from ..bundle.bundle import Bundle
 from ..bundle.inspect import Inspection, inspect_bundle
+from ..paths import here
 from ..recipe.rates import in_words
 from ..router.record import assessment_file, has_router
 from ..sources.opening import HUB_ID
@@ -57,7 +58,7 @@ def _head(bundle: Bundle, licences: Mapping[str, str | None]) -> str:
 
 
 def is_hub_id(source: str) -> bool:
-    return HUB_ID.fullmatch(source.partition("@")[0]) is not None and not Path(source).expanduser().exists()
+    return HUB_ID.fullmatch(source.partition("@")[0]) is not None and not here(source)
 
 
 def shown_source(source: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from ..bundle.manifest import ExpertRecord
+from ..paths import here
 from ..sources.hub import hub_answers
 from ..sources.opening import HUB_ID
 
@@ -24,8 +25,8 @@ def licence_of(record: ExpertRecord) -> str | None:
 
 
 def _of_source(source: str) -> str | None:
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    folder = here(source)
+    if folder and folder.is_dir():
         return _of_card(folder / "README.md")
     repo = source.partition("@")[0]
     return _of_hub(repo) if HUB_ID.fullmatch(repo) and hub_answers() else None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Unpack
 
 import torch
@@ -21,12 +20,14 @@ from ..method.code import Code
 from ..method.codes import code_of
 from ..model.loading import held_as
 from ..model.quantised import base_of
+from ..paths import here
 from ..recipe.automatic import settled
 from ..recipe.merge import Recipe, RecipeLike, RecipeSettings, load_recipe
 from ..recipe.rates import misfit
 from ..sources.axes import axes_of, shapes_of
 from ..sources.checkpoint import Checkpoint, architecture_of
 from ..sources.layers import LayerMap
+from ..sources.memory import refuse_models
 from ..sources.opening import open_checkpoint
 from ..sources.outline import OutlineCheckpoint, outline
 from .foundation import over_adapters, plain_adapters, with_adapters
@@ -180,6 +181,7 @@ def plan_merge(
         RecipeError: the recipe cannot be used. SourceError: naming the first tensors or settings that differ.
         DeviceError: `auto`, and no GPU is here.
     """
+    refuse_models(recipe)
     recipe, base, work = load_recipe(recipe, **settings), base_of(base), work_of(gpu, context, requests)
     opened = _all_opened(recipe, weights)
     experts = [expert_of(n, c, trust_remote_code=recipe.trust_remote_code) for n, c in opened.items()]
@@ -270,7 +272,7 @@ def _vocabulary_notes(first: str, tables: Tables | None) -> list[str]:
 
 def _all_opened(recipe: Recipe, weights: bool) -> dict[str, Checkpoint]:
     """In the recipe's order. What is not on this machine is opened first: that fails soonest, and most often."""
-    away_first = sorted(recipe.experts, key=lambda name: Path(recipe.experts[name].source).expanduser().exists())
+    away_first = sorted(recipe.experts, key=lambda name: here(recipe.experts[name].source) is not None)
     opened = {name: _opened(recipe, name, weights) for name in away_first}
     return {name: opened[name] for name in recipe.experts}
 

@@ -31,6 +31,7 @@ from pydantic_core import ErrorDetails
 from ..errors import RecipeError, on_one_line
 from ..method.codes import known_code
 from ..naming import check_expert_names
+from ..paths import expanded, here
 from .published import PUBLISHED_METHOD, spelled_out
 from .rates import PUBLISHED_RATE, NamedRates, Rates
 from .response import StageSettings, ThinkerSettings
@@ -363,8 +364,8 @@ def anchored(source: Source, folder: Path) -> Source:
 def _anchor(text: str | None, folder: Path) -> str | None:
     if text is None or text.startswith("package:"):
         return text
-    candidate = folder / Path(text).expanduser()
-    looks_local = text.startswith((".", "/", "~")) or candidate.exists()
+    candidate = folder / expanded(text)
+    looks_local = text.startswith((".", "/", "~")) or here(candidate)
     if not looks_local:
         return text
     return str(candidate) if candidate.is_absolute() else f"./{candidate}"  # never to be taken for a hub id
@@ -372,4 +373,4 @@ def _anchor(text: str | None, folder: Path) -> str | None:
 
 def _inside(text: str | None, folder: Path) -> str | None:
     """A path that can only be local."""
-    return None if text is None else str(folder / Path(text).expanduser())
+    return None if text is None else str(folder / expanded(text))

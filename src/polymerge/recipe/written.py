@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ..paths import here
 from .merge import Recipe, Source
 
 
@@ -24,5 +24,5 @@ def _source(source: Source) -> str | dict[str, str]:
 
 
 def _whole(text: str) -> str:
-    path = Path(text).expanduser()
-    return str(path.absolute()) if path.exists() else text
+    path = here(text)
+    return str(path.absolute()) if path else text

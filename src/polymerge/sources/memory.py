@@ -48,6 +48,16 @@ def models_as_folders(recipe: Any, beside: Path) -> Iterator[tuple[Any, dict[str
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def refuse_models(recipe: Any) -> None:
+    """For what reads files alone. Raises SourceError for a model in memory."""
+    for name, value in _experts_of(recipe).items():
+        if _is_model(value):
+            raise SourceError(
+                f"expert {name!r}: a model in memory, which `merge` alone takes; save it with save_pretrained and give "
+                "its folder, or give a hub id, a GGUF file or an adapter's folder"
+            )
+
+
 def _experts_of(recipe: Any) -> Mapping[str, Any]:
     if not isinstance(recipe, Mapping):
         return {}

@@ -11,12 +11,13 @@ import re
 from pathlib import Path
 
 from ..errors import SourceError
+from ..paths import here
 from ..recipe.merge import Source
 from .adapter import open_adapter
 from .adapter_config import ADAPTER_CONFIG, check_adapter
 from .checkpoint import Checkpoint, Origin, open_folder
 from .gguf import open_gguf, open_package
-from .hub import hub_answers
+from .hub import download_begins, hub_answers
 from .memory import PREFIX
 from .names import by_architecture
 from .quantised import dequantised
@@ -35,17 +36,17 @@ def open_checkpoint(source: Source | str | Path) -> Checkpoint:
     if not isinstance(source, Source):
         source = Source(source=str(source))
     text = source.source
-    path = Path(text).expanduser()
+    path = here(text)
     if text.startswith(PREFIX):
         raise SourceError(f"{text}: was a model in memory when it was merged; give a folder that holds it")
     if text.startswith("package:"):
         checkpoint = open_package(text.removeprefix("package:"), label=text)
-    elif path.is_file() and path.suffix == ".gguf":
+    elif path and path.is_file() and path.suffix == ".gguf":
         checkpoint = open_gguf(path, label=text)
-    elif path.is_file():
+    elif path and path.is_file():
         raise SourceError(f"{text}: a file, but not a .gguf; give the folder that holds the checkpoint")
     else:
-        return _open_folder(path if path.is_dir() else None, source)
+        return _open_folder(path if path and path.is_dir() else None, source)
     checkpoint.origin = Origin(text)
     return checkpoint
 
@@ -83,7 +84,7 @@ def _open_base(folder: Path, label: str, base: str | None) -> Checkpoint:
         raise SourceError(f"{label}: the adapter does not name its base; say `base:` beside `source:` in the recipe")
     if revision is not None and not isinstance(revision, str):
         raise SourceError(f"{folder / ADAPTER_CONFIG}: revision must be a text, found {revision!r}")
-    if (Path(named).expanduser() / ADAPTER_CONFIG).is_file():
+    if here(Path(named) / ADAPTER_CONFIG):
         raise SourceError(f"{label}: its base {named} is an adapter too; a base must be a full model")
     try:
         return open_checkpoint(Source(source=named, revision=revision if _is_open(named, trained_on) else None))
@@ -110,6 +111,8 @@ def _download(text: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     cached = not hub_answers()
+    if not cached:
+        download_begins()
     for weights in ("*.safetensors", "*.bin"):
         patterns = [*HUB_FILES, weights]
         try:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..errors import SourceError
 from ..host import DTYPES
+from ..paths import here
 from .checkpoint import Checkpoint, TensorInfo, in_natural_order, read_json
-from .hub import hub_answers
+from .hub import download_begins, hub_answers
 from .layers import meta_model, stored_names
 from .opening import HUB_ID
 
@@ -61,7 +62,7 @@ def outline(source: str, config: str | None, *, revision: str | None = None) -> 
     """The outline of a hub id: from `config`, a folder with its config.json, where given, otherwise from the hub, which
     is asked for that one file. None for a source that is no hub id, or whose configuration cannot be had."""
     repo, _, tag = source.partition("@")
-    if source.startswith("package:") or Path(source).expanduser().exists() or not HUB_ID.fullmatch(repo):
+    if source.startswith("package:") or here(source) or not HUB_ID.fullmatch(repo):
         return None
     if config is not None:
         return OutlineCheckpoint(Path(config), label=source)
@@ -70,6 +71,8 @@ def outline(source: str, config: str | None, *, revision: str | None = None) -> 
 
     try:
         offline = not hub_answers()
+        if not offline:
+            download_begins()
         file = hf_hub_download(repo, "config.json", revision=revision or tag or None, local_files_only=offline)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
         return None

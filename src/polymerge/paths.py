@@ -1,0 +1,22 @@
+"""What a text that a user wrote is on this machine's disk. Knows the disk, and nothing of what lies there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def expanded(text: str | Path) -> Path:
+    """The path with `~` and `~user` spelled out; as it is, where nobody of that name is here."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
+def here(text: str | Path) -> Path | None:
+    """The expanded path where something lies there; None also for what no file system takes for a path."""
+    path = expanded(text)
+    try:
+        return path if path.exists() else None
+    except (OSError, ValueError):  # too long, or behind a folder that may not be looked into
+        return None
