@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import textwrap
@@ -12,10 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.spinner import Spinner
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from ..assess import Assessment, AssessProgress
@@ -28,9 +33,19 @@ if TYPE_CHECKING:
     from ..merging.run import OnProgress
     from ..merging.run import Progress as MergeProgress
 
+# A terminal that says less than the first (0 where it does not know) is written to as if it had the second.
+LEAST_WIDTH, USUAL_WIDTH = 20, 80
+
+
+def _console(**options: Any) -> Console:
+    said = os.environ.get("COLUMNS", "")
+    unusable = said.isdecimal() and int(said) < LEAST_WIDTH  # at 0 rich would print nothing at all
+    return Console(highlight=False, width=USUAL_WIDTH if unusable else None, **options)
+
+
 # Results go to standard output; progress and errors to standard error, so that output can be piped.
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = _console()
+err = _console(stderr=True)
 
 _BEFORE_A_UNIT = re.compile(r"(?<=\d) (?=(?:B|kB|MB|GB|s|min|h)\b)")
 
@@ -74,7 +89,7 @@ def say(text: str) -> None:
 
 
 def tell(text: str, indent: int = 2, to: Console | None = None) -> None:
-    """A sentence of results: in a terminal it is broken between words, never inside one or before a unit.
+    """Sentences of results, a line each: in a terminal broken between words, never inside one or before a unit.
 
     Args:
         indent: spaces before its further lines.
@@ -85,11 +100,13 @@ def tell(text: str, indent: int = 2, to: Console | None = None) -> None:
         to.print(text.replace("\N{NO-BREAK SPACE}", " "), markup=False, soft_wrap=True)
         return
     whole = _BEFORE_A_UNIT.sub("\N{NO-BREAK SPACE}", text)
-    further = " " * indent
-    for line in textwrap.wrap(
-        whole, to.width, subsequent_indent=further, break_long_words=False, break_on_hyphens=False
-    ):
-        to.print(line.replace("\N{NO-BREAK SPACE}", " "), markup=False, soft_wrap=True)
+    width = to.width if to.width >= LEAST_WIDTH else USUAL_WIDTH
+    wrapper = textwrap.TextWrapper(
+        width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
+    for sentence in whole.split("\n"):
+        for line in wrapper.wrap(sentence) or [""]:
+            to.print(line.replace("\N{NO-BREAK SPACE}", " "), markup=False, soft_wrap=True)
 
 
 def over(line: str, *, last: bool) -> None:
@@ -97,23 +114,26 @@ def over(line: str, *, last: bool) -> None:
     if not err.is_terminal:
         err.print(line, markup=False, soft_wrap=True)
         return
-    room = err.width - 1
-    short = line if len(line) <= room else line[: room - 1] + "…"
-    err.print(short.ljust(room), end="\n" if last else "\r", markup=False, soft_wrap=True)
+    room = max(err.width - 1, 1)
+    short = line if cell_len(line) <= room else set_cell_size(line, room - 1) + "…"
+    err.print(set_cell_size(short, room), end="\n" if last else "\r", markup=False, soft_wrap=True)
 
 
 @contextmanager
 def waiting(what: str, quiet: bool = False) -> Iterator[Callable[[], None]]:
-    """In a terminal a moving line that says what takes its time, until the work ends or what is given is called."""
+    """In a terminal a moving line that says what takes its time, until the work ends, what is given is called, or the
+    hub's library draws a bar of its own. What the work prints goes where it would go without."""
     if quiet or not err.is_terminal:
         yield lambda: None
         return
-    status = err.status(escape(what))
-    status.start()
-    try:
-        yield status.stop
-    finally:
-        status.stop()
+    from ..sources.hub import before_downloads
+
+    spinner = Spinner("dots", Text(what), style="status.spinner")
+    line = Live(
+        spinner, console=err, transient=True, refresh_per_second=12.5, redirect_stdout=False, redirect_stderr=False
+    )
+    with line as moving, before_downloads(moving.stop):
+        yield moving.stop
 
 
 @contextmanager
@@ -191,7 +211,6 @@ def hush_harness() -> None:
     """lm-evaluation-harness logs every step and draws a bar for each; the command line has its own words. Called
     before any library is imported that draws bars."""
     import logging
-    import os
 
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     hush_libraries()
@@ -325,11 +344,14 @@ def print_demo(result: DemoResult) -> None:
 
 @contextmanager
 def progress_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar that is told (done, total)."""
-    with Progress(console=err, transient=True, disable=quiet) as bar:
+    """A bar that is told (done, total); it makes room for those of the hub's library."""
+    from ..sources.hub import before_downloads
+
+    with Progress(console=err, transient=True, disable=quiet) as bar, before_downloads(bar.live.stop):
         task = bar.add_task(what, total=None)
 
         def show(done: int, total: int) -> None:
+            bar.start()  # again, after a download
             bar.update(task, completed=done, total=total)
 
         yield show
