@@ -1,13 +1,15 @@
 """Ctrl-C in a merge says what is done and how to go on, and a second run says what lies there."""
 
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
-from polymerge.cli.interrupted import STOPPED
+from polymerge.cli.interrupted import STOPPED, whole_or_not
 from polymerge.cli.main import main
 from polymerge.merging import journal
+from tests.conftest import Merged
 from tests.tiny import make_experts
 
 
@@ -126,3 +128,31 @@ def test_ctrl_c_while_an_expert_is_added_says_whether_it_is_in(
         patched.setattr("polymerge.merging.grow.hand_over", stopped)
         assert run(["remove", str(tmp_path / "b"), "more"], patched) == STOPPED
     assert "it is as it was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("adding", "before"), [(True, True), (False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("moved", [True, False])
+def test_what_was_so_before_a_command_is_not_said_to_be_its_work(
+    adding: bool, before: bool, moved: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    after = adding if moved else before
+    holds = iter([before, after])
+    monkeypatch.setattr("polymerge.cli.interrupted._holds", lambda bundle, name: next(holds))
+    with pytest.raises(SystemExit) as ended, whole_or_not(Path("b"), "x", adding=adding):
+        raise KeyboardInterrupt
+    said = capsys.readouterr().err
+    assert ended.value.code == STOPPED
+    assert (f"x was {'added' if adding else 'removed'} before that" in said) is (after is not before)
+    assert ("it is as it was" in said) is (after is before)
+
+
+def test_ctrl_c_where_the_bundle_cannot_be_opened_is_a_line_and_the_same_code(
+    tmp_path: Path, merged: Merged, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "b"
+    shutil.copytree(merged("llama")[0].path, broken)
+    with pytest.raises(SystemExit) as ended, whole_or_not(broken, "x", adding=True):
+        (broken / "polymerge.json").write_text("{")
+        raise KeyboardInterrupt
+    assert ended.value.code == STOPPED
+    assert "`polymerge inspect` says whether x is in it" in " ".join(capsys.readouterr().err.split())

@@ -36,17 +36,34 @@ def half_done_work(output: Path, *, resume: bool, say: Callable[[str], None]) ->
 @contextmanager
 def whole_or_not(bundle: Path, name: str, *, adding: bool) -> Iterator[None]:
     """Ctrl-C while an expert comes or goes is one line on standard error, and the exit code 130."""
+    before = _holds(bundle, name)
     try:
         yield
     except KeyboardInterrupt:
-        from ..bundle.bundle import Bundle
         from .console import err
 
-        done = (name in Bundle.open(bundle).experts) is adding
-        verb = "added" if adding else "removed"
-        how = f"{name} was {verb} before that" if done else "it is as it was; the same command begins anew"
+        how = _what_became(name, before, _holds(bundle, name), adding=adding)
         err.print(f"interrupted: {bundle}: {how}", markup=False, soft_wrap=True)
         raise SystemExit(STOPPED) from None
+
+
+def _holds(bundle: Path, name: str) -> bool | None:
+    """Whether a bundle has an expert; None where it cannot be opened."""
+    from ..bundle.bundle import Bundle
+    from ..errors import PolymergeError
+
+    try:
+        return name in Bundle.open(bundle).experts
+    except (PolymergeError, OSError):
+        return None
+
+
+def _what_became(name: str, before: bool | None, now: bool | None, *, adding: bool) -> str:
+    if before is None or now is None:
+        return f"it could not be looked at; `polymerge inspect` says whether {name} is in it"
+    if now is before:
+        return "it is as it was; the same command begins anew"
+    return f"{name} was {'added' if adding else 'removed'} before that"
 
 
 @contextmanager
