@@ -1,6 +1,7 @@
 """The report is a page that asks the network for nothing and answers in words before it draws."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from polymerge.bundle.inspect import inspect_bundle
 from polymerge.bundle.verdict import SAID
 from polymerge.report import write_report
+from polymerge.report.merge import merge_plots
 from tests.conftest import Merged
 
 pytest.importorskip("plotly")
@@ -37,11 +39,21 @@ def test_a_page_is_small_and_asks_no_network_for_its_script(merged: Merged, tmp_
 
 
 @pytest.mark.parametrize(
-    ("code", "said"), [("factors", "A loaded bundle holds as much"), ("int4", "In memory the residuals are more")]
+    ("code", "said"),
+    [("factors", "A loaded bundle holds as much"), ("int4", "In memory more is taken by the residuals")],
 )
 def test_the_size_says_what_of_it_memory_holds(merged: Merged, tmp_path: Path, code: str, said: str) -> None:
     bundle, _ = merged("llama", code=code)
     assert said in write_report(bundle, tmp_path / "report.html").read_text()
+
+
+def test_a_base_in_fewer_bits_takes_more_in_memory_whatever_the_residuals_are(merged: Merged) -> None:
+    inspection = replace(inspect_bundle(merged("llama")[0]), base_code="int8")
+    said = " ".join(merge_plots(inspection, []))
+    assert "more is taken by the base, stored in int8, where it is loaded in 16 bits." in said
+    assert "holds as much" not in said
+    both = " ".join(merge_plots(replace(inspection, code="int4"), []))
+    assert "loaded in 16 bits, and by the residuals: those of int4" in both
 
 
 def test_what_a_demo_measured_goes_before_what_is_predicted(merged: Merged, tmp_path: Path) -> None:

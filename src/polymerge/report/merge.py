@@ -76,10 +76,15 @@ def _sizes(inspection: Inspection) -> str:
 
 
 def _loaded(inspection: Inspection) -> str:
-    """What memory has to say of a bundle whose residuals are coded."""
-    if inspection.code == "factors":
+    """What memory has to say of a bundle whose residuals are coded, or whose base is stored in fewer bits."""
+    more = []
+    if inspection.base_code != inspection.dtype:
+        more.append(f"the base, stored in {inspection.base_code}, where it is loaded in 16 bits")
+    if inspection.code != "factors":
+        more.append(f"the residuals: those of {inspection.code} are decoded when they are loaded")
+    if not more:
         return " A loaded bundle holds as much in memory."
-    return f" In memory the residuals are more: those of {inspection.code} are decoded when they are loaded."
+    return f" In memory more is taken by {', and by '.join(more)}."
 
 
 def _experts(inspection: Inspection) -> str:
