@@ -1,6 +1,7 @@
 """Which schemas would be held inexactly, and which keyword is named; held numbers are judged by `fractions`."""
 
 import json
+import time
 from fractions import Fraction
 from typing import Any
 
@@ -157,6 +158,19 @@ def test_bounds_are_taken_together_where_they_meet_on_one_value(
         {"properties": {"a": one, "n": {"$ref": "#"}, "b": other}},
     ]
     assert [inexact(schema) for schema in apart] == [None] * len(apart)
+
+
+def test_what_is_to_blame_is_not_looked_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, tried = [0.0], list[Any]()
+
+    def compiles(schema: Any) -> bool:
+        now[0] += 0.2
+        tried.append(schema)
+        return "z" not in schema
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    assert blamed(dict.fromkeys("abcdez"), compiles) is None and len(tried) == 3
+    assert blamed(dict.fromkeys("az"), compiles) == ("z", "#/z")
 
 
 def test_a_schema_with_too_many_parts_that_meet_is_judged_as_one_value() -> None:
