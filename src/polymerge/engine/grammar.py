@@ -252,8 +252,7 @@ def _blamed(structure: Structure) -> tuple[str, str] | None:
         said = json.loads(structure.text)
     except ValueError:  # it is no JSON
         return None
-    schema = said["schema"] if structure.kind == "calls" else said
-    return None if compiles(schema) else blamed(schema, compiles)
+    return blamed(said["schema"] if structure.kind == "calls" else said, compiles)
 
 
 def _short(reason: str) -> str:

@@ -36,13 +36,15 @@ def inexact(schema: Any) -> str | None:
 
 
 def blamed(schema: Any, compiles: Callable[[Any], bool]) -> tuple[str, str] | None:
-    """The keyword without which a schema could be held, and its place, such as "#/properties/a/pattern"; None where no
-    single one is to blame, or it takes too long to find.
+    """The keyword without which a schema could be held, and its place, such as "#/properties/a/pattern"; None where it
+    could be held as it is, no single one is to blame, or it takes too long to find.
 
     Args:
         compiles: whether a schema can be held.
     """
     end = time.monotonic() + LONGEST_SEARCH
+    if compiles(schema):
+        return None
     path, node = list[str | int](), schema
     while isinstance(node, dict | list) and node:
         keys = sorted(node, key="type".__eq__) if isinstance(node, dict) else range(len(node))
