@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,13 @@ def test_every_number_is_the_nearest_level_of_its_row(dtype: torch.dtype) -> Non
     error = (dequantise(numbers, scale, EIGHT_BITS, torch.float32) - weight.float()).abs()
     assert bool((error <= scale.float() * 0.5001 + (scale.float() * 1.01 if dtype is torch.bfloat16 else 0)).all())
     assert not dequantise(numbers, scale, EIGHT_BITS, dtype)[3].any()
+
+
+def test_a_row_of_tiny_numbers_keeps_them_in_float16() -> None:
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) * 1e-6
+    scale = scales_of(weight, EIGHT_BITS, torch.float16)
+    rounded = grid_of(scale, EIGHT_BITS, 64).round(weight)
+    assert (rounded - weight).abs().max() <= 2.0**-25 * 1.001  # half the smallest step of float16
 
 
 def test_four_bits_have_a_scale_a_group_and_clip_where_that_is_nearer() -> None:
@@ -159,7 +167,7 @@ def test_gptq_moves_the_outputs_less_than_rounding_to_the_nearest(quantised: Mak
     model = load_model(bundle, device="cpu")
     engine = HFEngine.from_bundle(bundle, device="cpu")
     texts = {e: [engine.encode(p.prompt) for p in builtin_prompts()] for e in bundle.experts}
-    layers, _ = packable(bundle)
+    layers, _ = packable(bundle, "int8")
     moments = input_moments(model, texts, [layer.module for layer in layers.values()])
     lost = {"nearest": 0.0, "gptq": 0.0}
     for name, layer in layers.items():
@@ -212,8 +220,9 @@ def test_a_base_in_four_bits_is_whole_and_opens(quantised: MakeBundle, tmp_path:
     dense = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ours = load_model(made.bundle, device="cpu")
     torch.testing.assert_close(ours(ids, experts=expert).logits, dense(ids).logits, atol=5e-2, rtol=5e-2)
-    with pytest.raises(ModelError, match="stored in int4; load it with base 16bit"):
-        load_model(made.bundle, device="cpu", base="int8")
+    for base in ("int8", "int4"):
+        with pytest.raises(ModelError, match="stored in int4; load it with base 16bit"):
+            load_model(made.bundle, device="cpu", base=base)
     more = make_experts("llama", tmp_path, config=transformers.LlamaConfig(**COMMON | {"hidden_size": 64}))["e1"]
     tiny_tokenizer().save_pretrained(more)
     copy = shutil.copytree(made.bundle.path, tmp_path / "copy")
@@ -234,7 +243,7 @@ def test_a_layer_that_no_text_comes_to_is_rounded_to_the_nearest_in_eight_bits_a
     quantised: MakeBundle,
 ) -> None:
     bundle, _ = quantised(width=64, norms="average")
-    model, matrices = load_model(bundle, device="cpu"), packable(bundle)
+    model, matrices = load_model(bundle, device="cpu"), packable(bundle, "int8")
     eight = packing_of(bundle, BASE_WAYS["gptq-int8"], matrices, model, {})
     name, layer = next(iter(matrices[0].items()))
     weight = bundle.base_tensor(name)
@@ -264,8 +273,13 @@ def test_block_experts_are_packed_too_and_transformers_opens_them(tmp_path: Path
         match="is run together with others in one tensor, for which GPTQ has no calibration here; --base int8 packs it",
     ):
         quantize_bundle(bundle, tmp_path / "four", base="gptq-int4", device="cpu")
-    pytest.importorskip("compressed_tensors")
     ids = torch.tensor([[1, 5, 9, 3, 7]])
+    if find_spec("torchao") and find_spec("accelerate"):
+        held, whole = (
+            load_model(made, device="cpu", base=base)(ids, experts="e0").logits for base in ("int8", "16bit")
+        )
+        torch.testing.assert_close(held, whole, atol=2e-2, rtol=2e-2)
+    pytest.importorskip("compressed_tensors")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(made.path, dtype=torch.float32)
     ours = load_model(made, device="cpu")
     torch.testing.assert_close(ours(ids, experts=None).logits, theirs(ids).logits, atol=2e-2, rtol=2e-2)
@@ -277,7 +291,7 @@ def test_bad_input_is_one_line(quantised: MakeBundle, tmp_path: Path) -> None:
         quantize_bundle(made.bundle, tmp_path / "again")
     with pytest.raises(ModelError, match="'int4' is not stored: there is int8, gptq-int8, gptq-int4"):
         quantize_bundle(bundle, tmp_path / "four", base="int4")
-    with pytest.raises(DataError, match=f"prompts of '{bundle.experts[0]}': 1; one calibrates and one measures"):
+    with pytest.raises(DataError, match=f"prompts of '{bundle.experts[0]}': 1 read; one calibrates and one measures"):
         quantize_bundle(bundle, tmp_path / "g", base="gptq-int8", prompts={bundle.experts[0]: [Example("a")]})
     with pytest.raises(BundleError, match="no expert 'nobody'"):
         quantize_bundle(bundle, tmp_path / "b", prompts={"nobody": []})

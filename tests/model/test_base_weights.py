@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from polymerge import load_model
+from polymerge import load_model, merge
 from polymerge.errors import ModelError
 from polymerge.model.base_weights import BaseWeights
 from tests.conftest import Merged
+from tests.tiny import make_experts
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
@@ -60,3 +62,17 @@ def test_what_cannot_be_lent_is_loaded(merged: Merged) -> None:
     assert BaseWeights.model(first.base_weights) is None
     again = load_model(bundle, device="cpu", dtype="bfloat16", beside=first)
     assert torch.equal(logits(again, ["e0", "e1"]), logits(first, ["e0", "e1"]))
+
+
+def test_another_average_is_refused_and_a_model_that_was_moved_lends_nothing(merged: Merged, tmp_path: Path) -> None:
+    bundle = merged("llama")[0]
+    first = load_model(bundle, device="cpu")
+    others = make_experts("llama", tmp_path, count=2, seed=7)
+    other = merge({"experts": {name: str(path) for name, path in others.items()}}, tmp_path / "other")
+    with pytest.raises(ModelError, match="its average is not that of the model beside it"):
+        load_model(other, device="cpu", beside=first)
+    expected = logits(first, ["e0", "e1"])
+    first.to(torch.bfloat16)
+    again = load_model(bundle, device="cpu", dtype="float32", beside=first)
+    assert all(parameter.dtype is torch.float32 for parameter in again.parameters())
+    near(logits(again, ["e0", "e1"]), expected)

@@ -391,6 +391,11 @@ class Bundle:
         stored = base_of(self.path, ())
         return stored if isinstance(stored, PackedCheckpoint) else None
 
+    def base_hashes(self) -> dict[str, str]:
+        """Of the files of the average's weights: bundles with the same ones have the same average."""
+        files = self.manifest.files.items()
+        return {name: entry.sha256 for name, entry in files if "/" not in name and name.endswith(".safetensors")}
+
     def sizes(self) -> Sizes:
         """Bytes of the base's and the experts' weight files."""
         files = self.manifest.files

@@ -7,7 +7,7 @@ factors.py    the factors of these adapters
 average.py    the weights that they are added to
 vllm/         all experts as adapters that vLLM serves, over the average; norms, calibration and prompts for both
 gguf/         the same for llama.cpp and Ollama
-quantise.py   a bundle whose base is stored in 8 bits
+quantise.py   a bundle whose base is stored in fewer bits
 place.py      where an export is written
 """
 

@@ -77,13 +77,7 @@ def packing_of(bundle: Bundle, way: BaseWay, matrices: Matrices, loaded: MixedMo
     form = EIGHT_BITS if way.code == "int8" else four_bits(layer.shape[1] for layer in layers.values())
     if not way.calibrated:
         return Packing(way.code, form, layers, kept, Nearest(form, dtype))
-    inside = dict(loaded.hf.named_modules())
-    pieces = [layer.tensor for layer in layers.values() if layer.module not in inside]
-    if pieces and way.code == "int4":
-        raise ModelError(
-            f"{bundle.path}: {pieces[0]} is run together with others in one tensor, for which GPTQ has no calibration "
-            "here; --base int8 packs it"
-        )
+    inside = dict(loaded.hf.named_modules(remove_duplicate=False))
     read = reached(loaded, texts, [layer.module for layer in layers.values() if layer.module in inside])
     if way.code == "int4":
         fine = {name: x for name, x in layers.items() if x.module in read and form.takes(x.shape[1])}
@@ -96,19 +90,20 @@ def packing_of(bundle: Bundle, way: BaseWay, matrices: Matrices, loaded: MixedMo
     return Packing(way.code, form, layers, kept, Calibrated(form, dtype, loaded, texts, order))
 
 
-def packable(bundle: Bundle) -> Matrices:
+def packable(bundle: Bundle, code: BaseCode) -> Matrices:
     """The stored tensors that are one matrix, of a linear layer or of a block of experts that are run together, and the
     linear layers that stay as they are.
 
     Raises:
-        ModelError: there is none, or transformers does not know the architecture.
+        ModelError: there is none, transformers does not know the architecture, or four bits would need a calibration of
+            block experts.
     """
     model = meta_model(bundle.path)
     if model is None:
         raise ModelError(
             f"{bundle.path}: transformers does not know {bundle.manifest.architecture} without its own code"
         )
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     linear = {name for name, module in modules.items() if type(module) is nn.Linear}
     layers = {
         layer.tensor: layer
@@ -118,6 +113,12 @@ def packable(bundle: Bundle) -> Matrices:
     }
     if not layers:
         raise ModelError(f"{bundle.path}: no linear layer of {bundle.manifest.architecture} is stored as one matrix")
+    together = [layer.tensor for layer in layers.values() if layer.module not in modules]
+    if together and code == "int4":
+        raise ModelError(
+            f"{bundle.path}: {together[0]} is run together with others in one tensor, for which GPTQ has no "
+            "calibration here; --base int8 packs it"
+        )
     return layers, sorted(linear - {layer.module for layer in layers.values()})
 
 

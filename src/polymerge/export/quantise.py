@@ -81,14 +81,15 @@ def quantize_bundle(
             same levels, chosen by GPTQ for what the layers are given. `gptq-int4`: 16 levels a group of 128, 64 or
             32 numbers, as the widths allow. Embeddings and heads, norms, biases and matrices that are stored with
             others in one tensor stay as they are; with 4 bits also layers that no text comes to. Matrices that are run
-            with others in one tensor (block experts) have 8 bits to the nearest.
+            with others in one tensor (block experts) have 8 bits to the nearest, and no four.
         prompts: expert -> requests, or their JSONL file, to measure on; an expert without has built-in ones, to which
             it writes the answers itself. GPTQ is calibrated with every second one, which is not measured then.
         limit: rows of each file.
         device: of the measurement.
 
     Raises:
-        ModelError: another base, a base that is stored so already, or one without a linear layer of its own.
+        ModelError: another base, a base that is stored so already, one without a linear layer of its own, or inputs of
+            a layer that are not finite.
         DataError: one request of an expert alone where some shall calibrate.
         BundleError, OutputExistsError, DiskSpaceError: before anything is written.
     """
@@ -98,7 +99,7 @@ def quantize_bundle(
         bundle.expert_folder(expert)
     samples = _samples(bundle, read_prompts(prompts or {}, limit or LIMIT), fewest=2 if way.calibrated else 1)
     check_tokenizer(bundle)
-    matrices = packable(bundle)
+    matrices = packable(bundle, way.code)
     with placed(output, overwrite=False, needed=bundle.sizes().total) as staged, steady(bundle):
         costs = _written(bundle, staged, way, matrices, samples, pick_device(device))
     after = Bundle.open(output)
@@ -178,9 +179,7 @@ def _samples(bundle: Bundle, prompts: Mapping[str, Any], fewest: int) -> dict[st
     }
     for name, examples in given.items():
         if len(examples) < fewest:
-            raise DataError(
-                f"prompts of {name!r}: {len(examples)}; one calibrates and one measures, so give two or more"
-            )
+            raise DataError(f"prompts of {name!r}: {len(examples)} read; one calibrates and one measures (see --limit)")
     return {expert: given.get(expert) or builtin_prompts() for expert in bundle.experts}
 
 

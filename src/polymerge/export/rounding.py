@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..bundle.manifest import BundleLayer
-from ..host import free_memory
+from ..errors import ModelError
+from ..host import dtype_name, free_memory
 from ..method.gptq import Moments, gptq
 from ..model.mixed import MixedModel
 from ..sources.packed import Form, grid_of, scales_of
@@ -67,6 +68,8 @@ class Calibrated:
         scale = scales_of(weight, self._form, self._dtype)
         grid = grid_of(scale, self._form, weight.shape[1])
         moments = self._moments[layer.module]
+        if not bool(torch.isfinite(moments.matrix).all()):
+            raise ModelError(f"{layer.module}: its inputs are not finite in {dtype_name(self._model.dtype)}")
         return grid.numbers(gptq(weight.float(), moments, grid)).to(torch.int8), scale
 
     def _next(self, layer: BundleLayer) -> list[str]:
@@ -75,7 +78,7 @@ class Calibrated:
         left = BUDGET if free is None else min(BUDGET, free // 4)
         modules: list[str] = []
         for one in self._layers[self._layers.index(layer) :]:
-            left -= 4 * one.shape[1] ** 2
+            left -= 8 * one.shape[1] ** 2  # the moments, and their factor
             if left < 0 and modules:
                 break
             modules.append(one.module)
@@ -95,26 +98,35 @@ def reached(model: MixedModel, texts: Texts, modules: Iterable[str]) -> set[str]
 
 
 @torch.inference_mode()
-def input_moments(model: MixedModel, texts: Texts, modules: Iterable[str]) -> dict[str, Moments]:
-    """Module -> E[x x^T] of its inputs over all tokens, every expert's texts read by that expert; on the CPU. Modules
-    that read one input share them."""
+def input_moments(
+    model: MixedModel, texts: Texts, modules: Sequence[str], *, shared: bool = True
+) -> dict[str, Moments]:
+    """Module -> E[x x^T] of its inputs over all tokens, every expert's texts read by that expert; on the CPU.
+
+    Args:
+        shared: modules that read one input have one sum; where they do not always, all is read again without.
+    """
     sums: dict[str, Tensor] = {}
     owner: dict[str, str] = {}
     last: dict[str, Any] = {"input": None, "name": ""}
+    apart: list[str] = []
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if inputs[0] is not last["input"]:
+            if inputs[0] is not last["input"] or not shared:
                 last.update(input=inputs[0], name=name)
                 x = inputs[0].flatten(0, -2).float()
                 sums[name] = sums.get(name, x.new_zeros(x.shape[1], x.shape[1])).addmm_(x.T, x)
-            owner[name] = last["name"]
+            if owner.setdefault(name, last["name"]) != last["name"]:
+                apart.append(name)
 
         return hook
 
     hooks = [model.hf.get_submodule(name).register_forward_pre_hook(watch(name)) for name in modules]
     tokens = _read_all(model, texts, hooks)
-    moments = {name: Moments((total / tokens).cpu()) for name, total in sums.items()}
+    if apart:
+        return input_moments(model, texts, modules, shared=False)
+    moments = {name: Moments(sums.pop(name).div_(tokens).cpu()) for name in list(sums)}
     return {name: moments[which] for name, which in owner.items()}
 
 

@@ -47,11 +47,12 @@ class Moments:
     @cached_property
     def factor(self) -> Tensor:
         """The upper Cholesky factor of the inverse, damped and in order."""
-        damped = self.matrix[self.order][:, self.order].double()
-        damped.diagonal().add_(DAMPING * damped.diagonal().mean().clamp(min=1e-12))
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
-        return upper.float()
+        work: Tensor = self.matrix[self.order][:, self.order].double()
+        work.diagonal().add_(DAMPING * work.diagonal().mean().clamp(min=1e-12))
+        work = torch.linalg.cholesky(work)  # one name, so that no more than two of these are in memory
+        work = torch.cholesky_inverse(work)
+        work = torch.linalg.cholesky(work, upper=True)
+        return work.float()
 
 
 def gptq(weight: Tensor, moments: Moments, levels: Levels) -> Tensor:

@@ -7,6 +7,7 @@ taken for the average's. Knows modules and their parameters; does not know bundl
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,16 +19,20 @@ from .linear import ExpertLinear
 class BaseWeights:
     """Of a transformers model that `load_model` has just loaded.
 
-    Attributes:
-        dtype, device: of the model.
+    Args:
+        hashes: of the files that they were read from.
     """
 
-    def __init__(self, hf: Any) -> None:
-        self._kind, self._hf = type(hf), hf
+    def __init__(self, hf: Any, hashes: Mapping[str, str]) -> None:
+        self._kind, self._hf, self.hashes = type(hf), hf, hashes
         self._parameters: dict[str, nn.Parameter] = dict(hf.named_parameters(remove_duplicate=False))
         self._buffers: dict[str, Tensor] = {name: buffer.clone() for name, buffer in hf.named_buffers()}
         self._layers: dict[str, tuple[ExpertLinear, bool]] = {}
-        self.dtype, self.device = hf.dtype, hf.device
+
+    @property
+    def place(self) -> tuple[torch.dtype, torch.device]:
+        """Of the weights as they are now."""
+        return self._hf.dtype, self._hf.device
 
     def placed(self) -> None:
         """Once the experts' layers stand in their places: a matrix of theirs is followed to where it goes, since on a

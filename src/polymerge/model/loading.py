@@ -67,6 +67,7 @@ def load_model(
             against the 16-bit bundle, which is loaded first, and logged.
         beside: a model of the same average, with other experts: its weights of the average are this one's too, in one
             copy, where device, dtype and the way to hold them are the same. What is read are the experts' files.
+            One of another average is refused.
 
     Raises:
         BundleError: incomplete or unsafe, or changed by another process meanwhile. ModelError: an adapter holds
@@ -76,11 +77,11 @@ def load_model(
     """
     bundle = Bundle.open(bundle)
     place = pick_device(device)
-    check_base(base, place)
     stored = bundle.manifest.base_code
     held = ("int8", "16bit") if stored == "int8" else ("16bit",)
     if stored is not None and base not in held:
         raise ModelError(f"{bundle.path}: its base is stored in {stored}; load it with base {', or '.join(held)}")
+    check_base(base, place)
     with steady(bundle):
         exact = None if base in ("16bit", stored) else _exact(bundle, place, dtype, trust_remote_code)
         model = _loaded(bundle, place, dtype, trust_remote_code, residuals, base, beside)
@@ -101,7 +102,7 @@ def held_as(name: str) -> str:
 
 def _packed_layers(bundle: Bundle, packed: PackedCheckpoint, hf: nn.Module) -> list[BundleLayer]:
     """Those that are a layer of the model; what is run with others in one tensor is held as what it stands for."""
-    modules = dict(hf.named_modules())
+    modules = dict(hf.named_modules(remove_duplicate=False))
     return [layer for layer in bundle.manifest.layers if packed.is_packed(layer.tensor) and layer.module in modules]
 
 
@@ -136,7 +137,7 @@ def _loaded(
         quantised = {"quantization_config": quantization_config(base, chosen), "device_map": {"": place}}
     packed = bundle.packed()
     whole = packed is None and base == "16bit"
-    hf = _lent(beside, chosen, place) if whole else None
+    hf = _lent(beside, bundle, chosen, place) if whole else None
     if hf is None:
         hf = _opened(bundle, packed, chosen, quantised, trust_remote_code=trust_remote_code)
     hf.eval().requires_grad_(False)
@@ -148,7 +149,7 @@ def _loaded(
     if trial.objection:
         hint = "" if chosen is torch.float32 else "; load it with dtype float32"
         raise ModelError(f"{bundle.path}: {type(hf).__name__} cannot be run as a bundle: {trial.objection}{hint}")
-    weights = BaseWeights(hf) if whole else None
+    weights = BaseWeights(hf, bundle.base_hashes()) if whole else None
     state = Assignment(bundle.experts, place)
     rows = place_positions(hf, state, _with_positions(bundle, trust_remote_code))
     placing = placer(bundle, hf, state, chosen, trial, trust_remote_code=trust_remote_code)
@@ -185,12 +186,19 @@ def _opened(
         raise ModelError(f"{bundle.path}: transformers cannot load it ({reason})") from None
 
 
-def _lent(beside: MixedModel | None, dtype: torch.dtype, device: torch.device) -> Any:
-    """The average with the weights of a model that is loaded; None where they cannot be this one's."""
+def _lent(beside: MixedModel | None, bundle: Bundle, dtype: torch.dtype, device: torch.device) -> Any:
+    """The average with the weights of a model that is loaded; None where they are held otherwise than this one's.
+
+    Raises:
+        ModelError: they are another average's.
+    """
     weights = beside.base_weights if beside is not None else None
-    if weights is None or (weights.dtype, weights.device.type) != (dtype, device.type):
+    if weights is None:
         return None
-    return weights.model()
+    if weights.hashes != bundle.base_hashes():
+        raise ModelError(f"{bundle.path}: its average is not that of the model beside it; load it without `beside`")
+    on = torch.device(device.type, torch.cuda.current_device()) if device == torch.device("cuda") else device
+    return weights.model() if weights.place == (dtype, on) else None
 
 
 def _with_positions(bundle: Bundle, trust_remote_code: bool) -> list[nn.Module | None]:

@@ -78,7 +78,7 @@ class Placer:
         return False
 
     def _place_pieces(self, layers: Mapping[str, BundleLayer]) -> None:
-        if layers and self.quantised:
+        if layers and self.quantised and self.bundle.manifest.base_code is None:
             raise ModelError(
                 f"{self.bundle.path}: {next(iter(layers))} is held with others in one tensor, which is not quantised; "
                 "a quantised base cannot hold it, 16bit can"

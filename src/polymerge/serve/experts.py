@@ -47,7 +47,7 @@ class LoadedExperts:
         self, bundle: Bundle, engine: BatchingEngine, load: Callable[[Bundle, Any], HFEngine], seconds: float
     ) -> None:
         self._bundle, self._engine, self._load, self._seconds = bundle, engine, load, seconds
-        self._weights, self._turn = _weights(bundle), threading.Lock()
+        self._weights, self._turn = bundle.base_hashes(), threading.Lock()
 
     def to_json(self) -> dict[str, Any]:
         """All experts of the bundle, and whether they are loaded."""
@@ -98,7 +98,7 @@ class LoadedExperts:
         logger.info("serving %s", ", ".join(names))
 
     def _same(self, bundle: Bundle) -> Bundle:
-        if _weights(bundle) != self._weights:
+        if bundle.base_hashes() != self._weights:
             raise ApiError(409, "the bundle's average is another one by now; start the server again")
         return bundle
 
@@ -129,9 +129,3 @@ def expert_routes(experts: LoadedExperts, keys: KeyRing) -> APIRouter:
         return experts.to_json()
 
     return routes
-
-
-def _weights(bundle: Bundle) -> dict[str, str]:
-    """The hashes of the average's weights."""
-    files = bundle.manifest.files.items()
-    return {name: entry.sha256 for name, entry in files if "/" not in name and name.endswith(".safetensors")}

@@ -124,13 +124,20 @@ def scales_of(weight: Tensor, form: Form, dtype: torch.dtype) -> Tensor:
     """
     groups = weight.float().view(len(weight), -1, form.group or weight.shape[1])
     largest = groups.abs().amax(-1) / (form.half - 1)
-    best, least = largest.to(dtype), torch.full_like(largest, torch.inf)
+    best, least = _stored(largest, dtype), torch.full_like(largest, torch.inf)
     for share in RANGES if form.bits < 8 else ():
-        tried = (share * largest).to(dtype)
+        tried = _stored(share * largest, dtype)
         grid = Grid(tried.float()[..., None].expand_as(groups), form.half)
         lost = (grid.round(groups) - groups).square().sum(-1)
         best, least = torch.where(lost < least, tried, best), torch.minimum(lost, least)
     return best
+
+
+def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """In `dtype`; what is too small for all its digits is rounded up, so that it is neither 0 nor clips its numbers."""
+    smallest = torch.finfo(dtype).smallest_normal
+    step = smallest * torch.finfo(dtype).eps
+    return torch.where(scale < smallest, (scale / step).ceil() * step, scale).to(dtype)
 
 
 def grid_of(scale: Tensor, form: Form, columns: int) -> Grid:
