@@ -8,7 +8,9 @@ from typing import Any
 import jsonschema
 import pytest
 
+from polymerge.engine import grammar
 from polymerge.engine.base import GenerateRequest
+from polymerge.engine.grammar import Grammars
 from polymerge.engine.local.batching import BatchingEngine
 from polymerge.engine.local.engine import HFEngine
 from polymerge.engine.structure import (
@@ -198,8 +200,31 @@ def test_a_tokenizer_without_bytes_is_refused() -> None:
 
     tokenizer = tiny_tokenizer()
     engine = HFEngine(text_model(tokenizer), tokenizer, fingerprint="words")
-    with pytest.raises(ModelError, match="tokenizer"):
-        engine.generate([GenerateRequest("w3", None, 5, structure=json_object())])
+    for _ in range(2):
+        with pytest.raises(ModelError, match=r"^json_object: cannot be used: the model's tokenizer spells no bytes"):
+            engine.generate([GenerateRequest("w3", None, 5, structure=json_object())])
+
+
+def test_a_refusal_is_worked_out_once_and_nobody_waits_for_it(
+    engine: HFEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammars, average, looked = Grammars(engine.grammars._vocabulary), engine.voices.average, list[Any]()
+
+    def look(schema: Any, compiles: Any) -> None:
+        looked.append(schema)
+        assert not grammars._lock.locked()  # other requests get theirs meanwhile
+
+    monkeypatch.setattr(grammar, "blamed", look)
+    said = set[str]()
+    for _ in range(3):
+        with pytest.raises(ModelError) as refused:
+            grammars.matcher(json_structure({"type": "string", "pattern": "("}), average)
+        said.add(str(refused.value))
+    assert len(looked) == len(said) == 1 and said.pop().startswith("json_schema: cannot be used: ")
+
+
+def test_a_schema_that_could_be_held_is_not_to_blame() -> None:
+    assert str(grammar._refused(json_structure(SHORT, "x"), "too many tokens")) == "x: cannot be used: too many tokens"
 
 
 def test_the_commands_options_are_one_form_or_one_line(tmp_path: Path) -> None:

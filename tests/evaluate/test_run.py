@@ -14,6 +14,7 @@ from lm_eval.api.instance import Instance
 from polymerge.errors import DataError, ModelError, RecipeError
 from polymerge.evaluate import HarnessSettings, accuracy, chooser, evaluate, jsonl_tasks
 from polymerge.evaluate.harness_model import PolymergeLM
+from polymerge.evaluate.questions import check_task
 from tests.scripted import ScriptedEngine, ScriptedRouter
 
 EXPERTS = ["math", "shell"]
@@ -230,6 +231,55 @@ def test_a_free_question_with_a_blank_answer_is_one_line(engine: ScriptedEngine,
     with pytest.raises(DataError, match="task math, question 2: the answer is empty"):
         evaluate(engine, [task])
     evaluate(engine, [task], settings=HarnessSettings(limit=2))  # what is not asked is not looked at
+
+
+def test_answers_that_are_not_judged_need_no_right_one(engine: ScriptedEngine, files: dict[str, Path]) -> None:
+    tasks = jsonl_tasks(files)
+    for task, hidden in zip(tasks, ("", -1), strict=True):
+        task.pop("process_results", None)
+        task["doc_to_target"] = lambda row, hidden=hidden: hidden
+    with pytest.raises(DataError, match="question 0"):
+        evaluate(engine, tasks)
+    assert not engine.asked
+    results = evaluate(engine, tasks, settings=HarnessSettings(predict_only=True))
+    assert {name: len(asked) for name, asked in results["samples"].items()} == {"math": 4, "shell": 3}
+    [task] = jsonl_tasks({"shell": files["shell"]})
+    evaluate(engine, [task | {"doc_to_choice": ["a", "a"]}], settings=HarnessSettings(predict_only=True))
+
+
+def test_true_is_the_second_choice_as_the_harness_has_it(engine: ScriptedEngine, files: dict[str, Path]) -> None:
+    [task] = jsonl_tasks({"shell": files["shell"]})
+    task |= {"doc_to_choice": ["wrong, and long", "a"], "doc_to_target": lambda row: True}
+    assert accuracies(evaluate(engine, [task])) == {"shell": 1.0}  # nobody knows, and the shorter one is likelier
+
+
+def test_of_a_share_only_what_will_be_asked_is_looked_at(engine: ScriptedEngine, files: dict[str, Path]) -> None:
+    [task] = jsonl_tasks({"shell": files["shell"]})
+    task["doc_to_target"] = lambda row: 7 if row["answer"] == "ccc" else 0
+    results = evaluate(engine, [task], settings=HarnessSettings(limit=0.5))
+    assert results["n-samples"]["shell"]["effective"] == 2  # of 3, rounded up
+    with pytest.raises(DataError, match="question 2: the label 7"):
+        evaluate(engine, [task], settings=HarnessSettings(limit=0.9))
+
+
+def test_a_task_that_judges_by_itself_is_not_judged_before(files: dict[str, Path]) -> None:
+    from lm_eval.api.task import ConfigurableTask
+
+    class Lenient(ConfigurableTask):  # type: ignore[misc]
+        def process_results(self, doc: Any, results: Any) -> dict[str, float]:
+            return {"acc": 1.0}
+
+    [config] = jsonl_tasks({"shell": files["shell"]})
+    config["doc_to_target"] = lambda row: 7 if row["answer"] == "bb" else 0
+    check_task("shell", Lenient(config=dict(config)), None)
+    with pytest.raises(DataError, match="the label 7"):
+        check_task("shell", ConfigurableTask(config=dict(config)), None)
+
+
+def test_a_misspelled_key_of_a_task_is_named(engine: ScriptedEngine, files: dict[str, Path]) -> None:
+    [task] = jsonl_tasks({"shell": files["shell"]})
+    with pytest.raises(RecipeError, match="no key 'doc_to_choise'; did you mean doc_to_choice"):
+        evaluate(engine, [task | {"doc_to_choise": ["a", "b"]}])
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,15 @@ def test_what_a_schema_refers_to_moves_with_it() -> None:
         jsonschema.validate({"unit": "K", "days": 2}, schema)
 
 
+def test_a_property_may_be_called_as_a_keyword_is() -> None:
+    unit = {"$ref": "#/$defs/enum"}
+    names = ("default", "const", "enum", "examples")
+    schema = {"properties": dict.fromkeys(names, unit), "$defs": {"enum": {"const": unit}}}
+    put = moved(schema, "#/items")
+    assert put["properties"] == {name: {"$ref": "#/items/$defs/enum"} for name in names}
+    assert put["$defs"] == schema["$defs"]  # data refers to nothing
+
+
 TEMPLATES = {
     "none": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}",
     "hermes": "{% for t in tools %}{{ t | tojson }}{% endfor %}{% for m in messages %}{{ m['content'] }}"

@@ -69,7 +69,7 @@ class Grammars:
     def __init__(self, vocabulary: int) -> None:
         self._vocabulary = vocabulary
         self._tokenizers: dict[int, tuple[Any, Any]] = {}
-        self._compiled: OrderedDict[tuple[int, Structure], Any] = OrderedDict()
+        self._compiled: OrderedDict[tuple[int, Structure], Any] = OrderedDict()  # or the refusal, as a text
         self._lock = threading.Lock()
 
     def matcher(self, structure: Structure | None, voice: Voice) -> Matcher | None:
@@ -82,29 +82,33 @@ class Grammars:
         """
         if structure is None:
             return None
-        with self._lock:
-            key = (id(voice.tokenizer), structure)
-            if key not in self._compiled:
-                self._compiled[key] = self._compile(structure, voice)
-            self._compiled.move_to_end(key)
-            while len(self._compiled) > REMEMBERED:
-                self._compiled.popitem(last=False)
-            return Matcher(self._compiled[key].deep_copy(), self._tokenizer(voice).vocab_size)
-
-    def _compile(self, structure: Structure, voice: Voice) -> Any:
-        with needs_extra("structured"):
-            import llguidance  # noqa: F401
+        key = (id(voice.tokenizer), structure)
         try:
-            tokenizer = self._tokenizer(voice)
-        except ValueError as error:
-            raise _refused(structure, str(error)) from None
-        return _matcher(structure, tokenizer, voice.tokenizer)
+            with self._lock:
+                tokenizer = self._tokenizer(structure, voice)
+                if key not in self._compiled:
+                    self._remember(key, _matcher(structure, tokenizer, voice.tokenizer))
+                self._compiled.move_to_end(key)
+                made = self._compiled[key]
+                if not isinstance(made, str):
+                    return Matcher(made.deep_copy(), tokenizer.vocab_size)
+        except _UnheldError as error:
+            made = str(_refused(structure, str(error)))  # takes its time, for which nobody should wait
+            with self._lock:
+                self._remember(key, made)
+        raise ModelError(made)
 
-    def _tokenizer(self, voice: Voice) -> Any:
+    def _remember(self, key: tuple[int, Structure], made: Any) -> None:
+        self._compiled[key] = made
+        while len(self._compiled) > REMEMBERED:
+            self._compiled.popitem(last=False)
+
+    def _tokenizer(self, structure: Structure, voice: Voice) -> Any:
         """The tokenizer as llguidance reads it. The voice's own is kept too, so that its id stays its own."""
         key = id(voice.tokenizer)
         if key not in self._tokenizers:
-            from llguidance.hf import from_tokenizer
+            with needs_extra("structured"):
+                from llguidance.hf import from_tokenizer
 
             ends = sorted(voice.defaults.ends)
             size = max(self._vocabulary, len(voice.tokenizer))
@@ -112,7 +116,8 @@ class Grammars:
                 with voice.lock:
                     made = from_tokenizer(voice.tokenizer, n_vocab=size, eos_token=ends or None)
             except Exception as error:  # of a tokenizer that has no bytes, or is none of the fast ones
-                raise ValueError(f"the model's tokenizer spells no bytes ({_short(str(error))})") from None
+                reason = f"the model's tokenizer spells no bytes ({_short(str(error))})"
+                raise ModelError(f"{structure.name}: cannot be used: {reason}") from None
             self._tokenizers[key] = (made, voice.tokenizer)
         return self._tokenizers[key][0]
 
@@ -122,13 +127,20 @@ def has_form(structure: Structure, text: str) -> bool:
     with needs_extra("structured"):
         from llguidance import LLTokenizer
     tokenizer = LLTokenizer("byte")
-    matcher = _matcher(structure, tokenizer, None)
+    try:
+        matcher = _matcher(structure, tokenizer, None)
+    except _UnheldError as error:
+        raise _refused(structure, str(error)) from None
     tokens = tokenizer.tokenize_str(text)
     return matcher.try_consume_tokens(tokens) == len(tokens) and bool(matcher.is_accepting())
 
 
+class _UnheldError(Exception):
+    """Why llguidance does not hold a form, in its words."""
+
+
 def _matcher(structure: Structure, tokenizer: Any, spelling: Any) -> Any:
-    """llguidance's, at its beginning. Raises ModelError.
+    """llguidance's, at its beginning. Raises _UnheldError.
 
     Args:
         tokenizer: llguidance's. spelling: the same as transformers has it, for calls of tools.
@@ -138,11 +150,11 @@ def _matcher(structure: Structure, tokenizer: Any, spelling: Any) -> Any:
     try:
         matcher = LLMatcher(tokenizer, _grammar(structure, spelling), log_level=0)
     except ValueError as error:
-        raise _refused(structure, str(error)) from None
+        raise _UnheldError(str(error)) from None
     if matcher.is_error():
-        raise _refused(structure, matcher.get_error())
+        raise _UnheldError(matcher.get_error())
     if _is_endless(structure, matcher):
-        raise _refused(structure, "no answer has an end")
+        raise _UnheldError("no answer has an end")
     return matcher
 
 
@@ -222,8 +234,8 @@ def _refused(structure: Structure, reason: str) -> ModelError:
 
 
 def _blamed(structure: Structure) -> tuple[str, str] | None:
-    """The keyword of its schema, or of its calls', as `blamed` has it."""
-    from llguidance import LLMatcher, LLTokenizer
+    """The keyword of its schema, or of its calls', as `blamed` has it; None where the schema is not to blame."""
+    from llguidance import LLTokenizer
 
     if structure.kind not in ("json", "calls"):
         return None
@@ -231,11 +243,10 @@ def _blamed(structure: Structure) -> tuple[str, str] | None:
 
     def compiles(schema: Any) -> bool:
         try:
-            alone = Structure("json", json.dumps(schema))
-            matcher = LLMatcher(tokenizer, _grammar(alone, None), log_level=0)
-        except ValueError:
+            _matcher(Structure("json", json.dumps(schema)), tokenizer, None)
+        except _UnheldError:
             return False
-        return not matcher.is_error() and not _is_endless(alone, matcher)
+        return True
 
     try:
         said = json.loads(structure.text)

@@ -1,55 +1,55 @@
 """JSON schemas before llguidance reads them: what it would hold inexactly, and which keyword it cannot hold.
 
-Knows keywords; does not know tokens or grammars. A number's bounds are read there as 64-bit floats and integers, so
-that some large ones are rounded, and an excluded whole number is let in where the other bound is less than one more.
+Knows keywords; does not know tokens or grammars. Numbers are read there as 64-bit floats and integers, so that some
+large ones are rounded.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# What a schema holds as data, in which keywords mean nothing.
-DATA = frozenset({"const", "enum", "default", "examples"})
-LOWER, UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+from .bounds import LOWER, UPPER, is_number, let_in
+from .schema_parts import keyword_at, parts
+
 EXACT = 2**53  # up to here every whole number is a 64-bit float
 LARGEST = 2**63 - 1
-# Schemas that are tried to find the keyword that is to blame.
-MOST_TRIED = 80
+# How long the keyword that is to blame is looked for.
+LONGEST_SEARCH = 0.5  # seconds
 
 
 def inexact(schema: Any) -> str | None:
     """A keyword that would not be held exactly, with its value; None where there is none."""
-    parts = list(_objects(schema))
-    for part in parts:
+    every = list(parts(schema))
+    for part in every:
         for key in (*LOWER, *UPPER):
             value: Any = part.get(key)
-            if _is_number(value) and _is_rounded(key, value):
+            if is_number(value) and (_is_endless(value) or _is_rounded(key, value)):
                 return f"{key} {value}"
-    joined = any("allOf" in part or "$ref" in part for part in parts)
-    for scope in [parts] if joined else [[part] for part in parts]:
-        low = [part["exclusiveMinimum"] for part in scope if _is_number(part.get("exclusiveMinimum"))]
-        high = [part[key] for part in scope for key in UPPER if _is_number(part.get(key))]
-        for value in low:
-            if any(value == math.floor(value) < other < value + 1 for other in high):
-                return f"exclusiveMinimum {value}"
-    return None
+        for key in ("const", "enum"):
+            for number in _numbers(part.get(key)):
+                if not _is_float(number):
+                    return f"{key} {number}"
+    return let_in(schema, every)
 
 
 def blamed(schema: Any, compiles: Callable[[Any], bool]) -> tuple[str, str] | None:
-    """The keyword without which a schema could be held, and its place, such as "#/properties/a/pattern"; None where no
-    single one is to blame.
+    """The keyword without which a schema could be held, and its place, such as "#/properties/a/pattern"; None where it
+    could be held as it is, no single one is to blame, or it takes too long to find.
 
     Args:
         compiles: whether a schema can be held.
     """
-    left, path, node = MOST_TRIED, list[str | int](), schema
+    end = time.monotonic() + LONGEST_SEARCH
+    if compiles(schema):
+        return None
+    path, node = list[str | int](), schema
     while isinstance(node, dict | list) and node:
         keys = sorted(node, key="type".__eq__) if isinstance(node, dict) else range(len(node))
         for key in keys:  # what narrows a type is to blame before the type
-            left -= 1
-            if left < 0:
+            if time.monotonic() > end:
                 return None
             if compiles(_without(schema, [*path, key])):
                 path.append(key)
@@ -57,12 +57,8 @@ def blamed(schema: Any, compiles: Callable[[Any], bool]) -> tuple[str, str] | No
                 break
         else:
             break
-    keywords = [str(key) for key, before in zip(path, [None, *path], strict=False) if _is_keyword(key, before)]
-    return (keywords[-1], "#/" + "/".join(map(str, path))) if keywords else None
-
-
-def _is_keyword(key: str | int, before: str | int | None) -> bool:
-    return isinstance(key, str) and before not in ("properties", "patternProperties", "$defs", "definitions", "const")
+    keyword = keyword_at(path)
+    return (keyword, "#/" + "/".join(map(str, path))) if keyword else None
 
 
 def _without(schema: Any, path: list[str | int]) -> Any:
@@ -73,19 +69,30 @@ def _without(schema: Any, path: list[str | int]) -> Any:
     return [_without(v, rest) if n == key else v for n, v in enumerate(schema) if rest or n != key]
 
 
-def _objects(schema: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(schema, dict):
-        yield schema
-        for key, value in schema.items():
-            if key not in DATA:
-                yield from _objects(value)
-    elif isinstance(schema, list):
-        for value in schema:
-            yield from _objects(value)
+def _numbers(data: Any) -> Iterator[int | float]:
+    """In a value of JSON, at any depth."""
+    todo = [data]
+    while todo:
+        value = todo.pop()
+        if is_number(value):
+            yield value
+        elif isinstance(value, list | dict):
+            todo += value.values() if isinstance(value, dict) else value
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_float(number: float) -> bool:
+    """Whether a 64-bit float holds it."""
+    if isinstance(number, float):
+        return not _is_endless(number)
+    try:
+        return int(float(number)) == number
+    except OverflowError:
+        return False
+
+
+def _is_endless(value: float) -> bool:
+    """As Python reads 1e400."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _is_rounded(key: str, value: float) -> bool:

@@ -66,6 +66,7 @@ class PolymergeLM(LM):  # type: ignore[misc]  # the harness has no types
         tokenizer: with a chat template, for `apply_chat_template`; the contract has token ids only.
         tokenizer_of: an expert's own. The harness renders a conversation before its expert is chosen; it is rendered
             again with the expert's template.
+        judged: whether the answers will be; else what cannot be judged is asked too.
 
     Attributes:
         chosen: task -> expert -> how many questions it answered.
@@ -78,11 +79,12 @@ class PolymergeLM(LM):  # type: ignore[misc]  # the harness has no types
         *,
         tokenizer: Any = None,
         tokenizer_of: Callable[[RowExpert], Any] | None = None,
+        judged: bool = True,
     ) -> None:
         super().__init__()
         self.engine, self.tokenizer = engine, tokenizer
         self._tokenizer_of = tokenizer_of or (lambda expert: tokenizer)
-        self._choose = choose or average()
+        self._choose, self._judged = choose or average(), judged
         self._conversations: dict[str, _Conversation] = {}
         self._experts: dict[tuple[str, Any], RowExpert] = {}
         self._prefixes: dict[str, list[int]] = {}
@@ -139,7 +141,8 @@ class PolymergeLM(LM):  # type: ignore[misc]  # the harness has no types
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log p(continuation | context) in nats, is it the greedy answer?) for every request. Raises DataError as
         `check_choices` does."""
-        check_choices(requests)
+        if self._judged:
+            check_choices(requests)
         experts = self._experts_of(requests)
         asked = []
         for request, expert in zip(requests, experts, strict=True):

@@ -4,11 +4,14 @@ of them, and free ones whose answer is empty. Knows the harness's tasks and requ
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, RecipeError
 
 HINT = "has each its choices, all of them texts, and its answer among them?"
 
@@ -18,22 +21,26 @@ class CheckedTasks:
 
     Args:
         limit: as the harness's: so many questions of each task, or a share of them.
+        judged: whether the answers will be; else no question is looked at.
     """
 
-    def __init__(self, manager: Any, limit: float | None) -> None:
-        self._manager, self._limit = manager, limit
+    def __init__(self, manager: Any, limit: float | None, *, judged: bool = True) -> None:
+        self._manager, self._limit, self._judged = manager, limit, judged
 
     def load(self, *args: Any, **kwargs: Any) -> Any:
         """As the manager's.
 
         Raises:
-            DataError: a question that measures nothing.
+            DataError: a question that measures nothing. RecipeError: a key that a task cannot have.
         """
         try:
             loaded = self._manager.load(*args, **kwargs)
         except (IndexError, TypeError) as error:  # what the harness makes of a task's first question
-            raise DataError(f"a task's questions cannot be judged ({' '.join(str(error).split())}); {HINT}") from None
-        for name, task in loaded["tasks"].items():
+            reason = " ".join(str(error).split())
+            if "TaskConfig.__init__()" in reason:
+                raise RecipeError(f"a task is not written as the harness has it: {_told_key(reason)}") from None
+            raise DataError(f"a task's questions cannot be judged ({reason}); {HINT}") from None
+        for name, task in loaded["tasks"].items() if self._judged else ():
             check_task(name, task, self._limit)
         return loaded
 
@@ -41,18 +48,37 @@ class CheckedTasks:
         return getattr(self._manager, name)
 
 
+def _told_key(reason: str) -> str:
+    """The key that Python names, with those that are like it."""
+    from lm_eval.config.task import TaskConfig
+
+    named = re.search(r"unexpected keyword argument '(\w+)'", reason)
+    if not named:
+        return reason
+    near = difflib.get_close_matches(named[1], [field.name for field in fields(TaskConfig)], n=1)
+    return f"it has no key {named[1]!r}" + (f"; did you mean {near[0]}?" if near else "")
+
+
 def check_task(name: str, task: Any, limit: float | None) -> None:
-    """The questions of a task of the harness that will be asked. Raises DataError as `check_question` does."""
-    whole = limit is None or limit < 1
-    for number, row in task.doc_iterator(limit=None if whole else int(limit or 0)):
+    """The questions of a task of the harness that will be asked. Raises DataError as `question_problem` says it."""
+    from lm_eval.evaluator_utils import get_sample_size
+
+    if not _is_judged_by_harness(task):
+        return
+    for number, row in task.doc_iterator(limit=get_sample_size(task, limit)):
         if problem := question_problem(task, row):
             raise DataError(f"task {name}, question {number}: {problem}")
 
 
+def _is_judged_by_harness(task: Any) -> bool:
+    """Or by a function of the task's own, which knows what it takes."""
+    from lm_eval.api.task import ConfigurableTask
+
+    return task.config.process_results is None and type(task).process_results is ConfigurableTask.process_results
+
+
 def question_problem(task: Any, row: Any) -> str | None:
-    """Why a question of a task measures nothing; None where it does, or where a function of the task judges it."""
-    if task.config.process_results is not None:
-        return None
+    """Why a question of a task that the harness judges measures nothing; None where it does."""
     if task.OUTPUT_TYPE == "multiple_choice":
         choices = task.doc_to_choice(row)
         said = task.doc_to_text(row) if task.multiple_input else task.doc_to_target(row)
@@ -80,8 +106,8 @@ def choices_problem(choices: Sequence[Any]) -> str | None:
 
 
 def label_problem(label: Any, choices: Sequence[str]) -> str | None:
-    """A label is a choice's number from 0, or its text."""
-    if isinstance(label, int) and not isinstance(label, bool):
+    """A label is a choice's number from 0, of which false and true are two, or its text."""
+    if isinstance(label, int):
         inside = 0 <= label < len(choices)
         return None if inside else f"the label {label} is the number of none of the {len(choices)} choices, from 0"
     return None if label in choices else f"the label {label!r} is not one of the choices"

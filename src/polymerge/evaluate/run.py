@@ -78,6 +78,7 @@ def evaluate(
 
     Raises:
         MissingExtraError: lm-eval is not installed. RecipeError: an unknown task, or one that cannot be loaded.
+        DataError: a question that measures nothing, unless answers are not judged (`predict_only`).
         ModelError: the mode, the template or a task's settings do not fit the engine.
     """
     _require_harness()
@@ -86,7 +87,8 @@ def evaluate(
     from .harness_model import PolymergeLM
 
     settings = settings or HarnessSettings()
-    model = PolymergeLM(engine, choose, tokenizer=tokenizer, tokenizer_of=tokenizer_of)
+    judged = not settings.predict_only
+    model = PolymergeLM(engine, choose, tokenizer=tokenizer, tokenizer_of=tokenizer_of, judged=judged)
     if settings.apply_chat_template:
         model.chat_template(True)  # refuses early
     manager, loaded = _load_tasks(tasks, include_path)
@@ -97,7 +99,7 @@ def evaluate(
         results: dict[str, Any] = simple_evaluate(
             model=model,
             tasks=loaded,
-            task_manager=CheckedTasks(manager, settings.limit),
+            task_manager=CheckedTasks(manager, settings.limit, judged=judged),
             random_seed=settings.seed,
             numpy_random_seed=settings.seed,
             torch_random_seed=settings.seed,

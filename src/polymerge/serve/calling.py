@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..engine.schemas import DATA
+from ..engine.schema_parts import DATA, NAMED
 from ..engine.structure import Structure, calls_structure, json_structure
 from .tools import Tool
 
@@ -112,10 +112,12 @@ def moved(schema: Any, path: str) -> Any:
         return [moved(part, path) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    made = {}
+    made: dict[str, Any] = {}
     for key, value in schema.items():
         if key == "$ref" and isinstance(value, str) and value.startswith("#"):
             made[key] = path + value[1:]
+        elif key in NAMED and isinstance(value, dict):
+            made[key] = {name: moved(part, path) for name, part in value.items()}
         else:
             made[key] = value if key in DATA else moved(value, path)
     return made
