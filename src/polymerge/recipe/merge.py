@@ -293,10 +293,14 @@ def validated(model: type[Model], data: Any, *, where: str, lines: Lines) -> Mod
 
 
 def _to_tell(error: ValidationError) -> ErrorDetails:
-    """The first problem; of a key that is missing, an unknown key beside it, which is what it was written as."""
+    """The first problem; of a key that is missing, an unknown key beside it that is like it: what it was written as."""
     first, *others = error.errors()
+    missing = str(first["loc"][-1]) if first["loc"] else ""
     beside = (
-        other for other in others if other["type"] == "extra_forbidden" and other["loc"][:-1] == first["loc"][:-1]
+        other
+        for other in others
+        if other["type"] == "extra_forbidden" and other["loc"][:-1] == first["loc"][:-1]
+        if difflib.get_close_matches(str(other["loc"][-1]), [missing])
     )
     return next(beside, first) if first["type"] == "missing" else first
 

@@ -35,7 +35,8 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
-# Those that hold no words: a folder with nothing else has no tokenizer, unless its class reads bytes or brings code.
+# Those that hold no words: a folder with nothing else has no tokenizer, unless its class reads bytes or is none of
+# transformers'.
 WORDLESS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 OF_BYTES = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")
 # How images and sound become numbers.
@@ -121,9 +122,18 @@ def read_persona(folder: Path, config: Mapping[str, Any]) -> Persona:
 
 def _of_a_tokenizer(folder: Path, files: tuple[str, ...]) -> tuple[str, ...]:
     """Those files, or none where they are only what lies beside a tokenizer's words."""
+    if not files or not set(files) <= set(WORDLESS):
+        return files
     config = read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in files else {}
-    needs_none = config.get("tokenizer_class") in OF_BYTES or "auto_map" in config
-    return files if needs_none or not set(files) <= set(WORDLESS) else ()
+    name = config.get("tokenizer_class")
+    elsewhere = "auto_map" in config or (name is not None and not _is_known(str(name)))  # its words may have any name
+    return files if name in OF_BYTES or elsewhere else ()
+
+
+def _is_known(tokenizer_class: str) -> bool:
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    return tokenizer_class_from_name(tokenizer_class) is not None
 
 
 def read_templates(folder: Path) -> dict[str, str]:
