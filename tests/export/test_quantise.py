@@ -167,7 +167,7 @@ def test_gptq_moves_the_outputs_less_than_rounding_to_the_nearest(quantised: Mak
     model = load_model(bundle, device="cpu")
     engine = HFEngine.from_bundle(bundle, device="cpu")
     texts = {e: [engine.encode(p.prompt) for p in builtin_prompts()] for e in bundle.experts}
-    layers, _ = packable(bundle, "int8")
+    layers, _ = packable(bundle, 8)
     moments = input_moments(model, texts, [layer.module for layer in layers.values()])
     lost = {"nearest": 0.0, "gptq": 0.0}
     for name, layer in layers.items():
@@ -243,7 +243,7 @@ def test_a_layer_that_no_text_comes_to_is_rounded_to_the_nearest_in_eight_bits_a
     quantised: MakeBundle,
 ) -> None:
     bundle, _ = quantised(width=64, norms="average")
-    model, matrices = load_model(bundle, device="cpu"), packable(bundle, "int8")
+    model, matrices = load_model(bundle, device="cpu"), packable(bundle, 8)
     eight = packing_of(bundle, BASE_WAYS["gptq-int8"], matrices, model, {})
     name, layer = next(iter(matrices[0].items()))
     weight = bundle.base_tensor(name)

@@ -52,7 +52,7 @@ def test_a_base_in_fewer_bits_takes_more_in_memory_whatever_the_residuals_are(me
     said = " ".join(merge_plots(inspection, []))
     assert "more is taken by the base, stored in int8, where it is loaded in 16 bits." in said
     assert "holds as much" not in said
-    both = " ".join(merge_plots(replace(inspection, code="int4"), []))
+    both = " ".join(merge_plots(replace(inspection, code="int4", coded=True), []))
     assert "loaded in 16 bits, and by the residuals: those of int4" in both
 
 

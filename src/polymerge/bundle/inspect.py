@@ -52,13 +52,18 @@ class ExpertSummary:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A bundle in numbers. Sizes in bytes; shares in [0, 1]."""
+    """A bundle in numbers. Sizes in bytes; shares in [0, 1].
+
+    Attributes:
+        coded: whether residuals are decoded when they are loaded, and take more in memory than on disk.
+    """
 
     path: str
     architecture: str
     dtype: str
     compress_rate: AnyRates
     code: str
+    coded: bool
     base_code: str
     scale: str
     layers_from: str
@@ -104,6 +109,7 @@ def inspect_bundle(bundle: Bundle | str | Path) -> Inspection:
         dtype=manifest.dtype,
         compress_rate=manifest.method.compress_rate,
         code=manifest.method.code,
+        coded=not manifest.code.peft_readable,
         base_code=manifest.base_code or manifest.dtype,
         scale=manifest.method.scale,
         layers_from=manifest.layers_from,

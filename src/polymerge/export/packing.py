@@ -36,13 +36,14 @@ class BaseWay:
     """One way to store a base."""
 
     code: BaseCode
+    bits: int
     calibrated: bool
 
 
 BASE_WAYS = {
-    "int8": BaseWay("int8", calibrated=False),
-    "gptq-int8": BaseWay("int8", calibrated=True),
-    "gptq-int4": BaseWay("int4", calibrated=True),
+    "int8": BaseWay("int8", 8, calibrated=False),
+    "gptq-int8": BaseWay("int8", 8, calibrated=True),
+    "gptq-int4": BaseWay("int4", 4, calibrated=True),
 }
 
 
@@ -74,12 +75,12 @@ def packing_of(bundle: Bundle, way: BaseWay, matrices: Matrices, loaded: MixedMo
         ModelError: no row is wide enough for groups.
     """
     (layers, kept), dtype = matrices, DTYPES[bundle.manifest.dtype]
-    form = EIGHT_BITS if way.code == "int8" else four_bits(layer.shape[1] for layer in layers.values())
+    form = EIGHT_BITS if way.bits == EIGHT_BITS.bits else four_bits(layer.shape[1] for layer in layers.values())
     if not way.calibrated:
         return Packing(way.code, form, layers, kept, Nearest(form, dtype))
     inside = dict(loaded.hf.named_modules(remove_duplicate=False))
     read = reached(loaded, texts, [layer.module for layer in layers.values() if layer.module in inside])
-    if way.code == "int4":
+    if way.bits < EIGHT_BITS.bits:
         fine = {name: x for name, x in layers.items() if x.module in read and form.takes(x.shape[1])}
         kept = sorted([*kept, *(x.module for name, x in layers.items() if name not in fine)])
         layers = fine
@@ -90,7 +91,7 @@ def packing_of(bundle: Bundle, way: BaseWay, matrices: Matrices, loaded: MixedMo
     return Packing(way.code, form, layers, kept, Calibrated(form, dtype, loaded, texts, order))
 
 
-def packable(bundle: Bundle, code: BaseCode) -> Matrices:
+def packable(bundle: Bundle, bits: int) -> Matrices:
     """The stored tensors that are one matrix, of a linear layer or of a block of experts that are run together, and the
     linear layers that stay as they are.
 
@@ -114,7 +115,7 @@ def packable(bundle: Bundle, code: BaseCode) -> Matrices:
     if not layers:
         raise ModelError(f"{bundle.path}: no linear layer of {bundle.manifest.architecture} is stored as one matrix")
     together = [layer.tensor for layer in layers.values() if layer.module not in modules]
-    if together and code == "int4":
+    if together and bits < EIGHT_BITS.bits:
         raise ModelError(
             f"{bundle.path}: {together[0]} is run together with others in one tensor, for which GPTQ has no "
             "calibration here; --base int8 packs it"

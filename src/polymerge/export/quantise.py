@@ -99,7 +99,7 @@ def quantize_bundle(
         bundle.expert_folder(expert)
     samples = _samples(bundle, read_prompts(prompts or {}, limit or LIMIT), fewest=2 if way.calibrated else 1)
     check_tokenizer(bundle)
-    matrices = packable(bundle, way.code)
+    matrices = packable(bundle, way.bits)
     with placed(output, overwrite=False, needed=bundle.sizes().total) as staged, steady(bundle):
         costs = _written(bundle, staged, way, matrices, samples, pick_device(device))
     after = Bundle.open(output)

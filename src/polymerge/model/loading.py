@@ -29,7 +29,7 @@ from .holders import Placed
 from .mixed import MixedModel
 from .placing import CodedPlacer, FusedPlacer, Placer
 from .positions import place_positions
-from .quantised import Base, check_base, hold_packed, quantization_config
+from .quantised import Base, check_base, hold_packed, holds, quantization_config
 from .sampled import check_layers
 from .trial import Trial
 from .vocabulary import Vocabularies, place_vocabularies, tokens_of
@@ -78,9 +78,10 @@ def load_model(
     bundle = Bundle.open(bundle)
     place = pick_device(device)
     stored = bundle.manifest.base_code
-    held = ("int8", "16bit") if stored == "int8" else ("16bit",)
-    if stored is not None and base not in held:
-        raise ModelError(f"{bundle.path}: its base is stored in {stored}; load it with base {', or '.join(held)}")
+    if stored is not None and base not in holds(stored):
+        raise ModelError(
+            f"{bundle.path}: its base is stored in {stored}; load it with base {', or '.join(holds(stored))}"
+        )
     check_base(base, place)
     with steady(bundle):
         exact = None if base in ("16bit", stored) else _exact(bundle, place, dtype, trust_remote_code)

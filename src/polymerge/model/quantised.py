@@ -68,6 +68,11 @@ def check_base(base: str, device: torch.device) -> None:
         raise ModelError(f"base int4 has no kernel for {device.type}; nf4 has 4 bits there, int8 is nearer")
 
 
+def holds(stored: str) -> tuple[str, ...]:
+    """How a base that is stored in fewer bits can be held: 8 bits as they are, and any as what they stand for."""
+    return ("int8", "16bit") if stored == "int8" else ("16bit",)
+
+
 def held_digest(digest: str, base: str) -> str:
     """What answers depend on: a bundle's digest, and how its average is held."""
     return digest if base == "16bit" else f"{base}-{digest}"

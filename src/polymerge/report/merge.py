@@ -80,7 +80,7 @@ def _loaded(inspection: Inspection) -> str:
     more = []
     if inspection.base_code != inspection.dtype:
         more.append(f"the base, stored in {inspection.base_code}, where it is loaded in 16 bits")
-    if inspection.code != "factors":
+    if inspection.coded:
         more.append(f"the residuals: those of {inspection.code} are decoded when they are loaded")
     if not more:
         return " A loaded bundle holds as much in memory."
