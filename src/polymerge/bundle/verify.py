@@ -94,9 +94,9 @@ def verify_files(bundle: Bundle, progress: Callable[[str], None] | None = None) 
 def base_problems(bundle: Bundle) -> Iterator[str]:
     """Where the average's tensors are not the manifest's."""
     stored, packed = bundle.base.tensors, bundle.packed()
-    stored_bits = f"int{packed.form.bits}" if packed else None
-    if stored_bits != bundle.manifest.base_code:
-        said, other = (x or bundle.manifest.dtype for x in (stored_bits, bundle.manifest.base_code))
+    stored_code = packed.form.code if packed else None
+    if stored_code != bundle.manifest.base_code:
+        said, other = (x or bundle.manifest.dtype for x in (stored_code, bundle.manifest.base_code))
         yield f"base: its config.json says {said}, the manifest {other}"
     for layer in bundle.layers.values():
         if layer.tensor not in stored:

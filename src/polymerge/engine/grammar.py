@@ -195,15 +195,18 @@ def _schema(text: str) -> str:
         raise ValueError("nothing fits the schema false")
     if not isinstance(schema, dict):
         raise ValueError("a schema is a JSON object, or true")
+    _check_exact(schema)
+    return text
+
+
+def _check_exact(schema: dict[str, Any]) -> None:
     if keyword := inexact(schema):
         raise ValueError(f"{keyword} would not be held exactly")
-    return text
 
 
 def _calls(said: dict[str, Any], tokenizer: Any) -> str:
     """Free text that may go on with calls, in Lark: the beginning of a call makes the rest of it follow."""
-    if keyword := inexact(said["schema"]):
-        raise ValueError(f"{keyword} would not be held exactly")
+    _check_exact(said["schema"])
     schema = json.dumps({**said["schema"], "x-guidance": JSON_OPTIONS})
     end = json.dumps(said["end"]) if said["end"] else ""
     body = f"call: %json {schema} {end}\n"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..bundle.bundle import Bundle, base_of
 from ..bundle.files import DTYPE_NAMES, Entry, FileEntry, raw_bytes
-from ..bundle.manifest import BaseCode, BundleLayer
+from ..bundle.manifest import BundleLayer
 from ..bundle.write import write_weights
 from ..errors import ModelError
 from ..host import DTYPES
@@ -35,15 +35,14 @@ Matrices: TypeAlias = tuple[Mapping[str, BundleLayer], Sequence[str]]
 class BaseWay:
     """One way to store a base."""
 
-    code: BaseCode
     bits: int
     calibrated: bool
 
 
 BASE_WAYS = {
-    "int8": BaseWay("int8", 8, calibrated=False),
-    "gptq-int8": BaseWay("int8", 8, calibrated=True),
-    "gptq-int4": BaseWay("int4", 4, calibrated=True),
+    "int8": BaseWay(8, calibrated=False),
+    "gptq-int8": BaseWay(8, calibrated=True),
+    "gptq-int4": BaseWay(4, calibrated=True),
 }
 
 
@@ -56,7 +55,6 @@ class Packing:
         kept: linear layers that stay as they are.
     """
 
-    code: BaseCode
     form: Form
     layers: Mapping[str, BundleLayer]
     kept: Sequence[str]
@@ -77,7 +75,7 @@ def packing_of(bundle: Bundle, way: BaseWay, matrices: Matrices, loaded: MixedMo
     (layers, kept), dtype = matrices, DTYPES[bundle.manifest.dtype]
     form = EIGHT_BITS if way.bits == EIGHT_BITS.bits else four_bits(layer.shape[1] for layer in layers.values())
     if not way.calibrated:
-        return Packing(way.code, form, layers, kept, Nearest(form, dtype))
+        return Packing(form, layers, kept, Nearest(form, dtype))
     inside = dict(loaded.hf.named_modules(remove_duplicate=False))
     read = reached(loaded, texts, [layer.module for layer in layers.values() if layer.module in inside])
     if way.bits < EIGHT_BITS.bits:
@@ -88,7 +86,7 @@ def packing_of(bundle: Bundle, way: BaseWay, matrices: Matrices, loaded: MixedMo
         raise ModelError(f"{bundle.path}: no text comes to a linear layer whose rows have whole groups of {form.group}")
     stored = base_of(bundle.path, ()).tensors
     order = [layers[name] for name in stored if name in layers and layers[name].module in read]
-    return Packing(way.code, form, layers, kept, Calibrated(form, dtype, loaded, texts, order))
+    return Packing(form, layers, kept, Calibrated(form, dtype, loaded, texts, order))
 
 
 def packable(bundle: Bundle, bits: int) -> Matrices:

@@ -151,7 +151,7 @@ def _write(bundle: Bundle, folder: Path, packing: Packing) -> Bundle:
     config = read_json(bundle.path / "config.json") | {"quantization_config": packing.form.settings(packing.kept)}
     files["config.json"] = write_json(folder / "config.json", config)
     files |= write_base(base_of(bundle.path, ()), folder, packing, DTYPES[bundle.manifest.dtype])
-    changed = {"base_code": packing.code, "format_version": 7, "files": dict(sorted(files.items()))}
+    changed = {"base_code": packing.form.code, "format_version": 7, "files": dict(sorted(files.items()))}
     manifest = bundle.manifest.model_copy(update=changed | {"polymerge_version": __version__})
     made = Bundle(folder, manifest.checked())
     follow_router(folder, bundle.digest, made.digest)

@@ -60,7 +60,8 @@ class Placer:
 
     def place(self) -> Placed:
         """Raises ModelError for a tensor that has no place."""
-        self.stored.read([module for module in self.linear if self._stays_coded(module)])
+        self.coded = {module for module in self.linear if self._stays_coded(module)}
+        self.stored.read(self.coded)
         modules, layers = self.tree.modules, self.bundle.layers.values()
         for module, layer in self.linear.items():
             if module in modules and self._changes(module, layer):
@@ -140,12 +141,8 @@ class Placer:
     def _linear(
         self, layer: BundleLayer, base: Tensor | nn.Module, bias: Tensor | None, biases: Values
     ) -> ExpertLinear:
-        factors, ratios, shares = (
-            self.stored.factors(layer.module),
-            self.stored.ratios(layer),
-            self.stored.shares(layer),
-        )
-        return MixedLinear(self.state, base, bias, factors, ratios, biases, shares)
+        factors, ratios = self.stored.factors(layer.module), self.stored.ratios(layer)
+        return MixedLinear(self.state, base, bias, factors, ratios, biases, self.stored.shares(layer))
 
     def _place_table(self, module: str, layer: BundleLayer) -> None:
         """An embedding, a head, or one that is both: whoever looks its rows up or multiplies with it shares one table.
@@ -238,7 +235,7 @@ class CodedPlacer(Placer):
     def _linear(
         self, layer: BundleLayer, base: Tensor | nn.Module, bias: Tensor | None, biases: Values
     ) -> ExpertLinear:
-        if not self._stays_coded(layer.module):
+        if layer.module not in self.coded:
             return super()._linear(layer, base, bias, biases)
         from .triton.linear import CodedLinear
 

@@ -36,6 +36,11 @@ class Form:
     group: int | None = None
 
     @property
+    def code(self) -> str:
+        """As a manifest says it."""
+        return f"int{self.bits}"
+
+    @property
     def half(self) -> int:
         """Numbers are from -half to half - 1."""
         return int(2 ** (self.bits - 1))
