@@ -26,9 +26,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ class Storm:
         late: requests whose end came more than a second after the deadline, with their seconds.
         health: seconds of every /health.
         memory: (seconds since the begin, bytes of the server).
-        lag: seconds by which this process itself woke too late: what the machine adds to every figure.
+        lag: seconds by which the clients' processes themselves woke too late: what the machine adds to every figure.
     """
 
     deadline: float
@@ -88,6 +90,17 @@ class Storm:
         self.compared += 1
         if text != expected:
             self.differ.append(f"{asked} -> {text!r}, not {expected!r}")
+
+    def add(self, other: Storm) -> None:
+        """What another process's clients saw."""
+        for kind, seconds in other.seconds.items():
+            self.seconds.setdefault(kind, []).extend(seconds)
+        self.statuses += other.statuses
+        self.refused += other.refused
+        self.late += other.late
+        self.lag += other.lag
+        self.compared += other.compared
+        self.differ += other.differ
 
     @property
     def growth(self) -> float:
@@ -259,22 +272,40 @@ async def half_open(url: str, count: int, start: float, until: float) -> int:
     return opened
 
 
-async def run(url: str, process: psutil.Process, options: argparse.Namespace) -> tuple[Storm, int]:
-    """Answers one by one, then the storm."""
+async def clients(url: str, numbers: range, until: float, storm: Storm, leave: float) -> Storm:
+    """Many clients of one process."""
+    lagging = asyncio.create_task(notice_lag(until, storm))
+    unlimited = httpx2.Limits(max_connections=None, max_keepalive_connections=len(numbers))
+    async with httpx2.AsyncClient(base_url=url, timeout=None, limits=unlimited) as asking:
+        await asyncio.gather(*[client(n, asking, until, storm, leave) for n in numbers])
+    await lagging
+    return storm
+
+
+def clients_apart(url: str, numbers: range, until: float, storm: Storm, leave: float) -> Storm:
+    """`clients` in a process of its own."""
+    return asyncio.run(clients(url, numbers, until, storm, leave))
+
+
+async def run(
+    url: str, process: psutil.Process, options: argparse.Namespace, pool: ProcessPoolExecutor
+) -> tuple[Storm, int]:
+    """Answers one by one, then the storm: its clients in processes of their own, as each would be a bottleneck."""
     async with httpx2.AsyncClient(base_url=url, timeout=600) as alone:
         models = [one["id"] for one in (await alone.get("/v1/models")).json()["data"]]
         experts = [name for name in models if name not in ("auto", "average", "staged")]
         asked = questions(experts, options.tokens)
         known = [text_of("chat", await alone.post("/v1/chat/completions", json=body)) for body in asked]
     storm, began = Storm(options.deadline, asked, known), time.monotonic()
-    until = began + options.seconds
+    until, loop = began + options.seconds, asyncio.get_running_loop()
+    shares = [range(first, options.clients, options.processes) for first in range(options.processes)]
+    blank = Storm(options.deadline, asked, known)  # each process has its own
+    seen = [loop.run_in_executor(pool, clients_apart, url, share, until, blank, options.leave) for share in shares]
     watcher = asyncio.create_task(asyncio.to_thread(watch, url, process, began, until, storm))
     holders = asyncio.create_task(half_open(url, options.half_open, began + options.seconds / 2, until))
-    lagging = asyncio.create_task(notice_lag(until, storm))
-    unlimited = httpx2.Limits(max_connections=None, max_keepalive_connections=options.clients)
-    async with httpx2.AsyncClient(base_url=url, timeout=None, limits=unlimited) as asking:
-        await asyncio.gather(*[client(n, asking, until, storm, options.leave) for n in range(options.clients)])
-    await asyncio.gather(watcher, lagging)
+    for part in await asyncio.gather(*seen):
+        storm.add(part)
+    await watcher
     return storm, await holders
 
 
@@ -302,6 +333,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--seconds", type=float, default=120.0, help="of the storm")
     parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--processes", type=int, default=4, help="that the clients are shared out to")
     parser.add_argument("--leave", type=float, default=0.4, help="share of requests whose client hangs up")
     parser.add_argument("--half-open", type=int, default=160)
     parser.add_argument("--deadline", type=float, default=20.0, help="the server's --timeout")
@@ -324,7 +356,8 @@ def main() -> None:
         limits += ["--device", options.device] if options.device else []
         staged = ["--thinker", endpoint, "--model", "scripted", "--policy", "always"]
         with server(options.bundle, [*limits, *staged, "--no-probe"], options.log) as (url, process):
-            storm, opened = asyncio.run(run(url, process, options))
+            with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+                storm, opened = asyncio.run(run(url, process, options, pool))
             ending = time.monotonic()
         ended = time.monotonic() - ending
     kept = verdicts(storm)
@@ -334,9 +367,8 @@ def main() -> None:
     console = Console(width=120)
     console.print(table)
     console.print(f"{dict(storm.statuses)}; {opened} half-open connections; the end took {ended:.1f} s;")
-    console.print(
-        f"this process woke too late by {percentile(storm.lag, 0.99):.2f} s (p99), {max(storm.lag):.2f} s at most"
-    )
+    late, latest = percentile(storm.lag, 0.99), max(storm.lag)
+    console.print(f"the clients' processes woke too late by {late:.2f} s (p99), {latest:.2f} s at most")
     console.print(f"the log has {options.log.stat().st_size:,} bytes")
     for line in storm.differ[:5]:
         console.print(line, markup=False)

@@ -237,8 +237,8 @@ def shifted_rows(options: argparse.Namespace, train: list[Sample], held: list[Sa
 
 def routed_draws(chosen: Shifted, embed: Embed, options: argparse.Namespace) -> dict[str, Any]:
     """Accuracy by who chooses, for every number of samples; the experts' fields alone, by the router's own vectors."""
-    bundle = routed.hard_bundle(options.data, options.store / "hard")
-    names = list(Bundle.open(bundle).experts)
+    bundle = options.bundle or routed.hard_bundle(options.data, options.store / "hard")
+    names = [expert for expert in Bundle.open(bundle).experts if expert in options.fields]
     train = [sample for sample in chosen.train if sample.field in names]
     held = [sample for sample in chosen.held if sample.field in names]
     shifted = [row for row in chosen.rows if row.field in names and row.kind != shift.AS_THEY_ARE]

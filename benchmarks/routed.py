@@ -1,8 +1,9 @@
 """What routing is for: how many shifted rows are answered rightly, with the router, with an oracle, never abstaining.
 
-Three experts of real data (`benchmarks/hard.py`) in one bundle answer by teacher forcing: an answer is right where
-every token of it and the end is the likeliest. A model is asked for the rows that some draw sends to it and for no
-others: nearly all rows are asked of two models, not of all. Knows rows and right or wrong; the gate is `shift.py`'s.
+The experts of one bundle, called as their fields are (by default the three of `benchmarks/hard.py`), answer by teacher
+forcing: an answer is right where every token of it and the end is the likeliest. A model is asked for the rows that
+some draw sends to it and for no others: nearly all rows are asked of two models, not of all. Knows rows and right or
+wrong; the gate is `shift.py`'s.
 """
 
 from __future__ import annotations

@@ -113,6 +113,23 @@ def test_many_texts_do_not_hold_up_a_chat_and_end_with_their_client(merged: Merg
     engine.close(0)
 
 
+def refused_unread(server: Server) -> None:
+    """A full server waits for no body, and the connection goes on after what was left of it."""
+    host = server.url.removeprefix("http://")
+    name, _, port = host.partition(":")
+    with socket.create_connection((name, int(port)), timeout=5) as opened:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        opened.sendall(f"{head}Content-Length: 9\r\n\r\n".encode() + b'{"mod')
+        assert opened.recv(4096).startswith(b"HTTP/1.1 429")
+        opened.sendall(f'el"}}GET /health HTTP/1.1\r\nHost: {host}\r\n\r\n'.encode())
+        told = b""
+        while b"HTTP/1.1" not in told:
+            told += opened.recv(4096)
+        assert b"HTTP/1.1 200" in told
+    counted = httpx2.get(f"{server.url}/metrics").text
+    assert 'polymerge_requests_total{endpoint="/v1/completions",status="429"}' in counted
+
+
 def test_a_full_server_says_so_before_it_routes(engine: BatchingEngine, router: SlowRouter) -> None:
     settings = ServeSettings(max_rows=1, max_waiting=2)
     with running(create_app(engine, router, settings=settings), engine) as server, ThreadPoolExecutor(3) as pool:
@@ -130,6 +147,7 @@ def test_a_full_server_says_so_before_it_routes(engine: BatchingEngine, router: 
             refused = post(server, path, body)
             assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
             assert refused.headers["retry-after"] and time.monotonic() - began < 1
+        refused_unread(server)
         router.gate.set()
         assert [answer.result().status_code for answer in inside] == [200] * 3
         all_left(server)

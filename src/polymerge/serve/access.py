@@ -1,6 +1,7 @@
 """Who may ask, how often and how much: keys, rates, hosts, body sizes. Stands before every route but /health.
 
-Plain ASGI: knows headers and bytes, not routes or requests' meaning.
+A full server refuses here, before it reads what is asked: a refusal must cost next to nothing where many come. Plain
+ASGI: knows headers, paths and bytes, not requests' meaning.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Collection, MutableMapping
 from contextlib import ExitStack
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..errors import EngineBusyError
 from .errors import RETRY_SECONDS, ApiError, told
+from .gate import Gate
 from .keys import KeyRing
 from .metrics import Metrics
 from .settings import ServeSettings
@@ -45,10 +48,23 @@ class Buckets:
 
 
 class Access:
-    """The middleware. What it refuses, it answers itself."""
+    """The middleware. What it refuses, it answers itself.
 
-    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics, keys: KeyRing) -> None:
+    Args:
+        gated: paths whose POST takes a place of the gate.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: ServeSettings,
+        metrics: Metrics,
+        keys: KeyRing,
+        gate: Gate,
+        gated: Collection[str],
+    ) -> None:
         self._app, self._settings, self._metrics, self._keys = app, settings, metrics, keys
+        self._gate, self._gated = gate, gated
         self._buckets = Buckets(settings.requests_per_minute) if settings.requests_per_minute else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -73,8 +89,8 @@ class Access:
                 self._admit(scope)
                 receive = await self._read(scope, receive)
             await self._app(scope, receive, noted)
-        except ApiError as error:
-            await _answer(error, noted)
+        except (ApiError, EngineBusyError) as error:
+            await _answer(told(error), noted)
         except asyncio.CancelledError:  # only the server's end cancels a request
             logger.warning("request %s was cut off by the server's end", request)
             if not status:
@@ -90,7 +106,8 @@ class Access:
 
     def _note(self, scope: Scope, status: int, seconds: float, request: str) -> None:
         route = scope.get("route")
-        endpoint = getattr(route, "path", "other")
+        refused = scope["path"] if scope["path"] in self._gated else "other"  # before there was a route
+        endpoint = getattr(route, "path", refused)
         # a client that has gone before the answer began: nginx's number for it
         self._metrics.requests.labels(endpoint, status or 499).inc()
         self._metrics.seconds.labels(endpoint).observe(seconds)
@@ -110,6 +127,8 @@ class Access:
         wait = self._buckets.take(name or "") if self._buckets else 0.0
         if wait:
             raise ApiError(429, "too many requests with this key", code="rate_limit", retry_after=int(wait) + 1)
+        if scope["method"] == "POST" and scope["path"] in self._gated:
+            self._gate.check()
 
     async def _read(self, scope: Scope, receive: Receive) -> Receive:
         """Takes the whole body, as far as it is allowed; what follows (the client's going) is heard as before."""

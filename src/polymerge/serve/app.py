@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -59,12 +60,15 @@ def create_app(
     )
     app.state.service = service
     app.state.keys = keys = KeyRing(settings.keys, settings.key_file)
-    for routes in (
+    admitted = (
         completion_routes(service),
         response_routes(service),
-        model_routes(service),
         judgement_routes(service, router),
         kit_routes(service),
+    )
+    for routes in (
+        *admitted,
+        model_routes(service),
         feedback_routes(service),
         status_routes(service),
         *([expert_routes(experts, keys)] if experts else []),
@@ -75,7 +79,8 @@ def create_app(
     app.add_exception_handler(HTTPException, _on_http)
     for known in (ApiError, PolymergeError):
         app.add_exception_handler(known, _on_error)
-    app.add_middleware(Access, settings=settings, metrics=service.metrics, keys=keys)
+    gated = frozenset(route.path for routes in admitted for route in routes.routes if isinstance(route, APIRoute))
+    app.add_middleware(Access, settings=settings, metrics=service.metrics, keys=keys, gate=service.gate, gated=gated)
     if settings.cors_origins:
         from starlette.middleware.cors import CORSMiddleware
 

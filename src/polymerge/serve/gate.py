@@ -22,14 +22,18 @@ class Gate:
     def __init__(self, most: int) -> None:
         self.most, self.held = most, 0
 
+    def check(self, places: int = 1) -> None:
+        """Takes nothing. Raises EngineBusyError: so many are not free."""
+        if self.held + places > self.most:
+            raise EngineBusyError(f"{self.held} requests are under way already; try again later")
+
     def take(self, places: int) -> Callable[[], None]:
         """Takes places. Returns what gives them back; calling it again does nothing.
 
         Raises:
             EngineBusyError: so many are not free.
         """
-        if self.held + places > self.most:
-            raise EngineBusyError(f"{self.held} requests are under way already; try again later")
+        self.check(places)
         self.held += places
         left = [places]
 
