@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -55,3 +56,32 @@ def test_who_listens_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not hub.hub_answers()  # who says that there is no network is believed
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         assert hub.hub_answers()
+
+
+def test_a_resolver_that_hangs_and_addresses_that_drop_what_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked one after the other, or waited for, each would cost its own time-out."""
+    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr(hub, "REACH_SECONDS", 0.5)
+    places = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"198.51.100.{n}", 443)) for n in range(1, 9)]
+    resolve, connect, dropped = socket.getaddrinfo, socket.create_connection, threading.Event()
+
+    def drops(address: tuple[str, int], timeout: float) -> socket.socket:
+        if address[0].startswith("198.51.100."):
+            dropped.wait(timeout)
+            raise TimeoutError
+        return connect(address, timeout=timeout)
+
+    monkeypatch.setattr(socket, "create_connection", drops)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: places)
+    began = time.monotonic()
+    assert not hub._listens("https://none.test")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [dropped.wait(30)][:0])
+    assert not hub._listens("https://slow.test")
+    assert time.monotonic() - began < 3
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        place.listen()
+        port = place.getsockname()[1]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [*places, *resolve("127.0.0.1", port)])
+        assert hub._listens(f"http://some.test:{port}")  # one of nine
+    dropped.set()

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import functools
 import socket
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from queue import Empty, SimpleQueue
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-# So long a hub that does not answer is waited for.
-REACH_SECONDS = 4.0
+# So long a hub that does not answer is waited for, its name's resolution and all its addresses together.
+REACH_SECONDS = 3.0
 
 _BEFORE: ContextVar[Callable[[], None] | None] = ContextVar("before a download", default=None)
 
@@ -53,8 +55,27 @@ def _listens(url: str) -> bool:
     if getproxies().get(place.scheme):
         return True
     port = place.port or (80 if place.scheme == "http" else 443)
+    # in a thread: nothing bounds a resolver's time, and a firewall that drops packets costs its own for each address
+    answers: SimpleQueue[bool] = SimpleQueue()
+    threading.Thread(target=_ask_all, args=(place.hostname or "", port, answers), daemon=True).start()
     try:
-        with socket.create_connection((place.hostname or "", port), timeout=REACH_SECONDS):
-            return True
-    except OSError:
+        return answers.get(timeout=REACH_SECONDS)
+    except Empty:
         return False
+
+
+def _ask_all(host: str, port: int, answers: SimpleQueue[bool]) -> None:
+    """Asks all addresses of a host at once. Puts True as soon as one listens, False when none does."""
+    asked = []
+    with suppress(OSError, UnicodeError):
+        for address in {str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}:
+            asked.append(threading.Thread(target=_ask, args=(address, port, answers), daemon=True))
+            asked[-1].start()
+    for thread in asked:
+        thread.join()
+    answers.put(False)
+
+
+def _ask(address: str, port: int, answers: SimpleQueue[bool]) -> None:
+    with suppress(OSError), socket.create_connection((address, port), timeout=REACH_SECONDS):
+        answers.put(True)
