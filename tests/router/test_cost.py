@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from polymerge.router.cost import LEAST, MOST, USUAL, thresholds, usual
+from polymerge.router.cost import HIGHEST, LEAST, MOST, STRANGERS, USUAL, thresholds, usual
 
 EXPERTS = {"math": "math", "shell": "shell"}
 
@@ -33,9 +33,22 @@ def test_an_expert_that_loses_nothing_is_not_asked_by_every_stranger() -> None:
     assert odds(thresholds(EXPERTS, "average", table, USUAL)["math"]) == pytest.approx(odds(USUAL) / MOST)
 
 
-def test_the_usual_threshold_refuses_so_much_of_the_background_within_bounds() -> None:
-    assert usual(np.linspace(0, 1, 101) * 0.3) == pytest.approx(0.3 * 0.85)
-    assert usual(np.full(9, 0.9)) == USUAL and usual(np.zeros(9)) == LEAST and usual(np.zeros(0)) == USUAL
+def test_the_usual_threshold_is_where_lost_requests_and_answered_strangers_cost_the_same() -> None:
+    known, strange = np.linspace(0, 1, 1001), np.linspace(0, 1, 1001)
+    even = usual(known, strange)
+    assert even == pytest.approx(1 / (1 + STRANGERS), abs=2e-3)  # 3 t = 1 - t
+    assert STRANGERS * (known < even).mean() == pytest.approx((strange >= even).mean(), abs=1e-2)
+    assert usual(known**0.5, strange) > even > usual(known**2, strange)  # surer of requests: fewer strangers
+
+
+def test_the_usual_threshold_stays_in_bounds() -> None:
+    assert usual(np.full(9, 0.9), np.full(9, 0.1)) == HIGHEST and usual(np.full(9, 0.1), np.full(9, 0.9)) == HIGHEST
+    assert usual(np.zeros(9), np.zeros(9)) == LEAST
+    assert usual(np.ones(9), np.zeros(0)) == USUAL
+
+
+def test_without_requests_the_background_alone_tells() -> None:
+    assert usual(None, np.linspace(0, 1, 101) * 0.3) == pytest.approx(0.3 * 0.85)
 
 
 def test_a_table_moves_the_threshold_that_it_is_given() -> None:

@@ -14,24 +14,32 @@ import numpy as np
 from .calibrate import Floats
 from .table import Table
 
-# Without a table: a stranger that an expert answers costs about half of a known request that does not
-# meet its expert; chosen where known requests and strangers are both met (docs/log-router.md).
-USUAL, LEAST = 0.35, 0.2
-REFUSED = 0.85  # of the background is enough: more samples make a router surer than users' wording lets it be
+# Without a table: a known request that does not meet its expert costs as much as so many strangers that an expert
+# answers (docs/log-router.md). What was kept away says less than users' own wording, so the threshold stays in bounds.
+STRANGERS = 3.0
+LEAST, HIGHEST = 0.15, 0.5
+USUAL = 0.35  # where nothing was kept away
+REFUSED = 0.85  # of the background, where the gate has met no requests
 MOST = 2.0  # how much dearer or cheaper than usual a table makes a mistake, at most
 
 
-def usual(strange: Floats, *, bounded: bool = True) -> float:
-    """The threshold without a table.
+def usual(known: Floats | None, strange: Floats) -> float:
+    """The threshold without a table: where what lost requests and answered strangers cost is even.
 
     Args:
-        strange: [m], what the gate made of texts of the background whose topics it had not seen.
-        bounded: off, where the gate has met no requests, so that its probabilities mean nothing but an order.
+        known: [n], what the gate made of requests whose wording it had not seen. None, where it has met no requests:
+            its probabilities mean nothing but an order then.
+        strange: [m], what it made of texts of the background whose topics it had not seen.
     """
     if not len(strange):
         return USUAL
-    refusing = float(np.quantile(strange, REFUSED))
-    return min(max(refusing, LEAST), USUAL) if bounded else refusing
+    if known is None:
+        return float(np.quantile(strange, REFUSED))
+    places = np.sort(np.concatenate([known, strange]))
+    lost = np.searchsorted(np.sort(known), places) / len(known)
+    answered = 1 - np.searchsorted(np.sort(strange), places) / len(strange)
+    even = places[np.argmax(STRANGERS * lost >= answered)]
+    return min(max(float(even), LEAST), HIGHEST)
 
 
 def thresholds(experts: Mapping[str, str], fallback: str, table: Table | None, usually: float) -> dict[str, float]:

@@ -191,7 +191,7 @@ def calibrate(
     head = replace(head, outside=gate.outside)
     probabilities = cross_fitted(logits, labels)
     right: Bools = probabilities.argmax(axis=1) == labels
-    threshold = usual(gate.strange, bounded=known)
+    threshold = usual(gate.known if known else None, gate.strange)
     if settings.fixed:
         confidence = probabilities.max(axis=1) * _unseen_known(head, splits, others)
         threshold = _threshold(confidence, right, settings)

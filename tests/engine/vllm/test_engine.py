@@ -203,6 +203,7 @@ PROGRAM = """\
 import http.server, os, signal, subprocess, sys, time
 mode = {mode!r}
 if mode == "fails":
+    print("(pid=1) WARNING 11-27 [a.py:1] limits can cause `OSError: [Errno 24] Too many open files`")
     print("loading"); print("ValueError: no room for the KV cache"); print("bye"); sys.exit(1)
 if mode == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

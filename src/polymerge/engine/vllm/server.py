@@ -162,7 +162,8 @@ class VllmServer:
     def _fail(self, what: str) -> None:
         for line in self.last_lines():
             self._say(line)
-        errors = [match[1] for line in self.last_lines(400) if (match := _ERROR.search(line))]
+        lines = [line for line in self.last_lines(400) if " WARNING " not in line]  # which name errors that may come
+        errors = [match[1] for line in lines if (match := _ERROR.search(line))]
         reason = f": {errors[0][:300]}" if errors else ""
         raise ModelError(f"{what}{reason}; its log is {self._log}")
 
