@@ -121,7 +121,7 @@ def _note(plan: VllmPlan, measured: dict[str, Measured]) -> VllmNote:
     return VllmNote(
         polymerge_version=__version__,
         bundle=plan.bundle.digest,
-        dtype=plan.bundle.manifest.dtype,
+        dtype=plan.dtype_name,
         max_lora_rank=plan.max_lora_rank,
         target_modules=plan.target_modules,
         head_adapters=HEAD in plan.target_modules,

@@ -41,8 +41,14 @@ class VllmPlan:
     lost: tuple[str, ...]
 
     @property
+    def dtype_name(self) -> str:
+        """What vLLM computes in: the bundle's; over a base stored in fewer bits its kernels take 16 bits alone."""
+        wide = self.bundle.manifest.dtype
+        return "bfloat16" if wide == "float32" and self.bundle.packed else wide
+
+    @property
     def dtype(self) -> torch.dtype:
-        return DTYPES[self.bundle.manifest.dtype]
+        return DTYPES[self.dtype_name]
 
     @cached_property
     def folded(self) -> dict[str, int]:
