@@ -16,6 +16,7 @@ from safetensors import safe_open
 from polymerge import Bundle, add_expert, export_dense, inspect_bundle, load_model, merge, quantize_bundle, verify
 from polymerge.engine.local.engine import HFEngine
 from polymerge.errors import BundleError, DataError, ModelError, OutputExistsError
+from polymerge.export import plan_vllm
 from polymerge.export.packing import BASE_WAYS, packable, packing_of
 from polymerge.export.quantise import QuantisedBundle
 from polymerge.export.rounding import Nearest, input_moments
@@ -307,3 +308,10 @@ def test_vllm_and_transformers_are_told_what_is_packed(quantised: MakeBundle) ->
     assert any(name.endswith("q_proj.weight_packed") for name in names) and "lm_head.weight_packed" not in names
     settings = json.loads((made.bundle.path / "config.json").read_text())["quantization_config"]
     assert settings["format"] == "pack-quantized" and "lm_head" in settings["ignore"]
+
+
+def test_vllm_computes_in_16_bits_over_a_packed_base(quantised: MakeBundle) -> None:
+    """Its kernels for packed weights take no others: a server of float32 starts, and fails at the first request."""
+    whole, made = quantised()
+    assert (plan_vllm(whole).dtype_name, plan_vllm(made.bundle).dtype_name) == ("float32", "bfloat16")
+    assert plan_vllm(made.bundle).slot_bytes * 2 == plan_vllm(whole).slot_bytes
