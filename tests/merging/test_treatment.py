@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from polymerge import Bundle, add_expert, load_model, load_recipe, merge, verify
+from polymerge.bundle.adapter import adapter_of
 from polymerge.errors import PolymergeError, SourceError
 from polymerge.merging.treatment import (
     Expert,
@@ -285,7 +286,7 @@ def test_unknown_tensors_that_agree_are_stored_once_and_a_coarser_type_is_the_sa
     case.buffer(ones / 3, ones / 3, (ones / 3).bfloat16())
     bundle = added(merged(case.folder, "e0", "e1"), case.folder)
     assert torch.equal(bundle.base_tensor(BUFFER), ones / 3)
-    assert not [key for name in bundle.experts for key in bundle.adapter(name) if "value_head" in key]
+    assert not [key for name in bundle.experts for key in adapter_of(bundle, name) if "value_head" in key]
     assert verify(bundle, sources=True).problems == []
     load_model(bundle)
 

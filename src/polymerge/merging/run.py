@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.alignment import write_alignment
-from ..bundle.bundle import Bundle, base_of
+from ..bundle.base import base_of
+from ..bundle.bundle import Bundle
 from ..bundle.files import FileEntry, check_free_space, disk_errors, scratches_of
 from ..bundle.lock import writing
 from ..bundle.manifest import BundleLayer, Manifest, Method, version_of

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bundle.bundle import Bundle, ExpertReader
+from ..bundle.bundle import Bundle
+from ..bundle.expert import ExpertReader
 from ..bundle.manifest import BundleLayer, ExpertRecord
 from ..host import dtype_name
 from ..sources.checkpoint import Checkpoint
