@@ -33,8 +33,9 @@ from peer_methods import bitdelta
 from polymerge import Bundle, load_model, merge
 from polymerge.bundle.adapter import adapter_of
 from polymerge.bundle.inspect import inspect_bundle
-from polymerge.bundle.manifest import ADAPTER_FILE, BundleLayer
-from polymerge.cli.console import hush_libraries
+from polymerge.bundle.layer import BundleLayer
+from polymerge.bundle.manifest import ADAPTER_FILE
+from polymerge.cli.logs import hush_libraries
 from polymerge.engine.local.engine import HFEngine
 from polymerge.export import export_peft, plan_vllm, write_vllm
 from polymerge.export.vllm.calibrate import applied, read_adapter

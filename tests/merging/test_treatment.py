@@ -16,16 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 from polymerge import Bundle, add_expert, load_model, load_recipe, merge, verify
 from polymerge.bundle.adapter import adapter_of
 from polymerge.errors import PolymergeError, SourceError
-from polymerge.merging.treatment import (
-    Expert,
-    Frame,
-    check_settings,
-    frame_of,
-    frame_of_bundle,
-    names_in,
-    tasks_for,
-    treatment_of,
-)
+from polymerge.merging.frame import Expert, Frame, check_settings, frame_of, frame_of_bundle, names_in
+from polymerge.merging.treatment import tasks_for, treatment_of
 from polymerge.recipe.merge import Recipe
 from polymerge.sources.layers import LayerRecord, map_layers
 from polymerge.sources.opening import open_checkpoint

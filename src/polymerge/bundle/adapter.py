@@ -11,7 +11,7 @@ from ..host import DTYPES
 from .expert import ExpertReader
 from .folder import BundleFolder
 from .kept import ROW_NUMBERS
-from .manifest import BundleLayer
+from .layer import BundleLayer
 from .peft import adapter_name
 from .residuals import factors_of
 from .tensors import opened

@@ -11,7 +11,7 @@ from ..host import DTYPES
 from ..sources.checkpoint import Checkpoint, open_folder
 from ..sources.fused import SlicedCheckpoint
 from ..sources.packed import PackedCheckpoint
-from .manifest import BundleLayer
+from .layer import BundleLayer
 
 
 def base_of(folder: Path, layers: Iterable[BundleLayer]) -> Checkpoint:

@@ -11,7 +11,8 @@ from ..errors import BundleError
 from ..method.dense import dense
 from .folder import BundleFolder
 from .kept import ROW_NUMBERS, numbers_problem
-from .manifest import INHERITED_FILE, BundleLayer
+from .layer import BundleLayer
+from .manifest import INHERITED_FILE
 from .residuals import factors_of
 from .tensors import StoredTensors, opened
 

@@ -17,7 +17,8 @@ from ..method.code import Code
 from ..method.factors import Factors
 from ..sources.checkpoint import Checkpoint
 from .base import base_of
-from .manifest import SCALES_FILE, BundleLayer, Manifest
+from .layer import BundleLayer
+from .manifest import SCALES_FILE, Manifest
 from .tensors import opened
 
 

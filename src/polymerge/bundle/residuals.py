@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import BundleError
 from .folder import BundleFolder
-from .manifest import BundleLayer
+from .layer import BundleLayer
 
 
 def factors_of(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .bundle import Bundle
-from .manifest import stored_layers, stored_shape
+from .layer import stored_layers, stored_shape
 
 
 def dense_state(bundle: Bundle, expert: str | None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

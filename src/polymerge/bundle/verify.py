@@ -22,7 +22,7 @@ from .alignment import alignment_problems
 from .base import base_of
 from .bundle import Bundle
 from .files import slabs
-from .manifest import BundleLayer
+from .layer import BundleLayer
 from .peft import adapter_config, borrowed_config, coded_config
 from .personas import persona_problems
 from .unlisted import unlisted_files

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..bundle.adapter import adapter_shapes
 from ..bundle.bundle import Bundle
-from ..bundle.manifest import BundleLayer
+from ..bundle.layer import BundleLayer
 from ..bundle.peft import is_fused
 from ..errors import ModelError
 from ..sources.checkpoint import natural_key

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..bundle.adapter import adapter_of, adapter_shapes
 from ..bundle.bundle import Bundle
 from ..bundle.files import check_free_space, disk_errors, entry_of, raw_bytes, write_json, write_safetensors
-from ..bundle.manifest import ADAPTER_FILE, BundleLayer
+from ..bundle.layer import BundleLayer
+from ..bundle.manifest import ADAPTER_FILE
 from ..bundle.peft import SLICED_BLOCKS, adapter_config, as_peft, missing_zeros, stored_name
 from ..bundle.personas import write_files
 from ..bundle.place import settled

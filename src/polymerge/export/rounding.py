@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..bundle.manifest import BundleLayer
+from ..bundle.layer import BundleLayer
 from ..errors import ModelError
 from ..host import dtype_name, free_memory
 from ..method.gptq import Moments, gptq

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bundle.bundle import Bundle
-from ..bundle.manifest import BundleLayer
+from ..bundle.layer import BundleLayer
 from ..bundle.reading import steady
 from ..errors import ModelError
 from ..host import DTYPES, free_memory, pick_device, pick_dtype

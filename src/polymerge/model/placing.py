@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bundle.bundle import Bundle
-from ..bundle.manifest import BundleLayer
+from ..bundle.layer import BundleLayer
 from ..errors import ModelError
 from ..sources.forms import in_order
 from .assignment import Assignment

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..bundle.bundle import Bundle
 from ..bundle.expert import ExpertReader
-from ..bundle.manifest import BundleLayer
+from ..bundle.layer import BundleLayer
 from ..errors import ModelError
 from .linear import ExpertLinear
 from .mixed import MixedModel

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..bundle.adapter import adapter_of
 from ..bundle.bundle import Bundle
-from ..bundle.manifest import BundleLayer, stored_layers
+from ..bundle.layer import BundleLayer, stored_layers
 from ..bundle.residuals import coded_factors
 from ..errors import ModelError
 from ..sources.forms import Part, forms_of, parts_of_slices
