@@ -18,7 +18,7 @@ from ..errors import RecipeError, SourceError
 from ..host import dtype_name
 from ..method.code import Code
 from ..method.codes import code_of
-from ..model.loading import held_as
+from ..model.held import held_as
 from ..model.quantised import base_of
 from ..paths import here
 from ..recipe.automatic import settled
