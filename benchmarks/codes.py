@@ -31,9 +31,11 @@ from torch import Tensor
 from chosen import add_arguments, demo_base, demo_experts, named_sources
 from peer_methods import bitdelta
 from polymerge import Bundle, load_model, merge
+from polymerge.bundle.adapter import adapter_of
 from polymerge.bundle.inspect import inspect_bundle
-from polymerge.bundle.manifest import ADAPTER_FILE, BundleLayer
-from polymerge.cli.console import hush_libraries
+from polymerge.bundle.layer import BundleLayer
+from polymerge.bundle.manifest import ADAPTER_FILE
+from polymerge.cli.logs import hush_libraries
 from polymerge.engine.local.engine import HFEngine
 from polymerge.export import export_peft, plan_vllm, write_vllm
 from polymerge.export.vllm.calibrate import applied, read_adapter
@@ -52,7 +54,7 @@ def signs_around_average(expert: str, layer: BundleLayer, weight: Tensor, base: 
 
 def rounded_factors(bundle: Bundle) -> Rebuild:
     """The published code in 16 bits, whatever the bundle's dtype."""
-    adapters = {expert: bundle.adapter(expert) for expert in bundle.experts}
+    adapters = {expert: adapter_of(bundle, expert) for expert in bundle.experts}
 
     def rebuild(expert: str, layer: BundleLayer, weight: Tensor, base: Tensor) -> tuple[Tensor, int]:
         a, b = (adapters[expert][f"{layer.module}.lora_{factor}.weight"].bfloat16() for factor in "AB")

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from chosen import add_arguments, demo_base, demo_experts, named_sources
 from polymerge import load_model, merge
-from polymerge.cli.console import hush_libraries
+from polymerge.cli.logs import hush_libraries
 from polymerge.demo.run import DemoSettings, load_skills
 from polymerge.demo.train import TrainSettings, fine_tune
 from polymerge.search.agreement import Agreement, Reference

@@ -36,7 +36,7 @@ from hard import SETS, real_experts
 from peer_methods.paired import Kept, kept
 from peer_methods.rows import ROWS, Row, Run
 from peer_methods.task import Task
-from polymerge.cli.console import hush_libraries
+from polymerge.cli.logs import hush_libraries
 from polymerge.demo.skills import Skill, read_skills
 from polymerge.search.agreement import agreement
 

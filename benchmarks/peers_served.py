@@ -35,7 +35,7 @@ from peer_methods.measure import Held, measure
 from peer_methods.mergekit import mergekit_version
 from peer_methods.table import METHODS, Method, one_model
 from peer_methods.task import Task
-from polymerge.cli.console import hush_libraries
+from polymerge.cli.logs import hush_libraries
 from polymerge.demo.skills import Skill, read_skills
 
 # Training requests of every expert that routers learn from.

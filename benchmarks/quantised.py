@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from polymerge import Bundle, export_gguf, load_model, quantize_bundle
-from polymerge.cli.console import hush_libraries
+from polymerge.cli.logs import hush_libraries
 from polymerge.demo.run import DemoSettings, load_skills
 from polymerge.export.gguf.measure import measure_served
 from polymerge.export.packing import BASE_WAYS

@@ -229,7 +229,7 @@ def peak_memory(processes: Sequence[int]) -> int:
 
 def serve_dense(folder: str) -> None:
     """One dense expert behind the same server; any model name is it."""
-    from polymerge.cli.console import hush_libraries
+    from polymerge.cli.logs import hush_libraries
     from polymerge.engine.local.batching import BatchingEngine
     from polymerge.serve.app import create_app
     from polymerge.serve.run import listener, run_app

@@ -24,7 +24,7 @@ from chosen import demo_base, demo_experts
 from hard import SETS, real_experts
 from polymerge import inspect_bundle, load_model, merge
 from polymerge.bundle.bundle import Bundle
-from polymerge.cli.console import hush_libraries
+from polymerge.cli.logs import hush_libraries
 from polymerge.demo.skills import Skill
 from polymerge.model.mixed import MixedModel
 from polymerge.search.agreement import Reference

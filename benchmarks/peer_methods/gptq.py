@@ -11,42 +11,26 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from polymerge.export.moments import gathered
 from polymerge.method.gptq import Moments
 
 
-@torch.no_grad()
 def input_moments(model: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Moments]:
     """Name of a linear weight -> the moments of its inputs; layers that read one input share them.
 
     Args:
         batches: token ids and which of them count, [B, T], padded on the right.
     """
-    sums: dict[str, Tensor] = {}
-    owner: dict[str, str] = {}
-    last: dict[str, Any] = {"input": None, "name": "", "mask": None}
+    on_device = [(ids.to(model.device), mask.to(model.device)) for ids, mask in batches]
+    counting: list[Tensor] = []
 
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if inputs[0] is not last["input"]:
-                last.update(input=inputs[0], name=name)
-                x = inputs[0][last["mask"]]
-                sums[name] = sums.get(name, x.new_zeros(x.shape[1], x.shape[1])).addmm_(x.T, x)
-            owner[name] = last["name"]
-
-        return hook
+    def read() -> int:
+        for ids, mask in on_device:
+            counting[:] = [mask.bool()]
+            model.model(input_ids=ids, attention_mask=mask)  # without the head
+        return sum(int(mask.sum()) for _, mask in on_device)
 
     linear = {f"{n}.weight": m for n, m in model.model.named_modules(prefix="model") if isinstance(m, nn.Linear)}
-    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in linear.items()]
-    tokens = 0
-    for ids, mask in batches:
-        ids, mask = ids.to(model.device), mask.to(model.device)
-        last["mask"] = mask.bool()
-        model.model(input_ids=ids, attention_mask=mask)  # without the head
-        tokens += int(mask.sum())
-    for hook in hooks:
-        hook.remove()
-    moments = {name: Moments((total / tokens).cpu()) for name, total in sums.items()}
-    return {name: moments[which] for name, which in owner.items()}
+    return gathered(linear, read, lambda given: given[counting[0]])

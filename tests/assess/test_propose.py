@@ -9,7 +9,8 @@ import pytest
 from polymerge import load_recipe
 from polymerge.assess.propose import Choices, propose
 from polymerge.assess.sizes import Family, families
-from polymerge.recipe.merge import Recipe, Source
+from polymerge.recipe.merge import Recipe
+from polymerge.recipe.source import Source
 from tests.tiny import make_experts, tiny_tokenizer
 
 

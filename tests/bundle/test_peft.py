@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from polymerge import load_model
-from polymerge.bundle.manifest import BundleLayer
+from polymerge.bundle.layer import BundleLayer
 from polymerge.bundle.peft import (
     PEFT_PREFIX,
     TIED_ROWS,

@@ -14,7 +14,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from rich.cells import cell_len
 from rich.console import Console
 
-from polymerge.cli import console
+from polymerge.cli import console, progress
 from polymerge.errors import SourceError
 from polymerge.merging.plan import plan_merge
 from polymerge.sources import opening, outline
@@ -24,7 +24,8 @@ from polymerge.sources.hub import download_begins
 def terminal(monkeypatch: pytest.MonkeyPatch, **options: Any) -> io.StringIO:
     """What is written to a terminal that stands for standard error."""
     shown = io.StringIO()
-    monkeypatch.setattr(console, "err", Console(file=shown, highlight=False, force_terminal=True, **options))
+    for module in (console, progress):
+        monkeypatch.setattr(module, "err", Console(file=shown, highlight=False, force_terminal=True, **options))
     return shown
 
 
@@ -64,7 +65,7 @@ def test_a_moving_line_leaves_standard_output_where_it_was(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shown = terminal(monkeypatch)
-    with console.waiting("loading [b]"):
+    with progress.waiting("loading [b]"):
         print("an answer")
         print("a bar", end="\r", file=sys.stderr)
     out, errors = capsys.readouterr()
@@ -77,10 +78,10 @@ def bars_are(monkeypatch: pytest.MonkeyPatch, *, drawn: bool) -> None:
 
 
 def bar() -> AbstractContextManager[Callable[[int, int], None]]:
-    return console.progress_bar("adding x", quiet=False)
+    return progress.progress_bar("adding x", quiet=False)
 
 
-@pytest.mark.parametrize("line", [lambda: console.waiting("adding x"), bar])
+@pytest.mark.parametrize("line", [lambda: progress.waiting("adding x"), bar])
 @pytest.mark.parametrize("weights", [True, False])
 def test_a_moving_line_has_gone_before_the_hubs_own_bars_come(
     monkeypatch: pytest.MonkeyPatch, line: Callable[[], AbstractContextManager[Any]], weights: bool

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from polymerge.bundle.lock import writing
-from polymerge.compete import compete
-from polymerge.compete import run as run_module
+from polymerge.compete import compete, pieces
 from polymerge.compete.clock import Clock
+from polymerge.compete.journal import Journal
 from polymerge.errors import LockedError, ModelError, OutputExistsError, PolymergeError
 from polymerge.recipe.response import StageSettings
 from polymerge.staged import Pipeline
@@ -127,7 +127,7 @@ def test_the_clock_leaves_time_for_the_rows_that_are_left() -> None:
 def test_over_the_memory_limit_the_thinker_is_unloaded_and_the_rest_direct(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "peak_bytes", lambda: 2000)
+    monkeypatch.setattr(pieces, "peak_bytes", lambda: 2000)
     thinker = ScriptedThinker()
     summary = compete(pipeline(thinker=thinker), make_input(tmp_path, 9), tmp_path / "out.csv", memory_limit=1000)
     assert thinker.prompts == [] and thinker.unloaded > 0
@@ -198,7 +198,7 @@ def test_stopped_after_any_note_it_goes_on_without_doing_work_twice(
     compete(pipeline(thinker=ScriptedThinker()), source, whole)
 
     output, count = tmp_path / "out.csv", [0]
-    add = run_module.Journal.add
+    add = Journal.add
 
     def adding(self: Any, entry: Any) -> None:
         if count[0] == stop:
@@ -206,10 +206,10 @@ def test_stopped_after_any_note_it_goes_on_without_doing_work_twice(
         count[0] += 1
         add(self, entry)
 
-    monkeypatch.setattr(run_module.Journal, "add", adding)
+    monkeypatch.setattr(Journal, "add", adding)
     with pytest.raises(Stopped):
         compete(pipeline(thinker=ScriptedThinker()), source, output)
-    monkeypatch.setattr(run_module.Journal, "add", add)
+    monkeypatch.setattr(Journal, "add", add)
     assert not output.exists()
     journal = tmp_path / "out.csv.partial"
     notes = journal.read_bytes().splitlines()

@@ -9,12 +9,12 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.served import Quiet, served
 
 LARGE = (".safetensors",)
 
@@ -49,12 +49,9 @@ class Hub:
     url: str = ""
 
 
-class _Answers(BaseHTTPRequestHandler):
+class _Answers(Quiet):
     hub: Hub
     protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args: object) -> None:
-        pass
 
     def do_HEAD(self) -> None:
         self._get()
@@ -177,13 +174,5 @@ class _Answers(BaseHTTPRequestHandler):
 @contextmanager
 def standin() -> Iterator[Hub]:
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Answers", (_Answers,), {"hub": hub}))
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with served(type("Answers", (_Answers,), {"hub": hub})) as hub.url:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -14,6 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from polymerge import Bundle, add_expert, export_dense, export_peft, load_model, merge, remove_expert, verify
+from polymerge.bundle.adapter import adapter_of
 from polymerge.bundle.inspect import inspect_bundle
 from polymerge.bundle.manifest import ADAPTER_FILE
 from polymerge.bundle.stored import dense_state
@@ -130,7 +131,7 @@ def test_the_base_and_the_factors_are_the_adapters_own(made: Made, bundle: Bundl
         assert torch.equal(bundle.base_tensor(layer.tensor), base[layer.tensor])
     stored = load_file(made.paths["a"] / ADAPTER_FILE)
     module = "base_model.model.model.layers.0.self_attn.q_proj"
-    kept = bundle.adapter("a")
+    kept = adapter_of(bundle, "a")
     assert torch.equal(kept["model.layers.0.self_attn.q_proj.lora_A.weight"], stored[f"{module}.lora_A.weight"])
     scaled = 8 / 3 * stored[f"{module}.lora_B.weight"]
     assert torch.equal(kept["model.layers.0.self_attn.q_proj.lora_B.weight"], scaled)
@@ -207,7 +208,7 @@ def test_the_adapters_dtype_is_kept_and_the_bases_too(tmp_path: Path) -> None:
     half = made.paths["b"] / ADAPTER_FILE
     save_file({k: v.half() for k, v in load_file(half).items()}, half, {"format": "pt"})
     bundle = made.merged()
-    kinds = {name: {tensor.dtype for tensor in bundle.adapter(name).values()} for name in bundle.experts}
+    kinds = {name: {tensor.dtype for tensor in adapter_of(bundle, name).values()} for name in bundle.experts}
     assert kinds == {"a": {torch.float32}, "b": {torch.float16}, "c": {torch.float32}}
     assert bundle.base_tensor(Q).dtype == torch.bfloat16
     assert verify(bundle, sources=True).problems == []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,19 @@ import torch
 
 from polymerge import load_model, load_recipe
 from polymerge.errors import DeviceError, ModelError, RecipeError, SourceError
+from polymerge.merging import run
 from polymerge.merging.footprint import footprint
 from polymerge.merging.plan import plan_merge
+from polymerge.merging.proof import Proof
 from polymerge.merging.room import cheapest_change
 from polymerge.merging.run import fingerprint, run_plan
 from polymerge.merging.work import work_of
 from polymerge.sources.opening import open_checkpoint
 from polymerge.sources.outline import OutlineCheckpoint, outline
 from tests.conftest import Merged
+from tests.merging.test_numbers import merged_adapters
+from tests.sources.peft_oracle import write_adapter
+from tests.sweep.experts import make_experts as make_any
 from tests.tiny import ARCHITECTURES, make_experts
 from tests.vocabularies import kin as kin_of
 
@@ -111,6 +118,63 @@ def test_a_loaded_bundle_holds_what_was_said(code: str, tmp_path: Path) -> None:
         )
         held = sum(t.nbytes for t in {t.data_ptr(): t for t in counted}.values())
         assert footprint(replace(plan, residuals=residuals)).bundle == pytest.approx(held, rel=0.03)
+
+
+def held_by(model: Any) -> int:
+    """Bytes of all numbers that a model reaches, in modules or not; each storage once."""
+    seen: set[int] = set()
+    storages: dict[int, int] = {}
+    left = [model]
+    while left:
+        thing = left.pop()
+        if id(thing) in seen or isinstance(thing, type | types.ModuleType | types.CodeType):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, torch.Tensor) and not thing.is_meta:
+            counts = thing.is_floating_point() or thing.dtype == torch.uint8
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes() * counts
+        left += thing.__closure__ or () if isinstance(thing, types.FunctionType) else gc.get_referents(thing)
+    return sum(storages.values())
+
+
+def over_one_base(folder: Path) -> dict[str, Any]:
+    base = make_experts("llama", folder, count=1)["e0"]
+    modules = ["q_proj", "up_proj"]
+    paths = {f"a{n}": write_adapter(folder / f"a{n}", base, seed=n, r=8, target_modules=modules) for n in range(3)}
+    return {name: {"source": str(path), "base": str(base)} for name, path in paths.items()}
+
+
+def in_blocks(folder: Path) -> dict[str, Any]:
+    """Matrices of blocks are stored in another order than the model has them."""
+    return {name: str(path) for name, path in make_any("inkling2_text", folder).items()}
+
+
+@pytest.mark.parametrize("experts", [in_blocks, over_one_base])
+def test_what_cannot_stay_packed_is_counted_decoded(
+    experts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The average has all experts' factors over the model under adapters, and blocks have no layer to hold them."""
+    monkeypatch.setattr(run, "prove", lambda *args, **more: Proof("any", True, "groups"))
+    recipe = {"experts": experts(tmp_path), "compress_rate": 0.5, "code": "int4", "embeddings": "average"}
+    plan = plan_merge(load_recipe(recipe | {"lm_head": "average", "norms": "average"}))
+    bundle = run_plan(plan, tmp_path / "bundle")
+    for residuals in ("decoded", "packed"):
+        held = held_by(load_model(bundle, device="cpu", residuals=residuals))
+        assert footprint(replace(plan, residuals=residuals)).bundle == pytest.approx(held, rel=0.01)
+
+
+def test_residuals_that_turn_out_to_be_numbers_take_no_more_than_was_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are held decoded, and are as few as the code's bytes."""
+    monkeypatch.setattr(run, "prove", lambda *args, **more: Proof("any", True, "groups"))
+    recipe = {"experts": merged_adapters(tmp_path), "compress_rate": 0.6, "code": "int4", "embeddings": "average"}
+    plan = plan_merge(load_recipe(recipe | {"lm_head": "average", "norms": "average", "scale": "shared"}))
+    bundle = run_plan(plan, tmp_path / "bundle")
+    assert any(layer.numbers for layer in bundle.manifest.layers)
+    for residuals in ("decoded", "packed"):
+        held = held_by(load_model(bundle, device="cpu", residuals=residuals))
+        assert held <= footprint(replace(plan, residuals=residuals)).bundle
 
 
 def test_packed_residuals_are_the_first_change_that_is_proposed() -> None:

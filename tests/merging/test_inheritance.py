@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from polymerge import Bundle, add_expert, export_dense, export_peft, load_model, merge, remove_expert, verify
+from polymerge.bundle.adapter import adapter_of
 from polymerge.bundle.manifest import ADAPTER_FILE, INHERITED_FILE
 from polymerge.bundle.stored import dense_state
 from polymerge.errors import BundleError
@@ -95,11 +96,11 @@ def test_the_scale_is_that_of_the_norms_and_the_residuals_are_half(tmp_path: Pat
     times = shared.layers[Q].borrowed["e1"].times
     assert times == pytest.approx(-float(other.norm() / one.norm()), rel=1e-6)
     b, a = shared.expert_reader("e1").factors(Q) or pytest.fail("has factors")
-    lent = shared.adapter("e0")
+    lent = adapter_of(shared, "e0")
     module = Q.removesuffix(".weight")
     assert torch.equal(a, lent[f"{module}.lora_A.weight"])
     assert torch.equal(b, lent[f"{module}.lora_B.weight"] * times)
-    assert torch.equal(b, shared.adapter("e1")[f"{module}.lora_B.weight"])
+    assert torch.equal(b, adapter_of(shared, "e1")[f"{module}.lora_B.weight"])
     numbers = {
         b.path: [sum(t.numel() for t in load_file(b.expert_file(n)).values()) for n in ("e0", "e1")]
         for b in (shared, apart)

@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from polymerge import Bundle, add_expert, export_dense, export_peft, load_model, merge, remove_expert, verify
+from polymerge.bundle.adapter import adapter_of
 from polymerge.bundle.kept import ROW_NUMBERS
 from polymerge.bundle.stored import dense_state
 from polymerge.errors import BundleError
@@ -77,7 +78,7 @@ def test_rows_that_no_expert_changed_are_stored_once(dtype: torch.dtype, tmp_pat
         for tensor in (EMBEDDING, HEAD):
             assert torch.equal(bundle.reconstruct(name, tensor), original[tensor].float())
             module = tensor.removesuffix(".weight")
-            assert torch.equal(bundle.adapter(name)[f"{module}.weight"], original[tensor])
+            assert torch.equal(adapter_of(bundle, name)[f"{module}.weight"], original[tensor])
     assert verify(bundle, sources=True).problems == []
 
 
@@ -174,7 +175,7 @@ def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for numbers in ([*CHANGED[:-1], VOCAB], CHANGED[::-1], [-1, *CHANGED[1:]]):
         save_file(tensors | {key: torch.tensor(numbers, dtype=torch.int32)}, file)
         with pytest.raises(BundleError, match=r"e2.*embed_tokens has .*copy the bundle again"):
-            bundle.adapter("e2")
+            adapter_of(bundle, "e2")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied"])

@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from polymerge import Bundle, merge
+from polymerge.bundle.adapter import adapter_of
 from polymerge.errors import ErrorBudgetExceeded
 from polymerge.sources.opening import open_checkpoint
 from tests.conftest import Merged
@@ -108,8 +109,8 @@ def test_bfloat16_comes_back_within_one_rounding(tmp_path: Path) -> None:
 def test_average_stores_one_embedding_keep_stores_all(merged: Merged) -> None:
     kept, _ = merged("llama", compress_rate=0.5)
     averaged, _ = merged("llama", compress_rate=0.5, embeddings="average", lm_head="average", norms="average")
-    assert "model.embed_tokens.weight" in kept.adapter("e0")
-    assert not [key for key in averaged.adapter("e0") if ".lora_" not in key]
+    assert "model.embed_tokens.weight" in adapter_of(kept, "e0")
+    assert not [key for key in adapter_of(averaged, "e0") if ".lora_" not in key]
 
 
 def test_what_all_experts_share_is_stored_once(tmp_path: Path) -> None:
@@ -120,7 +121,9 @@ def test_what_all_experts_share_is_stored_once(tmp_path: Path) -> None:
         weights = tensors(path)
         save_file({**weights, **{name: shared[name] for name in names}}, path / "model.safetensors", {"format": "pt"})
     bundle = merge({"experts": {k: str(v) for k, v in experts.items()}, "code": "factors"}, tmp_path / "b")
-    assert not [key for key in bundle.adapter("e1") if key.startswith(tuple(n.removesuffix(".weight") for n in names))]
+    assert not [
+        key for key in adapter_of(bundle, "e1") if key.startswith(tuple(n.removesuffix(".weight") for n in names))
+    ]
     for name in names:
         assert torch.equal(bundle.reconstruct("e1", name), shared[name])
 

@@ -14,17 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from polymerge import Bundle, add_expert, load_model, load_recipe, merge, verify
+from polymerge.bundle.adapter import adapter_of
 from polymerge.errors import PolymergeError, SourceError
-from polymerge.merging.treatment import (
-    Expert,
-    Frame,
-    check_settings,
-    frame_of,
-    frame_of_bundle,
-    names_in,
-    tasks_for,
-    treatment_of,
-)
+from polymerge.merging.frame import Expert, Frame, check_settings, frame_of, frame_of_bundle, names_in
+from polymerge.merging.treatment import tasks_for, treatment_of
 from polymerge.recipe.merge import Recipe
 from polymerge.sources.layers import LayerRecord, map_layers
 from polymerge.sources.opening import open_checkpoint
@@ -285,7 +278,7 @@ def test_unknown_tensors_that_agree_are_stored_once_and_a_coarser_type_is_the_sa
     case.buffer(ones / 3, ones / 3, (ones / 3).bfloat16())
     bundle = added(merged(case.folder, "e0", "e1"), case.folder)
     assert torch.equal(bundle.base_tensor(BUFFER), ones / 3)
-    assert not [key for name in bundle.experts for key in bundle.adapter(name) if "value_head" in key]
+    assert not [key for name in bundle.experts for key in adapter_of(bundle, name) if "value_head" in key]
     assert verify(bundle, sources=True).problems == []
     load_model(bundle)
 

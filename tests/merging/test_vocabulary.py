@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from polymerge import Bundle, add_expert, export_dense, load_model, merge, plan_merge, remove_expert, verify
+from polymerge.bundle.adapter import adapter_shapes
 from polymerge.errors import SourceError
 from polymerge.merging.vocabulary import numbers_of, ranges_of
 from polymerge.sources.checkpoint import SafetensorsCheckpoint
@@ -118,7 +119,7 @@ def test_an_averaged_row_is_the_mean_of_those_that_have_its_token(
             stored = tables(Original(export_dense(bundle, name, tmp_path / f"{kind}-{name}")))[kind]
             torch.testing.assert_close(stored, rows)
     assert [record.own_rows for record in bundle.manifest.experts.values()] == [[], [], OWN]
-    stored = {name: bundle.adapter_shapes(name).get(EMBEDDING) for name in NAMES}
+    stored = {name: adapter_shapes(bundle, name).get(EMBEDDING) for name in NAMES}
     assert stored == {"plain": None, "wide": None, "padded": (len(OWN), 48)}
     assert verify(bundle, sources=True).ok
 
@@ -147,7 +148,7 @@ def test_a_frozen_table_is_stored_once_and_own_rows_beside_it(tmp_path: Path) ->
         original.model.save_pretrained(original.path)
     made = dict(zip(("one", "two"), pair, strict=True))
     bundle = merged(made, tmp_path / "bundle", *made)
-    assert EMBEDDING not in bundle.adapter_shapes("one") and bundle.adapter_shapes("two")[EMBEDDING] == (2, 48)
+    assert EMBEDDING not in adapter_shapes(bundle, "one") and adapter_shapes(bundle, "two")[EMBEDDING] == (2, 48)
     check_same(bundle, made)
     assert verify(bundle, sources=True).ok
 

@@ -18,8 +18,9 @@ from transformers import GPT2Config, LlamaConfig, Qwen2Config
 
 from polymerge import Bundle, add_expert, merge, verify
 from polymerge.bundle.files import Rows
-from polymerge.bundle.manifest import Borrowed, BundleLayer, ExpertRecord
-from polymerge.merging import compress, plan, run, treatment, whole
+from polymerge.bundle.layer import Borrowed, BundleLayer
+from polymerge.bundle.manifest import ExpertRecord
+from polymerge.merging import compress, frame, plan, run, treatment, whole
 from polymerge.merging.personas import Personas
 from polymerge.merging.proof import Proof
 from polymerge.method import code
@@ -310,7 +311,7 @@ FAULTS: dict[str, Fault] = {
         after(llama, scores(True)),
     ),
     "a buffer that one expert alone has": Fault(
-        put(treatment, "_check_names", nothing), ("'e1'", "model.layers.0.shift"), after(llama, one_more_in_the_second),
+        put(frame, "_check_names", nothing), ("'e1'", "model.layers.0.shift"), after(llama, one_more_in_the_second),
         llama,
     ),
     "residuals of another expert": Fault(
@@ -352,10 +353,10 @@ FAULTS: dict[str, Fault] = {
         around(whole, "adapter_key", biases_swapped), ("'e0'", "k_proj.bias"), qwen2
     ),
     "matrices of two modules swapped": Fault(
-        around(treatment, "names_in", gate_for_up), ("'e0'", "gate_proj.weight"), recipe={"compress_rate": 0.0}
+        around(frame, "names_in", gate_for_up), ("'e0'", "gate_proj.weight"), recipe={"compress_rate": 0.0}
     ),
     "a tensor is missing": Fault(
-        both(around(plan, "frame_of", without(NORM)), put(treatment, "_check_names", nothing)), ("base", NORM),
+        both(around(plan, "frame_of", without(NORM)), put(frame, "_check_names", nothing)), ("base", NORM),
         plain=True,
     ),
     "an expert's own norms are left out": Fault(around(compress, "keep_or_average", norms_forgotten), ("'e0'", NORM)),
@@ -389,7 +390,7 @@ FAULTS: dict[str, Fault] = {
         recipe={"compress_rate": 0.5, "norms": "average"},
     ),
     "an untied expert in a tied bundle": Fault(
-        put(treatment, "_check_names", nothing), ("'e2'", "output head of its own"), after(three_tied, last_has_a_head),
+        put(frame, "_check_names", nothing), ("'e2'", "output head of its own"), after(three_tied, last_has_a_head),
         three_tied, make=grown,
     ),
     "the source of another expert": Fault(around(run, "expert_record", other_source), ("'e0'", Q)),

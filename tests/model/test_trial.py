@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from polymerge.model.trial import Trial, kind_of
+from polymerge.model.trial import Trial
+from polymerge.model.watch import kind_of
 from tests.sweep.configs import tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,6 +10,7 @@ import torch
 import transformers as hf
 
 from polymerge import Bundle, export_dense, export_peft, load_model, merge
+from polymerge.bundle.adapter import adapter_shapes
 from polymerge.engine.base import GenerateRequest, ScoreRequest
 from polymerge.engine.local.engine import HFEngine
 from polymerge.errors import ModelError
@@ -169,7 +170,7 @@ def test_plain_peft_reads_own_rows(head: str, tmp_path: Path) -> None:
     sources = {name: str(original.path) for name, original in zip(("one", "two"), pair, strict=True)}
     ends = {"embeddings": "average", "lm_head": "average", "scale": "shared"}
     bundle = merge({"experts": sources, "compress_rate": 0.5, **ends}, tmp_path / "bundle")
-    assert bundle.adapter_shapes("two")["model.embed_tokens.weight"] == (2, 48)
+    assert adapter_shapes(bundle, "two")["model.embed_tokens.weight"] == (2, 48)
     ids = torch.tensor([[5, 9, VOCAB, VOCAB + 1]])
     dense = Original(export_dense(bundle, "two", tmp_path / "dense"))
     base = hf.AutoModelForCausalLM.from_pretrained(bundle.path)

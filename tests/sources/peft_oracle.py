@@ -10,7 +10,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel
 
-from polymerge.recipe.merge import Source
+from polymerge.recipe.source import Source
 from polymerge.sources.checkpoint import Checkpoint
 from polymerge.sources.dense import dense_model
 from polymerge.sources.opening import open_checkpoint

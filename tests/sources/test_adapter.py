@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from polymerge import load_model, merge, verify
 from polymerge.errors import PolymergeError, SourceError
-from polymerge.recipe.merge import Source
+from polymerge.recipe.source import Source
 from polymerge.sources.checkpoint import Checkpoint
 from polymerge.sources.opening import open_checkpoint
 from tests.sources.peft_oracle import assert_answers_as_peft, by_peft, write_adapter

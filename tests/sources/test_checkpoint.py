@@ -17,7 +17,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from safetensors.torch import load_file, save_file
 
 from polymerge.errors import SourceError
-from polymerge.recipe.merge import Source
+from polymerge.recipe.source import Source
 from polymerge.sources import opening
 from polymerge.sources.checkpoint import BinCheckpoint, Checkpoint, SafetensorsCheckpoint
 from polymerge.sources.opening import open_checkpoint

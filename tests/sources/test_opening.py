@@ -15,7 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from polymerge import Bundle, add_expert, merge, verify
 from polymerge.errors import SourceError
-from polymerge.recipe.merge import Source
+from polymerge.recipe.source import Source
 from polymerge.sources.checkpoint import Origin
 from polymerge.sources.opening import open_checkpoint, opened_again
 from tests.sources.peft_oracle import by_peft, write_adapter

@@ -17,6 +17,7 @@ from polymerge.errors import RecipeError
 from polymerge.recipe.response import StageSettings, ThinkerSettings
 from polymerge.staged import Pipeline, Question, Thought, open_thinker
 from polymerge.staged.endpoint import GIVE_UP_AFTER, EndpointThinker
+from tests.served import Quiet
 from tests.staged.scripted import ScriptedEngine
 
 GOOD = {
@@ -61,15 +62,12 @@ class Server:
         self.keys: list[str | None] = []
         outer = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet):
             def do_POST(self) -> None:
-                outer.bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+                outer.bodies.append(self.body())
                 outer.keys.append(self.headers["authorization"])
                 act = outer.acts[min(len(outer.bodies), len(outer.acts)) - 1]
                 act(self)
-
-            def log_message(self, *_: Any) -> None:
-                pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True

@@ -16,16 +16,9 @@ from ..data.rows import files_by_name
 from ..errors import RecipeError
 from ..evaluate.tasks import MAX_NEW_TOKENS
 from ..naming import check_expert_names
-from ..recipe.merge import (
-    DeviceName,
-    DTypeName,
-    Recipe,
-    WrittenSource,
-    anchored,
-    load_recipe,
-    read_yaml,
-    validated,
-)
+from ..recipe.lines import read_yaml, validated
+from ..recipe.merge import DeviceName, DTypeName, Recipe, load_recipe
+from ..recipe.source import WrittenSource, anchored
 
 DATA_SUFFIXES = (".jsonl",)
 TASK_SUFFIXES = (".yaml", ".yml")

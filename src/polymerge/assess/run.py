@@ -21,7 +21,7 @@ from ..data.schema import AnsweredRow, read_all
 from ..errors import PolymergeError, RecipeError, install_line
 from ..host import cache_folder, pick_device
 from ..model.quantised import check_base, held_digest
-from ..recipe.merge import Source
+from ..recipe.source import Source
 from ..sources.fingerprint import digest_beside
 from ..sources.opening import open_checkpoint
 from ..version import __version__

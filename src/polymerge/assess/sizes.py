@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from ..errors import PolymergeError
 from ..host import DTYPES
 from ..merging.plan import plan_merge
-from ..recipe.merge import Recipe, Source
+from ..recipe.merge import Recipe
+from ..recipe.source import Source
 from ..sources.opening import open_checkpoint
 
 # A merge's recipe for some of the candidates, by name.

@@ -27,7 +27,7 @@ class CandidateJob:
     """What a worker does.
 
     Attributes:
-        source: keys of `polymerge.recipe.merge.Source`, or {"bundle": folder, "base": as `load_model` takes it}.
+        source: keys of `polymerge.recipe.source.Source`, or {"bundle": folder, "base": as `load_model` takes it}.
         work: (expert or None, task, whether the task is a JSONL file), in order.
         cache: where answers are remembered; None does not.
     """
@@ -76,7 +76,7 @@ def load_engine(job: CandidateJob) -> Engine:
     import torch
 
     from ..engine.local.engine import HFEngine
-    from ..recipe.merge import Source
+    from ..recipe.source import Source
 
     device = None if job.device == "auto" else job.device
     options: dict[str, Any] = {"device": device, "dtype": job.dtype, "batch_tokens": job.batch_tokens}

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..method.code import Code
 from ..sources.checkpoint import natural_key
 from .files import Entry
-from .manifest import BundleLayer
+from .layer import BundleLayer
 
 PEFT_PREFIX = "base_model.model."
 # Where PEFT keeps an expert's own rows of an embedding: all of one that the output head is tied to, or a few.

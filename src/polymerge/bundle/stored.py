@@ -1,7 +1,7 @@
 """An expert's dense tensors under the names of its checkpoint: matrices that are stored in one tensor are put together.
 
 Knows which tensors a checkpoint of the bundle's architecture has. Does not know how an expert's are rebuilt
-(`polymerge.bundle.bundle`) or written.
+(`polymerge.bundle.expert`) or written.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .bundle import Bundle
-from .manifest import stored_layers, stored_shape
+from .layer import stored_layers, stored_shape
 
 
 def dense_state(bundle: Bundle, expert: str | None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

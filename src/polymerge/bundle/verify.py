@@ -17,10 +17,12 @@ from ..errors import BundleError, SourceError
 from ..host import DTYPES
 from ..sources.checkpoint import read_json
 from ..sources.fused import by_matrices
+from .adapter import adapter_of, adapter_shapes
 from .alignment import alignment_problems
-from .bundle import Bundle, base_of
+from .base import base_of
+from .bundle import Bundle
 from .files import slabs
-from .manifest import BundleLayer
+from .layer import BundleLayer
 from .peft import adapter_config, borrowed_config, coded_config
 from .personas import persona_problems
 from .unlisted import unlisted_files
@@ -144,7 +146,7 @@ def architecture_problems(bundle: Bundle) -> Iterator[str]:
 def adapter_problems(bundle: Bundle, expert: str) -> Iterator[str]:
     """Where an expert's tensors, ratios or settings do not fit the base or each other."""
     try:
-        adapter = bundle.adapter(expert)
+        adapter = adapter_of(bundle, expert)
     except BundleError as error:  # a code that cannot be decoded
         yield f"expert {expert!r}: {error}"
         return
@@ -197,8 +199,8 @@ def expected_config(bundle: Bundle, expert: str) -> dict[str, Any]:
         return coded_config(bundle.code)
     if any(expert in layer.borrowed for layer in manifest.layers):
         return borrowed_config()
-    shapes, rows = bundle.adapter_shapes(expert).items(), manifest.experts[expert].own_rows
-    tied, kept = manifest.tied_embedding, bundle.kept_numbers(expert)
+    shapes, rows = adapter_shapes(bundle, expert).items(), manifest.experts[expert].own_rows
+    tied, kept = manifest.tied_embedding, bundle.expert_reader(expert).kept_numbers()
     return adapter_config(shapes, bundle.layers.values(), tied_embedding=tied, rows=rows, kept=kept)
 
 

@@ -24,8 +24,9 @@ def add(
 ) -> None:
     """Add an expert against the average as it stands; the other experts are neither read nor changed."""
     from ..merging.grow import add_expert
-    from .console import err, print_json, progress_bar
+    from .console import err, print_json
     from .interrupted import whole_or_not
+    from .progress import progress_bar
     from .words import read_pairs
 
     [(name, source)] = read_pairs([expert]).items()

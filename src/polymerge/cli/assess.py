@@ -28,7 +28,8 @@ def assess(
     from ..assess.start import assess_models
     from ..report.assessment import write_assessment
     from ..router.record import assessment_file
-    from .console import assess_progress, out, print_assessment, print_json
+    from .assessing import assess_progress, print_assessment
+    from .console import out, print_json
 
     with assess_progress(quiet or as_json) as progress:
         assessment = assess_models(

@@ -52,7 +52,8 @@ def compete(
     """Answer a file of the LLM Merging Competition. Killed and started again, it goes on where it was."""
     from ..compete.start import run_competition
     from .competing import compete_plan, compete_progress, print_summary
-    from .console import hush_libraries, print_json
+    from .console import print_json
+    from .logs import hush_libraries
 
     hush_libraries()
     summary = run_competition(

@@ -24,7 +24,9 @@ def demo(
 ) -> None:
     """Fine-tune three experts of SmolLM2-135M, merge them, and show what each keeps. Six minutes on two cores."""
     from ..demo.start import run_demo
-    from .console import demo_listeners, hush_libraries, print_demo, print_json
+    from .console import print_json
+    from .demonstrating import demo_listeners, print_demo
+    from .logs import hush_libraries
     from .words import read_list
 
     hush_libraries()

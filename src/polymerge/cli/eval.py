@@ -43,7 +43,9 @@ def eval(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure a bundle with lm-evaluation-harness: its tasks or your own data, by any mode."""
-    from .console import hush_harness, print_evaluation, print_json, request_progress
+    from .console import print_json
+    from .evaluating import print_evaluation, request_progress
+    from .logs import hush_harness
 
     hush_harness()
     from ..evaluate.start import evaluate_bundle

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ..errors import PolymergeError
+
+if TYPE_CHECKING:
+    from ..export import PeftExport
 
 
 def export(
@@ -48,9 +51,10 @@ def export(
 ) -> None:
     """Write one expert as a dense checkpoint or a PEFT adapter, or all experts for vLLM or llama.cpp."""
     from ..export import export_dense, export_peft
-    from .console import print_json, print_peft_export, say, waiting
+    from .console import print_json, say
     from .export_gguf import export_for_gguf
     from .export_vllm import export_for_vllm
+    from .progress import waiting
 
     if to in ("vllm", "gguf") and (expert is not None or dtype is not None):
         raise PolymergeError(f"--to {to} takes all experts, and no dtype; leave --expert and --dtype out")
@@ -85,4 +89,17 @@ def export(
     if as_json:
         print_json({**asdict(written), "folder": str(written.folder), "form": "peft"})
     elif not quiet:
-        print_peft_export(written, bundle)
+        _print_peft(written, bundle)
+
+
+def _print_peft(written: PeftExport, bundle: Path) -> None:
+    """Where a PEFT adapter is, and what plain PEFT leaves out of it."""
+    from .console import say, tell
+
+    say(f'{written.folder}: opens with PeftModel.from_pretrained(base, "{written.folder}") over {bundle}')
+    if written.dropped_ratio_error:
+        tell(
+            f"plain PEFT has no place for the expert's scale ratios: without them a tensor is off by up to "
+            f"{written.dropped_ratio_error:.2g} of its norm ({written.worst_tensor}), where compression lost "
+            f"up to {written.compression_error:.2g}. Merge with `scale: shared` for an exact adapter."
+        )

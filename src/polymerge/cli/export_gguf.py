@@ -6,8 +6,10 @@ import shlex
 from pathlib import Path
 
 from ..engine.llamacpp.folder import GgufNote, Kind
-from .console import err, hush_libraries, merge_progress, out, print_json, say, size
+from .console import err, out, print_json, say, size
 from .export_vllm import told_before
+from .logs import hush_libraries
+from .progress import merge_progress
 
 
 def export_for_gguf(

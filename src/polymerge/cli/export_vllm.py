@@ -6,7 +6,9 @@ import shlex
 from collections import Counter
 from pathlib import Path
 
-from .console import err, hush_libraries, merge_progress, out, print_json, say, size
+from .console import err, out, print_json, say, size
+from .logs import hush_libraries
+from .progress import merge_progress
 
 MOST_LINES = 12
 

@@ -48,7 +48,9 @@ def generate(
     """Answer a prompt with one expert (or the average), streamed to the terminal."""
     from ..staged.generate import generate as run
     from .answering import print_response, tell_route
-    from .console import hush_libraries, print_json, waiting, write
+    from .console import print_json, write
+    from .logs import hush_libraries
+    from .progress import waiting
 
     if show_thoughts and not staged:
         raise PolymergeError("generate: --show-thoughts needs --staged")

@@ -74,8 +74,10 @@ def merge(
     """Merge the recipe's experts into one bundle."""
     from ..bundle.inspect import inspect_bundle
     from ..search.merge import merge as run
-    from .console import err, hush_libraries, merge_progress, out, print_json, tell, waiting
+    from .console import err, out, print_json, tell
     from .interrupted import half_done_work, interruptible
+    from .logs import hush_libraries
+    from .progress import merge_progress, waiting
     from .verdicts import print_measured, print_verdicts
 
     if target is not None or prompts:

@@ -62,7 +62,8 @@ def plan(
     from ..merging.plan import plan_merge
     from ..merging.room import cheapest_change
     from ..recipe.rates import in_words
-    from .console import out, print_json, say, size, tell, waiting
+    from .console import out, print_json, say, size, tell
+    from .progress import waiting
 
     with waiting("looking at the sources", quiet=as_json):
         planned = plan_merge(

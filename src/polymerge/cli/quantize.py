@@ -32,7 +32,9 @@ def quantize(
 ) -> None:
     """Store a bundle's base in 8 or 4 bits, residuals as they are; what that costs is measured."""
     from ..export import quantize_bundle
-    from .console import hush_libraries, out, print_json, size, tell, waiting
+    from .console import out, print_json, size, tell
+    from .logs import hush_libraries
+    from .progress import waiting
 
     hush_libraries()
     read = read_pairs(prompts, "NAME=FILE") if prompts else None

@@ -22,7 +22,9 @@ def route(
 ) -> None:
     """Say which expert a request goes to, how sure that is, and which training samples speak for it."""
     from ..router.requests import route as run
-    from .console import hush_libraries, print_json, waiting
+    from .console import print_json
+    from .logs import hush_libraries
+    from .progress import waiting
 
     hush_libraries()
     with waiting(f"loading {bundle}", quiet=as_json) as loaded:

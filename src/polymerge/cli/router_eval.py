@@ -23,7 +23,9 @@ def evaluate(
 ) -> None:
     """Measure the bundle's router on labelled samples; the result goes into the bundle's report too."""
     from ..router.evaluation import evaluate_router
-    from .console import err, hush_libraries, print_json, progress_bar
+    from .console import err, print_json
+    from .logs import hush_libraries
+    from .progress import progress_bar
     from .routing import print_evaluation
 
     hush_libraries()

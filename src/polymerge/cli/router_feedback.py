@@ -22,7 +22,9 @@ def feedback(
 ) -> None:
     """Fit the bundle's router again with feedback from use; a router that would be worse is refused."""
     from ..router.feedback import learn_from_feedback
-    from .console import hush_libraries, out, print_json, progress_bar
+    from .console import out, print_json
+    from .logs import hush_libraries
+    from .progress import progress_bar
 
     hush_libraries()
     with progress_bar("embedding", quiet or as_json) as show:

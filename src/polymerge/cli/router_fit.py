@@ -50,7 +50,9 @@ def fit(
 ) -> None:
     """Fit the bundle's router and say how good it is, and how many samples it takes."""
     from ..router.training import fit_router
-    from .console import hush_libraries, print_json, progress_bar
+    from .console import print_json
+    from .logs import hush_libraries
+    from .progress import progress_bar
     from .routing import print_fit
     from .words import read_list, read_numbers, read_pairs
 

@@ -33,7 +33,8 @@ def search(
     from ..report.blocks import plotly
     from ..report.search import write_search
     from ..search.explore import search_recipe as run
-    from .console import err, hush_libraries, print_json
+    from .console import err, print_json
+    from .logs import hush_libraries
 
     hush_libraries()
     plotly()  # missing, it should be missed now and not after the work

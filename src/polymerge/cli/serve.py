@@ -71,7 +71,8 @@ def serve(
 ) -> None:
     """Serve a bundle: OpenAI's API, a playground at /, metrics. SIGTERM finishes what runs."""
     from ..serve.start import serve_bundle
-    from .console import err, hush_libraries, log_to_stderr, out, print_json, tell
+    from .console import err, out, print_json, tell
+    from .logs import hush_libraries, log_to_stderr
 
     hush_libraries()
     log_to_stderr("WARNING" if quiet else "INFO")

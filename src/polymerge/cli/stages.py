@@ -39,7 +39,8 @@ def stages(
     """Measure on validation data where a thinker helps, direct answers against both prompts, and how to ask."""
     from ..staged.ablation import validate_stages
     from .answering import print_evidence
-    from .console import err, hush_libraries, print_json
+    from .console import err, print_json
+    from .logs import hush_libraries
     from .words import read_pairs
 
     hush_libraries()

@@ -47,7 +47,8 @@ def sweep(
     from ..report.sweep import write_sweep
     from ..search.sweep import sweep as run
     from ..search.sweep import to_json
-    from .console import err, hush_libraries, print_json
+    from .console import err, print_json
+    from .logs import hush_libraries
     from .searching import print_sweep
 
     hush_libraries()

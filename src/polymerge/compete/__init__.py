@@ -5,7 +5,8 @@ scoring.py  accuracy and ROUGE where targets are known
 journal.py  what a run has done so far, so that a killed one goes on
 clock.py    time and memory
 expected.py what the rest of a run will take
-run.py      the run against the clock
+pieces.py   from questions to answers against the clock
+run.py      a file in, a submission out
 merges.py   the drop-in for the starter kit
 """
 

@@ -1,40 +1,33 @@
-"""The run: a file in, a submission out, against the clock.
+"""The run: a file in, a submission out, and what it did in numbers.
 
-All thoughts come first, then all answers, in pieces of like rows (route, kind, length). Every finished piece is in the
-journal, and the pieces do not depend on where a run was stopped: killed and started again, it ends in the same bytes.
-When time or memory runs short, what is left is answered directly, which is cheap, rather than lost.
+Knows files. How answers come about is `polymerge.compete.pieces`'s.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..bundle.files import disk_errors, scratches_of, write_bytes
 from ..bundle.lock import writing
 from ..bundle.place import settled
 from ..errors import OutputExistsError, PolymergeError
 from ..staged.formatter import Question
-from ..staged.pipeline import Pipeline, Response, Step
-from ..staged.thought import Thought
+from ..staged.pipeline import Pipeline
 from ..version import __version__
-from .clock import TIME_LIMIT, Clock, OnProgress, Progress, cost_of, peak_bytes
-from .expected import Expected, OnPlan, expected
-from .flaws import flaw_of, flaws_of
+from .clock import TIME_LIMIT, OnProgress, peak_bytes
+from .expected import Expected, OnPlan
+from .flaws import flaws_of
 from .journal import Journal
+from .pieces import OnError, Run
 from .scoring import check_scorable, score
 from .table import BadRow, CompetitionRow, Table, read_table, submission
 
-OnError = Literal["fail", "skip"]
-PIECE = 32  # rows between two notes in the journal
-THOUGHT_SHARE = 0.5  # of the time limit; what is thought of by then is used, the rest is answered directly
 MAX_NEW_TOKENS = 64  # the kit's
-SHORT_OF_TIME, SHORT_OF_MEMORY = "time ran short", "memory ran short"
 
 
 @dataclass(frozen=True)
@@ -114,7 +107,7 @@ def compete(
         for left in scratches_of(output):
             left.unlink()
         journal = Journal(output, _identity(pipeline, table, limit, max_new_tokens, on_error), overwrite=overwrite)
-        run = _Run(pipeline, questions, journal, time_limit, memory_limit, on_error, progress, on_plan)
+        run = Run(pipeline, questions, journal, time_limit, memory_limit, on_error, progress, on_plan)
         answers = run.answers()
         summary = _summary(table, answers, run)
         write_bytes(output, submission(_predictions(table, answers)))
@@ -128,154 +121,6 @@ def check_submission(output: Path, *, overwrite: bool) -> None:
         raise OutputExistsError(f"{output}: is a folder; name the submission's file")
     if output.exists() and not overwrite:
         raise OutputExistsError(f"{output}: exists; give --overwrite to replace it, or another --output")
-
-
-class _Run:
-    """One run's state: what is known of every row so far."""
-
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        questions: Sequence[Question],
-        journal: Journal,
-        time_limit: float,
-        memory_limit: int | None,
-        on_error: OnError,
-        progress: OnProgress | None,
-        on_plan: OnPlan | None,
-    ) -> None:
-        self.pipeline, self.questions, self.journal = pipeline, questions, journal
-        self.memory_limit, self.on_error, self.progress = memory_limit, on_error, progress
-        used = max((entry["seconds"] for entry in journal.lines), default=0.0)
-        self.clock = Clock(time_limit, used)
-        self.on_plan = on_plan
-        self.steps: list[Step] = []
-        self.expected: Expected | None = None
-
-    def answers(self) -> list[dict[str, Any]]:
-        """One note a question: prediction, stage, reason and expert."""
-        self.steps = steps = self._steps()
-        pieces = _pieces(steps)
-        if self.on_plan:
-            self.expected = self._expected(pieces)
-            self.on_plan(self.expected)
-        thoughts = self._think(steps, pieces)
-        if self.pipeline.thinker:  # its memory is of more use to the answers
-            self.pipeline.thinker.unload()
-        return self._answer(steps, pieces, thoughts)
-
-    def _expected(self, pieces: Sequence[Sequence[int]]) -> Expected:
-        def without(kind: str) -> list[Step]:
-            done = self._done(kind)
-            return [self.steps[row] for number, rows in enumerate(pieces) if number not in done for row in rows]
-
-        thinks = self.pipeline.thinker is not None and not self._short_of_memory()  # else it is not loaded
-        return expected(
-            self.pipeline, without("answers"), [s for s in without("thoughts") if s.version and thinks], self.clock,
-            piece=PIECE, thinking_until=self._deadline(), memory_limit=self.memory_limit,
-        )  # fmt: skip
-
-    def _done(self, kind: str) -> dict[int, Any]:
-        return {entry["piece"]: entry[kind] for entry in self.journal.lines if kind in entry}
-
-    def _note(self, kind: str, piece: int, value: Any) -> None:
-        self.journal.add({"piece": piece, kind: value, "seconds": round(self.clock.seconds, 3)})
-
-    def _steps(self) -> list[Step]:
-        done, steps = self._done("steps"), list[Step]()
-        for number, start in enumerate(range(0, len(self.questions), PIECE)):
-            questions = self.questions[start : start + PIECE]
-            if number not in done:
-                routed = self.pipeline.steps(questions)
-                done[number] = [[step.expert, step.field, step.version, step.reason] for step in routed]
-                self._note("steps", number, done[number])
-                done_rows, all_rows = start + len(questions), len(self.questions)
-                if self.pipeline.routes:
-                    self._show("routing", done_rows, all_rows, 0.0 if done_rows == all_rows else None)
-            for question, (expert, area, version, reason) in zip(questions, done[number], strict=True):
-                steps.append(Step(question, expert, area, None, version, reason))
-        return steps
-
-    def _think(self, steps: Sequence[Step], pieces: Sequence[Sequence[int]]) -> list[Thought | None]:
-        thoughts: list[Thought | None] = [None] * len(steps)
-        wanted = [number for number, piece in enumerate(pieces) if any(steps[row].version for row in piece)]
-        done, began, deadline = self._done("thoughts"), time.monotonic(), self._deadline()
-        total, finished, resumed = sum(len(pieces[n]) for n in wanted), 0, 0
-        for number in wanted:
-            rows = pieces[number]
-            if number in done:
-                piece_thoughts = [Thought(**thought) if thought else None for thought in done[number]]
-                resumed += len(rows)
-            else:
-                piece_thoughts = self._thoughts([steps[row] for row in rows], deadline)
-                self._note("thoughts", number, [asdict(thought) if thought else None for thought in piece_thoughts])
-            finished += len(rows)
-            for row, thought in zip(rows, piece_thoughts, strict=True):
-                thoughts[row] = thought
-            rate = (time.monotonic() - began) / max(1, finished - resumed)
-            self._show("thinking", finished, total, rate * (total - finished))
-        return thoughts
-
-    def _thoughts(self, steps: Sequence[Step], deadline: float) -> list[Thought | None]:
-        if self._short_of_memory() and self.pipeline.thinker:
-            self.pipeline.thinker.unload()
-            return [Thought("", finish="failed", error=SHORT_OF_MEMORY) if step.version else None for step in steps]
-        return self.pipeline.think(steps, deadline=deadline)
-
-    def _deadline(self) -> float:
-        thought_seconds = self.pipeline.settings.thought_seconds or float("inf")
-        return time.monotonic() + min(self.clock.limit * THOUGHT_SHARE, thought_seconds) - self.clock.seconds
-
-    def _answer(
-        self, steps: Sequence[Step], pieces: Sequence[Sequence[int]], thoughts: Sequence[Thought | None]
-    ) -> list[dict[str, Any]]:
-        notes: dict[int, dict[str, Any]] = {}
-        done, finished = self._done("answers"), 0
-        costs = [cost_of(step.question, None) for step in steps]
-        left = sum(costs)
-        for number, rows in enumerate(pieces):
-            left -= sum(costs[row] for row in rows)
-            if number not in done:
-                done[number] = self._piece([steps[row] for row in rows], [thoughts[row] for row in rows], left)
-                self._note("answers", number, done[number])
-            notes |= dict(zip(rows, done[number], strict=True))
-            finished += len(rows)
-            self._show("answering", finished, len(steps), self.clock.needs(left))
-        return [notes[row] for row in range(len(steps))]
-
-    def _piece(self, steps: Sequence[Step], thoughts: Sequence[Thought | None], left: float) -> list[dict[str, Any]]:
-        cost = sum(cost_of(s.question, t) for s, t in zip(steps, thoughts, strict=True))
-        if not self.clock.allows(cost + left):
-            steps = [step.direct(SHORT_OF_TIME) if step.version else step for step in steps]
-            cost = sum(cost_of(step.question, None) for step in steps)
-        began = time.monotonic()
-        answers = self._respond(steps, thoughts, began + self.clock.spare(left))
-        self.clock.note(cost, time.monotonic() - began)
-        return answers
-
-    def _respond(
-        self, steps: Sequence[Step], thoughts: Sequence[Thought | None], deadline: float
-    ) -> list[dict[str, Any]]:
-        """A piece that fails is tried row by row, so that one row cannot take the others with it."""
-        try:
-            return [_noted(response) for response in self.pipeline.answer(steps, thoughts, deadline=deadline)]
-        except PolymergeError as error:
-            if self.on_error == "fail":
-                raise
-            if len(steps) == 1:
-                return [{"failed": str(error), "text": "", "index": None}]
-        pairs = zip(steps, thoughts, strict=True)
-        return [note for step, thought in pairs for note in self._respond([step], [thought], deadline)]
-
-    def _short_of_memory(self) -> bool:
-        return self.memory_limit is not None and peak_bytes() > self.memory_limit
-
-    def _show(self, phase: Any, done: int, total: int, left: float | None) -> None:
-        if self.progress:
-            clock = self.clock
-            self.progress(
-                Progress(phase, done, total, clock.seconds, left, clock.limit, peak_bytes(), self.memory_limit)
-            )
 
 
 def _identity(pipeline: Pipeline, table: Table, limit: int | None, tokens: int, on_error: str) -> dict[str, Any]:
@@ -292,29 +137,6 @@ def _identity(pipeline: Pipeline, table: Table, limit: int | None, tokens: int, 
     return plain
 
 
-def _pieces(steps: Sequence[Step]) -> list[list[int]]:
-    """Rows of like route, kind and length, the longest first; a piece never holds two routes or kinds."""
-    groups: dict[tuple[str, bool], list[int]] = {}
-    for row, step in enumerate(steps):
-        groups.setdefault((json.dumps(step.expert, sort_keys=True), bool(step.question.choices)), []).append(row)
-    pieces = []
-    for _, rows in sorted(groups.items()):
-        rows.sort(key=lambda row: (-len(steps[row].question.text), row))
-        pieces += [rows[start : start + PIECE] for start in range(0, len(rows), PIECE)]
-    return pieces
-
-
-def _noted(response: Response) -> dict[str, Any]:
-    return {
-        "text": response.text,
-        "index": response.index,
-        "stage": response.stage,
-        "reason": response.reason,
-        "expert": response.expert,
-        "flaw": flaw_of(response.text, response.finish) if response.index is None else None,
-    }
-
-
 def _predictions(table: Table, answers: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     remaining = iter(answers)
     return [(row.id, "" if isinstance(row, BadRow) else _prediction(next(remaining))) for row in table.rows]
@@ -324,7 +146,7 @@ def _prediction(answer: dict[str, Any]) -> str:
     return str(answer["text"] if answer["index"] is None else answer["index"])
 
 
-def _summary(table: Table, answers: Sequence[dict[str, Any]], run: _Run) -> Summary:
+def _summary(table: Table, answers: Sequence[dict[str, Any]], run: Run) -> Summary:
     whole = [(row, answer) for row, answer in zip(table.good, answers, strict=True) if "failed" not in answer]
     skipped = [str(row) for row in table.bad]
     skipped += [
@@ -354,7 +176,7 @@ def _summary(table: Table, answers: Sequence[dict[str, Any]], run: _Run) -> Summ
     )
 
 
-def _asked(run: _Run, answers: Sequence[dict[str, Any]]) -> list[str]:
+def _asked(run: Run, answers: Sequence[dict[str, Any]]) -> list[str]:
     """How the direct answers were asked for, where validation says how."""
     direct = [
         step.direct("") for step, answer in zip(run.steps, answers, strict=True) if answer.get("stage") == "direct"

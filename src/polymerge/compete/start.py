@@ -11,7 +11,8 @@ from ..staged.lead import Lead
 from ..staged.opening import open_pipeline
 from .clock import OnProgress
 from .expected import OnPlan
-from .run import MAX_NEW_TOKENS, OnError, Summary, compete
+from .pieces import OnError
+from .run import MAX_NEW_TOKENS, Summary, compete
 
 
 def run_competition(

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..bundle.bundle import Bundle
 from ..bundle.files import Rows, entry_of, raw_bytes
-from ..bundle.manifest import stored_layers, stored_shape
+from ..bundle.layer import stored_layers, stored_shape
 from ..bundle.write import write_weights
 from ..sources.checkpoint import read_json
 

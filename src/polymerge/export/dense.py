@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from ..bundle.bundle import Bundle, ExpertReader
+from ..bundle.bundle import Bundle
+from ..bundle.expert import ExpertReader
 from ..bundle.files import DTYPE_NAMES, Entry, raw_bytes
-from ..bundle.manifest import BundleLayer, stored_layers
+from ..bundle.layer import BundleLayer, stored_layers
 from ..bundle.personas import write_model_files
 from ..bundle.place import settled
 from ..bundle.reading import steady

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..bundle.adapter import adapter_shapes
 from ..bundle.bundle import Bundle
-from ..bundle.manifest import BundleLayer
+from ..bundle.layer import BundleLayer
 from ..bundle.peft import is_fused
 from ..errors import ModelError
 from ..sources.checkpoint import natural_key
@@ -149,14 +150,14 @@ class Expressed:
         self._takes = linear
         self._readers = norm_readers(bundle.path)
         self._norms = norm_modules(bundle.path)
-        shapes = [bundle.adapter_shapes(expert) for expert in bundle.experts]
+        shapes = [adapter_shapes(bundle, expert) for expert in bundle.experts]
         over_adapters = {layer.module for layer in bundle.layers.values() if layer.base == "adapters"}
         # The average has a part of them, which is not the others'.
         self._averaged = {m for m in over_adapters if any(f"{m}.lora_A.weight" in its for its in shapes)}
 
     def tasks(self, expert: str) -> list[Factored]:
         """An expert's factors, in the order of an adapter's file."""
-        stored, scales = self.bundle.adapter_shapes(expert), self.bundle.scales(expert)
+        stored, scales = adapter_shapes(self.bundle, expert), self.bundle.scales(expert)
         # Its own head takes the last norm in. For that norm alone an adapter on the head gains nothing (the demo's
         # experts have the same KL to two digits), fills a slot, and keeps vLLM from scoring prompts.
         own_head = any(self._is_head(x) and _changed(x, stored, scales) for x in self.bundle.layers.values())

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..bundle.bundle import Bundle, ExpertReader
+from ..bundle.bundle import Bundle
+from ..bundle.expert import ExpertReader
 from ..bundle.files import DTYPE_NAMES, Entry, raw_bytes, write_json, write_safetensors
 from ..bundle.manifest import ADAPTER_FILE
 from ..bundle.peft import PEFT_PREFIX, adapter_config

@@ -15,9 +15,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..bundle.bundle import Bundle, base_of
+from ..bundle.base import base_of
+from ..bundle.bundle import Bundle
 from ..bundle.files import DTYPE_NAMES, Entry, FileEntry, raw_bytes
-from ..bundle.manifest import BundleLayer
+from ..bundle.layer import BundleLayer
 from ..bundle.write import write_weights
 from ..errors import ModelError
 from ..host import DTYPES

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bundle.adapter import adapter_of, adapter_shapes
 from ..bundle.bundle import Bundle
 from ..bundle.files import check_free_space, disk_errors, entry_of, raw_bytes, write_json, write_safetensors
-from ..bundle.manifest import ADAPTER_FILE, BundleLayer
+from ..bundle.layer import BundleLayer
+from ..bundle.manifest import ADAPTER_FILE
 from ..bundle.peft import SLICED_BLOCKS, adapter_config, as_peft, missing_zeros, stored_name
 from ..bundle.personas import write_files
 from ..bundle.place import settled
@@ -95,7 +97,7 @@ def _write_adapter(bundle: Bundle, expert: str, staged: Path) -> dict[str, Any]:
         with disk_errors(staged):
             shutil.copyfile(file, staged / ADAPTER_FILE)
         return read_json(file.with_name("adapter_config.json"))
-    tied, adapter = bundle.manifest.tied_embedding, bundle.adapter(expert)
+    tied, adapter = bundle.manifest.tied_embedding, adapter_of(bundle, expert)
     layers = _with_whole_embeddings(bundle, expert, adapter)
     factored = any(layer.rank and layer.role != "linear" for layer in layers)
     tensors = as_peft(adapter, layers, tied=(tied, _head_of(bundle)) if tied and factored else None)
@@ -133,7 +135,7 @@ def _factored_tables(bundle: Bundle) -> list[BundleLayer]:
 def _check_tables(bundle: Bundle, expert: str) -> None:
     """Raises ModelError for what PEFT has no place for beside the residuals of an embedding or a head."""
     tables = _factored_tables(bundle)
-    stored = bundle.adapter_shapes(expert)
+    stored = adapter_shapes(bundle, expert)
     rows = next((x.tensor for x in tables if f"{x.module}.{x.parameter}" in stored), None)
     if rows is not None:
         raise ModelError(

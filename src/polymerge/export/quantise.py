@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bundle.bundle import Bundle, Sizes, base_of
+from ..bundle.base import base_of
+from ..bundle.bundle import Bundle
 from ..bundle.files import FileEntry, write_json
 from ..bundle.manifest import MANIFEST
 from ..bundle.place import settled
 from ..bundle.reading import steady
+from ..bundle.sizes import Sizes
 from ..bundle.write import write_manifest
 from ..errors import DataError, ModelError
 from ..host import DTYPES, pick_device

@@ -9,18 +9,18 @@ matrices; does not know files.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
-from ..bundle.manifest import BundleLayer
+from ..bundle.layer import BundleLayer
 from ..errors import ModelError
 from ..host import dtype_name, free_memory
 from ..method.gptq import Moments, gptq
 from ..model.mixed import MixedModel
 from ..sources.packed import Form, grid_of, scales_of
+from .moments import gathered
 
 # Of moments, in bytes; at most a quarter of what is free on a GPU.
 BUDGET = 4 * 2**30
@@ -93,50 +93,23 @@ def reached(model: MixedModel, texts: Texts, modules: Iterable[str]) -> set[str]
         model.hf.get_submodule(name).register_forward_pre_hook(lambda module, inputs, name=name: seen.add(name))
         for name in modules
     ]
-    _read_all(model, texts, hooks)
-    return seen
-
-
-@torch.inference_mode()
-def input_moments(
-    model: MixedModel, texts: Texts, modules: Sequence[str], *, shared: bool = True
-) -> dict[str, Moments]:
-    """Module -> E[x x^T] of its inputs over all tokens, every expert's texts read by that expert; on the CPU.
-
-    Args:
-        shared: modules that read one input have one sum; where they do not always, all is read again without.
-    """
-    sums: dict[str, Tensor] = {}
-    owner: dict[str, str] = {}
-    last: dict[str, Any] = {"input": None, "name": ""}
-    apart: list[str] = []
-
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if inputs[0] is not last["input"] or not shared:
-                last.update(input=inputs[0], name=name)
-                x = inputs[0].flatten(0, -2).float()
-                sums[name] = sums.get(name, x.new_zeros(x.shape[1], x.shape[1])).addmm_(x.T, x)
-            if owner.setdefault(name, last["name"]) != last["name"]:
-                apart.append(name)
-
-        return hook
-
-    hooks = [model.hf.get_submodule(name).register_forward_pre_hook(watch(name)) for name in modules]
-    tokens = _read_all(model, texts, hooks)
-    if apart:
-        return input_moments(model, texts, modules, shared=False)
-    moments = {name: Moments(sums.pop(name).div_(tokens).cpu()) for name in list(sums)}
-    return {name: moments[which] for name, which in owner.items()}
-
-
-def _read_all(model: MixedModel, texts: Texts, hooks: Iterable[RemovableHandle]) -> int:
-    """How many tokens they have. The hooks are taken off again."""
     try:
-        for expert, rows in texts.items():
-            for ids in rows:
-                model(torch.tensor([list(ids)], device=model.device), experts=expert, use_cache=False)
+        _read_all(model, texts)
     finally:
         for hook in hooks:
             hook.remove()
+    return seen
+
+
+def input_moments(model: MixedModel, texts: Texts, modules: Sequence[str]) -> dict[str, Moments]:
+    """Module -> E[x x^T] of its inputs over all tokens, every expert's texts read by that expert; on the CPU."""
+    named = {name: model.hf.get_submodule(name) for name in modules}
+    return gathered(named, lambda: _read_all(model, texts), lambda given: given.flatten(0, -2))
+
+
+def _read_all(model: MixedModel, texts: Texts) -> int:
+    """How many tokens they have."""
+    for expert, rows in texts.items():
+        for ids in rows:
+            model(torch.tensor([list(ids)], device=model.device), experts=expert, use_cache=False)
     return sum(len(ids) for rows in texts.values() for ids in rows)

@@ -32,10 +32,11 @@ from ..sources.checkpoint import Checkpoint, architecture_of
 from ..sources.dense import dense_model
 from ..sources.layers import map_layers, meta_model
 from ..sources.opening import open_checkpoint
+from .frame import record_of_bundle
 from .plan import MergePlan
 from .proof import CLOSE, NotSmall, batch_for, random_experts
 from .small import small_configs
-from .treatment import TensorTask, record_of_bundle
+from .treatment import TensorTask
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from itertools import groupby
 from ..bundle.files import Entry, FileEntry, Rows, chunks_of, entry_of, slabs, write_json
 from ..bundle.growing import GrowingFile, Piece
 from ..bundle.kept import ROW_NUMBERS
-from ..bundle.manifest import SCALES_FILE, BundleLayer, stored_layers, stored_shape
+from ..bundle.layer import BundleLayer, stored_layers, stored_shape
+from ..bundle.manifest import SCALES_FILE
 from ..bundle.peft import (
     PEFT_PREFIX,
     adapter_config,

@@ -5,15 +5,21 @@ From configurations alone. Knows no weights and runs nothing; activations are no
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..host import DTYPES
+from ..model.held import layer_stays_packed, stays_packed
 from ..model.quantised import share_of_bytes
+from ..model.stored import orders_of
 from ..recipe.response import ThinkerSettings
 from ..sources.checkpoint import Checkpoint
+from ..sources.forms import forms_of
 from ..sources.layers import map_layers, meta_model
 from ..sources.opening import open_checkpoint
 from ..sources.outline import outline
@@ -108,12 +114,16 @@ def _each(cache: int, tokens: int) -> float:
 
 def held_bytes(plan: MergePlan) -> int:
     """Of a loaded bundle. An expert with a few rows of its own has a whole table in memory, with the average's others;
-    coded factors are decoded into the bundle's dtype, but for those of linear layers that are packed."""
+    coded factors are decoded into the bundle's dtype, but for those of linear layers that are packed. Residuals that
+    will turn out to be stored as numbers, or to be another expert's too, are counted as all others."""
     decoded = [] if plan.code.peft_readable else [task for task in plan.tasks if task.treatment == "low_rank"]
-    if plan.residuals == "packed" and plan.code.kernel_bits is not None:
-        model = meta_model(plan.first.folder)
-        modules = {name for name, _ in model.named_modules()} if model else set()
-        decoded = [t for t in decoded if t.record.role != "linear" or t.record.module not in modules]
+    if stays_packed(plan.residuals, plan.code):
+        modules, orders = _modules_and_orders(plan.first.folder, json.dumps(plan.first.config, sort_keys=True))
+        decoded = [
+            t
+            for t in decoded
+            if t.record.role != "linear" or not layer_stays_packed(t.record.module, t.base, modules, orders)
+        ]
     more = sum(_decoded_bytes(task, plan) for task in decoded)
     for task in plan.tasks:
         ranges = task.tables.ranges if task.tables and task.treatment == "average" and task.holds_rows else {}
@@ -121,6 +131,15 @@ def held_bytes(plan: MergePlan) -> int:
         more += sum(whole - task.expert_bytes(plan.dtype, plan.code, name) for name, rows in ranges.items() if rows)
     linear = sum(task.stored_bytes(plan.dtype) for task in plan.tasks if task.record.role == "linear")
     return plan.write_bytes + more - int(linear * (1 - share_of_bytes(plan.base, plan.dtype)))
+
+
+@lru_cache(maxsize=1)
+def _modules_and_orders(folder: Path, config: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of the architecture's modules, and its parameters whose rows are stored in another order."""
+    model = meta_model(folder)
+    if model is None:
+        return frozenset(), frozenset()
+    return frozenset(dict(model.named_modules(remove_duplicate=False))), frozenset(orders_of(forms_of(model)))
 
 
 def _decoded_bytes(task: TensorTask, plan: MergePlan) -> int:

@@ -26,7 +26,7 @@ from ..host import DTYPES
 from ..method.dense import residual_of, unsaid
 from ..method.nearest import nearest
 from ..naming import check_expert_name
-from ..recipe.merge import Source
+from ..recipe.source import Source
 from ..sources.checkpoint import Checkpoint
 from ..sources.opening import open_checkpoint
 from ..sources.persona import Group, Persona, differing, persona_of
@@ -41,6 +41,7 @@ from .compress import (
 )
 from .executor import settings_of
 from .finish import finish_expert
+from .frame import check_settings, expert_of, frame_of_bundle, table_rows_in
 from .inheritance import hand_over
 from .journal import Note, Staging
 from .layout import layout_of_experts
@@ -51,7 +52,7 @@ from .precision import check_not_rounded, with_dtypes
 from .reading import Read, check_copy, checked_digest, reader_of
 from .records import expert_record, kept_rows, numbers_in, own_rows_of, ranks_of, ratios_of, scales_of
 from .tables import Emit
-from .treatment import TensorTask, check_settings, expert_of, frame_of_bundle, table_rows_in, tasks_for
+from .treatment import TensorTask, tasks_for
 from .vocabulary import added_tables, numbers_of
 from .whole import digest_of_rows, distance_from, emit_difference, emit_own
 

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from ..bundle.bundle import Bundle
 from ..bundle.files import FileEntry, check_free_space, entry_of, raw_bytes, write_safetensors
 from ..bundle.kept import ROW_NUMBERS
-from ..bundle.manifest import INHERITED_FILE, BundleLayer
+from ..bundle.layer import BundleLayer
+from ..bundle.manifest import INHERITED_FILE
 from ..bundle.peft import PEFT_PREFIX, adapter_name
 
 

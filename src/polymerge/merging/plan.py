@@ -1,7 +1,7 @@
 """What a merge will do, from configurations and headers alone: which tensors, which ranks, how many bytes.
 
-Which experts fit each other, and what happens to each of their tensors, is `polymerge.merging.treatment`'s; nothing is
-read here but headers, and nothing is known of how tensors are compressed.
+Which experts fit each other is `polymerge.merging.frame`'s, what happens to each of their tensors
+`polymerge.merging.treatment`'s; nothing is read here but headers, and nothing is known of how tensors are compressed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..errors import RecipeError, SourceError
 from ..host import dtype_name
 from ..method.code import Code
 from ..method.codes import code_of
-from ..model.loading import held_as
+from ..model.held import held_as
 from ..model.quantised import base_of
 from ..paths import here
 from ..recipe.automatic import settled
@@ -31,19 +31,10 @@ from ..sources.memory import refuse_models
 from ..sources.opening import open_checkpoint
 from ..sources.outline import OutlineCheckpoint, outline
 from .foundation import over_adapters, plain_adapters, with_adapters
+from .frame import check_settings, expert_of, frame_of, sources_in
 from .personas import Personas, personas_of
 from .precision import bundle_dtype, with_dtypes
-from .treatment import (
-    TensorTask,
-    Treatment,
-    check_settings,
-    expert_of,
-    frame_of,
-    sources_in,
-    task_of,
-    tasks_for,
-    with_differences,
-)
+from .treatment import TensorTask, Treatment, task_of, tasks_for, with_differences
 from .vocabulary import Tables, merged_tables
 from .work import Work, work_of
 

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from ..errors import MissingExtraError, PolymergeError, SourceError, install_line
-from ..recipe.merge import Recipe, Source
+from ..recipe.merge import Recipe
+from ..recipe.source import Source
 from ..sources.aligned import AlignedCheckpoint, Moves
 from ..sources.checkpoint import Checkpoint
 from ..sources.fused import by_matrices

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 from ..bundle.kept import ROW_NUMBERS
-from ..bundle.manifest import Borrowed, BundleLayer, ExpertRecord
+from ..bundle.layer import Borrowed, BundleLayer
+from ..bundle.manifest import ExpertRecord
 from ..host import dtype_name
 from ..method.code import Code
 from ..method.nearest import NUMBERS

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.alignment import write_alignment
-from ..bundle.bundle import Bundle, base_of
+from ..bundle.base import base_of
+from ..bundle.bundle import Bundle
 from ..bundle.files import FileEntry, check_free_space, disk_errors, scratches_of
+from ..bundle.layer import BundleLayer
 from ..bundle.lock import writing
-from ..bundle.manifest import BundleLayer, Manifest, Method, version_of
+from ..bundle.manifest import Manifest, Method, version_of
 from ..bundle.place import check_output, mark_of, publish, restore, settled, work_folder
 from ..bundle.write import bundle_config, copy_model_files, tool_versions, write_manifest, write_stats
 from ..errors import ErrorBudgetExceeded

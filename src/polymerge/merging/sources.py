@@ -1,7 +1,8 @@
 """Does a bundle still say what its sources say?
 
 Every expert rebuilt and compared with its checkpoint, tensor by tensor, after the files themselves were looked at
-(`polymerge.bundle.verify`). Which tensor is which, and what was kept of it, is `polymerge.merging.treatment`'s.
+(`polymerge.bundle.verify`). Which tensor is which is `polymerge.merging.frame`'s, what was kept
+of it `polymerge.merging.treatment`'s.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from ..sources.checkpoint import Checkpoint, Origin
 from ..sources.opening import opened_again
 from ..sources.persona import differing, persona_of
 from .align import as_in_bundle
+from .frame import Expert, Frame, check_settings, expert_of, frame_of_bundle, table_rows_in
 from .precision import with_dtypes
-from .treatment import Expert, Frame, TensorTask, check_settings, expert_of, frame_of_bundle, table_rows_in, tasks_for
+from .treatment import TensorTask, tasks_for
 from .truth import average_problems, held_against, made_of_these, method_problems, record_problem
 
 # An expert's checkpoint, in the bundle's order, and the tensors that were compared.

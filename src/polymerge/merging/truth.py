@@ -2,7 +2,7 @@
 
 What a merge measured is not believed alone: a merge that went wrong may have measured wrongly too. The ratio ρ follows
 from the checkpoint, the rank from the method, and a residual must bring its expert nearer. Knows tensors and tasks;
-which tensor is which is `polymerge.merging.treatment`'s.
+which tensor is which is `polymerge.merging.frame`'s.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bundle.bundle import Bundle, ExpertReader
-from ..bundle.manifest import BundleLayer, ExpertRecord
+from ..bundle.bundle import Bundle
+from ..bundle.expert import ExpertReader
+from ..bundle.layer import BundleLayer
+from ..bundle.manifest import ExpertRecord
 from ..host import dtype_name
 from ..sources.checkpoint import Checkpoint
 from ..sources.layers import LayerRecord
 from .adapters import adapter_over, coded_adapter
+from .frame import record_of_bundle
 from .measure import frobenius_norm
 from .reading import same_numbers
 from .tables import mean_of_tables
-from .treatment import TensorTask, record_of_bundle, treatment_of
+from .treatment import TensorTask, treatment_of
 from .vocabulary import tables_of_bundle
 
 # A rebuilt tensor may differ from what the merge measured by the rounding of the float32 products alone.

@@ -8,13 +8,13 @@ import gc
 import json
 import logging
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..bundle.bundle import Bundle
-from ..bundle.manifest import BundleLayer
+from ..bundle.layer import BundleLayer
 from ..bundle.reading import steady
 from ..errors import ModelError
 from ..host import DTYPES, free_memory, pick_device, pick_dtype
@@ -25,6 +25,7 @@ from ..sources.packed import PackedCheckpoint
 from .assignment import Assignment
 from .base_weights import BaseWeights
 from .divergence import divergence, in_words, log_probabilities
+from .held import Held, held_as, stays_packed
 from .holders import Placed
 from .mixed import MixedModel
 from .placing import CodedPlacer, FusedPlacer, Placer
@@ -35,8 +36,6 @@ from .trial import Trial
 from .vocabulary import Vocabularies, place_vocabularies, tokens_of
 
 logger = logging.getLogger(__name__)
-# How the factors of linear layers are held.
-Held = Literal["decoded", "packed"]
 
 
 def load_model(
@@ -92,13 +91,6 @@ def load_model(
         model.base_divergence = divergence(exact, log_probabilities(model)) if exact else None
         logger.warning("base %s: %s", base, in_words(model.base_divergence))
     return model
-
-
-def held_as(name: str) -> str:
-    """A way to hold residuals by its name. Raises ModelError for an unknown one."""
-    if name not in get_args(Held):
-        raise ModelError(f"residuals: {name!r} is neither {' nor '.join(get_args(Held))}")
-    return name
 
 
 def _packed_layers(bundle: Bundle, packed: PackedCheckpoint, hf: nn.Module) -> list[BundleLayer]:
@@ -221,7 +213,7 @@ def _placer(residuals: str, bundle: Bundle, device: torch.device, dtype: torch.d
     shapes = [layer.matrix_shape for layer in bundle.layers.values() if layer.rank]
     if held_as(residuals) == "decoded" or not shapes:
         return Placer
-    if bundle.code.kernel_bits is None:
+    if not stays_packed(residuals, bundle.code):
         logger.warning("%s: residuals in the code %s are decoded all the same", bundle.path, bundle.code.name)
         return Placer
 

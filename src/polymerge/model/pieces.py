@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..bundle.manifest import BundleLayer
+from ..bundle.layer import BundleLayer
 from ..errors import ModelError
 from ..sources.forms import Part
 from .assignment import Assignment

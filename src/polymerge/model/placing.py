@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..bundle.bundle import Bundle
-from ..bundle.manifest import BundleLayer
+from ..bundle.layer import BundleLayer
 from ..errors import ModelError
 from ..sources.forms import in_order
 from .assignment import Assignment
+from .held import layer_stays_packed
 from .holders import Holders, Placed
 from .linear import ExpertLinear, MixedLinear
 from .lookup import MixedEmbedding, MixedHead, MixedTable
@@ -222,10 +223,9 @@ class CodedPlacer(Placer):
     def _stays_coded(self, module: str) -> bool:
         layer = self.linear[module]
         return (
-            module in self.tree.modules
-            and f"{module}.weight" not in self.orders
+            layer_stays_packed(module, layer.base, self.tree.modules, self.orders)
             and not layer.numbers
-            and self.stored.shares(layer) is None
+            and not layer.borrowed
             and self._is_linear(module)
         )
 

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bundle.bundle import Bundle, ExpertReader
-from ..bundle.manifest import BundleLayer
+from ..bundle.bundle import Bundle
+from ..bundle.expert import ExpertReader
+from ..bundle.layer import BundleLayer
 from ..errors import ModelError
 from .linear import ExpertLinear
 from .mixed import MixedModel

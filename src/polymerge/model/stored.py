@@ -12,8 +12,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..bundle.adapter import adapter_of
 from ..bundle.bundle import Bundle
-from ..bundle.manifest import BundleLayer, stored_layers
+from ..bundle.layer import BundleLayer, stored_layers
+from ..bundle.residuals import coded_factors
 from ..errors import ModelError
 from ..sources.forms import Part, forms_of, parts_of_slices
 from ..sources.layers import meta_model
@@ -44,7 +46,7 @@ class StoredResiduals:
     def read(self, coded: Collection[str]) -> None:
         """All adapters, the factors of these modules as they are stored."""
         experts = self.bundle.experts
-        self.adapters = [self.bundle.adapter(e, coded=coded, apart=True, dtype=self.dtype) for e in experts]
+        self.adapters = [adapter_of(self.bundle, e, coded=coded, apart=True, dtype=self.dtype) for e in experts]
 
     def check_taken(self) -> None:
         """Raises ModelError for a tensor that nobody took."""
@@ -94,9 +96,9 @@ class StoredResiduals:
         return [(x.to(self.dtype), y.to(self.dtype)) if x is not None and y is not None else None for x, y in pairs]
 
     def coded(self, layer: BundleLayer) -> list[Any]:
-        """Factors of a module that was read `coded`, as `Bundle.coded_factors` gives them."""
+        """Factors of a module that was read `coded`, as `coded_factors` gives them."""
         return [
-            self.bundle.coded_factors(expert, layer, lambda key, tensors=adapter: tensors.pop(key, None))  # type: ignore[misc]
+            coded_factors(self.bundle, expert, layer, lambda key, tensors=adapter: tensors.pop(key, None))  # type: ignore[misc]
             for expert, adapter in zip(self.bundle.experts, self.adapters, strict=True)
         ]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .trial import kind_of
+from .watch import kind_of
 
 
 class Tree:

@@ -1,20 +1,17 @@
 """The recipe of a merge: what a YAML file or a dict may say, checked before any tensor is read.
 
-Knows the recipe's keys, their defaults and where in the file a mistake stands; other YAML files of the user's are read
-by the same functions. Does not know checkpoints:
-whether a source exists is found out by `polymerge.sources.checkpoint`.
+Knows the recipe's keys and their defaults. Does not know how a mistake finds its line (`polymerge.recipe.lines`), nor
+checkpoints: whether a source exists is found out by `polymerge.sources.checkpoint`.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeAlias, TypedDict, TypeVar, Unpack
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypedDict, Unpack
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -22,19 +19,18 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
-    ValidationError,
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 
-from ..errors import RecipeError, on_one_line
+from ..errors import RecipeError
 from ..method.codes import known_code
 from ..naming import check_expert_names
-from ..paths import expanded, here
+from .lines import Lines, read_yaml, validated
 from .published import PUBLISHED_METHOD, spelled_out
 from .rates import PUBLISHED_RATE, NamedRates, Rates
 from .response import StageSettings, ThinkerSettings
+from .source import Source, WrittenSource, anchored, path_from, source_from
 
 KeepOrAverage = Literal["keep", "average"]
 # What may become of embeddings and heads.
@@ -50,30 +46,6 @@ DTypeName = Literal["float32", "bfloat16", "float16"]
 CodeName = Annotated[str, AfterValidator(known_code)]
 ChosenCode = Annotated[str, AfterValidator(lambda name: name if name == AUTO else known_code(name))]
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
-# A key's path in a YAML file -> its line.
-Lines = dict[tuple[str, ...], int]
-Model = TypeVar("Model", bound=BaseModel)
-
-
-class Source(BaseModel):
-    """Where one expert's weights come from.
-
-    `source` is a folder, a GGUF file, a hub id (`org/name` or `org/name@revision`) or `package:NAME` for a
-    Python package that ships a GGUF file. `base` is the model under a PEFT adapter; by default the one that
-    the adapter's own configuration names.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    source: Annotated[str, Field(min_length=1)]
-    revision: str | None = None
-    base: str | None = None
-
-
-def _source_from_text(value: Any) -> Any:
-    if isinstance(value, Path):
-        value = str(value) if value.is_absolute() else f"./{value}"  # never to be taken for a hub id
-    return {"source": value} if isinstance(value, str) else value
 
 
 def parse_size(value: Any) -> Any:
@@ -82,10 +54,6 @@ def parse_size(value: Any) -> Any:
     if isinstance(value, str) and not match:
         raise ValueError(f"{value!r} is not a size; write it as 48 GB or 512 MB")
     return round(float(match[1]) * 1000 ** " kMGT".index(match[2] or " ")) if match else value
-
-
-# A source as a recipe writes it: one text, or a mapping of Source's keys.
-WrittenSource = Annotated[Source, BeforeValidator(_source_from_text)]
 
 
 class Recipe(BaseModel):
@@ -249,13 +217,13 @@ def _loaded(source: RecipeLike) -> Recipe:
     data, lines = read_yaml(path)
     recipe = validated(Recipe, data, where=str(path), lines=lines)
     experts = {name: anchored(item, path.parent) for name, item in recipe.experts.items()}
-    updates: dict[str, Any] = {"experts": experts, "config": _inside(recipe.config, path.parent)}
+    updates: dict[str, Any] = {"experts": experts, "config": path_from(recipe.config, path.parent)}
     if recipe.thinker:
         thinker = recipe.thinker
-        anchors = {"source": _anchor(thinker.source, path.parent), "config": _inside(thinker.config, path.parent)}
+        anchors = {"source": source_from(thinker.source, path.parent), "config": path_from(thinker.config, path.parent)}
         updates["thinker"] = thinker.model_copy(update=anchors)
     if recipe.staged:
-        templates = _inside(recipe.staged.templates, path.parent)
+        templates = path_from(recipe.staged.templates, path.parent)
         updates["staged"] = recipe.staged.model_copy(update={"templates": templates})
     return recipe.model_copy(update=updates).from_file(path, lines)
 
@@ -266,115 +234,3 @@ def _with_experts(given: Mapping[str, Any]) -> Mapping[str, Any]:
         return given
     only_sources = all(isinstance(value, str | Path | Source | Mapping) for value in given.values())
     return {"experts": dict(given)} if given and only_sources else given
-
-
-def validated(model: type[Model], data: Any, *, where: str, lines: Lines) -> Model:
-    """`data` as a model, or a RecipeError of one line.
-
-    Args:
-        where: the file's name.
-        lines: of its keys, as `read_yaml` returns them.
-    """
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        first = _to_tell(error)
-        keys = tuple(str(part) for part in first["loc"] if part != "[key]")
-        line = next((lines[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in lines), None)
-        place = f"{where}, line {line}" if line else where
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            message = f"unknown key; {_hint(keys[-1], _fields_at(model, keys))}"
-        message = _IN_WORDS.get(message, message)
-        if keys[-1:] == ("experts",) and first["type"] in ("dict_type", "missing"):
-            message = "write a mapping of names to sources, a line each: `math: ./math`"
-        name = on_one_line(".".join(keys)) or "the whole file"
-        raise RecipeError(f"{place}: {name}: {message}") from None
-
-
-def _to_tell(error: ValidationError) -> ErrorDetails:
-    """The first problem; of a key that is missing, an unknown key beside it that is like it: what it was written as."""
-    first, *others = error.errors()
-    missing = str(first["loc"][-1]) if first["loc"] else ""
-    beside = (
-        other
-        for other in others
-        if other["type"] == "extra_forbidden" and other["loc"][:-1] == first["loc"][:-1]
-        if difflib.get_close_matches(str(other["loc"][-1]), [missing])
-    )
-    return next(beside, first) if first["type"] == "missing" else first
-
-
-# pydantic's words for Python's types, in YAML's.
-_IN_WORDS = {
-    "Input should be a valid dictionary": "write a mapping, `key: value`",
-    "Input should be a valid dictionary or instance of Recipe": "write a mapping, `key: value` lines, with `experts`",
-    "Input should be a valid dictionary or instance of Source": "write a source, or a mapping with `source`",
-    "Input should be a valid list": "write a list",
-    "Input should be a valid string": "write a text",
-    "Field required": "is missing",
-}
-
-
-def _hint(key: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
-
-
-def _fields_at(model: type[BaseModel], keys: tuple[str, ...]) -> set[str]:
-    """The keys that are known where `keys` ends: the model's own, or further in those of a section or a source."""
-    sections: dict[str, type[BaseModel]] = {"thinker": ThinkerSettings, "staged": StageSettings}
-    return set((sections.get(keys[0], Source) if len(keys) > 1 else model).model_fields)
-
-
-def read_yaml(path: Path) -> tuple[Any, Lines]:
-    """The file's content and the line of every key (counted from 1). Raises RecipeError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot read the recipe: {getattr(error, 'strerror', None) or error}") from None
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        lines: Lines = {}
-        if node is not None:
-            _collect_lines(node, (), lines, path)
-        return yaml.safe_load(text), lines
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}, line {mark.line + 1}" if mark else str(path)
-        reason = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise RecipeError(f"{place}: not valid YAML: {reason}") from None
-    except RecursionError:
-        raise RecipeError(f"{path}: nested too deeply, or it holds itself") from None
-
-
-def _collect_lines(node: yaml.Node, at: tuple[str, ...], lines: Lines, path: Path) -> None:
-    if not isinstance(node, yaml.MappingNode):
-        return
-    for key, value in node.value:
-        here = (*at, str(key.value))
-        if here in lines:  # YAML itself would let the last one win, silently
-            first, again = lines[here], key.start_mark.line + 1
-            raise RecipeError(f"{path}, line {again}: {'.'.join(here)}: given twice (first in line {first})")
-        lines[here] = key.start_mark.line + 1
-        _collect_lines(value, here, lines, path)
-
-
-def anchored(source: Source, folder: Path) -> Source:
-    """A source whose relative paths are taken from a folder; hub ids and packages stay as they are."""
-    return source.model_copy(update={"source": _anchor(source.source, folder), "base": _anchor(source.base, folder)})
-
-
-def _anchor(text: str | None, folder: Path) -> str | None:
-    if text is None or text.startswith("package:"):
-        return text
-    candidate = folder / expanded(text)
-    looks_local = text.startswith((".", "/", "~")) or here(candidate)
-    if not looks_local:
-        return text
-    return str(candidate) if candidate.is_absolute() else f"./{candidate}"  # never to be taken for a hub id
-
-
-def _inside(text: str | None, folder: Path) -> str | None:
-    """A path that can only be local."""
-    return None if text is None else str(folder / expanded(text))

@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 
 from ..paths import here
-from .merge import Recipe, Source
+from .merge import Recipe
+from .source import Source
 
 
 def recipe_text(recipe: Recipe) -> str:

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..engine.local.engine import HFEngine
 from ..errors import RecipeError
-from ..recipe.merge import Source
+from ..recipe.source import Source
 from .examples import Example
 
 # logits(ids [B, T]) -> [B, T, vocabulary]; rows are padded on the right, which no earlier token of a causal model sees

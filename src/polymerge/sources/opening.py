@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import SourceError
 from ..paths import here
-from ..recipe.merge import Source
+from ..recipe.source import Source
 from .adapter import open_adapter
 from .adapter_config import ADAPTER_CONFIG, check_adapter
 from .checkpoint import Checkpoint, Origin, open_folder

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -21,6 +21,7 @@ FILE = "staged.json"
 Way = Literal["direct", "v1", "v2"]
 # A stage is used where so large a gain over direct answers would be rarer than this by chance (one-sided sign test).
 SIGNIFICANCE = 0.05
+Field = TypeVar("Field", bound=AskedField)
 
 
 class FieldEvidence(AskedField):
@@ -79,36 +80,31 @@ class Evidence(BaseModel):
 
 
 def weigh(scores: Mapping[str, Sequence[float]]) -> FieldEvidence:
-    """Which way of answering a field deserves.
+    """Which way of answering a field deserves: direct answers, which cost less, are the ones to beat.
 
     Args:
-        scores: way -> one score in [0, 1] for every row, the same rows for all; "direct" is among them.
-
-    The best mean wins if its gain over direct answers passes the sign test; otherwise direct answers do, which cost
-    less.
+        scores: way -> one score in [0, 1] for every row, the same rows for all; "direct" is the first.
     """
-    direct = scores["direct"]
-    means = {way: sum(rows) / max(1, len(rows)) for way, rows in scores.items()}
-    best: Way = "direct"
-    for way in ("v1", "v2"):
-        rows = scores.get(way)
-        if rows is not None and means[way] > means[best] and _chance(direct, rows) < SIGNIFICANCE:
-            best = way
-    return FieldEvidence(rows=len(direct), scores=means, best=best)
+    return _weighed(FieldEvidence, scores, SIGNIFICANCE)
 
 
 def weigh_asking(scores: Mapping[str, Sequence[float]]) -> AskedField:
-    """Which way of asking a field deserves, as `weigh` says it of thinking; the first way is the one to beat.
+    """Which way of asking a field deserves; the first is the one to beat.
 
     There are up to seven others, so each must be rarer by chance than its share of `SIGNIFICANCE` (Bonferroni).
     """
+    return _weighed(AskedField, scores, SIGNIFICANCE / max(1, len(scores) - 1))
+
+
+def _weighed(field: type[Field], scores: Mapping[str, Sequence[float]], chance: float) -> Field:
+    """The best mean wins if its gain over the first way would be rarer by chance; otherwise the first does."""
     best, *others = scores
-    before = scores[best]
+    first = scores[best]
     means = {way: sum(rows) / max(1, len(rows)) for way, rows in scores.items()}
     for way in others:
-        if means[way] > means[best] and _chance(before, scores[way]) < SIGNIFICANCE / len(others):
+        if means[way] > means[best] and _chance(first, scores[way]) < chance:
             best = way
-    return AskedField(rows=len(before), scores=means, best=best)
+    return field(rows=len(first), scores=means, best=best)
 
 
 def _chance(before: Sequence[float], after: Sequence[float]) -> float:

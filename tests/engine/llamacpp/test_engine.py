@@ -6,7 +6,6 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from polymerge.engine.llamacpp.engine import LlamaEngine, llama_engine
 from polymerge.engine.llamacpp.folder import NOTE, GgufExpert, GgufNote
 from polymerge.engine.streaming import Piece, StreamRequest
 from polymerge.errors import ModelError
+from tests.served import Quiet, served
 from tests.tiny import tiny_tokenizer
 
 IDS = (5, 6, 7, 8)
@@ -31,16 +31,16 @@ Complete = Callable[[dict[str, Any]], list[int]]
 def fake_llama(adapters: list[str], complete: Complete, bodies: list[dict[str, Any]]) -> Iterator[str]:
     """A server that says of every token what `LOGPROBS` says of the applied adapter."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet):
         def do_GET(self) -> None:
             replies: dict[str, Any] = {
                 "/props": {"default_generation_settings": {"n_ctx": 64}, "total_slots": 4},
                 "/lora-adapters": [{"id": n, "path": path} for n, path in enumerate(adapters)],
             }
-            self._send(replies.get(self.path, {}))
+            self.send(replies.get(self.path, {}))
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = self.body()
             bodies.append(body)
             if body.get("stream"):
                 self._stream(complete(body))
@@ -49,39 +49,18 @@ def fake_llama(adapters: list[str], complete: Complete, bodies: list[dict[str, A
             token = body["logit_bias"][0][0]
             logprob = LOGPROBS["ab"[applied[0]] if applied else None]
             told = {"id": token, "logprob": logprob, "top_logprobs": [{"id": token, "logprob": logprob}]}
-            self._send({"completion_probabilities": [told]})
+            self.send({"completion_probabilities": [told]})
 
         def _stream(self, tokens: list[int]) -> None:
             self.send_response(200)
             self.end_headers()
             with suppress(OSError):
                 for token in tokens:
-                    self._event({"tokens": [token], "stop": False})
-                self._event({"tokens": [], "stop": True, "stop_type": "eos"})
+                    self.event({"tokens": [token], "stop": False})
+                self.event({"tokens": [], "stop": True, "stop_type": "eos"})
 
-        def _event(self, event: dict[str, Any]) -> None:
-            self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
-            self.wfile.flush()
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-        def _send(self, data: Any) -> None:
-            body = json.dumps(data).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with served(Handler) as url:
+        yield url
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from polymerge import export_dense, load_model
 from polymerge.engine import GenerateRequest, ScoreRequest
 from polymerge.engine.local.engine import HFEngine, _backing_off
 from polymerge.errors import ModelError
-from polymerge.recipe.merge import Source
+from polymerge.recipe.source import Source
 from tests.conftest import Merged
 from tests.tiny import tiny_tokenizer
 

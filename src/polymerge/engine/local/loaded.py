@@ -22,7 +22,7 @@ from ...model.loading import load_model
 from ...model.mixed import MixedModel
 from ...model.quantised import check_base, held_digest, quantization_config
 from ...model.vocabulary import tokens_of
-from ...recipe.merge import Source
+from ...recipe.source import Source
 from ...sources.checkpoint import Checkpoint
 from ...sources.dense import dense_model
 from ...sources.fingerprint import digest_beside

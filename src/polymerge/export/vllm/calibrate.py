@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ...bundle.adapter import adapter_of
 from ...bundle.bundle import Bundle
 from ...bundle.manifest import ADAPTER_FILE
 from ...bundle.peft import adapter_name, as_peft
@@ -91,7 +92,7 @@ class Calibration:
         """Compares an expert with its exported adapter on the answers' tokens."""
         exported = read_adapter(load_file(folder / ADAPTER_FILE))
         layers, tied = self.bundle.layers.values(), self.bundle.manifest.tied_embedding
-        unfolded = read_adapter(as_peft(self.bundle.adapter(expert), layers, tied=(tied, HEAD) if tied else None))
+        unfolded = read_adapter(as_peft(adapter_of(self.bundle, expert), layers, tied=(tied, HEAD) if tied else None))
         return _measured(self._engine, self._answers(expert), self._truths(expert), exported, unfolded)
 
     @torch.inference_mode()

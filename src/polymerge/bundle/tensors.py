@@ -1,0 +1,36 @@
+"""The tensors of one file of an expert, read when they are asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import BundleError
+from .peft import adapter_name
+
+
+class StoredTensors:
+    """The tensors of an expert's file, under the model's names."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        with opened(file) as handle:
+            self.keys = {adapter_name(key): key for key in handle.keys()}  # noqa: SIM118
+
+    def get(self, key: str) -> Tensor | None:
+        stored = self.keys.get(key)
+        if stored is None:
+            return None
+        with opened(self.file) as handle:
+            value: Tensor = handle.get_tensor(stored).clone()
+            return value
+
+
+def opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{file}: not a whole safetensors file ({error}); copy the bundle again") from None
