@@ -312,6 +312,6 @@ def test_vllm_and_transformers_are_told_what_is_packed(quantised: MakeBundle) ->
 
 def test_vllm_computes_in_16_bits_over_a_packed_base(quantised: MakeBundle) -> None:
     """Its kernels for packed weights take no others: a server of float32 starts, and fails at the first request."""
-    whole, made = quantised()
+    whole, made = quantised(dtype="float32")
     assert (plan_vllm(whole).dtype_name, plan_vllm(made.bundle).dtype_name) == ("float32", "bfloat16")
     assert plan_vllm(made.bundle).slot_bytes * 2 == plan_vllm(whole).slot_bytes
