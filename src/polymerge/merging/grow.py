@@ -28,7 +28,7 @@ from ..method.nearest import nearest
 from ..naming import check_expert_name
 from ..recipe.merge import Source
 from ..sources.checkpoint import Checkpoint
-from ..sources.opening import open_checkpoint
+from ..sources.opening import open_source
 from ..sources.persona import Group, Persona, differing, persona_of
 from .adapters import adapter_over, emit_adapter
 from .align import aligned_to_bundle
@@ -110,7 +110,7 @@ def add_expert(
     with alone_with(path) as bundle:
         if name.casefold() in {expert.casefold() for expert in bundle.experts}:
             raise BundleError(f"{path}: already holds an expert {name!r}; remove it first or choose another name")
-        checkpoint = open_checkpoint(source.model_copy(update={"base": base}) if base else source)
+        checkpoint = open_source(source.model_copy(update={"base": base}) if base else source)
         frame, trust = frame_of_bundle(bundle), trust_remote_code
         expert = expert_of(name, checkpoint, trust_remote_code=trust, frame=frame)
         checkpoint = expert.checkpoint

@@ -76,6 +76,13 @@ def _source_from_text(value: Any) -> Any:
     return {"source": value} if isinstance(value, str) else value
 
 
+def no_switch(value: Any) -> Any:
+    """A value that is not true or false, which Python takes for 1 and 0. Raises ValueError."""
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} is not a number")
+    return value
+
+
 def parse_size(value: Any) -> Any:
     """Bytes of `48 GB`, `512 MB` or a plain number (decimal, as disks and GPUs are sold)."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", value) if isinstance(value, str) else None
@@ -84,6 +91,8 @@ def parse_size(value: Any) -> Any:
     return round(float(match[1]) * 1000 ** " kMGT".index(match[2] or " ")) if match else value
 
 
+Whole: TypeAlias = Annotated[int, BeforeValidator(no_switch)]
+Real: TypeAlias = Annotated[float, BeforeValidator(no_switch)]
 # A source as a recipe writes it: one text, or a mapping of Source's keys.
 WrittenSource = Annotated[Source, BeforeValidator(_source_from_text)]
 
@@ -140,16 +149,16 @@ class Recipe(BaseModel):
     align: Literal["permutation"] | None = None
     dtype: DTypeName | None = None
     device: DeviceName = "auto"
-    workers: Annotated[int, Field(ge=1, le=64)] = 1
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    n_oversamples: Annotated[int, Field(ge=0, le=256)] = 16
-    n_iter: Annotated[int, Field(ge=0, le=8)] = 2
-    max_error: Annotated[float, Field(gt=0.0)] | None = None
+    workers: Annotated[Whole, Field(ge=1, le=64)] = 1
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
+    n_oversamples: Annotated[Whole, Field(ge=0, le=256)] = 16
+    n_iter: Annotated[Whole, Field(ge=0, le=8)] = 2
+    max_error: Annotated[Real, Field(gt=0.0)] | None = None
     trust_remote_code: bool = False
     config: str | None = None
     thinker: ThinkerSettings | None = None
     staged: StageSettings | None = None
-    memory_limit: Annotated[int, BeforeValidator(parse_size), Field(gt=0)] | None = None
+    memory_limit: Annotated[Whole, BeforeValidator(parse_size), Field(gt=0)] | None = None
 
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
 
@@ -348,11 +357,25 @@ def read_yaml(path: Path) -> tuple[Any, Lines]:
         raise RecipeError(f"{path}: nested too deeply, or it holds itself") from None
 
 
+# What a key is that nobody meant so.
+_NO_TEXTS = {
+    "tag:yaml.org,2002:bool": "true or false",
+    "tag:yaml.org,2002:int": "a number",
+    "tag:yaml.org,2002:float": "a number",
+    "tag:yaml.org,2002:null": "nothing",
+    "tag:yaml.org,2002:timestamp": "a date",
+}
+
+
 def _collect_lines(node: yaml.Node, at: tuple[str, ...], lines: Lines, path: Path) -> None:
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:
         here = (*at, str(key.value))
+        if isinstance(key, yaml.ScalarNode) and key.tag in _NO_TEXTS:  # `yes`, 1, ~
+            kind = _NO_TEXTS[key.tag]
+            name = f"{'.'.join(here)}: YAML reads {key.value!r} as {kind}; write it in quotes"
+            raise RecipeError(f"{path}, line {key.start_mark.line + 1}: {name}")
         if here in lines:  # YAML itself would let the last one win, silently
             first, again = lines[here], key.start_mark.line + 1
             raise RecipeError(f"{path}, line {again}: {'.'.join(here)}: given twice (first in line {first})")
