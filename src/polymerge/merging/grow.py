@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from ..host import DTYPES
 from ..method.dense import residual_of, unsaid
 from ..method.nearest import nearest
 from ..naming import check_expert_name
-from ..recipe.merge import Source
+from ..recipe.merge import Source, as_source
 from ..sources.checkpoint import Checkpoint
 from ..sources.opening import open_source
 from ..sources.persona import Group, Persona, differing, persona_of
@@ -84,7 +85,7 @@ class Added:
 def add_expert(
     bundle: Bundle | str | Path,
     name: str,
-    source: Source | str | Path,
+    source: Source | Mapping[str, Any] | str | Path,
     *,
     base: str | None = None,
     device: str = "auto",
@@ -106,7 +107,7 @@ def add_expert(
         check_expert_name(name)
     except ValueError as error:
         raise RecipeError(str(error)) from None
-    source = source if isinstance(source, Source) else Source(source=str(source))
+    source = as_source(source, name)
     with alone_with(path) as bundle:
         if name.casefold() in {expert.casefold() for expert in bundle.experts}:
             raise BundleError(f"{path}: already holds an expert {name!r}; remove it first or choose another name")

@@ -97,6 +97,11 @@ Real: TypeAlias = Annotated[float, BeforeValidator(no_switch)]
 WrittenSource = Annotated[Source, BeforeValidator(_source_from_text)]
 
 
+def as_source(given: Source | Mapping[str, Any] | str | Path, expert: str) -> Source:
+    """One expert's source, as a recipe may write it. Raises RecipeError."""
+    return given if isinstance(given, Source) else validated(Source, _source_from_text(given), where=expert, lines={})
+
+
 class Recipe(BaseModel):
     """Everything that a merge is told. Unknown keys are refused.
 
