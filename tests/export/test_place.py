@@ -90,3 +90,26 @@ def test_what_cannot_be_a_folder_is_one_line(tmp_path: Path, monkeypatch: pytest
     Path("file").touch()
     with pytest.raises(OutputExistsError, match=r"not the name of a folder|is a file"):
         settled(name)
+
+
+def test_neither_the_bundle_nor_what_it_is_made_of_is_overwritten(tmp_path: Path) -> None:
+    config = LlamaConfig(**{**COMMON, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48})
+    sources = make_experts("llama", tmp_path, count=3, config=config)
+    made = merge({name: str(sources[name]) for name in ("e0", "e1")}, sources["e2"] / "bundle", compress_rate=0.6)
+    for folder, lost in ((sources["e0"], sources["e0"]), (sources["e2"], made.path)):
+        before = content(folder)
+        with pytest.raises(OutputExistsError, match=f"holds {lost}, .* never overwritten"):
+            export_dense(made, "e1", folder, overwrite=True)
+        assert content(folder) == before
+    export_dense(made, "e1", tmp_path / "out")
+    export_dense(made, "e0", tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize("inside", ["dense", "experts/e0/dense"])
+def test_nothing_is_put_into_a_bundle(bundle: Path, inside: str) -> None:
+    before = content(bundle)
+    with pytest.raises(OutputExistsError, match="lies in the bundle"):
+        export_dense(bundle, "e0", bundle / inside)
+    with pytest.raises(OutputExistsError, match="lies in the bundle"):
+        merge({"a": str(bundle), "b": str(bundle)}, bundle / inside)
+    assert content(bundle) == before

@@ -31,7 +31,9 @@ def files(bundle: Bundle) -> dict[str, bytes]:
 def test_an_added_expert_changes_nothing_else_and_answers(grown: tuple[Bundle, dict[str, Path]]) -> None:
     bundle, experts = grown
     before = files(bundle)
-    added = add_expert(bundle, "e2", experts["e2"])
+    with pytest.raises(RecipeError, match="e2: source: is missing"):
+        add_expert(bundle, "e2", {"path": str(experts["e2"])})
+    added = add_expert(bundle, "e2", {"source": str(experts["e2"])})
     after = files(added.bundle)
     assert {name: data for name, data in after.items() if not name.startswith("experts/e2/")} == before
     assert added.bundle.experts == ["e0", "e1", "e2"]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from polymerge import Bundle, merge, verify
-from polymerge.errors import SourceError
+from polymerge.errors import BundleError, SourceError
 from tests.conftest import Merged
 from tests.tiny import ARCHITECTURES, make_experts
 
@@ -66,6 +66,8 @@ def test_a_checkpoint_that_has_moved_is_found_where_the_user_says(two: dict[str,
     shutil.move(two["e1"], tmp_path / "elsewhere")
     result = verify(bundle, sources=True, source={"e1": str(tmp_path / "elsewhere")})
     assert result.ok and result.sources[1].source == str(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match="no expert 'E1'"):
+        verify(bundle, source={"E1": str(tmp_path / "elsewhere")})
 
 
 @pytest.mark.parametrize("tensor", [Q0, NORM, "model.embed_tokens.weight", "lm_head.weight"])

@@ -112,3 +112,25 @@ def test_a_key_that_is_missing_is_looked_for_among_the_unknown_ones(tmp_path: Pa
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(RecipeError, match=re.escape(said)):
         load_recipe(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "read"),
+    [("yes", "true or false"), ("1", "a number"), ("1.5", "a number"), ("~", "nothing"), ("2024-01-01", "a date")],
+)
+def test_a_name_that_yaml_takes_for_something_else_is_to_be_quoted(tmp_path: Path, key: str, read: str) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(f"seed: 1\nexperts:\n  a: ./a\n  {key}: ./b\n")
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(file)
+    assert str(raised.value) == f"{file}, line 4: experts.{key}: YAML reads {key!r} as {read}; write it in quotes"
+    file.write_text(f"experts: {{a: ./a, '{key.replace('~', 'x')}': ./b}}\n")
+    assert len(load_recipe(file).experts) == 2
+
+
+@pytest.mark.parametrize("key", ["seed", "workers", "n_oversamples", "n_iter", "max_error", "memory_limit"])
+def test_true_is_not_the_number_1(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(f"experts: {{a: ./a, b: ./b}}\n{key}: yes\n")
+    with pytest.raises(RecipeError, match=f"line 2: {key}: true is not a number"):
+        load_recipe(file)

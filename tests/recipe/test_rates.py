@@ -109,6 +109,7 @@ def test_early_layers_shared_and_late_ones_whole(sources: dict[str, str], tmp_pa
     [
         ([0.9, 0.9, 0.9], "has 3 numbers, but the model has 2 layers"),
         ({"*.mpl.*": 0.9}, r"the pattern '\*.mpl.\*' matches no matrix, such as 'model.layers.0"),
+        ({"*": 0.5, "*.mlp.*": 0.9}, r"the pattern '\*.mlp.\*' is never the first that matches"),
     ],
 )
 def test_rates_of_another_model_are_refused(rates: Any, words: str, sources: dict[str, str]) -> None:

@@ -21,7 +21,7 @@ from polymerge.router.evaluation import measure_router, save_evaluation
 from polymerge.router.fit import Fitted, fit_samples
 from polymerge.router.record import router_folder
 from polymerge.router.router import Router
-from polymerge.router.samples import Sample
+from polymerge.router.samples import Sample, samples_of
 from polymerge.router.settings import FitSettings, fit_settings
 from tests.conftest import Merged
 from tests.router.scripted import ScriptedEngine, make_samples, strangers
@@ -296,6 +296,21 @@ def test_no_text_gives_no_route_and_an_empty_one_is_refused(bundle: Bundle, engi
     assert router.route([]) == []
     with pytest.raises(RouterError, match="text 2 of 2 is empty"):
         router.route(["sum", " \n"])
+    with pytest.raises(RouterError, match="give a list of texts"):
+        router.route("sum")
+
+
+@pytest.mark.parametrize("texts", ["w3 w4", b"w3", ["w3", None], ["w3", 4]], ids=str)
+def test_texts_of_a_field_are_a_list_of_texts(texts: Any) -> None:
+    with pytest.raises(RouterError, match="field 'math': give a list of texts"):
+        samples_of({"math": texts, "code": ["a", "b"]}, "train")
+
+
+def test_samples_at_hand_are_as_many_a_field_as_are_asked_for() -> None:
+    at_hand = {"math": ["a", "b", "c"], "code": ["d"]}
+    wanted = [("a", "math"), ("b", "math"), ("d", "code")]
+    for data in (at_hand, samples_of(at_hand, "train")):
+        assert [(sample.text, sample.field) for sample in samples_of(data, "train", limit=2)] == wanted
 
 
 def test_an_engine_of_another_width_is_one_line(bundle: Bundle, engine: Any) -> None:

@@ -225,8 +225,9 @@ FUSED = ["experts.gate_up_proj", "experts.down_proj"]
         {"target_modules": QV, "target_parameters": FUSED},
         {"target_modules": [], "target_parameters": FUSED[1:], "use_rslora": True},
         {"target_modules": [], "target_parameters": FUSED, "alpha_pattern": {"experts.down_proj": 3}},
+        {"target_modules": QV, "modules_to_save": ["experts"]},
     ],
-    ids=["both", "one, rank-stabilised", "with a pattern"],
+    ids=["both", "one, rank-stabilised", "with a pattern", "experts of its own"],
 )
 def test_factors_of_fused_experts_answer_as_in_peft(
     checkpoints: Checkpoints, tmp_path: Path, architecture: str, config: dict[str, Any]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from polymerge import Bundle, add_expert, merge, verify
+from polymerge import Bundle, add_expert, merge, plan_merge, verify
 from polymerge.errors import SourceError
 from polymerge.recipe.source import Source
 from polymerge.sources.checkpoint import Origin
@@ -180,3 +180,21 @@ def test_what_is_no_path_is_named_in_one_line_also_as_an_adapters_base(
     write_adapter(tmp_path / "adapter", checkpoints("llama")["e0"])
     with pytest.raises(SourceError, match=r"the adapter's base cannot be opened: .*no such folder or file"):
         open_checkpoint(Source(source=str(tmp_path / "adapter"), base=text))
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"revision": "main"}, "has no revision 'main'"),
+        ({"base": "org/base"}, "is no adapter and has no base 'org/base'"),
+    ],
+)
+def test_what_a_user_says_of_a_source_in_vain_is_refused(
+    checkpoints: Checkpoints, tmp_path: Path, said: dict[str, str], words: str
+) -> None:
+    paths = {name: str(path) for name, path in checkpoints("llama").items()}
+    with pytest.raises(SourceError, match=f"expert 'e0': {paths['e0']}: .*{words}; leave it out"):
+        plan_merge({"experts": {"e0": {"source": paths["e0"], **said}, "e1": paths["e1"]}})
+    bundle = merge({"e0": paths["e0"], "e1": paths["e1"]}, tmp_path / "bundle")
+    with pytest.raises(SourceError, match=words):
+        add_expert(bundle, "e2", Source(source=paths["e2"], **said))

@@ -22,6 +22,7 @@ from .files import disk_errors, scratch_name, scratches_of
 MARK = ".polymerge"
 MARK_VERSION = 1
 WORK = ".partial"
+BUNDLE = "polymerge.json"  # what tells that a folder is one
 
 
 def settled(output: str | Path) -> Path:
@@ -47,6 +48,11 @@ def check_name(output: Path) -> None:
     blocking = next((parent for parent in output.parents if parent.exists() and not parent.is_dir()), None)
     if blocking:
         raise OutputExistsError(f"{output}: {blocking} is a file, so no folder can be made in it")
+    bundle = next((parent for parent in output.absolute().parents if (parent / BUNDLE).exists()), None)
+    if bundle:
+        raise OutputExistsError(
+            f"{output}: lies in the bundle {bundle}, which would be whole no more; choose another place"
+        )
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
@@ -195,4 +201,4 @@ def _previous(work: Path) -> Path:
 
 
 def _is_bundle(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / "polymerge.json").exists() or not any(folder.iterdir()))
+    return folder.is_dir() and ((folder / BUNDLE).exists() or not any(folder.iterdir()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from ..data.shown import shortened, table
@@ -31,6 +32,12 @@ Message = Mapping[str, Any]
 COLDEST = 1e-4
 # OpenAI's own bounds of penalties and biases.
 MOST_PENALTY, MOST_BIAS = 2.0, 100.0
+
+
+_OPTIONAL = ("seed", "repetition_penalty")
+_NUMBERS = (
+    "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", *_OPTIONAL
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,13 @@ class GenerateRequest:
     deadline: float | None = None
 
     def __post_init__(self) -> None:
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real | None if name in _OPTIONAL else Real):
+                raise ModelError(f"generate: {name} must be a number, found {value!r}")
         allowed = {
+            "max_new_tokens": self.max_new_tokens >= 0 and self.max_new_tokens == int(self.max_new_tokens),
+            "seed": self.seed is None or (-(2**63) <= self.seed < 2**64 and self.seed == int(self.seed)),
             "temperature": 0 <= self.temperature < math.inf,
             "top_p": self.greedy or 0 < self.top_p <= 1,
             "top_k": self.greedy or self.top_k >= 0,

@@ -7,6 +7,7 @@ Knows words; whether there is such an expert is the engine's to say.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError
@@ -33,6 +34,13 @@ def expert_of(text: str) -> RowExpert:
             raise ModelError(f"{text}: {'an expert has no name' if not name else f'{name} is there twice'}")
         mixture[name] = _weight(weight, text) if colon else 1.0
     return mixture
+
+
+def in_words(expert: RowExpert) -> str:
+    """What `expert_of` reads as this expert."""
+    if isinstance(expert, Mapping):
+        return "+".join(f"{name}:{weight}" for name, weight in expert.items())
+    return AVERAGE if expert is None else expert
 
 
 def members(expert: RowExpert) -> set[str]:

@@ -40,7 +40,7 @@ def export_dense(
         _entry(reader, bundle, name, layers, target or _dtype(reader, layers)) for name, layers in stored.items()
     ]
     needed = sum(entry.bytes for entry in entries)
-    with placed(output, overwrite=overwrite, needed=needed) as staged, steady(bundle):
+    with placed(output, bundle, overwrite=overwrite, needed=needed) as staged, steady(bundle):
         persona = bundle.persona(expert)
         tied = bool(bundle.persona().config.get("tie_word_embeddings"))
         chosen, rows = dtype or bundle.manifest.dtype, bundle.vocabulary(expert)

@@ -62,7 +62,7 @@ def export_peft(bundle: Bundle | str | Path, expert: str, output: str | Path, *,
             f"{bundle.table_rows}, so that it could answer with others' tokens; export it with --to dense"
         )
     _check_tables(bundle, expert)
-    with placed(output, overwrite=overwrite) as staged, steady(bundle):
+    with placed(output, bundle, overwrite=overwrite) as staged, steady(bundle):
         config = _write_adapter(bundle, expert, staged)
         if config["peft_type"] == SLICED_BLOCKS:
             fused = next(layer.slice.tensor for layer in bundle.layers.values() if layer.slice)

@@ -102,7 +102,7 @@ def quantize_bundle(
     samples = _samples(bundle, read_prompts(prompts or {}, limit or LIMIT), fewest=2 if way.calibrated else 1)
     check_tokenizer(bundle)
     matrices = packable(bundle, way.bits)
-    with placed(output, overwrite=False, needed=bundle.sizes().total) as staged, steady(bundle):
+    with placed(output, bundle, overwrite=False, needed=bundle.sizes().total) as staged, steady(bundle):
         costs = _written(bundle, staged, way, matrices, samples, pick_device(device))
     after = Bundle.open(output)
     return QuantisedBundle(after, bundle.sizes(), after.sizes(), costs)

@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +27,10 @@ from ..host import DTYPES
 from ..method.dense import residual_of, unsaid
 from ..method.nearest import nearest
 from ..naming import check_expert_name
+from ..recipe.lines import as_source
 from ..recipe.source import Source
 from ..sources.checkpoint import Checkpoint
-from ..sources.opening import open_checkpoint
+from ..sources.opening import open_source
 from ..sources.persona import Group, Persona, differing, persona_of
 from .adapters import adapter_over, emit_adapter
 from .align import aligned_to_bundle
@@ -85,7 +87,7 @@ class Added:
 def add_expert(
     bundle: Bundle | str | Path,
     name: str,
-    source: Source | str | Path,
+    source: Source | Mapping[str, Any] | str | Path,
     *,
     base: str | None = None,
     device: str = "auto",
@@ -107,11 +109,11 @@ def add_expert(
         check_expert_name(name)
     except ValueError as error:
         raise RecipeError(str(error)) from None
-    source = source if isinstance(source, Source) else Source(source=str(source))
+    source = as_source(source, name)
     with alone_with(path) as bundle:
         if name.casefold() in {expert.casefold() for expert in bundle.experts}:
             raise BundleError(f"{path}: already holds an expert {name!r}; remove it first or choose another name")
-        checkpoint = open_checkpoint(source.model_copy(update={"base": base}) if base else source)
+        checkpoint = open_source(source.model_copy(update={"base": base}) if base else source)
         frame, trust = frame_of_bundle(bundle), trust_remote_code
         expert = expert_of(name, checkpoint, trust_remote_code=trust, frame=frame)
         checkpoint = expert.checkpoint

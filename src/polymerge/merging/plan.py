@@ -28,7 +28,7 @@ from ..sources.axes import axes_of, shapes_of
 from ..sources.checkpoint import Checkpoint, architecture_of
 from ..sources.layers import LayerMap
 from ..sources.memory import refuse_models
-from ..sources.opening import open_checkpoint
+from ..sources.opening import open_source
 from ..sources.outline import OutlineCheckpoint, outline
 from .foundation import over_adapters, plain_adapters, with_adapters
 from .frame import check_settings, expert_of, frame_of, sources_in
@@ -272,6 +272,6 @@ def _opened(recipe: Recipe, expert: str, weights: bool) -> Checkpoint:
     source = recipe.experts[expert]
     outlined = None if weights else outline(source.source, recipe.config, revision=source.revision)
     try:
-        return outlined or open_checkpoint(source)
+        return outlined or open_source(source)
     except SourceError as error:
         raise SourceError(f"{recipe.place_of(expert)}{error}") from None

@@ -41,9 +41,11 @@ def verify(
         progress: called with what is being looked at.
 
     Raises:
-        BundleError: the bundle cannot even be opened. SourceError: a source cannot be.
+        BundleError: the bundle cannot even be opened, or has no such expert. SourceError: a source cannot be.
     """
     bundle = Bundle.open(bundle)
+    for expert in source or {}:
+        bundle.expert_folder(expert)
     result = verify_files(bundle, progress)
     if result.ok:
         result.problems += method_problems(bundle)

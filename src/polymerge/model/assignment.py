@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -22,6 +22,19 @@ from .shares import Entries, Shares, on_device
 RowExpert = str | Mapping[str, float] | None
 Experts = RowExpert | Sequence[RowExpert]
 T = TypeVar("T")
+
+
+def entries_of(experts: Experts, rows: int) -> list[RowExpert]:
+    """What a caller says for each row of a batch. Raises ModelError for a list of the wrong length, or no list."""
+    if experts is None or isinstance(experts, str | Mapping):
+        return [experts] * rows
+    if isinstance(experts, set | frozenset | bytes) or not isinstance(experts, Iterable):  # a set has no order
+        kind = type(experts).__name__
+        raise ModelError(f"experts: a {kind} does not say whose each row is; give a name, a mixture, or a list")
+    per_row = list(experts)
+    if len(per_row) != rows:
+        raise ModelError(f"experts: got {len(per_row)} entries for a batch of {rows} rows")
+    return per_row
 
 
 class Assignment:
@@ -66,10 +79,7 @@ class Assignment:
         Raises:
             ModelError: an unknown name, a mixture without a positive weight, or a list of the wrong length.
         """
-        per_row = [experts] * rows if experts is None or isinstance(experts, str | Mapping) else list(experts)
-        if len(per_row) != rows:
-            raise ModelError(f"experts: got {len(per_row)} entries for a batch of {rows} rows")
-        self._take([self._row(entry) for entry in per_row])
+        self._take([self._row(entry) for entry in entries_of(experts, rows)])
 
     def check(self, entry: RowExpert) -> None:
         """Raises ModelError as `set` does, and changes nothing."""
@@ -213,11 +223,12 @@ class Assignment:
         elif isinstance(entry, str):
             row[self._number(entry)] = 1.0
         elif isinstance(entry, Mapping):
-            total = sum(entry.values())
-            if not (math.isfinite(total) and total > 0 and all(weight >= 0 for weight in entry.values())):
+            weights = _numbers(entry.values())
+            total = sum(weights)
+            if not (math.isfinite(total) and total > 0 and min(weights) >= 0):
                 raise ModelError(f"experts: mixture {dict(entry)} needs finite weights of at least 0 and one over 0")
-            for name, weight in entry.items():
-                row[-1 if name == "average" else self._number(name)] += weight / total
+            for name, weight in zip(entry, weights, strict=True):
+                row[-1 if name in (None, "average") else self._number(name)] += weight / total
         else:
             raise ModelError(f"experts: {entry!r} is neither a name, a mixture (name: weight) nor None")
         return tuple(row)
@@ -225,10 +236,18 @@ class Assignment:
     def _number(self, name: str) -> int:
         if name in self.names:
             return self.names.index(name)
-        near = difflib.get_close_matches(name, self.names, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(name), self.names, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ModelError(f"no expert {name!r} among {', '.join(self.names)}{hint}")
 
 
 def _is_narrowed(key: Hashable) -> bool:
     return isinstance(key, tuple) and key[0] == "narrowed"
+
+
+def _numbers(weights: Iterable[Any]) -> list[float]:
+    """Not a number where one is none."""
+    try:
+        return [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        return [math.nan]

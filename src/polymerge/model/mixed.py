@@ -5,7 +5,8 @@ Knows how an assignment is set for the time of one call. Does not know layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from .assignment import Assignment, Experts, RowExpert
+from .assignment import Assignment, Experts, RowExpert, entries_of
+from .generating import settings_of_rows
 from .personas import AVERAGE, Personas
 from .step import FixedStep
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class MixedModel(nn.Module):
-    """One base and the residuals of all experts. For inference.
+    """One base and the residuals of all experts. For inference. Calls from several threads wait for each other.
 
     `experts` names, for a batch: None (every row the average), one name or mixture for all rows, or a sequence with
     one entry a row: a name, None for the average, or a mixture {name: weight} (weights are normalised to sum to 1;
@@ -62,6 +64,13 @@ class MixedModel(nn.Module):
         self.base_divergence: float | None = 0.0
         self.base_weights: BaseWeights | None = None
         self.personas = Personas(bundle, trust_remote_code=trust_remote_code)
+        self._turn = threading.RLock()  # the rows of a call are one state that all layers read
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raises ModelError: layers of a copy would read the rows of the first."""
+        raise ModelError(
+            "a loaded bundle is not copied or pickled; load it again, with `beside` for one copy of the base"
+        )
 
     def forward(self, input_ids: Tensor | None = None, *args: Any, experts: Experts = None, **kwargs: Any) -> Any:
         """The transformers model's own forward. input_ids [B, T] (or `inputs_embeds` [B, T, H]). Logits have a place
@@ -70,17 +79,37 @@ class MixedModel(nn.Module):
         Raises:
             ModelError: a token that its row's expert does not know.
         """
-        self._check_tokens(experts, input_ids, kwargs)
-        with self.assigned(experts, _rows(input_ids, kwargs)):
-            return self.hf(input_ids, *args, **kwargs)
+        entries = entries_of(experts, _rows(input_ids, kwargs))
+        with self._turn:
+            self._check_tokens(entries, input_ids, kwargs)
+            with self.assigned(entries, len(entries)):
+                return self.hf(input_ids, *args, **kwargs)
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, *args: Any, experts: Experts = None, **kwargs: Any) -> Any:
-        """The transformers model's own `generate`. inputs [B, T] (or `input_ids`), left-padded."""
-        inputs = kwargs.pop("input_ids", inputs)
-        self._check_tokens(experts, inputs, kwargs)
-        with self.assigned(experts, _rows(inputs, kwargs)):
-            return self.hf.generate(inputs, *args, **kwargs)
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        *args: Any,
+        experts: Experts = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The transformers model's own `generate`. inputs [B, T] (or `input_ids`), left-padded. What the caller does
+        not say is as the generation settings of the rows' experts have it, end tokens too.
+
+        Raises:
+            ModelError: as `forward`; or settings of two rows' experts that cannot hold in one batch.
+        """
+        if inputs is None:
+            inputs = kwargs.pop("input_ids", None)
+        entries = entries_of(experts, _rows(inputs, kwargs))
+        with self._turn:
+            self._check_tokens(entries, inputs, kwargs)
+            with (
+                self.assigned(entries, len(entries)),
+                settings_of_rows(self.hf, self.personas, entries, generation_config, kwargs) as options,
+            ):
+                return self.hf.generate(inputs, generation_config, *args, **options)
 
     @contextmanager
     def assigned(self, experts: Experts, rows: int) -> Iterator[None]:
@@ -92,12 +121,11 @@ class MixedModel(nn.Module):
         finally:
             self._state.set(None, 1)
 
-    def _check_tokens(self, experts: Experts, ids: Tensor | None, kwargs: dict[str, Any]) -> None:
+    def _check_tokens(self, entries: list[RowExpert], ids: Tensor | None, kwargs: dict[str, Any]) -> None:
         if ids is None or not self.vocabularies.differ:
             return
-        self.check_experts(experts, len(ids))
-        per_row = [experts] * len(ids) if experts is None or isinstance(experts, str | Mapping) else experts
-        self.vocabularies.check(per_row, ids, kwargs.get("attention_mask"))
+        self.check_experts(entries, len(ids))
+        self.vocabularies.check(entries, ids, kwargs.get("attention_mask"))
 
     def _check_mixtures(self) -> None:
         names = [*self._state.names, AVERAGE]

@@ -6,6 +6,7 @@ Knows YAML and pydantic's problems. Of what a file may say it knows the sections
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from pydantic_core import ErrorDetails
 
 from ..errors import RecipeError, on_one_line
 from .response import StageSettings, ThinkerSettings
-from .source import Source
+from .source import Source, source_of_text
 
 # A key's path in a YAML file -> its line.
 Lines = dict[tuple[str, ...], int]
@@ -44,6 +45,11 @@ def validated(model: type[Model], data: Any, *, where: str, lines: Lines) -> Mod
             message = "write a mapping of names to sources, a line each: `math: ./math`"
         name = on_one_line(".".join(keys)) or "the whole file"
         raise RecipeError(f"{place}: {name}: {message}") from None
+
+
+def as_source(given: Source | Mapping[str, Any] | str | Path, expert: str) -> Source:
+    """One expert's source, as a recipe may write it. Raises RecipeError."""
+    return given if isinstance(given, Source) else validated(Source, source_of_text(given), where=expert, lines={})
 
 
 def _to_tell(error: ValidationError) -> ErrorDetails:
@@ -102,11 +108,25 @@ def read_yaml(path: Path) -> tuple[Any, Lines]:
         raise RecipeError(f"{path}: nested too deeply, or it holds itself") from None
 
 
+# What a key is that nobody meant so.
+_NO_TEXTS = {
+    "tag:yaml.org,2002:bool": "true or false",
+    "tag:yaml.org,2002:int": "a number",
+    "tag:yaml.org,2002:float": "a number",
+    "tag:yaml.org,2002:null": "nothing",
+    "tag:yaml.org,2002:timestamp": "a date",
+}
+
+
 def _collect_lines(node: yaml.Node, at: tuple[str, ...], lines: Lines, path: Path) -> None:
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:
         here = (*at, str(key.value))
+        if isinstance(key, yaml.ScalarNode) and key.tag in _NO_TEXTS:  # `yes`, 1, ~
+            kind = _NO_TEXTS[key.tag]
+            name = f"{'.'.join(here)}: YAML reads {key.value!r} as {kind}; write it in quotes"
+            raise RecipeError(f"{path}, line {key.start_mark.line + 1}: {name}")
         if here in lines:  # YAML itself would let the last one win, silently
             first, again = lines[here], key.start_mark.line + 1
             raise RecipeError(f"{path}, line {again}: {'.'.join(here)}: given twice (first in line {first})")

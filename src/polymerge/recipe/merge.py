@@ -48,12 +48,23 @@ ChosenCode = Annotated[str, AfterValidator(lambda name: name if name == AUTO els
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 
 
+def no_switch(value: Any) -> Any:
+    """A value that is not true or false, which Python takes for 1 and 0. Raises ValueError."""
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} is not a number")
+    return value
+
+
 def parse_size(value: Any) -> Any:
     """Bytes of `48 GB`, `512 MB` or a plain number (decimal, as disks and GPUs are sold)."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", value) if isinstance(value, str) else None
     if isinstance(value, str) and not match:
         raise ValueError(f"{value!r} is not a size; write it as 48 GB or 512 MB")
     return round(float(match[1]) * 1000 ** " kMGT".index(match[2] or " ")) if match else value
+
+
+Whole: TypeAlias = Annotated[int, BeforeValidator(no_switch)]
+Real: TypeAlias = Annotated[float, BeforeValidator(no_switch)]
 
 
 class Recipe(BaseModel):
@@ -108,16 +119,16 @@ class Recipe(BaseModel):
     align: Literal["permutation"] | None = None
     dtype: DTypeName | None = None
     device: DeviceName = "auto"
-    workers: Annotated[int, Field(ge=1, le=64)] = 1
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    n_oversamples: Annotated[int, Field(ge=0, le=256)] = 16
-    n_iter: Annotated[int, Field(ge=0, le=8)] = 2
-    max_error: Annotated[float, Field(gt=0.0)] | None = None
+    workers: Annotated[Whole, Field(ge=1, le=64)] = 1
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
+    n_oversamples: Annotated[Whole, Field(ge=0, le=256)] = 16
+    n_iter: Annotated[Whole, Field(ge=0, le=8)] = 2
+    max_error: Annotated[Real, Field(gt=0.0)] | None = None
     trust_remote_code: bool = False
     config: str | None = None
     thinker: ThinkerSettings | None = None
     staged: StageSettings | None = None
-    memory_limit: Annotated[int, BeforeValidator(parse_size), Field(gt=0)] | None = None
+    memory_limit: Annotated[Whole, BeforeValidator(parse_size), Field(gt=0)] | None = None
 
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
 

@@ -46,7 +46,7 @@ def _rate(value: Any, whose: str) -> float:
     if not 0.0 <= rate <= 1.0:
         bound = "greater than or equal to 0" if rate < 0 else "less than or equal to 1"
         raise ValueError(f"{of}Input should be {bound}")
-    return rate
+    return rate + 0.0  # -0.0 is 0
 
 
 Rates: TypeAlias = Annotated[AnyRates, PlainValidator(read_rates), PlainSerializer(lambda rates: rates)]
@@ -74,13 +74,17 @@ def rate_of(rates: AnyRates, *names: str) -> float:
         names: its module's, in which the layer's number is the first, and others that patterns may match.
     """
     if isinstance(rates, dict):
-        patterns = (pattern for pattern in rates if pattern != DEFAULT)
-        first = next((p for p in patterns if any(fnmatchcase(name, p) for name in names)), None)
+        first = _first_pattern(rates, names)
         return rates[first] if first is not None else rates.get(DEFAULT, PUBLISHED_RATE)
     if isinstance(rates, tuple):
         layer = layer_number(names[0])
         return rates[layer] if 0 <= layer < len(rates) else min(rates)
     return rates
+
+
+def _first_pattern(rates: Iterable[str], names: Iterable[str]) -> str | None:
+    patterns = (pattern for pattern in rates if pattern != DEFAULT)
+    return next((p for p in patterns if any(fnmatchcase(name, p) for name in names)), None)
 
 
 def tilted(rate: float, layers: int, tilt: float) -> AnyRates:
@@ -105,6 +109,8 @@ def misfit(rates: AnyRates, matrices: Iterable[tuple[str, ...]]) -> str | None:
             if not any(fnmatchcase(name, pattern) for names in matrices for name in names):
                 example = f", such as {matrices[0][0]!r}" if matrices else ""
                 return f"the pattern {pattern!r} matches no matrix{example}"
+            if not any(_first_pattern(rates, names) == pattern for names in matrices):
+                return f"the pattern {pattern!r} is never the first that matches; write it before the wider ones"
     return None
 
 

@@ -28,14 +28,15 @@ class Source(BaseModel):
     base: str | None = None
 
 
-def _source_from_text(value: Any) -> Any:
+def source_of_text(value: Any) -> Any:
+    """A text or a path as the mapping that it stands for; anything else as it is."""
     if isinstance(value, Path):
         value = str(value) if value.is_absolute() else f"./{value}"  # never to be taken for a hub id
     return {"source": value} if isinstance(value, str) else value
 
 
 # A source as a recipe writes it: one text, or a mapping of Source's keys.
-WrittenSource = Annotated[Source, BeforeValidator(_source_from_text)]
+WrittenSource = Annotated[Source, BeforeValidator(source_of_text)]
 
 
 def anchored(source: Source, folder: Path) -> Source:

@@ -120,8 +120,10 @@ class Router:
         """One route a text, in their order. Texts that are too long are cut in the middle (`Route.truncated`).
 
         Raises:
-            RouterError: a text is empty.
+            RouterError: a text is empty, or one stands for the list.
         """
+        if isinstance(texts, str):
+            raise RouterError("route: give a list of texts; one text would be as many as it has letters")
         if not texts:
             return []
         raw, truncated = self.embedder.embed(texts)

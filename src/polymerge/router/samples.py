@@ -39,7 +39,7 @@ def samples_of(
     """The samples of a folder's split as `read_fields` gives them; or those at hand, which are all for training.
 
     Raises:
-        RouterError: as `read_fields`; or fields beside samples at hand.
+        RouterError: as `read_fields`; or fields beside samples at hand, or what is no list of texts.
     """
     if isinstance(data, str | Path):
         return read_fields(Path(data), split, fields=fields, limit=limit)
@@ -48,8 +48,22 @@ def samples_of(
     if split != "train":
         return []
     if isinstance(data, Mapping):
-        return [Sample(text, name) for name, texts in data.items() for text in texts]
-    return list(data)
+        at_hand = [Sample(text, name) for name, texts in data.items() for text in _texts(texts, name)]
+    else:
+        at_hand = list(data)
+    if limit is None:
+        return at_hand
+    by_field: dict[str, list[Sample]] = {}
+    for sample in at_hand:
+        by_field.setdefault(sample.field, []).append(sample)
+    return [sample for of_field in by_field.values() for sample in of_field[:limit]]
+
+
+def _texts(texts: Sequence[str], field: str) -> Sequence[str]:
+    """Raises RouterError for what is no list of texts; one text alone would be as many as it has letters."""
+    if isinstance(texts, str | bytes) or not all(isinstance(text, str) for text in texts):
+        raise RouterError(f"field {field!r}: give a list of texts")
+    return texts
 
 
 def read_fields(

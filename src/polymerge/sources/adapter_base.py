@@ -7,14 +7,13 @@ parameters that a checkpoint stores as many. Knows nothing of the adapter's arit
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from .checkpoint import Checkpoint, TensorInfo, architecture_of
 from .layers import LayerRecord, map_layers, meta_model
-from .lora import FusedFactors
 
 # Multimodal classes put the language model one level deeper, or shallower in older versions of transformers.
 _LEVELS = ("model", "language_model")
@@ -100,12 +99,19 @@ class AdapterBase:
         stored: dict[str, Tensor] = revert_weight_conversion(self._model, {parameter: delta})
         return stored
 
-    def part(self, parameter: str, factors: FusedFactors, tensor: str) -> Tensor:
-        """One stored tensor's part of a fused parameter's change. A merge goes layer by layer, so the changes of the
-        two parameters that were asked for last are kept."""
+    def stored_as_many(self, module: str, parameter: str) -> str | None:
+        """The model's name of a module's parameter that the checkpoint stores as other tensors; None of any other."""
+        if self._model is None or self.tensor(module, parameter) is not None:
+            return None
+        places = (place for place in self._model_names(module) if hasattr(self._model.get_submodule(place), parameter))
+        return next((f"{place}.{parameter}" for place in places), None)
+
+    def part(self, parameter: str, whole: Callable[[], Tensor], tensor: str) -> Tensor:
+        """One stored tensor's part of a fused parameter's own value or change. A merge goes layer by layer, so those of
+        the two parameters that were asked for last are kept."""
         kept = self._changes.get(parameter)
         if kept is None:
-            kept = self.parts(parameter, factors.delta(0, factors.experts))
+            kept = self.parts(parameter, whole())
             self._changes = {**dict(list(self._changes.items())[-1:]), parameter: kept}
         return kept[tensor]
 

@@ -19,7 +19,7 @@ from ..errors import SourceError
 from .adapter_base import AdapterBase
 from .adapter_config import is_saved_whole, scaling_of, start_of, token_indices
 from .checkpoint import TensorInfo, read_tensor
-from .lora import Added, Change, FusedFactors, LowRank, OfExperts, OfPart, Replaced
+from .lora import Added, Change, FusedFactors, LowRank, OfExperts, OfPart, OwnPart, Replaced
 
 PREFIX = "base_model.model."
 _FACTOR = re.compile(
@@ -111,6 +111,10 @@ class ChangesReader:
         apart = is_saved_whole(self._settings, plain)
         if apart and plain != module and (not module.endswith("modules_to_save") or self._also(plain, parameter)):
             return  # the base's own, behind the copy that PEFT computes with, or that copy once more
+        fused = self._base.stored_as_many(plain, parameter) if apart else None
+        if fused is not None:
+            self._add_whole_fused(fused, key)
+            return
         target = self._target(plain, parameter, key)
         shape, expected = self._stored[key].shape, self._base.info(target).shape
         ends = (self._base.embedding, self._base.head)
@@ -120,6 +124,15 @@ class ChangesReader:
         self._changes.whole[target] = key
         if apart:
             self._changes.apart.add(target)
+
+    def _add_whole_fused(self, parameter: str, key: str) -> None:
+        """An own module of `modules_to_save` whose parameter the base stores matrix by matrix."""
+        shape, expected = self._stored[key].shape, self._base.layout(parameter)[0]
+        if shape != expected:
+            raise SourceError(f"{self._file}: {key!r} is {list(shape)}, but {parameter!r} is {list(expected)}")
+        for target in self._base.parts(parameter, torch.empty(shape, device="meta")):
+            part = partial(self._base.part, parameter, partial(self._read, key), target)
+            self._change(self._part(target, parameter), OwnPart(part), key)
 
     def _also(self, module: str, parameter: str) -> bool:
         return f"{PREFIX}{module}.{parameter}" in self._stored
@@ -185,7 +198,7 @@ class ChangesReader:
             return
         factors = FusedFactors(a, b, scaling, experts, transposed)
         for target in self._base.parts(parameter, torch.empty(shape, device="meta")):
-            part = partial(self._base.part, parameter, factors, target)
+            part = partial(self._base.part, parameter, partial(factors.delta, 0, experts), target)
             whole = target == parameter
             self._change(self._part(target, parameter), OfExperts(factors) if whole else OfPart(part), a_key)
 

@@ -183,3 +183,13 @@ class OfPart(Change):
 
     def rows(self, before: Rows, start: int, stop: int, size: int) -> Tensor:
         return before(start, stop) + self.part()[start:stop]
+
+
+@dataclass(eq=False)
+class OwnPart(Change):
+    """One matrix of a fused parameter of the adapter's own, in the place of the base's."""
+
+    part: Callable[[], Tensor]
+
+    def rows(self, before: Rows, start: int, stop: int, size: int) -> Tensor:
+        return self.part()[start:stop]

@@ -51,6 +51,20 @@ def open_checkpoint(source: Source | str | Path) -> Checkpoint:
     return checkpoint
 
 
+def open_source(source: Source) -> Checkpoint:
+    """As `open_checkpoint`, of what a user says.
+
+    Raises:
+        SourceError: as there; or a revision or a base that the source has no use for.
+    """
+    checkpoint = open_checkpoint(source)
+    if source.revision and checkpoint.whence.revision is None:
+        raise SourceError(f"{source.source}: is on this machine and has no revision {source.revision!r}; leave it out")
+    if source.base and checkpoint.whence.base is None:
+        raise SourceError(f"{source.source}: is no adapter and has no base {source.base!r}; leave it out")
+    return checkpoint
+
+
 def opened_again(origin: Origin) -> Checkpoint:
     """What came from there, as it was: a hub id at the same commit, an adapter over the same base."""
     base = origin.base

@@ -181,7 +181,7 @@ def differing(one: Persona, other: Persona) -> tuple[Group, ...]:
     unlike: dict[Group, bool] = {
         "tokenizer": bool(other.files) and not same_tokenizer(one, other),
         "template": bool(other.files or other.templates) and dict(one.templates) != dict(other.templates),
-        "generation": _settings(one.generation) != _settings(other.generation),
+        "generation": spoken_settings(one.generation) != spoken_settings(other.generation),
         "positions": one.positions != other.positions,
         "processor": bool(other.processors) and not same_processors(one, other),
     }
@@ -287,7 +287,7 @@ def _meant(data: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in data.items() if key not in OF_THE_WRITER}
 
 
-def _settings(generation: Mapping[str, Any]) -> dict[str, Any]:
+def spoken_settings(generation: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that are set, with end tokens as a sorted list, and without those that say what holds anyway."""
     settings = {key: value for key, value in _meant(generation).items() if value is not None and key not in OF_THE_RUN}
     settings = {key: value for key, value in settings.items() if UNSAID.get(key) != value}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine.base import GenerateRequest
-from ..engine.mixture import expert_of
+from ..engine.mixture import expert_of, in_words
 from ..engine.streaming import Piece
 from ..engine.structure import asked_structure
 from ..errors import PolymergeError
@@ -22,6 +22,7 @@ from .opening import open_pipeline
 from .pipeline import Response
 
 if TYPE_CHECKING:
+    from ..model.assignment import RowExpert
     from ..router.route import Route
 
 OnText = Callable[[str], None]
@@ -31,7 +32,7 @@ def generate(
     bundle: str | Path,
     prompt: str,
     *,
-    expert: str = "average",
+    expert: RowExpert = "average",
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -60,7 +61,7 @@ def generate(
     """Answers a prompt with one expert, the average, or the expert that the bundle's router chooses.
 
     Args:
-        expert: a name, `average`, `auto`, or several by their weights: `math:0.7+code:0.3`.
+        expert: a name, `average`, `auto`, or several by their weights: `math:0.7+code:0.3`, {"math": 0.7, "code": 0.3}.
         temperature: 0 takes the likeliest token every time.
         chat: use the chat template, if there is one.
         base, residuals: of the average and of residuals in memory, as `load_model` takes them.
@@ -79,6 +80,11 @@ def generate(
         PolymergeError: an argument that would be ignored. BundleError, ModelError, RecipeError, RouterError: as the
         parts do.
     """
+    if not isinstance(prompt, str):
+        raise PolymergeError(
+            f"generate: a prompt is one text, not a {type(prompt).__name__}; `serve` takes conversations"
+        )
+    expert = in_words(expert)
     stages: dict[str, Any] = {
         "recipe": recipe, "thinker": thinker, "model": model, "key_env": key_env, "prompts": prompts,
         "thought_tokens": thought_tokens, "low_memory": low_memory,

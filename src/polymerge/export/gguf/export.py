@@ -117,7 +117,7 @@ def write_gguf_folder(
     if empty:
         raise ModelError(f"{bundle.path}: expert {empty[0]!r} has nothing that an adapter could hold")
     check_tokenizer(bundle)
-    with placed(output, overwrite=overwrite, needed=plan.bytes) as staged, steady(bundle):
+    with placed(output, bundle, overwrite=overwrite, needed=plan.bytes) as staged, steady(bundle):
         copy_model_files(bundle.path, staged, _plain_config(bundle), code=True)
         steps = _Steps(len(plan.experts) + 2, progress)
         _base(plan, staged)

@@ -77,7 +77,7 @@ def write_vllm(
         )
     check_tokenizer(bundle)
     needed = bundle.sizes().base + plan.adapter_bytes
-    with placed(output, overwrite=overwrite, needed=needed) as staged, steady(bundle):
+    with placed(output, bundle, overwrite=overwrite, needed=needed) as staged, steady(bundle):
         copy_model_files(bundle.path, staged, average_config(bundle), code=True)
         write_average(bundle, staged)
         clock, calibration = _Clock(plan, progress), Calibration(bundle, samples or builtin_prompts(), place)
