@@ -125,7 +125,6 @@ def test_settings_that_cannot_hold_in_one_batch_are_refused(originals: dict[str,
         ({"plain": None}, "finite weights"),
         ({7: 1.0}, "no expert 7"),
     ],
-    ids=str,
 )
 def test_what_names_no_expert_is_one_line(
     originals: dict[str, Original], model: MixedModel, experts: Any, words: str
