@@ -180,7 +180,7 @@ def test_vllm_gets_the_average_and_what_the_experts_have_beyond_it(made: Made, b
     served = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "vllm").eval()
     assert_close(logits(served), mean_by_hand(made, list(made.paths)))
     for name in made.paths:
-        assert export.note.experts[name].kl < 1e-7
+        assert export.note.experts[name].kl < 1e-6 < 1e-3 < export.note.experts[name].kl_unfolded
         with applied(served, read_adapter(load_file(tmp_path / "vllm" / "adapters" / name / ADAPTER_FILE))):
             torch.testing.assert_close(logits(served), made.by_peft(name), rtol=0, atol=1e-4)
 

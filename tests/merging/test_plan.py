@@ -188,7 +188,7 @@ def test_what_is_not_on_this_machine_is_found_out_before_anything_is_opened(
         opened.append(source.source)
         return open_checkpoint(source)
 
-    monkeypatch.setattr("polymerge.merging.plan.open_checkpoint", opening)
+    monkeypatch.setattr("polymerge.merging.plan.open_source", opening)
     with pytest.raises(SourceError, match=r"expert 'away': ./nowhere: no such folder or file"):
         plan_merge({**{name: str(path) for name, path in experts.items()}, "away": "./nowhere"})
     assert opened == ["./nowhere"]

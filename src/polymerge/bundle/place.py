@@ -48,7 +48,9 @@ def check_name(output: Path) -> None:
     blocking = next((parent for parent in output.parents if parent.exists() and not parent.is_dir()), None)
     if blocking:
         raise OutputExistsError(f"{output}: {blocking} is a file, so no folder can be made in it")
-    bundle = next((parent for parent in output.absolute().parents if (parent / BUNDLE).exists()), None)
+    # somebody's own file may have the manifest's name; a bundle is a checkpoint, too
+    there = (parent for parent in output.absolute().parents if (parent / BUNDLE).is_file())
+    bundle = next((parent for parent in there if (parent / "config.json").is_file()), None)
     if bundle:
         raise OutputExistsError(
             f"{output}: lies in the bundle {bundle}, which would be whole no more; choose another place"
