@@ -1,12 +1,13 @@
 """The demo on the real SmolLM2-135M: the published figures' own checks. The experts are trained once and cached."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from polymerge import Bundle
+from polymerge import Bundle, merge
 from polymerge.demo.run import DemoResult, DemoSettings, Listeners, demonstrate
 from polymerge.demo.skills import demo_skills
 from polymerge.method.rsvd import rsvd
@@ -37,9 +38,10 @@ def test_the_bundle_keeps_the_skills_and_the_average_does_not(result: DemoResult
 
 
 @pytest.mark.slow
-def test_every_real_matrix_is_within_two_percent_of_the_optimum(result: DemoResult) -> None:
-    bundle = Bundle.open(result.bundle)
-    sources = {name: open_checkpoint(record.source) for name, record in bundle.manifest.experts.items()}
+def test_every_real_matrix_is_within_two_percent_of_the_optimum(result: DemoResult, tmp_path: Path) -> None:
+    experts = {name: record.source for name, record in Bundle.open(result.bundle).manifest.experts.items()}
+    bundle = merge({"experts": experts, "method": "published"}, tmp_path / "published")
+    sources = {name: open_checkpoint(source) for name, source in experts.items()}
     lines = bundle.stats()
     assert len(lines) == 210 * 3
     for line in lines:
@@ -54,6 +56,8 @@ def test_every_real_matrix_is_within_two_percent_of_the_optimum(result: DemoResu
 @pytest.mark.slow
 def test_the_report_asks_the_network_for_nothing(result: DemoResult, tmp_path: Path) -> None:
     page = write_report(result.bundle, tmp_path / "report.html").read_text()
-    for tag in ("<script src", "<link", '<img src="http', "@import", "url(http"):
+    scripts = re.findall(r'<script src="([^"]+)"', page)
+    assert scripts and all((tmp_path / name).is_file() for name in scripts)  # plotly's file beside it
+    for tag in ("<link", '<img src="http', "@import", "url(http"):
         assert tag not in page
     assert all(name in page for name in ("json", "math", "shell", "Energy kept"))
