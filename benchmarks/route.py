@@ -235,9 +235,14 @@ def shifted_rows(options: argparse.Namespace, train: list[Sample], held: list[Sa
     return Shifted(train, held, rows)
 
 
+def bundle_of(options: argparse.Namespace) -> Path:
+    """The bundle that is named, or that of the hard experts."""
+    return options.bundle or routed.hard_bundle(options.data, options.store / "hard")
+
+
 def routed_draws(chosen: Shifted, embed: Embed, options: argparse.Namespace) -> dict[str, Any]:
     """Accuracy by who chooses, for every number of samples; the experts' fields alone, by the router's own vectors."""
-    bundle = options.bundle or routed.hard_bundle(options.data, options.store / "hard")
+    bundle = bundle_of(options)
     names = [expert for expert in Bundle.open(bundle).experts if expert in options.fields]
     train = [sample for sample in chosen.train if sample.field in names]
     held = [sample for sample in chosen.held if sample.field in names]
@@ -268,7 +273,7 @@ def latency(engine: Any, samples: Sequence[Sample], text: str, options: argparse
     Args:
         engine: remembers vectors, so that the fit is quick; what is timed is the engine behind it.
     """
-    bundle = options.bundle or routed.hard_bundle(options.data, options.store / "hard")  # whose files are not read
+    bundle = bundle_of(options)  # whose files are not read
     experts = {sample.field: "average" for sample in samples}
     router = fit_samples(bundle, engine, samples, experts=experts).router
     plain = router.embedder.engine = engine._engine

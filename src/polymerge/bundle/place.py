@@ -18,11 +18,11 @@ from typing import Any
 
 from ..errors import OutputExistsError
 from .files import disk_errors, scratch_name, scratches_of
+from .manifest import MANIFEST
 
 MARK = ".polymerge"
 MARK_VERSION = 1
 WORK = ".partial"
-BUNDLE = "polymerge.json"  # what tells that a folder is one
 
 
 def settled(output: str | Path) -> Path:
@@ -49,7 +49,7 @@ def check_name(output: Path) -> None:
     if blocking:
         raise OutputExistsError(f"{output}: {blocking} is a file, so no folder can be made in it")
     # somebody's own file may have the manifest's name; a bundle is a checkpoint, too
-    there = (parent for parent in output.absolute().parents if (parent / BUNDLE).is_file())
+    there = (parent for parent in output.absolute().parents if (parent / MANIFEST).is_file())
     bundle = next((parent for parent in there if (parent / "config.json").is_file()), None)
     if bundle:
         raise OutputExistsError(
@@ -203,4 +203,4 @@ def _previous(work: Path) -> Path:
 
 
 def _is_bundle(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / BUNDLE).exists() or not any(folder.iterdir()))
+    return folder.is_dir() and ((folder / MANIFEST).exists() or not any(folder.iterdir()))

@@ -135,7 +135,10 @@ def held_bytes(plan: MergePlan) -> int:
 
 @lru_cache(maxsize=1)
 def _modules_and_orders(folder: Path, config: str) -> tuple[frozenset[str], frozenset[str]]:
-    """Names of the architecture's modules, and its parameters whose rows are stored in another order."""
+    """Names of the architecture's modules, and its parameters whose rows are stored in another order.
+
+    A plan is weighed for many changes, and its architecture is the same; `config` is what the folder says of it.
+    """
     model = meta_model(folder)
     if model is None:
         return frozenset(), frozenset()

@@ -48,10 +48,8 @@ def settings_of_rows(
     key = next((key for key in _apart(list(spoken.values()), said) if key != ENDS), None)
     if key is not None:
         raise _contradiction(spoken, key, f"say {key}=")
-    settings, made = (
-        _with(hf.generation_config, spoken_settings(personas.of(None).generation), spoken[names[0]]),
-        dict(options),
-    )
+    settings = _with(hf.generation_config, spoken_settings(personas.of(None).generation), spoken[names[0]])
+    made = dict(options)
     if ENDS not in said and len({tuple(own[ENDS]) for own in spoken.values()}) > 1:
         by_one = next(
             (key for key, idle in OF_ONE_END.items() if _resolved(key, said, spoken) not in (None, idle)), None

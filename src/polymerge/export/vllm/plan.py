@@ -44,7 +44,7 @@ class VllmPlan:
     def dtype_name(self) -> str:
         """What vLLM computes in: the bundle's; over a base stored in fewer bits its kernels take 16 bits alone."""
         wide = self.bundle.manifest.dtype
-        return "bfloat16" if wide == "float32" and self.bundle.packed() else wide
+        return "bfloat16" if wide == "float32" and self.bundle.manifest.base_code else wide
 
     @property
     def dtype(self) -> torch.dtype:
