@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from polymerge import Bundle, add_expert, export_dense, export_peft, load_model, merge, remove_expert, verify
+from polymerge.bundle import tensors
 from polymerge.bundle.inspect import inspect_bundle
 from polymerge.bundle.manifest import ADAPTER_FILE
 from polymerge.errors import BundleError, PolymergeError
@@ -159,3 +160,14 @@ def test_a_damaged_code_is_a_problem_and_not_loaded(
     if damage != "nan":
         with pytest.raises(BundleError, match=said):
             load_model(path)
+
+
+def test_a_residual_is_read_with_one_opening_of_its_file(merged: Merged, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, _ = merged("llama", compress_rate=0.7, code="int4")
+    expert, openings = bundle.experts[0], []
+    reader = bundle.expert_reader(expert)
+    real = tensors.opened
+    monkeypatch.setattr(tensors, "opened", lambda file: openings.append(file) or real(file))
+    layer = next(layer for layer in bundle.layers.values() if layer.rank)
+    assert reader.factors(layer.tensor) is not None
+    assert openings == [bundle.expert_file(expert)]

@@ -13,7 +13,7 @@ from .folder import BundleFolder
 from .kept import ROW_NUMBERS
 from .layer import BundleLayer
 from .peft import adapter_name
-from .residuals import factors_of
+from .residuals import factors_of, popped
 from .tensors import opened
 
 
@@ -53,9 +53,7 @@ def adapter_of(
     for layer in _factored(bundle):
         if layer.module in coded or (expert in layer.borrowed and layer.rank_of(expert)):
             continue
-        factors = factors_of(bundle, expert, layer, tensors.get)
-        for suffix in bundle.code_of(expert, layer).suffixes:
-            tensors.pop(f"{layer.module}.{suffix}", None)
+        factors = factors_of(bundle, expert, layer, popped(tensors))
         if factors:
             b, a = factors
             tensors |= {f"{layer.module}.lora_A.weight": a.to(dtype), f"{layer.module}.lora_B.weight": b.to(dtype)}

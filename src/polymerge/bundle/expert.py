@@ -126,7 +126,7 @@ class ExpertReader:
         """B [out, r] and A [r, in] of a linear weight, float32, decoded; None where the expert has none."""
         layer = self._bundle.layers[tensor]
         if self._expert not in layer.borrowed or layer.lends_whole(self._expert):
-            return factors_of(self._bundle, self._expert, layer, self._its.get)
+            return factors_of(self._bundle, self._expert, layer, self._its.those)
         (b, a), times = self.lent(tensor)
         return b * times, a
 
@@ -138,7 +138,7 @@ class ExpertReader:
         """
         layer = self._bundle.layers[tensor]
         lender = self._lender(layer)
-        factors = factors_of(self._bundle, self._expert, layer, lender.get)
+        factors = factors_of(self._bundle, self._expert, layer, lender.those)
         if factors is None:
             raise BundleError(
                 f"{lender.file}: has no factors of {layer.module}, which are expert {self._expert!r}'s too"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ class StoredTensors:
             self.keys = {adapter_name(key): key for key in handle.keys()}  # noqa: SIM118
 
     def get(self, key: str) -> Tensor | None:
-        stored = self.keys.get(key)
-        if stored is None:
-            return None
-        with opened(self.file) as handle:
-            value: Tensor = handle.get_tensor(stored).clone()
-            return value
+        return self.those([key]).get(key)
+
+    def those(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Those of the keys that are stored."""
+        stored = {key: self.keys[key] for key in keys if key in self.keys}
+        if not stored:
+            return {}
+        with opened(self.file) as handle:  # clone: the mapped pages go with the handle
+            return {key: handle.get_tensor(name).clone() for key, name in stored.items()}
 
 
 def opened(file: Path) -> Any:

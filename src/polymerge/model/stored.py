@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..bundle.adapter import adapter_of
 from ..bundle.bundle import Bundle
 from ..bundle.layer import BundleLayer, stored_layers
-from ..bundle.residuals import coded_factors
+from ..bundle.residuals import coded_factors, popped
 from ..errors import ModelError
 from ..sources.forms import Part, forms_of, parts_of_slices
 from ..sources.layers import meta_model
@@ -98,7 +98,7 @@ class StoredResiduals:
     def coded(self, layer: BundleLayer) -> list[Any]:
         """Factors of a module that was read `coded`, as `coded_factors` gives them."""
         return [
-            coded_factors(self.bundle, expert, layer, lambda key, tensors=adapter: tensors.pop(key, None))  # type: ignore[misc]
+            coded_factors(self.bundle, expert, layer, popped(adapter))
             for expert, adapter in zip(self.bundle.experts, self.adapters, strict=True)
         ]
 

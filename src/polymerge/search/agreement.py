@@ -5,22 +5,17 @@ Knows examples and logits; does not know bundles, nor how what is compared was m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ..engine.local.engine import HFEngine
+from ..engine.local.forced import TOGETHER, Logits, batches, read_together
 from ..errors import RecipeError
 from ..recipe.source import Source
 from .examples import Example
-
-# logits(ids [B, T]) -> [B, T, vocabulary]; rows are padded on the right, which no earlier token of a causal model sees
-Logits = Callable[[Tensor], Tensor]
-# Tokens of examples that run together, padding counted.
-TOGETHER = 1024
 
 
 @dataclass(frozen=True)
@@ -120,23 +115,9 @@ class Reference:
         self, logits: Logits, device: torch.device | None, together: int = TOGETHER
     ) -> Iterator[Tensor]:
         """[compared tokens, vocabulary] of every example, on the CPU."""
-        for rows in _batches(self._rows, together):
-            ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
-            with torch.no_grad():
-                batch = logits(ids.to(device))
-            for row, token_logits in zip(rows, batch, strict=True):
-                last = len(row.ids) - 1
-                yield torch.log_softmax(token_logits[last - row.compared : last].float(), dim=-1).cpu()
-
-
-def _batches(rows: Sequence[_ComparedTokens], together: int) -> Iterator[list[_ComparedTokens]]:
-    batch: list[_ComparedTokens] = []
-    for row in rows:
-        if batch and max(len(r.ids) for r in (*batch, row)) * (len(batch) + 1) > together:
-            yield batch
-            batch = []
-        batch.append(row)
-    yield batch
+        for rows in batches(self._rows, lambda row: len(row.ids), together):
+            for row, token_logits in zip(rows, read_together([r.ids for r in rows], logits, device), strict=True):
+                yield torch.log_softmax(token_logits[-1 - row.compared : -1].float(), dim=-1).cpu()
 
 
 def agreement(examples: Sequence[ExampleAgreement]) -> Agreement:

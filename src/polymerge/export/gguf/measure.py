@@ -26,7 +26,7 @@ MOST_TOKENS = 64
 
 def measure_served(folder: Path, note: GgufNote, calibration: Calibration) -> dict[str, Served]:
     """Runs llama.cpp on a written folder. Raises ModelError: it cannot load it."""
-    context = max(len(ids) for expert in note.experts for ids, _, _ in calibration.truths(expert)) + 8
+    context = max(len(ids) for expert in note.experts for ids, _ in calibration.rows(expert)) + 8
     with llama_server(folder, note=note, rows=1, cache_tokens=max(context, 256)) as api:
         return {e: _served(api, note, e, calibration.truths(e)) for e in note.experts}
 

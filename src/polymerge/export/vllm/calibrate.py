@@ -23,6 +23,7 @@ from ...bundle.manifest import ADAPTER_FILE
 from ...bundle.peft import adapter_name, as_peft
 from ...engine.exported import Probe, distance
 from ...engine.local.engine import HFEngine
+from ...engine.local.forced import batches, read_together
 from ...errors import ModelError
 from ...model.mixed import MixedModel
 from ..expressed import HEAD
@@ -32,6 +33,8 @@ from .prompts import CalibrationPrompt
 ANSWER_TOKENS = 24
 # No column counts for less than this share of the middle one, so that dividing by its size is harmless.
 SMALLEST_SIZE = 0.05
+# Logits of texts that are read together, padding counted: 128 MB of them, and an export compares four readings.
+LOGITS = 2**25
 # Module -> (A, B); an embedding's A is looked up, every other one multiplied.
 Adapter = dict[str, tuple[Tensor, Tensor]]
 
@@ -66,7 +69,6 @@ class Calibration:
         self.bundle, self._samples = bundle, samples
         self._engine = HFEngine.from_bundle(bundle, device=str(device))
         self._rows: dict[str, list[tuple[list[int], int]]] = dict(rows or {})
-        self._said: tuple[str, list[Tensor]] = "", []  # of the expert that was read last
 
     @torch.inference_mode()
     def input_sizes(self, expert: str, modules: Collection[str]) -> dict[str, Tensor]:
@@ -80,7 +82,8 @@ class Calibration:
             for name in modules
         ]
         try:
-            self._said = expert, [_log_probabilities(self._engine, ids, expert) for ids, _ in self._answers(expert)]
+            for ids, _ in self._answers(expert):  # each alone: padding would count
+                _log_probabilities(self._engine, [ids], expert)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -93,18 +96,15 @@ class Calibration:
         exported = read_adapter(load_file(folder / ADAPTER_FILE))
         layers, tied = self.bundle.layers.values(), self.bundle.manifest.tied_embedding
         unfolded = read_adapter(as_peft(adapter_of(self.bundle, expert), layers, tied=(tied, HEAD) if tied else None))
-        return _measured(self._engine, self._answers(expert), self._truths(expert), exported, unfolded)
+        return _measured(self._engine, expert, self._answers(expert), exported, unfolded)
 
     @torch.inference_mode()
     def truths(self, expert: str) -> Iterator[tuple[list[int], int, Tensor]]:
         """What an export must answer: token ids, where the answer begins, and the log-probabilities of the bundle's
         expert for every token but the first, [T - 1, V] float32 on the CPU."""
-        if self._said[0] != expert:
-            for ids, start in self._answers(expert):
-                yield ids, start, _log_probabilities(self._engine, ids, expert).cpu()
-            return
-        for (ids, start), said in zip(self._answers(expert), self._said[1], strict=True):
-            yield ids, start, said.cpu()
+        for rows in _batches(self._engine, self._answers(expert)):
+            said = _log_probabilities(self._engine, [ids for ids, _ in rows], expert)
+            yield from ((ids, start, of_row.cpu()) for (ids, start), of_row in zip(rows, said, strict=True))
 
     @property
     def model(self) -> MixedModel:
@@ -119,13 +119,7 @@ class Calibration:
     @torch.inference_mode()
     def truth(self, expert: str, ids: list[int]) -> Tensor:
         """As one of `truths`, for these tokens."""
-        return _log_probabilities(self._engine, ids, expert).cpu()
-
-    def _truths(self, expert: str) -> list[Tensor]:
-        """Log-probabilities of the bundle's expert for the tokens of its answers, each read once."""
-        if self._said[0] != expert:
-            self._said = expert, [_log_probabilities(self._engine, ids, expert) for ids, _ in self._answers(expert)]
-        return self._said[1]
+        return _log_probabilities(self._engine, [ids], expert)[0].cpu()
 
     def _answers(self, expert: str) -> list[tuple[list[int], int]]:
         if expert not in self._rows:
@@ -233,26 +227,25 @@ def _up_to_end(tokens: list[int], ends: Collection[int]) -> list[int]:
 
 
 def _measured(
-    engine: HFEngine,
-    rows: Sequence[tuple[list[int], int]],
-    truths: Sequence[Tensor],
-    exported: Adapter,
-    unfolded: Adapter,
+    engine: HFEngine, expert: str, rows: Sequence[tuple[list[int], int]], exported: Adapter, unfolded: Adapter
 ) -> Measured:
     hf = engine.model.hf
     sums, tokens, same = dict.fromkeys(("exported", "unfolded", "average"), 0.0), 0, 0
     probes = []
-    for (ids, start), truth in zip(rows, truths, strict=True):
-        others = {"average": _log_probabilities(engine, ids, None)}
+    for batch in _batches(engine, rows):
+        read = [ids for ids, _ in batch]
+        truths = _log_probabilities(engine, read, expert)
+        others = {"average": _log_probabilities(engine, read, None)}
         for name, adapter in (("exported", exported), ("unfolded", unfolded)):
             with applied(hf, adapter):
-                others[name] = _log_probabilities(engine, ids, None)
-        answer = slice(max(start - 1, 0), None)
-        for name, other in others.items():
-            sums[name] += float((truth.exp() * (truth - other))[answer].sum())
-        tokens += len(truth[answer])
-        same += int((truth.argmax(-1) == others["exported"].argmax(-1))[answer].sum())
-        probes.append(_probe(ids, others["exported"], others["average"]))
+                others[name] = _log_probabilities(engine, read, None)
+        for number, ((ids, start), truth) in enumerate(zip(batch, truths, strict=True)):
+            answer = slice(max(start - 1, 0), None)
+            for name, other in others.items():
+                sums[name] += float((truth.exp() * (truth - other[number]))[answer].sum())
+            tokens += len(truth[answer])
+            same += int((truth.argmax(-1) == others["exported"][number].argmax(-1))[answer].sum())
+            probes.append(_probe(ids, others["exported"][number], others["average"][number]))
     means = {name: max(total, 0.0) / max(tokens, 1) for name, total in sums.items()}
     probe = max(probes, key=lambda probe: distance(probe.expert, probe.average))
     return Measured(means["exported"], means["unfolded"], means["average"], same / max(tokens, 1), tokens, probe)
@@ -264,8 +257,13 @@ def _probe(ids: list[int], exported: Tensor, average: Tensor) -> Probe:
     return Probe(ids=tuple(ids), expert=expert, average=base)
 
 
-def _log_probabilities(engine: HFEngine, ids: list[int], expert: str | None) -> Tensor:
-    """[T - 1, V], float32: of every token but the first."""
-    rows = torch.tensor([ids], device=engine.device)
-    logits: Tensor = engine.model(rows, experts=expert, use_cache=False).logits[0, :-1]
-    return logits.float().log_softmax(-1)
+def _batches(engine: HFEngine, rows: Sequence[tuple[list[int], int]]) -> Iterator[list[tuple[list[int], int]]]:
+    """Rows that are read together."""
+    vocabulary = engine.model.hf.config.get_text_config().vocab_size
+    return batches(rows, lambda row: len(row[0]), together=LOGITS // vocabulary)
+
+
+def _log_probabilities(engine: HFEngine, rows: Sequence[list[int]], expert: str | None) -> list[Tensor]:
+    """[T - 1, V] of every row, float32: of every token but the first."""
+    said = read_together(rows, lambda ids: engine.model(ids, experts=expert, use_cache=False).logits, engine.device)
+    return [of_row[:-1].float().log_softmax(-1) for of_row in said]
