@@ -7,7 +7,8 @@
 
 The demo's experts and held-out requests; greedy answers, compared with those of the offline engine. Every server is a
 process of its own, whose peak memory (its children's too) is read when the load is over. `--peer NAME=URL` adds a
-server that runs already, whose models have the experts' names. Long prompts and shared ones: `serve_prompts.py`.
+server that runs already, whose models have the experts' names; `--before FOLDER` the server of another checkout of
+polymerge; `--sampled` draws the answers at a temperature of 1. Long prompts and shared ones: `serve_prompts.py`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from polymerge.engine.vllm.server import VllmServer
 from polymerge.export import plan_vllm, write_vllm
 from polymerge.host import cache_folder
 
-OURS, ALONE, DENSE, VLLM = "polymerge", "one at a time", "three servers", "vLLM"
+OURS, ALONE, DENSE, VLLM, BEFORE = "polymerge", "one at a time", "three servers", "vLLM", "before"
 TOKENS = 48
 # vLLM on CPUs: GB for keys and values (the load needs a part of it), a context that holds the load, and no prefix
 # cache, because every round asks the same prompts again.
@@ -104,22 +105,19 @@ def server(arguments: Sequence[str], threads: int) -> Iterator[tuple[str, int]]:
         process.wait(LONGEST_START)
 
 
+def serving(bundle: Path, before: Path | None = None) -> list[str]:
+    """The command of our server, or of another checkout's, whose engine is its only one."""
+    run = ["env", f"PYTHONPATH={before / 'src'}"] if before else []
+    engine = [] if before else ["--engine", "transformers"]
+    return [*run, sys.executable, "-m", "polymerge", "serve", str(bundle), *engine, "--port", "0", "--json", "--quiet"]
+
+
 @contextmanager
-def system(name: str, folder: Path, experts: Sequence[str], cores: int) -> Iterator[tuple[Models, list[int]]]:
+def system(
+    name: str, folder: Path, experts: Sequence[str], cores: int, before: Path | None
+) -> Iterator[tuple[Models, list[int]]]:
     """A way to serve, and the processes behind it."""
-    command = [
-        sys.executable,
-        "-m",
-        "polymerge",
-        "serve",
-        str(folder / "bundle"),
-        "--engine",
-        "transformers",
-        "--port",
-        "0",
-        "--json",
-        "--quiet",
-    ]
+    command = serving(folder / "bundle", before if name == BEFORE else None)
     with ExitStack() as stack:
         if name == DENSE:
             dense_command = [sys.executable, __file__, "--dense"]
@@ -154,11 +152,12 @@ async def streamed(client: httpx2.AsyncClient, url: str, body: dict[str, Any]) -
                 yield json.loads(line[6:])
 
 
-async def ask(client: httpx2.AsyncClient, url: str, model: str, asked: Asked) -> Answered:
-    """One streamed answer."""
+async def ask(client: httpx2.AsyncClient, url: str, model: str, asked: Asked, seed: int | None) -> Answered:
+    """One streamed answer: greedy, or drawn with a seed."""
     body = {
-        "model": model, "prompt": asked.prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True,
+        "model": model, "prompt": asked.prompt, "max_tokens": TOKENS, "stream": True,
         "stream_options": {"include_usage": True},
+        **({"temperature": 0} if seed is None else {"temperature": 1, "seed": seed}),
     }  # fmt: skip
     began, first, text, tokens = time.perf_counter(), 0.0, "", 0
     async for chunk in streamed(client, url, body):
@@ -169,14 +168,16 @@ async def ask(client: httpx2.AsyncClient, url: str, model: str, asked: Asked) ->
     return Answered(text, tokens, first, time.perf_counter() - began)
 
 
-async def drive(models: Models, rows: Sequence[Asked], clients: int) -> tuple[list[Answered], float]:
+async def drive(
+    models: Models, rows: Sequence[Asked], clients: int, sampled: bool = False
+) -> tuple[list[Answered], float]:
     """The rows, asked by so many clients that each wait for their answer. Returns the answers and the seconds."""
     answered: dict[int, Answered] = {}
     left = iter(enumerate(rows))
 
     async def one(client: httpx2.AsyncClient) -> None:
         for number, row in left:
-            answered[number] = await ask(client, *models[row.expert], row)
+            answered[number] = await ask(client, *models[row.expert], row, number if sampled else None)
 
     limits = httpx2.Limits(max_connections=None)
     async with httpx2.AsyncClient(timeout=600, limits=limits) as client:
@@ -246,7 +247,8 @@ def serve_dense(folder: str) -> None:
 
 def print_table(result: dict[str, Any]) -> None:
     table = Table(
-        title=f"{result['requests']} requests, experts mixed, greedy, up to {TOKENS} tokens; times are p50 / p95"
+        title=f"{result['requests']} requests, experts mixed, {'drawn' if result['sampled'] else 'greedy'}, up to "
+        f"{TOKENS} tokens; times are p50 / p95"
     )
     for column in ("system", "clients", "tokens/s", "first token, ms", "answer, ms", "as offline", "peak memory"):
         table.add_column(column, justify="left" if column == "system" else "right")
@@ -256,7 +258,7 @@ def print_table(result: dict[str, Any]) -> None:
                 name, str(clients), f"{row['tokens_per_second']:.1f}",
                 f"{row['first_token_ms']['p50']:.0f} / {row['first_token_ms']['p95']:.0f}",
                 f"{row['answer_ms']['p50']:.0f} / {row['answer_ms']['p95']:.0f}",
-                f"{row['same_as_offline']:.1%}",
+                "" if result["sampled"] else f"{row['same_as_offline']:.1%}",
                 f"{figures['peak_memory'] / 1e9:.2f} GB" if figures["peak_memory"] else "",
             )  # fmt: skip
     Console().print(table)
@@ -270,6 +272,8 @@ def main() -> None:
     parser.add_argument("--vllm-python", metavar="PATH", help="measure vLLM too, with this python")
     parser.add_argument("--vllm-arg", action="append", default=[], help="a further argument of `vllm serve`")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=URL")
+    parser.add_argument("--before", type=Path, metavar="FOLDER", help="another checkout of polymerge, measured too")
+    parser.add_argument("--sampled", action="store_true", help="answers are drawn, not greedy")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="threads of one server")
     parser.add_argument("--output", type=Path, default=Path("benchmark-serve.json"))
     parser.add_argument("--dense", metavar="FOLDER", help=argparse.SUPPRESS)
@@ -282,21 +286,23 @@ def main() -> None:
     expected = {dense: offline(folder, rows, dense) for dense in (False, True)}
     systems: dict[str, Any] = {}
     versions = {name: version(name) for name in ("polymerge", "torch", "transformers", "uvicorn")}
-    for name in options.systems:
-        with system(name, folder, experts, options.cores) as (models, processes):
-            systems[name] = _loaded(models, rows, options.clients, expected[name == DENSE])
+    loaded = partial(_loaded, rows=rows, clients=options.clients, sampled=options.sampled)
+    for name in [*options.systems, *([BEFORE] if options.before else [])]:
+        with system(name, folder, experts, options.cores, options.before) as (models, processes):
+            systems[name] = loaded(models, expected=expected[name == DENSE])
             systems[name]["peak_memory"] = peak_memory(processes)
     if options.vllm_python:
         with vllm_system(folder, options.vllm_python, experts, options.vllm_arg) as (models, processes):
-            systems[VLLM] = _loaded(models, rows, options.clients, expected[False])
+            systems[VLLM] = loaded(models, expected=expected[False])
             systems[VLLM]["peak_memory"] = peak_memory(processes)
             versions[VLLM] = httpx2.get(f"{models[experts[0]][0]}/version").json()["version"]
     for peer in options.peer:
         name, _, url = peer.partition("=")
-        systems[name] = _loaded({expert: (url, expert) for expert in experts}, rows, options.clients, expected[False])
+        systems[name] = loaded({expert: (url, expert) for expert in experts}, expected=expected[False])
         systems[name]["peak_memory"] = None
     result = {
         "requests": len(rows),
+        "sampled": options.sampled,
         "systems": systems,
         "cores": options.cores,
         "versions": versions,
@@ -305,9 +311,13 @@ def main() -> None:
     print_table(result)
 
 
-def _loaded(models: Models, rows: Sequence[Asked], clients: Sequence[int], expected: Sequence[str]) -> dict[str, Any]:
-    asyncio.run(drive(models, rows[:3], 3))  # the first requests warm caches and allocators
-    return {"clients": {count: measured(*asyncio.run(drive(models, rows, count)), expected) for count in clients}}
+def _loaded(
+    models: Models, *, rows: Sequence[Asked], clients: Sequence[int], sampled: bool, expected: Sequence[str]
+) -> dict[str, Any]:
+    asyncio.run(drive(models, rows[:3], 3, sampled))  # the first requests warm caches and allocators
+    return {
+        "clients": {count: measured(*asyncio.run(drive(models, rows, count, sampled)), expected) for count in clients}
+    }
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Each server is a process of its own, on the same bundle and cores:
     pieces of 512, 128      with `--chunk-tokens`
     nothing remembered      with `--prefix-tokens 0`
     whole prompts           nothing remembered, and prompts read in one go, however long the running answers wait
+    before                  `--before FOLDER`: the server of another checkout of polymerge, as it starts
 
 Two loads. `shared`: clients that ask short questions, with a system prompt of about 500 tokens before each and without
 one. `arrival`: streams that run while a prompt of about 2,000 tokens arrives; the delays between their pieces until
@@ -21,7 +22,6 @@ import asyncio
 import json
 import os
 import statistics
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ import httpx2
 from rich.console import Console
 from rich.table import Table
 
-from serve import _p95, server, streamed
+from serve import BEFORE, _p95, server, serving, streamed
 
 WAYS: dict[str, list[str]] = {
     "as it is": [],
@@ -134,10 +134,7 @@ def gaps(stream: Stream, begin: float, end: float) -> list[float]:
 
 
 def measured(way: str, options: argparse.Namespace, experts: list[str]) -> dict[str, Any]:
-    command = [
-        sys.executable, "-m", "polymerge", "serve", str(options.bundle), "--engine", "transformers", "--port", "0",
-        "--json", "--quiet", "--no-probe", *WAYS[way],
-    ]  # fmt: skip
+    command = serving(options.bundle, options.before) if way == BEFORE else [*serving(options.bundle), *WAYS[way]]
     with server(command, options.cores) as (url, _):
         asyncio.run(shared(url, experts, system=False, requests=3, clients=3, seed=99))  # warms caches and allocators
         load = {"requests": options.requests, "clients": options.clients}
@@ -177,6 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="the bundle's folder")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--before", type=Path, metavar="FOLDER", help="another checkout of polymerge, measured too")
     parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--arrivals", type=int, default=3, help="long prompts, one after the other")
@@ -185,7 +183,7 @@ def main() -> None:
     options = parser.parse_args()
     experts = sorted(path.name for path in (options.bundle / "experts").iterdir())
     systems: dict[str, Any] = {}
-    for way in options.ways:
+    for way in [*options.ways, *([BEFORE] if options.before else [])]:
         systems[way] = measured(way, options, experts)
         options.output.write_text(json.dumps(systems, indent=1) + "\n")
         print(f"{way}: {json.dumps(systems[way])}", flush=True)
