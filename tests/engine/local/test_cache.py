@@ -57,6 +57,7 @@ def test_a_row_has_nothing_of_whoever_had_it_before() -> None:
     cache = RunningCache(lambda: None)
     join(cache, 20, 9, 15)
     cache.leave(2)
+    cache.scribbled = True
     for keys, values in filter(None, cache.views(*cache.room())):
         keys[2:], values[2:] = torch.nan, torch.nan
     join(cache, 7)
@@ -65,3 +66,30 @@ def test_a_row_has_nothing_of_whoever_had_it_before() -> None:
         for row, length in enumerate(cache.lengths):
             mine = keys[row, 0, cache.starts[row] : cache.extent.end, 0]
             assert mine.tolist() == [[20, 9, 7][row]] * length
+
+
+def test_what_nobody_has_is_zero_whatever_came_and_went() -> None:
+    """Also where rows were moved within their buffers, to the front or to make room for a longer one."""
+    cache = RunningCache(lambda: None)
+    join(cache, 20, 9, 15)
+    for turn in range(3 * GROWTH):
+        if turn % 40 == 10:
+            cache.leave(turn % 3)
+        if turn % 40 == 30:
+            join(cache, 5 + turn % 200)
+        cache.before_step()
+        extent = cache.extent
+        for layer in cache.layers:
+            states = torch.full((extent.rows, 1, 1, 1), float("nan") if turn % 40 == 9 else 1.0)
+            layer.update(states, states)
+        cache.after_step()
+        if turn % 40 == 9:  # whoever has no numbers leaves
+            for row in reversed(range(extent.rows)):
+                cache.leave(row)
+            join(cache, 20, 9, 15)
+    for keys, values in filter(None, cache.views(*cache.room())):
+        assert keys.isfinite().all() and values.isfinite().all()
+        assert not keys[cache.extent.rows :].any()
+        for row, start in enumerate(cache.starts):
+            assert keys[row, 0, start : cache.extent.end].all()
+            assert not keys[row, 0, :start].any() and not keys[row, 0, cache.extent.end :].any()

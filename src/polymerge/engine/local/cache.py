@@ -74,7 +74,8 @@ class Extent:
 class RowsLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's buffers [rows, heads, columns, dim], larger than what is in use.
 
-    A row's unused places hold zeros or what the row itself had: a masked place has weight 0, and 0 times NaN is NaN.
+    A row's unused places hold zeros, and of rows that nobody has all are zero: a masked place has weight 0, and 0 times
+    NaN is NaN. So a row is wiped where it was used when it leaves, which is less than its whole width.
     """
 
     def __init__(self, extent: Extent, like: DynamicLayer) -> None:
@@ -103,23 +104,27 @@ class RowsLayer(DynamicLayer):  # type: ignore[misc]
             live = old[: used.rows, :, used.start : used.end]
             if (rows, columns) == (old.shape[0], old.shape[2]):
                 new, live = old, live.clone()
+                old[: used.rows] = 0.0
             else:
                 new = old.new_zeros(rows, old.shape[1], columns, old.shape[3])
             new[: used.rows, :, start : start + used.width] = live
             setattr(self, name, new)
 
     def write(self, row: int, other: DynamicLayer, source: int, length: int, end: int) -> None:
-        """The last `length` columns of another layer's row, so that they end at `end`; all others are zero, and nothing
-        is left of whoever had the row before."""
+        """The last `length` columns of another layer's row, so that they end at `end`, into a row that nobody has."""
         for name in ("keys", "values"):
             ours, theirs = getattr(self, name)[row], getattr(other, name)[source]
-            ours.zero_()
             ours[:, end - length : end] = theirs[:, theirs.shape[1] - length :]
 
-    def move(self, source: int, target: int) -> None:
-        """One row over another."""
-        self.keys[target] = self.keys[source]
-        self.values[target] = self.values[source]
+    def move(self, source: int, target: int, start: int, end: int) -> None:
+        """What one row has in these columns, over another."""
+        self.keys[target, :, start:end] = self.keys[source, :, start:end]
+        self.values[target, :, start:end] = self.values[source, :, start:end]
+
+    def wipe(self, row: int, start: int = 0, end: int | None = None) -> None:
+        """Nothing is left in these columns of a row; by default in all."""
+        self.keys[row, :, start:end] = 0.0
+        self.values[row, :, start:end] = 0.0
 
     def part(self, rows: Tensor) -> RowsLayer:
         """A view of some rows: what it is given is written into these alone."""
@@ -150,6 +155,7 @@ class RunningCache(Cache):  # type: ignore[misc]
 
     Attributes:
         starts: the column at which every row begins, in the order of the rows.
+        scribbled: whether a step wrote into rows that nobody has, as those of fixed shapes do.
     """
 
     def __init__(self, forget: Callable[[], None]) -> None:
@@ -158,6 +164,7 @@ class RunningCache(Cache):  # type: ignore[misc]
         self.layers: list[DynamicLayer]
         self.extent = Extent()
         self.starts: list[int] = []
+        self.scribbled = False
 
     @property
     def lengths(self) -> list[int]:
@@ -173,6 +180,8 @@ class RunningCache(Cache):  # type: ignore[misc]
         for layer, other in zip(self.layers, cache.layers, strict=True):
             if isinstance(layer, RowsLayer):
                 for number, length in enumerate(lengths):
+                    if self.scribbled:
+                        layer.wipe(before + number)
                     layer.write(before + number, other, number, length, self.extent.end)
         self.extent.rows += len(lengths)
         self.starts += [self.extent.end - length for length in lengths]
@@ -180,10 +189,11 @@ class RunningCache(Cache):  # type: ignore[misc]
 
     def leave(self, row: int) -> None:
         """Drops a row; the last one takes its number."""
-        last = self.extent.rows - 1
-        if row != last:
-            for layer in self._rows_layers():
-                layer.move(last, row)
+        last, end = self.extent.rows - 1, self.extent.end
+        for layer in self._rows_layers():
+            if row != last:
+                layer.move(last, row, min(self.starts[row], self.starts[last]), end)
+            layer.wipe(last, self.starts[last], end)
         self.starts[row] = self.starts[last]
         self.starts.pop()
         self.extent.rows = last

@@ -93,6 +93,7 @@ class StepGraphs:
         shape = (2 ** (len(rows) - 1).bit_length(), -(-(column + 1) // GROWTH) * GROWTH, mixed)
         if shape in self._steps:
             pause()
+            cache.scribbled = True
             return self._steps[shape].run(rows, column)
         self._seen[shape] += 1
         self._rest -= 1
@@ -109,6 +110,7 @@ class StepGraphs:
         state = self._engine.model.assignment if self._engine.is_mixed else None
         try:
             step = FixedStep(self._engine.hf, cache.views(*shape[:2]), state, mixed=shape[2])
+            cache.scribbled = True
             if self._captures:
                 pool = self._pool or torch.cuda.graph_pool_handle()
                 self._pool = None  # a capture that fails may leave one that takes no other
