@@ -33,8 +33,10 @@ class ResponseFormat(Strict):
 
     @model_validator(mode="after")
     def _has_its_schema(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema: goes with the type json_schema, and with no other")
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError('json_schema: missing; write {"name": ..., "schema": {...}}')
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise ValueError(f"json_schema: goes with the type json_schema, and the type is {self.type}")
         return self
 
     @property
