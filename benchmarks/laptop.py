@@ -4,7 +4,8 @@
     python benchmarks/laptop.py --bundle BUNDLE --types q8_0     # another bundle of the demo's experts
 
 Speed: experts mixed, greedy answers, to 1, 8 and 32 clients, each server a process of its own; `all clients one expert`
-is what llama.cpp gives where it need not take turns. Agreement: greedy answers of llama.cpp and of the embedded engine
+is what llama.cpp gives where it need not take turns; `bare` is its own server with the same base and adapters, as it
+comes, asked for an adapter by every request. Agreement: greedy answers of llama.cpp and of the embedded engine
 to the same held-out requests.
 """
 
@@ -15,7 +16,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,10 +29,13 @@ from polymerge import Bundle
 from polymerge.demo.skills import demo_skills
 from polymerge.demo.train import format_prompt
 from polymerge.engine import GenerateRequest
+from polymerge.engine.llamacpp.folder import read_note
+from polymerge.engine.llamacpp.lora import applied_adapter
+from polymerge.engine.llamacpp.server import llama_server
 from polymerge.engine.local.engine import HFEngine
 from polymerge.export import export_gguf
 from polymerge.host import cache_folder
-from serve import TOKENS, Asked, bundle_folder, drive, load, measured, peak_memory, server
+from serve import TOKENS, Asked, Models, bundle_folder, drive, load, measured, named, peak_memory, server
 
 EMBEDDED = "embedded"
 
@@ -55,19 +59,33 @@ def arguments(bundle: Path, exported: Path | None) -> list[str]:
     return [*command, "--port", "0", "--json", "--quiet"]
 
 
-def loaded(url: str, rows: Sequence[Asked], clients: Sequence[int], expected: Sequence[str]) -> dict[int, Any]:
+def bare(folder: Path, rows: Sequence[Asked], one: Sequence[Asked], clients: Sequence[int]) -> dict[str, Any]:
+    """Figures of llama.cpp's own server on an exported folder. It runs in this process, as it does in polymerge's."""
+    names, blank = list(read_note(folder).experts), [""] * len(rows)
+    with llama_server(folder) as api:
+        models: Models = {name: (api.url, {"lora": applied_adapter(names, name)}) for name in names}
+        mixed, alone = (loaded(models, asked, clients, blank, api.headers) for asked in (rows, one))
+    return {"mixed": mixed, "one expert": alone, "agreement": None, "peak_memory": None}
+
+
+def loaded(
+    models: Models,
+    rows: Sequence[Asked],
+    clients: Sequence[int],
+    expected: Sequence[str],
+    headers: Mapping[str, str] = {},
+) -> dict[int, Any]:
     """Figures by the number of clients."""
-    models = {row.expert: (url, row.expert) for row in rows}
-    asyncio.run(drive(models, rows[:3], 3))  # the first requests warm caches and allocators
-    return {count: measured(*asyncio.run(drive(models, rows, count)), expected) for count in clients}
+    asyncio.run(drive(models, rows[:3], 3, headers=headers))  # the first requests warm caches and allocators
+    return {count: measured(*asyncio.run(drive(models, rows, count, headers=headers)), expected) for count in clients}
 
 
 def agreement(url: str, rows: Sequence[Asked], expected: Sequence[str]) -> dict[str, Any]:
     """How many answers are equal, by expert."""
-    models = {row.expert: (url, row.expert) for row in rows}
+    models = named(url, {row.expert for row in rows})
     answers, _ = asyncio.run(drive(models, rows, 4))
     told: dict[str, Any] = {}
-    for name in models:
+    for name in sorted(models):
         equal = [a.text == e for a, e, row in zip(answers, expected, rows, strict=True) if row.expert == name]
         told[name] = {"equal": sum(equal), "of": len(equal)}
     return told
@@ -84,7 +102,7 @@ def print_result(result: dict[str, Any]) -> None:
             table.add_row(
                 name, str(clients), f"{row['tokens_per_second']:.1f}",
                 f"{alone['tokens_per_second']:.1f}" if alone else "", f"{first['p50']:.0f} / {first['p95']:.0f}",
-                f"{system['peak_memory'] / 1e9:.2f} GB",
+                f"{system['peak_memory'] / 1e9:.2f} GB" if system["peak_memory"] else "",
             )  # fmt: skip
     console.print(table)
     for name, system in result["systems"].items():
@@ -116,11 +134,13 @@ def main() -> None:
     for name, exported in exports.items():
         with server(arguments(bundle, exported), options.cores) as (url, pid):
             systems[name] = {
-                "mixed": loaded(url, rows, options.clients, expected),
-                "one expert": loaded(url, one, options.clients, blank),
+                "mixed": loaded(named(url, experts), rows, options.clients, expected),
+                "one expert": loaded(named(url, experts), one, options.clients, blank),
                 "agreement": agreement(url, asked, equal) if exported else None,
                 "peak_memory": peak_memory([pid]),
             }
+        if exported:
+            systems[f"{name}, bare"] = bare(exported, rows, one, options.clients)
     versions = {name: version(name) for name in ("polymerge", "torch", "transformers", "xllamacpp")}
     result = {"requests": len(rows), "systems": systems, "cores": options.cores, "versions": versions}
     options.output.write_text(json.dumps(result, indent=1) + "\n")

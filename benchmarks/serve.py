@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -50,8 +50,8 @@ TOKENS = 48
 VLLM_CACHE = "1"
 VLLM_ARGUMENTS = ["--max-model-len", "1024", "--no-enable-prefix-caching"]
 LONGEST_START = 180
-# expert -> where it is asked, and under which name
-Models = dict[str, tuple[str, str]]
+# expert -> where it is asked, and the fields of a request that name it there
+Models = dict[str, tuple[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,11 @@ def server(arguments: Sequence[str], threads: int) -> Iterator[tuple[str, int]]:
         process.wait(LONGEST_START)
 
 
+def named(url: str, experts: Iterable[str]) -> Models:
+    """Experts that are models of one server, by their own names."""
+    return {name: (url, {"model": name}) for name in experts}
+
+
 def serving(bundle: Path, before: Path | None = None) -> list[str]:
     """The command of our server, or of another checkout's, whose engine is its only one."""
     run = ["env", f"PYTHONPATH={before / 'src'}"] if before else []
@@ -123,12 +128,14 @@ def system(
             dense_command = [sys.executable, __file__, "--dense"]
             each = max(1, cores // len(experts))
             started = [stack.enter_context(server([*dense_command, str(folder / name)], each)) for name in experts]
-            models = {name: (url, "average") for name, (url, _) in zip(experts, started, strict=True)}
+            models: Models = {
+                name: (url, {"model": "average"}) for name, (url, _) in zip(experts, started, strict=True)
+            }
             yield models, [pid for _, pid in started]
         else:
             more = ["--max-rows", "1", "--max-waiting", "1000"] if name == ALONE else []
             url, pid = stack.enter_context(server([*command, *more], cores))
-            yield {name: (url, name) for name in experts}, [pid]
+            yield named(url, experts), [pid]
 
 
 @contextmanager
@@ -140,7 +147,7 @@ def vllm_system(
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", VLLM_CACHE)
     say = partial(print, file=sys.stderr)
     with VllmServer(folder / "vllm", python=python, extra=[*VLLM_ARGUMENTS, *extra], say=say) as server:
-        yield {name: (server.url, name) for name in experts}, [server.pid]
+        yield named(server.url, experts), [server.pid]
 
 
 async def streamed(client: httpx2.AsyncClient, url: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -152,10 +159,10 @@ async def streamed(client: httpx2.AsyncClient, url: str, body: dict[str, Any]) -
                 yield json.loads(line[6:])
 
 
-async def ask(client: httpx2.AsyncClient, url: str, model: str, asked: Asked, seed: int | None) -> Answered:
+async def ask(client: httpx2.AsyncClient, url: str, named: dict[str, Any], asked: Asked, seed: int | None) -> Answered:
     """One streamed answer: greedy, or drawn with a seed."""
     body = {
-        "model": model, "prompt": asked.prompt, "max_tokens": TOKENS, "stream": True,
+        **named, "prompt": asked.prompt, "max_tokens": TOKENS, "stream": True,
         "stream_options": {"include_usage": True},
         **({"temperature": 0} if seed is None else {"temperature": 1, "seed": seed}),
     }  # fmt: skip
@@ -169,7 +176,7 @@ async def ask(client: httpx2.AsyncClient, url: str, model: str, asked: Asked, se
 
 
 async def drive(
-    models: Models, rows: Sequence[Asked], clients: int, sampled: bool = False
+    models: Models, rows: Sequence[Asked], clients: int, sampled: bool = False, headers: Mapping[str, str] = {}
 ) -> tuple[list[Answered], float]:
     """The rows, asked by so many clients that each wait for their answer. Returns the answers and the seconds."""
     answered: dict[int, Answered] = {}
@@ -179,8 +186,8 @@ async def drive(
         for number, row in left:
             answered[number] = await ask(client, *models[row.expert], row, number if sampled else None)
 
-    limits = httpx2.Limits(max_connections=None)
-    async with httpx2.AsyncClient(timeout=600, limits=limits) as client:
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)  # llama.cpp's server drops used ones
+    async with httpx2.AsyncClient(timeout=600, limits=limits, headers=headers) as client:
         began = time.perf_counter()
         await asyncio.gather(*[one(client) for _ in range(clients)])
         seconds = time.perf_counter() - began
@@ -298,7 +305,7 @@ def main() -> None:
             versions[VLLM] = httpx2.get(f"{models[experts[0]][0]}/version").json()["version"]
     for peer in options.peer:
         name, _, url = peer.partition("=")
-        systems[name] = loaded({expert: (url, expert) for expert in experts}, expected=expected[False])
+        systems[name] = loaded(named(url, experts), expected=expected[False])
         systems[name]["peak_memory"] = None
     result = {
         "requests": len(rows),

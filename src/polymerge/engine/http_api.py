@@ -29,9 +29,9 @@ class HttpApi:
         if not self.url.startswith(("http://", "https://")):
             raise ModelError(f"{url}: not the address of a server; it begins with http:// or https://")
         self._timeout = timeout
-        self._headers = {"Content-Type": "application/json"}
+        self.headers = {"Content-Type": "application/json"}
         if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+            self.headers["Authorization"] = f"Bearer {api_key}"
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """One call. Raises ModelError: the server refuses or fails; EngineDownError: it does not answer."""
@@ -70,7 +70,7 @@ class HttpApi:
 
     def _opened(self, path: str, body: dict[str, Any] | None, timeout: float) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, self._headers)
+        request = urllib.request.Request(self.url + path, data, self.headers)
         try:
             return urllib.request.urlopen(request, timeout=timeout)
         except urllib.error.HTTPError as error:
