@@ -111,10 +111,10 @@ def byte_tokenizer() -> hf.PreTrainedTokenizerFast:
 
 
 def letters_tokenizer() -> hf.PreTrainedTokenizerFast:
-    """Byte-level BPE with a merge, as llama.cpp has it: one printable letter a token, and "ab"."""
+    """Byte-level BPE with a merge, as llama.cpp has it: one printable letter a token, JSON's all, and "ab"."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    words = ["<pad>", "<s>", "</s>", "ab", "\u0120", *map(chr, range(0x21, 0x7F))]
+    words = ["<pad>", "<s>", "</s>", "ab", "\u0120", *"{}", *sorted(set(map(chr, range(0x21, 0x7F))) - set("{}"))]
     tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(words[:VOCAB])}, [("a", "b")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

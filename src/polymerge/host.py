@@ -73,8 +73,10 @@ def gpu_memory() -> int:
 
 
 def cache_folder() -> Path:
-    """Where polymerge keeps what can be made again: `$POLYMERGE_CACHE`, else `~/.cache/polymerge`."""
-    return Path(os.environ.get("POLYMERGE_CACHE") or Path.home() / ".cache" / "polymerge")
+    """Where polymerge keeps what can be made again: `$POLYMERGE_CACHE`, else `polymerge` in `$XDG_CACHE_HOME`, which is
+    `~/.cache` where it is not said."""
+    said = os.environ.get("POLYMERGE_CACHE")
+    return Path(said or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polymerge")
 
 
 def peak_memory() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,9 @@ import pytest
 from rich.console import Console
 
 from polymerge.bundle.inspect import inspect_bundle
-from polymerge.cli import console
+from polymerge.cli import console, demonstrating
 from polymerge.cli.main import main
+from polymerge.demo.run import DemoResult, SkillRow
 from polymerge.export.vllm.export import _Clock
 from polymerge.merging.choices import bytes_of_codes
 from polymerge.merging.plan import plan_merge
@@ -41,6 +43,17 @@ def test_inspect_keeps_units_and_names_sources_whole(narrow: Callable[..., str],
         assert re.search(rf"^ +{name} +[\d.]+ kB +\d+ +1 ± \S+ +[\d.]+% ", shown, re.MULTILINE), shown
     assert not re.search(r"_proj *$", shown, re.MULTILINE)  # a share stays beside its kind
     assert inspect_bundle(bundle).worst[0]["tensor"] in shown and "…" not in shown
+
+
+def test_a_folders_name_is_told_whole_and_the_next_command_can_be_typed(
+    narrow: Callable[..., str], merged: Merged, tmp_path: Path
+) -> None:
+    _, experts = merged("llama", compress_rate=0.6)
+    bundle = tmp_path / f"[b] {'long' * 20}"
+    shown = narrow("merge", *(f"{name}={path}" for name, path in experts.items()), "-o", str(bundle))
+    assert shown.startswith(f"{bundle}: {len(experts)} experts in ")
+    assert shown.endswith(f"\nnext: polymerge inspect {shlex.quote(str(bundle))}\n")
+    assert narrow("inspect", str(bundle)).startswith(f"{bundle}: {len(experts)} experts of ")
 
 
 def test_plan_says_what_other_codes_would_cost(narrow: Callable[..., str], merged: Merged) -> None:
@@ -105,3 +118,19 @@ def test_a_line_that_is_written_over_is_never_wider_than_the_terminal(
     console.over("done", last=True)
     first, second = capsys.readouterr().err.removesuffix("\n").split("\r")
     assert len(first) == len(second) == 79 and first.endswith("…") and second.strip() == "done"
+
+
+@pytest.mark.parametrize(("found", "command"), [("/usr/bin/polymerge", "polymerge"), (None, ".venv/bin/polymerge")])
+def test_the_demo_ends_with_a_line_that_can_be_typed(
+    found: str | None, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After `make demo` too, whose environment no shell has entered; of own skills it makes no question up."""
+    monkeypatch.setattr("shutil.which", lambda name: found)
+    monkeypatch.setattr("sys.argv", [".venv/bin/polymerge", "demo"])
+    monkeypatch.setattr(demonstrating, "out", Console(highlight=False, width=80))
+    for skill, question in (("json", "An order for Olga: 12 stamps."), ("mine", "...")):
+        row = SkillRow(skill, 1, 1.0, 1.0, 1.0, 0.0, 0.0)
+        sizes = {"total": 1, "share_of_one_model": 1.0, "separate_models": 1}
+        demonstrating.print_demo(DemoResult([row], sizes, {}, 1, Path("demo-output/bundle"), Path("report.html")))
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last == f'try: {command} generate demo-output/bundle --expert {skill} "{question}"'

@@ -10,7 +10,7 @@ import pytest
 
 from polymerge.engine import grammar
 from polymerge.engine.base import GenerateRequest
-from polymerge.engine.grammar import Grammars
+from polymerge.engine.grammar import Grammars, has_form
 from polymerge.engine.local.batching import BatchingEngine
 from polymerge.engine.local.engine import HFEngine
 from polymerge.engine.structure import (
@@ -193,6 +193,11 @@ def test_calls_are_held_to_their_schema_where_they_begin(engine: HFEngine) -> No
     assert other is not None
     taken = [other.take(token) for token in engine.encode('<c>\n{"name": "g', special=False)]
     assert taken[-1] is False and all(taken[:-1])
+
+
+@pytest.mark.parametrize(("spaces", "fits"), [(0, True), (24, True), (25, False)])
+def test_white_space_between_two_signs_has_an_end(spaces: int, fits: bool) -> None:
+    assert has_form(json_structure({"type": "array", "items": {"type": "integer"}}), f"[1,{' ' * spaces}2]") is fits
 
 
 def test_a_tokenizer_without_bytes_is_refused() -> None:

@@ -58,12 +58,12 @@ def _data(added: Added, name: str) -> dict[str, Any]:
 
 
 def _print(added: Added, name: str, bundle: Path) -> None:
-    from .console import out, size
+    from .console import size, tell
 
     sizes, now, fresh = added.bundle.sizes(), added.relative_error, added.fresh_relative_error
-    out.print(f"{bundle}: {name} added, {size(sizes.experts[name])} ({size(sizes.total)} in all)", markup=False)
+    tell(f"{bundle}: {name} added, {size(sizes.experts[name])} ({size(sizes.total)} in all)")
     gain = 1 - fresh / now if now else 0.0
-    out.print(
+    tell(
         f"its weights are {now:.3g} from the checkpoint (relative, mean over sampled layers); a fresh merge of all "
         f"{len(sizes.experts)} would give about {fresh:.3g}, {abs(gain):.0%} {'less' if gain >= 0 else 'more'}"
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +18,13 @@ from .progress import merge_progress
 if TYPE_CHECKING:
     from ..demo.run import DemoResult, Listeners
     from ..demo.train import TrainProgress
+
+# What to ask an expert of the demo's own.
+ASK = {
+    "json": "An order for Olga: 12 stamps.",
+    "math": "Anna has 7 pens and gets 5 more.",
+    "shell": "Find all pdf files in docs.",
+}
 
 
 @contextmanager
@@ -64,5 +74,10 @@ def print_demo(result: DemoResult) -> None:
     out.print(f"peak memory of this run, training included: {size(result.peak_memory)}")
     out.print(f"report: {result.report}", markup=False, soft_wrap=True)
     first = result.rows[0].skill
-    prompt = "An order for Olga: 12 stamps."
-    out.print(f'try: polymerge generate {result.bundle} --expert {first} "{prompt}"', markup=False, soft_wrap=True)
+    line = f'try: {_command()} generate {shlex.quote(str(result.bundle))} --expert {first} "{ASK.get(first, "...")}"'
+    out.print(line, markup=False, soft_wrap=True)
+
+
+def _command() -> str:
+    """How to call this command here: `make demo` installs it where a shell does not look."""
+    return "polymerge" if shutil.which("polymerge") else sys.argv[0]

@@ -34,10 +34,11 @@ def inspect(
     if as_json:
         print_json(inspection.to_json())
         return
-    out.print(f"[bold]{bundle}[/]: {len(inspection.experts)} experts of {inspection.architecture}, {inspection.dtype}")
-    out.print(
+    tell(f"{bundle}: {len(inspection.experts)} experts of {inspection.architecture}, {inspection.dtype}")
+    tell(
         f"size         {size(inspection.total_bytes)}, {inspection.share_of_one_model:.2f} times one model "
-        f"({size(inspection.separate_bytes)} apart)"
+        f"({size(inspection.separate_bytes)} apart)",
+        13,
     )
     ranks = f"rank {inspection.rank_range[0]} to {inspection.rank_range[1]}"
     rate = escape(rate_in_words(inspection.compress_rate))
@@ -45,7 +46,7 @@ def inspect(
     if inspection.base_code != inspection.dtype:
         out.print(f"base         linear layers stored in {inspection.base_code}")
     storage = ", ".join(f"{n} {kind}" for kind, n in inspection.storage.items())
-    out.print(f"tensors      {inspection.tensors}; linear: {storage}")
+    tell(f"tensors      {inspection.tensors}; linear: {storage}", 13)
     kinds = ", ".join(f"{kind}\N{NO-BREAK SPACE}{share:.0%}" for kind, share in inspection.energy_by_kind.items())
     tell(f"energy kept  {inspection.energy_kept:.1%} of the residuals ({kinds})", 13)
     # Units stay together in a terminal of 80 columns; a source is a line of its own.
@@ -69,10 +70,10 @@ def inspect(
         say(f"{e.name}: from {e.source}")
     print_verdicts(inspection)
     for e in (e for e in inspection.experts if e.persona):
-        out.print(f"{e.name} has its own {in_words(e.persona)}", markup=False)
+        tell(f"{e.name} has its own {in_words(e.persona)}")
     for e in (e for e in inspection.experts if e.aligned):
         before, after = e.aligned or (0.0, 0.0)
-        out.print(f"{e.name} was {before:.2g} from what it was aligned to, and is {after:.2g} from it", markup=False)
+        tell(f"{e.name} was {before:.2g} from what it was aligned to, and is {after:.2g} from it")
     worst = Table(box=SIMPLE_HEAD)
     worst.add_column("tensors that lost most", overflow="fold")
     worst.add_column("expert", overflow="fold")

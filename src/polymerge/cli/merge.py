@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -136,7 +137,7 @@ def merge(
             print_measured(measured[-1], " ".join([*recipe, "-o", str(output), *options, *given]))
         elif not searched:
             print_verdicts(inspect_bundle(bundle))
-        out.print(f"next: polymerge inspect {output}", markup=False)
+        out.print(f"next: polymerge inspect {shlex.quote(str(output))}", markup=False, soft_wrap=True)
 
 
 def _data(
@@ -152,22 +153,20 @@ def _data(
 def _print(bundle: Bundle, output: Path, searched: list[Found], words: str) -> None:
     from ..bundle.inspect import alignments
     from ..recipe.rates import in_words
-    from .console import out, size
+    from .console import say, size, tell
 
     sizes = bundle.sizes()
-    out.print(
+    tell(
         f"{output}: {len(bundle.experts)} experts in {size(sizes.total)}, "
         f"{sizes.total / sizes.one_model:.2f} times one model ({size(sizes.separate_models)} apart)"
     )
     for name, (before, after) in alignments(bundle).items():
-        out.print(
-            f"{name}: {before:.2g} from {bundle.experts[0]} before it was aligned, {after:.2g} after", markup=False
-        )
+        tell(f"{name}: {before:.2g} from {bundle.experts[0]} before it was aligned, {after:.2g} after")
     for chosen in searched:
         found = chosen.recipe
         at = f"--compress-rate {in_words(found.compress_rate)} --code {found.code}"
         at += f" --embeddings {found.embeddings} --lm-head {found.lm_head}"
-        out.print(f"repeat: polymerge merge {words} {at}", markup=False, soft_wrap=True)
+        say(f"repeat: polymerge merge {words} {at}")
 
 
 def _print_costs(plan: MergePlan, bundle: Bundle) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -26,4 +27,4 @@ def pull(
         print_json({"bundle": str(bundle.path), "experts": bundle.experts, "bytes": bundle.sizes().total})
     elif not quiet:
         say(f"{bundle.path}: {len(bundle.experts)} experts in {size(bundle.sizes().total)}, every hash checked")
-        say(f"next: polymerge inspect {bundle.path}")
+        say(f"next: polymerge inspect {shlex.quote(str(bundle.path))}")

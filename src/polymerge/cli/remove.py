@@ -15,10 +15,10 @@ def remove(
 ) -> None:
     """Take an expert out; the average and the other experts stay as they are to the bit."""
     from ..merging.grow import remove_expert
-    from .console import out
+    from .console import tell
     from .interrupted import whole_or_not
 
     with whole_or_not(bundle, name, adding=False):
         left = remove_expert(bundle, name)
     if not quiet:
-        out.print(f"{bundle}: {name} removed; left: {', '.join(left.experts)}", markup=False)
+        tell(f"{bundle}: {name} removed; left: {', '.join(left.experts)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,7 @@ def print_fit(bundle: Path, fitted: Fitted) -> None:
     passing = f"{kept:.1%} of samples of new wording pass, " if kept is not None else ""
     tell(f"gate         {passing}{refused:.1%} of strangers do not pass", 13)
     out.print(f"fallback     {record.fallback}")
-    out.print(f'try: polymerge route {bundle} "a request"', markup=False, soft_wrap=True)
+    out.print(f'try: polymerge route {shlex.quote(str(bundle))} "a request"', markup=False, soft_wrap=True)
 
 
 def _thresholds(record: RouterRecord) -> list[str]:

@@ -15,11 +15,11 @@ def upgrade(
 ) -> None:
     """Write an old bundle anew as this version would; what it answers stays the same."""
     from ..merging.upgrade import upgrade as run
-    from .console import out, print_json
+    from .console import print_json, tell
 
     done = run(bundle)
     if as_json:
         print_json({"before": done.before, "after": done.after, "files": done.files})
     elif not quiet:
         written = ", ".join(done.files) or "nothing was old"
-        out.print(f"{bundle}: format version {done.before} to {done.after}; written anew: {written}", markup=False)
+        tell(f"{bundle}: format version {done.before} to {done.after}; written anew: {written}")

@@ -20,7 +20,7 @@ def verify(
 ) -> None:
     """Check every hash and the structure; with --sources also the experts themselves. Exits with 2 on problems."""
     from ..merging.sources import verify as run
-    from .console import err, out, print_json
+    from .console import err, print_json, tell
     from .words import read_pairs
 
     def show(what: str) -> None:
@@ -42,13 +42,11 @@ def verify(
             err.print(f"problem: {problem}", markup=False, soft_wrap=True)
         if not quiet:
             for check in checked.sources:
-                out.print(
+                tell(
                     f"{check.expert}: {check.exact} of {check.tensors} tensors exact, worst relative error "
-                    f"{check.worst_error:.3g} ({check.worst_tensor})",
-                    markup=False,
-                    soft_wrap=True,
+                    f"{check.worst_error:.3g} ({check.worst_tensor})"
                 )
             if checked.ok:
-                out.print(f"{bundle}: whole ({checked.files} files)", markup=False)
+                tell(f"{bundle}: whole ({checked.files} files)")
     if not checked.ok:
         raise typer.Exit(2)

@@ -1,4 +1,8 @@
-"""The form of an answer in llama.cpp's words: a JSON schema, or a grammar in GBNF. Knows nothing of requests."""
+"""The form of an answer in llama.cpp's words: a JSON schema, or a grammar in GBNF. Knows nothing of requests.
+
+xllamacpp is built with llguidance, which reads its options from the schema; a llama.cpp without it passes over them and
+bounds white space itself.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,10 @@ from typing import Any
 
 from ...errors import ModelError
 from ..structure import Structure
+
+# Its llguidance lets white space go on without an end, whatever pattern it is given, and a weak model writes nothing
+# else then: JSON stands on one line, as json.dumps writes it.
+ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False}
 
 
 def form_of(structure: Structure | None) -> dict[str, Any]:
@@ -18,7 +26,8 @@ def form_of(structure: Structure | None) -> dict[str, Any]:
     if structure is None or structure.kind == "calls":
         return {}
     if structure.kind == "json":
-        return {"json_schema": json.loads(structure.text)}
+        schema = json.loads(structure.text)
+        return {"json_schema": {**schema, "x-guidance": ONE_LINE} if isinstance(schema, dict) else schema}
     if structure.kind == "choice":
         return {"grammar": "root ::= " + " | ".join(map(json.dumps, json.loads(structure.text)))}
     if structure.kind == "regex":
