@@ -16,7 +16,8 @@ SOURCE = Path(polymerge.__file__).parent
 # From the ground up. A file imports from its own package and from floors below; names of one floor know nothing of
 # each other.
 FLOORS = (
-    ("errors", "version", "naming", "paths"),
+    ("errors", "version", "naming"),
+    ("paths",),
     ("host",),
     ("method",),
     ("data",),

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
+
+from .errors import PolymergeError
+
+
+def path_of(value: Any, what: str) -> Path:
+    """What was given for a path, expanded. Raises PolymergeError, which says what it is for, where it is none."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise PolymergeError(f"{what}: give the path of a folder or file; {value!r} is none")
+    return expanded(text)
 
 
 def expanded(text: str | Path) -> Path:

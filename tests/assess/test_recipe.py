@@ -53,6 +53,8 @@ def test_a_merges_recipe_is_one_too_with_a_folder_of_data(tmp_path: Path) -> Non
     ("change", "message"),
     [
         (("memory_gb: 48", "memory: 48"), r"line 11: memory: unknown key; did you mean 'memory_gb'"),
+        (("memory_gb: 48", "memory_gb: true"), "line 11: memory_gb: true is not a number"),
+        (("memory_gb: 48", "limit: yes"), "line 11: limit: true is not a number"),
         (("memory_gb: 48", "memory_gb: -1"), "line 11: memory_gb: .*greater than 0"),
         (("  phi: package:phi", "  math: package:phi"), "'math' is a candidate and a thinker"),
         (("compress_rate: 0.9", "compress_rate: 9"), "merge: compress_rate: .*less than or equal to 1"),

@@ -1,15 +1,18 @@
 """Exports open with plain transformers and PEFT and say the same as the bundle."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from polymerge import export_dense, export_peft, load_model
-from polymerge.errors import BundleError, OutputExistsError
+from polymerge import export_dense, export_peft, load_model, merge, verify
+from polymerge.errors import BundleError, ModelError, OutputExistsError
 from tests.conftest import Merged
+from tests.tiny import VOCAB, make_experts
 
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
 
@@ -41,6 +44,27 @@ def test_a_peft_export_measures_the_ratios_that_it_drops(merged: Merged, tmp_pat
     with torch.no_grad():
         expected = load_model(shared)(IDS, experts="e1").logits
         torch.testing.assert_close(adapted(IDS).logits, expected, atol=1e-5, rtol=0)
+
+
+RECIPES = ({"method": "published", "compress_rate": 0.6}, {"compress_rate": 0.6}, {"compress_rate": 0})
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_own_numbers_of_a_module_around_others_are_refused_where_peft_could_not_open_them(
+    tmp_path: Path, recipe: dict[str, Any]
+) -> None:
+    config = hf.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=VOCAB, state_size=8)
+    experts = {n: str(p) for n, p in make_experts("mamba", tmp_path, count=2, config=config).items()}
+    bundle = merge({"experts": experts, **recipe}, tmp_path / "bundle")
+    with pytest.raises(ModelError, match=r"'e1': PEFT has no place for numbers of 'backbone.layers.0.mixer' itself"):
+        export_peft(bundle, "e1", tmp_path / "e1")
+    assert not (tmp_path / "e1").exists() and verify(bundle, sources=True).ok
+    average = AutoModelForCausalLM.from_pretrained(bundle.path)
+    with pytest.raises((KeyError, ValueError), match="POLYMERGE_"):  # as it lies
+        PeftModel.from_pretrained(average, bundle.expert_folder("e1"))
+    dense = AutoModelForCausalLM.from_pretrained(export_dense(bundle, "e1", tmp_path / "dense"))
+    with torch.no_grad():
+        torch.testing.assert_close(dense(IDS).logits, load_model(bundle)(IDS, experts="e1").logits, atol=1e-5, rtol=0)
 
 
 def test_exports_refuse_unknown_experts_and_taken_places(merged: Merged, tmp_path: Path) -> None:

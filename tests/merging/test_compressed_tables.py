@@ -5,8 +5,8 @@ The oracles are torch's SVD, and the checkpoints themselves.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +19,9 @@ from polymerge.bundle.manifest import read_manifest
 from polymerge.errors import RecipeError
 from polymerge.merging import run
 from polymerge.merging.choices import averaged, bytes_of_choices, moved
+from polymerge.merging.plan import replanned
 from polymerge.merging.proof import Proof
+from polymerge.recipe.merge import EMBEDDING_RATE
 from tests.fine_tunes import Original
 from tests.tiny import COMMON, VOCAB, make_experts
 from tests.vocabularies import ADDED, HEADS, PADDED, WIDE, kin
@@ -81,6 +83,17 @@ def test_rates_by_name_and_no_list(tmp_path: Path) -> None:
         plan_merge({"experts": experts, "code": "factors", **COMPRESS, "embedding_rate": {"wte": 0.5}})
 
 
+@pytest.mark.parametrize("said", ["code: factors", "embeddings: keep\nlm_head: average", "compress_rate: 0"])
+def test_a_rate_of_tables_that_are_not_compressed_is_refused_where_it_is_said(tmp_path: Path, said: str) -> None:
+    experts = sources(make_experts("llama", tmp_path, count=2))
+    (tmp_path / "r.yaml").write_text(f"experts: {json.dumps(experts)}\nembedding_rate: 0.9\n{said}\n")
+    with pytest.raises(RecipeError, match=r"r\.yaml, line 2: embedding_rate: nothing is compressed at it \(embedding"):
+        plan_merge(tmp_path / "r.yaml")
+    with pytest.raises(RecipeError, match=r"^recipe: embedding_rate: nothing"):
+        plan_merge(tmp_path / "r.yaml", embedding_rate=0.8)
+    assert plan_merge(tmp_path / "r.yaml", embedding_rate=0.95)
+
+
 def test_who_does_not_compress_them_has_the_bytes_of_before(tmp_path: Path) -> None:
     bundle = merge({"experts": sources(make_experts("llama", tmp_path, count=3)), "code": "factors"}, tmp_path / "b")
     text = (bundle.path / "polymerge.json").read_text()
@@ -140,11 +153,14 @@ def check_own_rows(bundle: Bundle, originals: dict[str, Original]) -> None:
 
 def test_what_each_choice_costs_is_what_it_takes(tmp_path: Path) -> None:
     experts = sources(make_experts("llama", tmp_path))
-    plan = plan_merge({"experts": experts, **COMPRESS, "embeddings": "average", "lm_head": "average", "code": "int4"})
+    plan = replanned(
+        plan_merge({"experts": experts, **COMPRESS, "code": "int4"}), embeddings="average", lm_head="average"
+    )
     costs = bytes_of_choices(plan)
     taken: dict[str, int] = {}
     for choice in costs:
-        settings: dict[str, Any] = {**COMPRESS, "code": "int4", "embeddings": choice, "lm_head": choice}
+        rate = COMPRESS["embedding_rate"] if choice == "compress" else EMBEDDING_RATE
+        settings = COMPRESS | {"code": "int4", "embeddings": choice, "lm_head": choice, "embedding_rate": rate}
         bundle = merge({"experts": experts, "code": "factors", **settings}, tmp_path / choice)
         keys = [(e, k, v) for e in bundle.experts for k, v in stored_of(bundle, e).items()]
         taken[choice] = sum(v.nbytes for _, k, v in keys if k.startswith(("model.embed_tokens", "lm_head")))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 
 from polymerge import load_model, load_recipe
 from polymerge.errors import DeviceError, ModelError, RecipeError, SourceError
@@ -50,6 +51,16 @@ def test_the_winners_recipe_is_planned_without_weights_and_without_a_hub() -> No
     assert needs.total == needs.bundle + needs.thinker + needs.bundle_cache
     assert needs.bundle_cache == 8192 * 2 * 32 * 8 * 128 * 2
     assert needs.thinker == pytest.approx(2 * 7.39e9, rel=0.005)  # the published count of its parameters
+
+
+@pytest.mark.parametrize("kind", ["mamba", "rwkv", "xlstm"])
+def test_a_model_without_heads_keeps_nothing_of_its_tokens(tmp_path: Path, kind: str) -> None:
+    config = hf.AutoConfig.for_model(kind, vocab_size=96, hidden_size=64, num_hidden_layers=2)
+    config.architectures = [hf.AutoModelForCausalLM._model_mapping[type(config)].__name__]
+    config.save_pretrained(tmp_path)
+    recipe = {"experts": {"a": "org/a", "b": "org/b"}, "config": str(tmp_path), "code": "factors"}
+    needs = footprint(plan_merge(recipe, weights=False, requests=3))
+    assert (needs.bundle_cache, needs.room) == (0, None) and needs.total == needs.bundle > 0
 
 
 def test_a_thinker_that_does_not_fit_is_said_so(merged: Merged) -> None:

@@ -16,6 +16,7 @@ from polymerge.merging import run
 from polymerge.merging.proof import Proof
 from polymerge.model.lookup import MixedEmbedding, MixedHead
 from polymerge.model.own import OwnTensor, OwnWeight
+from polymerge.recipe.merge import EMBEDDING_RATE
 from tests.model.test_mixed import ROWS, batch, dense_models, distance, plain, row
 from tests.tiny import COMMON, make_experts
 
@@ -36,6 +37,7 @@ KINDS: dict[str, Any] = {
     ),
 }  # fmt: skip
 COMPRESS = {"embeddings": "compress", "lm_head": "compress", "embedding_rate": 0.6, "compress_rate": 0.6}
+KEEP = {"embeddings": "keep", "lm_head": "keep", "embedding_rate": EMBEDDING_RATE}
 
 
 @pytest.fixture
@@ -139,7 +141,7 @@ def test_rows_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
         model.hf.get_input_embeddings()(torch.zeros(3, 4, dtype=torch.long))
 
 
-@pytest.mark.parametrize("recipe", [{}, {"embeddings": "keep", "lm_head": "keep"}])
+@pytest.mark.parametrize("recipe", [{}, KEEP])
 @torch.no_grad()
 def test_a_tied_table_stays_one_when_the_model_moves(tmp_path: Path, recipe: dict[str, Any]) -> None:
     model = load_model(merged("tied", tmp_path, **recipe))
@@ -159,7 +161,7 @@ def test_a_tied_table_stays_one_when_the_model_moves(tmp_path: Path, recipe: dic
 
 @torch.no_grad()
 def test_a_mixture_makes_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = merged("tied", tmp_path, embeddings="keep", lm_head="keep")
+    bundle = merged("tied", tmp_path, **KEEP)
     model, inputs, made = load_model(bundle), batch(), OwnTensor.of
     expected = model(**inputs, experts={"e0": 1.0, "e2": 3.0}).logits
 

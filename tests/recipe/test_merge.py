@@ -128,6 +128,31 @@ def test_a_name_that_yaml_takes_for_something_else_is_to_be_quoted(tmp_path: Pat
     assert len(load_recipe(file).experts) == 2
 
 
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ("thinker", "timeout"),
+        ("thinker", "retries"),
+        ("thinker", "concurrency"),
+        ("staged", "min_confidence"),
+        ("staged", "thought_tokens"),
+        ("staged", "thought_seconds"),
+    ],
+)
+def test_true_is_not_the_number_1_in_a_section(tmp_path: Path, section: str, key: str) -> None:
+    model = "source: ./m, " if section == "thinker" else ""
+    text = f"experts: {{a: ./a, b: ./b}}\n{section}: {{{model}{key}: yes}}\n"
+    with pytest.raises(RecipeError, match=f"line 2: {section}.{key}: true is not a number"):
+        load_recipe(write(tmp_path, text))
+
+
+def test_a_revision_is_said_once(tmp_path: Path) -> None:
+    text = "experts:\n  a: ./a\n  b:\n    source: org/m@v1\n    revision: v2\n"
+    with pytest.raises(RecipeError, match=r"line 3: experts\.b: names the revision twice, 'v1' and 'v2'"):
+        load_recipe(write(tmp_path, text))
+    assert load_recipe(write(tmp_path, text.replace("@v1", ""))).experts["b"].revision == "v2"
+
+
 @pytest.mark.parametrize("key", ["seed", "workers", "n_oversamples", "n_iter", "max_error", "memory_limit"])
 def test_true_is_not_the_number_1(tmp_path: Path, key: str) -> None:
     file = tmp_path / "r.yaml"

@@ -117,6 +117,15 @@ def test_rates_of_another_model_are_refused(rates: Any, words: str, sources: dic
         plan_merge({"experts": sources, "compress_rate": rates})
 
 
+def test_rates_of_another_model_are_refused_with_the_file_and_the_line(sources: dict[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(f"experts: {json.dumps(sources)}\nseed: 1\ncompress_rate:\n  '*.mpl.*': 0.9\n")
+    with pytest.raises(RecipeError, match=r"^.*r\.yaml, line 3: compress_rate: the pattern '\*.mpl.\*' matches no"):
+        plan_merge(file)
+    with pytest.raises(RecipeError, match=r"^recipe: compress_rate: has 3 numbers"):
+        plan_merge(file, compress_rate=[0.9, 0.9, 0.9])
+
+
 def test_a_target_finds_one_number(sources: dict[str, str], tmp_path: Path) -> None:
     bundle = merge({"experts": sources, "compress_rate": [0.9, 0.5]}, tmp_path / "b", target="size=20x")
     assert isinstance(bundle.manifest.method.compress_rate, float)

@@ -31,7 +31,7 @@ def prompts(folder: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def explored(folder: Path, prompts: dict[str, Path]) -> Explored:
-    return search_recipe(folder / "recipe.yaml", "1.6x", prompts, folder / "search", trials=6)
+    return search_recipe(folder / "recipe.yaml", "1.6x", prompts, folder / "search", trials=6, embedding_rate=0.9)
 
 
 def test_every_trial_fits_the_budget_and_is_another(explored: Explored) -> None:
@@ -56,7 +56,7 @@ def test_the_file_that_is_written_merges_to_the_best(explored: Explored, folder:
 
 
 def test_the_same_seed_makes_the_same_trials(explored: Explored, folder: Path, prompts: dict[str, Path]) -> None:
-    again = search_recipe(folder / "recipe.yaml", "1.6x", prompts, folder / "again", trials=3)
+    again = search_recipe(folder / "recipe.yaml", "1.6x", prompts, folder / "again", trials=3, embedding_rate=0.9)
     assert [trial.choice for trial in again.trials] == [trial.choice for trial in explored.trials[:3]]
     assert [trial.worst_kl for trial in again.trials] == [trial.worst_kl for trial in explored.trials[:3]]
 

@@ -39,7 +39,9 @@ def test_the_front_is_what_no_other_point_beats() -> None:
 
 def test_exact_merges_agree_and_lossy_ones_differ(folder: Path, tmp_path: Path) -> None:
     examples = {name: read_examples(folder / "prompts.jsonl") for name in ("e0", "e1")}
-    points = sweep(folder / "recipe.yaml", examples, tmp_path, rates=[0, 0.8, 1], codes=["factors", "int4"])
+    points = sweep(
+        folder / "recipe.yaml", examples, tmp_path, rates=[0, 0.8, 1], codes=["factors", "int4"], embedding_rate=0.9
+    )
     kl = {(p.compress_rate, p.code): p.kl for p in points}
     assert list(kl) == [(0, "factors"), (0, "int4"), (0.8, "factors"), (0.8, "int4"), (1, "factors")]
     assert kl[0, "factors"] == pytest.approx(0, abs=1e-6) == kl[0, "int4"]

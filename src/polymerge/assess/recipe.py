@@ -18,6 +18,7 @@ from ..evaluate.tasks import MAX_NEW_TOKENS
 from ..naming import check_expert_names
 from ..recipe.lines import read_yaml, validated
 from ..recipe.merge import DeviceName, DTypeName, Recipe, load_recipe
+from ..recipe.numbers import Real, Whole
 from ..recipe.source import WrittenSource, anchored
 
 DATA_SUFFIXES = (".jsonl",)
@@ -54,18 +55,18 @@ class AssessRecipe(BaseModel):
     candidates: dict[str, WrittenSource]
     thinkers: dict[str, WrittenSource] = {}
     fields: dict[Annotated[str, Field(min_length=1)], Tasks]
-    memory_gb: Annotated[float, Field(gt=0)] | None = None
-    max_experts: Annotated[int, Field(ge=1)] | None = None
+    memory_gb: Annotated[Real, Field(gt=0)] | None = None
+    max_experts: Annotated[Whole, Field(ge=1)] | None = None
     merge: dict[str, Any] = {}
-    limit: Annotated[int, Field(ge=1)] | None = None
-    num_fewshot: Annotated[int, Field(ge=0)] | None = None
-    max_new_tokens: Annotated[int, Field(ge=1)] = MAX_NEW_TOKENS
+    limit: Annotated[Whole, Field(ge=1)] | None = None
+    num_fewshot: Annotated[Whole, Field(ge=0)] | None = None
+    max_new_tokens: Annotated[Whole, Field(ge=1)] = MAX_NEW_TOKENS
     chat_template: bool = True
     by_length: bool = False
     include_path: str | None = None
     device: DeviceName = "auto"
     dtype: DTypeName | None = None
-    batch_tokens: Annotated[int, Field(ge=1)] = 4096
+    batch_tokens: Annotated[Whole, Field(ge=1)] = 4096
     trust_remote_code: bool = False
 
     @field_validator("candidates", "thinkers")

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..data.rows import read_rows
 from ..data.shown import table
 from ..errors import BundleError
+from ..paths import path_of
 from ..recipe.rates import in_words
 from ..sources.checkpoint import read_json
 from ..sources.packed import PackedCheckpoint
@@ -63,7 +64,7 @@ class Bundle(BundleFolder):
         if isinstance(path, Bundle):
             return path
         remote = hub_id(path)
-        path = fetched(remote) if remote else Path(path).expanduser()
+        path = fetched(remote) if remote else path_of(path, "bundle")
         come_back(path)
         manifest = read_manifest(path)
         check_shadows(path, manifest)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -25,6 +25,7 @@ TIED_ROWS = ".token_adapter.trainable_tokens_delta"
 BIASED_PAIR = ("lora_A.weight", "lora_B.weight", "lora_B.bias")
 # What PEFT would take for an adapter and read in part says a type of its own.
 WHOLE_BLOCKS, SLICED_BLOCKS = "POLYMERGE_WHOLE_BLOCKS", "POLYMERGE_SLICED_BLOCKS"
+AROUND_OTHERS = "POLYMERGE_AROUND_OTHERS: make a dense model of it with `polymerge export --to dense`"
 FACTORED_TABLES = "POLYMERGE_TABLES: make a PEFT adapter of it with `polymerge export --to peft`"
 _FACTOR = re.compile(r"(.+)\.(?:lora_([AB])\.weight|lora_embedding_([AB]))")
 
@@ -159,13 +160,28 @@ def adapter_config(
     }
 
 
-def _peft_type(stored: Container[str], factored: Container[str], layers: Mapping[str, BundleLayer]) -> str:
+def _peft_type(stored: Collection[str], factored: Collection[str], layers: Mapping[str, BundleLayer]) -> str:
     """LORA, or a type that PEFT does not know and refuses, where it would leave out matrices of a block without a word:
-    whole ones, and those that a checkpoint stores in one tensor."""
+    whole ones, and those that a checkpoint stores in one tensor; or could not open what it has no place for."""
     if any(layer.slice and (module in stored or module in factored) for module, layer in layers.items()):
         return SLICED_BLOCKS
-    whole = any(is_fused(layer) and module in stored for module, layer in layers.items())
-    return WHOLE_BLOCKS if whole else "LORA"
+    if any(is_fused(layer) and module in stored for module, layer in layers.items()):
+        return WHOLE_BLOCKS
+    return AROUND_OTHERS if around_others(stored, factored) else "LORA"
+
+
+def around_others(stored: Collection[str], factored: Iterable[str]) -> str | None:
+    """A module with own numbers that lies around another of the adapter's, such as a Mamba's mixer; None where none
+    does. PEFT copies it with all that is in it, and then looks for every one of these."""
+    around = {outer for module in {*stored, *factored} for outer in _outer(module)}
+    return next((module for module in sorted(stored, key=natural_key) if module in around), None)
+
+
+def _outer(module: str) -> Iterator[str]:
+    """The modules around a module."""
+    while "." in module:
+        module = module.rpartition(".")[0]
+        yield module
 
 
 def is_few(name: str, shape: Sequence[int], tables: Mapping[str, int]) -> bool:

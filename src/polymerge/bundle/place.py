@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputExistsError
+from ..paths import path_of
 from .files import disk_errors, scratch_name, scratches_of
 from .manifest import MANIFEST
 
@@ -31,7 +32,7 @@ def settled(output: str | Path) -> Path:
     Raises:
         OutputExistsError: no folder or file can be made there.
     """
-    output = Path(output).expanduser()
+    output = path_of(output, "output")
     check_name(output)
     if not output.is_symlink():
         return output

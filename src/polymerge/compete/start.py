@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import RecipeError
-from ..recipe.merge import load_recipe, parse_size
+from ..recipe.merge import load_recipe
+from ..recipe.numbers import parse_size
 from ..staged.lead import Lead
 from ..staged.opening import open_pipeline
 from .clock import OnProgress

@@ -173,10 +173,11 @@ def _cache(checkpoint: Checkpoint, dtype: torch.dtype, work: Work) -> tuple[int,
     """(tokens in work at once, bytes of their keys and values). Every layer counts as one that sees all of them: an
     upper bound where layers have windows."""
     model = meta_model(checkpoint.folder)
-    if model is None:
+    config = model.config.get_text_config() if model is not None else None
+    queries = getattr(config, "num_attention_heads", None)
+    if config is None or not queries:  # not known, or a state of one size however many tokens there are
         return 0, 0
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    width = getattr(config, "head_dim", None) or config.hidden_size // queries
     tokens = work.tokens(int(getattr(config, "max_position_embeddings", 0) or 0))
     return tokens, tokens * 2 * config.num_hidden_layers * heads * width * dtype.itemsize

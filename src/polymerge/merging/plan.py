@@ -22,7 +22,7 @@ from ..model.held import held_as
 from ..model.quantised import base_of
 from ..paths import here
 from ..recipe.automatic import settled
-from ..recipe.merge import Recipe, RecipeLike, RecipeSettings, load_recipe
+from ..recipe.merge import EMBEDDING_RATE, Recipe, RecipeLike, RecipeSettings, load_recipe
 from ..recipe.rates import misfit
 from ..sources.axes import axes_of, shapes_of
 from ..sources.checkpoint import Checkpoint, architecture_of
@@ -228,7 +228,12 @@ def _check_rates(recipe: Recipe, tasks: Sequence[TensorTask]) -> None:
     for key, records in (("compress_rate", linear), ("embedding_rate", tables)):
         reason = misfit(getattr(recipe, key), [(record.module, record.tensor) for record in records])
         if reason:
-            raise RecipeError(f"recipe: {key}: {reason}")
+            raise RecipeError(recipe.place_of_key(key) + reason)
+    if recipe.embedding_rate != EMBEDDING_RATE and "compress" not in (recipe.embeddings, recipe.lm_head):
+        raise RecipeError(
+            f"{recipe.place_of_key('embedding_rate')}nothing is compressed at it (embeddings: {recipe.embeddings}, "
+            f"lm_head: {recipe.lm_head}, code: {recipe.code}); leave it out, or say `embeddings: compress`"
+        )
 
 
 def replanned(plan: MergePlan, **settings: Unpack[RecipeSettings]) -> MergePlan:

@@ -123,7 +123,7 @@ def _wants_more(model: Any) -> str:
 def _proved(settings: str, merge: Merge, exact: bool, tables: tuple[str, ...]) -> str:
     """How the rows of a small model are run, after it was tried."""
     with _kept(), tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        rates = {"compress_rate": 0.0 if exact else 0.5, "embedding_rate": 0.5}
+        rates = {"compress_rate": 0.0 if exact else 0.5, **({"embedding_rate": 0.5} if tables else {})}
         recipe = {"code": PUBLISHED, **rates, **dict.fromkeys(tables, "compress")}
         return _tried(json.loads(settings), Path(folder), merge, recipe)
 

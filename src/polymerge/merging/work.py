@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..errors import RecipeError
 from ..host import gpu_memory
-from ..recipe.merge import parse_size
+from ..recipe.numbers import parse_size
 
 # Of a GPU's memory, what weights and caches may take: activations, kernels and what torch keeps need the rest.
 USABLE = 0.9

@@ -6,7 +6,6 @@ checkpoints: whether a source exists is found out by `polymerge.sources.checkpoi
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Annotated, Any, Literal, Self, TypeAlias, TypedDict, Unpack
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
@@ -27,6 +25,7 @@ from ..errors import RecipeError
 from ..method.codes import known_code
 from ..naming import check_expert_names
 from .lines import Lines, read_yaml, validated
+from .numbers import Real, Size, Whole
 from .published import PUBLISHED_METHOD, spelled_out
 from .rates import PUBLISHED_RATE, NamedRates, Rates
 from .response import StageSettings, ThinkerSettings
@@ -46,25 +45,6 @@ DTypeName = Literal["float32", "bfloat16", "float16"]
 CodeName = Annotated[str, AfterValidator(known_code)]
 ChosenCode = Annotated[str, AfterValidator(lambda name: name if name == AUTO else known_code(name))]
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
-
-
-def no_switch(value: Any) -> Any:
-    """A value that is not true or false, which Python takes for 1 and 0. Raises ValueError."""
-    if isinstance(value, bool):
-        raise ValueError(f"{str(value).lower()} is not a number")
-    return value
-
-
-def parse_size(value: Any) -> Any:
-    """Bytes of `48 GB`, `512 MB` or a plain number (decimal, as disks and GPUs are sold)."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", value) if isinstance(value, str) else None
-    if isinstance(value, str) and not match:
-        raise ValueError(f"{value!r} is not a size; write it as 48 GB or 512 MB")
-    return round(float(match[1]) * 1000 ** " kMGT".index(match[2] or " ")) if match else value
-
-
-Whole: TypeAlias = Annotated[int, BeforeValidator(no_switch)]
-Real: TypeAlias = Annotated[float, BeforeValidator(no_switch)]
 
 
 class Recipe(BaseModel):
@@ -128,28 +108,38 @@ class Recipe(BaseModel):
     config: str | None = None
     thinker: ThinkerSettings | None = None
     staged: StageSettings | None = None
-    memory_limit: Annotated[Whole, BeforeValidator(parse_size), Field(gt=0)] | None = None
+    memory_limit: Annotated[Size, Field(gt=0)] | None = None
 
-    _places: dict[str, str] = PrivateAttr(default_factory=dict)
+    _places: dict[tuple[str, ...], str] = PrivateAttr(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
         """Wherever it was read from."""
         return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
 
+    def of_tables_in_use(self) -> Self:
+        """Itself without an `embedding_rate` where it compresses neither embeddings nor heads, for who tries choices of
+        these."""
+        in_use = "compress" in (self.embeddings, self.lm_head)
+        return self if in_use else self.model_copy(update={"embedding_rate": EMBEDDING_RATE})
+
     def place_of(self, expert: str) -> str:
         """What an error about an expert's source begins with: the file and the line that name it, and the expert."""
-        return f"{self._places[expert]}: expert {expert!r}: " if expert in self._places else f"expert {expert!r}: "
+        place = self._places.get(("experts", expert))
+        return f"{place}: expert {expert!r}: " if place else f"expert {expert!r}: "
+
+    def place_of_key(self, key: str) -> str:
+        """What an error about a key begins with: the file and the line where it stands, and the key."""
+        return f"{self._places.get((key,), 'recipe')}: {key}: "
 
     def from_file(self, path: Path, lines: Lines) -> Self:
-        """Itself, knowing where in a file its experts stand."""
-        for expert in self.experts:
-            line = lines.get(("experts", expert))
-            self._places[expert] = f"{path}, line {line}" if line else str(path)
+        """Itself, knowing where in a file its keys and its experts stand."""
+        self._places.update({keys: f"{path}, line {line}" for keys, line in lines.items()})
+        self._places.update({("experts", e): str(path) for e in self.experts if ("experts", e) not in lines})
         return self
 
-    def like(self, other: Recipe) -> Self:
-        """Itself, with experts that stand where another recipe's do."""
-        self._places.update(other._places)
+    def like(self, other: Recipe, *, but: Iterable[str] = ()) -> Self:
+        """Itself, with keys and experts that stand where another recipe's do, `but` for keys that stand elsewhere."""
+        self._places.update({keys: place for keys, place in other._places.items() if keys[0] not in but})
         return self
 
     @model_validator(mode="before")
@@ -205,7 +195,7 @@ def load_recipe(source: RecipeLike, **settings: Unpack[RecipeSettings]) -> Recip
         changed = {**PUBLISHED_METHOD, **changed}
     if not changed:
         return recipe
-    return validated(Recipe, recipe.model_dump() | changed, where="recipe", lines={}).like(recipe)
+    return validated(Recipe, recipe.model_dump() | changed, where="recipe", lines={}).like(recipe, but=changed)
 
 
 def read_codes(names: Iterable[str]) -> tuple[CodeName, ...]:

@@ -10,6 +10,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from .numbers import Real, Whole
+
 Use = Literal["always", "never", "auto"]
 # How a model's linear layers are held in memory (`polymerge.model.quantised`).
 Base = Literal["16bit", "int8", "nf4", "int4", "fp8"]
@@ -39,9 +41,9 @@ class ThinkerSettings(BaseModel):
     endpoint: str | None = None
     model: str | None = None
     key_env: str | None = None
-    timeout: Annotated[float, Field(gt=0, le=3600)] = 60.0
-    retries: Annotated[int, Field(ge=0, le=10)] = 3
-    concurrency: Annotated[int, Field(ge=1, le=256)] = 8
+    timeout: Annotated[Real, Field(gt=0, le=3600)] = 60.0
+    retries: Annotated[Whole, Field(ge=0, le=10)] = 3
+    concurrency: Annotated[Whole, Field(ge=1, le=256)] = 8
     base: Base = "16bit"
     config: str | None = None
     trust_remote_code: bool = False
@@ -80,7 +82,7 @@ class StageSettings(BaseModel):
     fields: dict[str, Use] = {}
     prompts: PromptVersion = "v2"
     templates: str | None = None
-    min_confidence: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
-    thought_tokens: Annotated[int, Field(ge=1, le=65536)] = 128
-    thought_seconds: Annotated[float, Field(gt=0)] | None = None
+    min_confidence: Annotated[Real, Field(ge=0.0, le=1.0)] = 0.5
+    thought_tokens: Annotated[Whole, Field(ge=1, le=65536)] = 128
+    thought_seconds: Annotated[Real, Field(gt=0)] | None = None
     length_norm: LengthNorm = "none"

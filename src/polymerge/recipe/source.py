@@ -6,9 +6,9 @@ Does not know checkpoints: whether a source exists is found out by `polymerge.so
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..paths import expanded, here
 
@@ -26,6 +26,13 @@ class Source(BaseModel):
     source: Annotated[str, Field(min_length=1)]
     revision: str | None = None
     base: str | None = None
+
+    @model_validator(mode="after")
+    def _one_revision(self) -> Self:
+        repo, _, revision = self.source.partition("@")
+        if self.revision and revision and not self.source.startswith((".", "/", "~")):
+            raise ValueError(f"names the revision twice, {revision!r} and {self.revision!r}; say `source: {repo}`")
+        return self
 
 
 def source_of_text(value: Any) -> Any:

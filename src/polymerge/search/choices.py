@@ -75,7 +75,7 @@ class Choices:
         if key not in self._fittings:
             names = ("scale", "embeddings", "lm_head")
             recipe = load_recipe(self.recipe, **dict(zip(names, key, strict=True)))  # type: ignore[arg-type]
-            self._fittings[key] = Fitting.of(aligned(plan_merge(recipe)))
+            self._fittings[key] = Fitting.of(aligned(plan_merge(recipe.of_tables_in_use())))
         known = self._fittings[key]
         return Fitting(known.plan, known.shared, choice.tilt)
 

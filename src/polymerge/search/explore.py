@@ -18,6 +18,7 @@ from ..bundle.files import write_bytes
 from ..errors import needs_extra
 from ..merging.plan import MergePlan, plan_merge
 from ..method.codes import PLAIN
+from ..paths import path_of
 from ..recipe.merge import Recipe, RecipeLike, RecipeSettings, read_codes
 from ..recipe.written import recipe_text
 from .choices import Choice, Choices
@@ -116,7 +117,7 @@ def search_recipe(
         import optuna
     target = read_target(f"size={budget}")
     plan = plan_merge(recipe, **settings)
-    recipe, output, say = plan.recipe, Path(output).expanduser(), progress or (lambda text: None)
+    recipe, output, say = plan.recipe, path_of(output, "output"), progress or (lambda text: None)
     examples = read_prompts(prompts, limit)
     check_examples(recipe, examples)
     choices = Choices(recipe, target.limit(plan.base_bytes), read_codes(codes))

@@ -20,6 +20,7 @@ from ..merging.plan import MergePlan, plan_merge, replanned
 from ..merging.ray import ray_cluster
 from ..merging.run import OnProgress, run_plan
 from ..method.codes import PLAIN
+from ..paths import path_of
 from ..recipe.merge import RecipeLike, RecipeSettings
 from ..recipe.rates import in_words
 from ..sources.memory import models_as_folders
@@ -86,7 +87,7 @@ def merge(
         raise TargetError("prompts without a target are measured for `on_measured`; give it, or a target")
     goal = read_target(target) if target is not None else None
     examples = read_prompts(prompts or {}, limit or LIMIT)
-    output = Path(output).expanduser()
+    output = path_of(output, "output")
     if goal or not resume:  # now and not after the plan; a merge that is resumed clears up what a kill left first
         check_output(output, overwrite=overwrite)
     with models_as_folders(recipe, output) as (recipe, in_memory):

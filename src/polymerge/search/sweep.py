@@ -22,6 +22,7 @@ from ..merging.plan import MergePlan, plan_merge
 from ..merging.run import run_plan
 from ..method.codes import PLAIN
 from ..model.loading import load_model
+from ..paths import path_of
 from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, load_recipe, read_codes
 from ..recipe.rates import AnyRates, in_words
 from .agreement import Agreement, Reference
@@ -92,16 +93,15 @@ def sweep(
     Raises:
         RecipeError: an expert without examples. Whatever `merge` raises.
     """
-    recipe, output = load_recipe(recipe, **settings), Path(output).expanduser()
+    recipe, output = load_recipe(recipe, **settings), path_of(output, "output")
     examples = read_prompts(prompts, limit)
     check_examples(recipe, examples)
     names = read_codes(codes)
     # at rate 1 there is no residual to store, so codes do not differ
     points_at = [(rate, code) for rate in rates for code in (names if rate < 1 else names[:1])]
     lossy = plan_merge(recipe).recipe  # whose tables those of all codes are
-    recipes = [
-        load_recipe(lossy if 0 < rate < 1 else recipe, compress_rate=rate, code=code) for rate, code in points_at
-    ]
+    ends = recipe.of_tables_in_use()  # where a code is named, `auto` keeps them
+    recipes = [load_recipe(lossy if 0 < rate < 1 else ends, compress_rate=rate, code=code) for rate, code in points_at]
     say = progress or (lambda text: None)
     references = run_originals(recipe, examples, say)
     output.mkdir(parents=True, exist_ok=True)

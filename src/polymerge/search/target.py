@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import TargetError
-from ..recipe.merge import parse_size
+from ..recipe.numbers import parse_size
 from .agreement import Agreement
 from .sweep import Point
 

@@ -17,6 +17,7 @@ from ..engine.vllm.folder import NOTE as VLLM_NOTE
 from ..errors import ModelError
 from ..export import plan_gguf
 from ..host import pick_device
+from ..paths import path_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def choose_engine(source: str | Path, *, asked: Mapping[str, bool], device: str 
     Raises:
         BundleError: it is no bundle and no export. DeviceError: no such device.
     """
-    source = Path(source).expanduser()
+    source = path_of(source, "bundle")
     if (source / VLLM_NOTE).is_file():
         return Choice("vllm", "the folder is an export for vLLM")
     if (source / GGUF_NOTE).is_file():

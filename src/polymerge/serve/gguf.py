@@ -16,6 +16,7 @@ from ..engine.local.engine import HFEngine
 from ..errors import BundleError
 from ..export import export_gguf
 from ..host import cache_folder
+from ..paths import path_of
 
 TYPE: Kind = "q8_0"
 
@@ -26,13 +27,13 @@ def export_of(source: str | Path, gguf: str | Path | None, say: Callable[[str], 
     Raises:
         BundleError: the export is another bundle's. ModelError: llama.cpp cannot express the bundle.
     """
-    source = Path(source).expanduser()
+    source = path_of(source, "bundle")
     if (source / NOTE).is_file():
         if gguf is not None:
             raise BundleError(f"{source}: is an export already; leave --gguf out")
         return None, source
     bundle = Bundle.open(source)
-    folder = Path(gguf).expanduser() if gguf else cache_folder() / "exports" / f"{bundle.digest[:16]}-{TYPE}"
+    folder = path_of(gguf, "gguf") if gguf else cache_folder() / "exports" / f"{bundle.digest[:16]}-{TYPE}"
     if gguf is None and not (folder / NOTE).is_file():
         say(f"exporting {bundle.path} for llama.cpp, once, into {folder}")
         folder.parent.mkdir(parents=True, exist_ok=True)

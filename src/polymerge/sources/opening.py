@@ -8,6 +8,7 @@ read is in `checkpoint.py`, `gguf.py`, `quantised.py` and `adapter.py`, which kn
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import SourceError
@@ -70,7 +71,10 @@ def opened_again(origin: Origin) -> Checkpoint:
     base = origin.base
     if base and origin.base_revision:
         base = f"{base.partition('@')[0]}@{origin.base_revision}"
-    return open_checkpoint(Source(source=origin.source, revision=origin.revision, base=base))
+    source = f"{origin.source.partition('@')[0]}@{origin.revision}" if origin.revision else origin.source
+    checkpoint = open_checkpoint(Source(source=source, base=base))
+    checkpoint.origin = replace(checkpoint.whence, source=origin.source)
+    return checkpoint
 
 
 def _open_folder(local: Path | None, source: Source) -> Checkpoint:
