@@ -323,7 +323,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if "zero" in options.parts:
         asked = [s for field in options.fields for s in [k for k in known if k.field == field][: options.asked]]
         few = read_fields(data, "train", limit=32, **fields), read_fields(data, "validation", limit=24, **fields)
-        made = zero.made_samples(engine, options.fields, options.store)
+        made = zero.made_samples(engine, options.fields)
         prompts = {"published": systems[OURS], "task": systems[TASK]}
         report["zero"] = zero.zero(*few, asked, made, prompts, options.draws)
     if "routed" in options.parts:

@@ -48,7 +48,7 @@ def test_the_usual_threshold_stays_in_bounds() -> None:
 
 
 def test_without_requests_the_background_alone_tells() -> None:
-    assert usual(None, np.linspace(0, 1, 101) * 0.3) == pytest.approx(0.3 * 0.85)
+    assert usual(None, np.linspace(0, 1, 101) * 0.3) == pytest.approx(0.3 * 0.95)
 
 
 def test_a_table_moves_the_threshold_that_it_is_given() -> None:

@@ -19,8 +19,13 @@ FILE = Path(__file__).with_name("background.txt")
 @cache
 def background() -> tuple[Sample, ...]:
     """The texts, with their topic in the place of a field."""
+    return by_topic(FILE)
+
+
+def by_topic(file: Path) -> tuple[Sample, ...]:
+    """The texts of such a file."""
     texts, topic = [], ""
-    for line in FILE.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8").splitlines():
         if line.startswith("# "):
             topic = line.removeprefix("# ")
         elif line:

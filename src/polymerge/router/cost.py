@@ -19,7 +19,7 @@ from .table import Table
 STRANGERS = 3.0
 LEAST, HIGHEST = 0.15, 0.5
 USUAL = 0.35  # where nothing was kept away
-REFUSED = 0.85  # of the background, where the gate has met no requests
+REFUSED = 0.95  # of the background, where the gate has met no requests
 MOST = 2.0  # how much dearer or cheaper than usual a table makes a mistake, at most
 
 

@@ -95,13 +95,7 @@ class Embedder:
         Raises:
             RouterError: a text is empty, a layer is not there, or a vector is not finite.
         """
-        prompts, truncated = [], []
-        for number, text in enumerate(texts, 1):
-            if not text.strip():
-                raise RouterError(f"text {number} of {len(texts)} is empty; there is nothing to route by")
-            ids, cut = cut_middle(self.engine.encode(text, special=False), self.room)
-            prompts.append([*self._head, *ids, *self._tail])
-            truncated.append(cut)
+        prompts, truncated = self.prompts(texts)
         try:
             states = self.engine.embed(prompts, layers=self.layers, pooling=self.settings.pooling)
         except IndexError:
@@ -112,6 +106,17 @@ class Embedder:
         if not np.isfinite(vectors).all():
             raise RouterError("the model's hidden states are not finite; load it in float32 or bfloat16")
         return Embedded(vectors, truncated)
+
+    def prompts(self, texts: Sequence[str]) -> tuple[list[list[int]], list[int]]:
+        """Token ids of non-empty texts in the alignment prompt, and how many tokens were cut out of every text."""
+        prompts, truncated = [], []
+        for number, text in enumerate(texts, 1):
+            if not text.strip():
+                raise RouterError(f"text {number} of {len(texts)} is empty; there is nothing to route by")
+            ids, cut = cut_middle(self.engine.encode(text, special=False), self.room)
+            prompts.append([*self._head, *ids, *self._tail])
+            truncated.append(cut)
+        return prompts, truncated
 
 
 def cut_middle(ids: Sequence[int], room: int) -> tuple[list[int], int]:

@@ -13,8 +13,9 @@ from pathlib import Path
 from ..bundle.bundle import Bundle
 from ..bundle.files import write_json
 from ..errors import RouterError
-from .described import by_name, described_samples, written_samples
+from .described import by_name, described_samples
 from .fit import Fitted, Progress, fit_samples
+from .kinds import alike_samples
 from .loading import load_engine
 from .picture import draw_samples
 from .record import assessment_file, router_folder
@@ -91,7 +92,7 @@ def fit_router(
         validation = _of_fields(validation, training)
     counts = Counter(sample.field for sample in training)
     few = {field: words for field, words in (describe or {}).items() if counts[field] < ENOUGH}
-    made = [*described_samples(few), *written_samples(embeds, few)] if few else []
+    made = [*described_samples(few), *alike_samples(embeds, few)] if few else []
     known = _table_of(bundle, table)
     fitted = fit_samples(
         bundle, embeds, training, validation, made=made, descriptions=few, settings=settings, table=known,
