@@ -10,7 +10,7 @@ import pytest
 
 import polymerge as pm
 from polymerge.errors import PolymergeError
-from polymerge.search.examples import Example
+from polymerge.search.examples import Example, read_prompts
 from tests.conftest import Merged
 
 SAID: dict[str, tuple[Callable[[Any, Any, Path], Any], str]] = {
@@ -55,3 +55,5 @@ def test_what_is_no_argument_is_one_line(merged: Merged, tmp_path: Path, what: s
 def test_a_checkpoint_may_be_a_path_and_examples_a_generator(merged: Merged, tmp_path: Path) -> None:
     bundle, experts = merged("llama")
     assert pm.verify(bundle, source={name: Path(path) for name, path in experts.items()}).ok  # type: ignore[misc]
+    read = read_prompts({"e0": (Example(text) for text in ("w3", "w4"))})  # type: ignore[dict-item]
+    assert read == {"e0": [Example("w3"), Example("w4")]}
