@@ -28,6 +28,8 @@ def check_expert_names(names: Collection[str]) -> None:
 
 def check_expert_name(name: str) -> None:
     """Raises ValueError unless `name` is safe as a folder, a route and a header."""
+    if not isinstance(name, str):
+        raise ValueError(f"expert name {name!r} is no text")
     if name.casefold() in RESERVED_NAMES:
         raise ValueError(f"expert name {name!r} is reserved ({', '.join(sorted(RESERVED_NAMES))})")
     if not EXPERT_NAME.fullmatch(name) or ".." in name:

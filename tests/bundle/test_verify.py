@@ -185,6 +185,18 @@ def test_settings_that_do_not_follow_from_the_tensors_are_a_problem(copy: Path, 
     assert "'e0'" in problem and repr(key) in problem
 
 
+@pytest.mark.parametrize("bit", [1, 2, 4])
+def test_a_changed_bit_in_how_often_a_residual_is_lent_is_a_problem(copy: Path, bit: int) -> None:
+    text = (copy / "polymerge.json").read_text()
+    assert verify_files(Bundle.open(copy)).ok
+    place = text.index('"times": -') + len('"times": -')
+    number = text[place : text.index("\n", place)]
+    digit = place + number.index(".") + 2
+    (copy / "polymerge.json").write_text(text[:digit] + chr(ord(text[digit]) ^ bit) + text[digit + 1 :])
+    [problem] = verify_files(Bundle.open(copy)).problems
+    assert "times the residual of 'e0' in" in problem and "expert 'e1'" in problem
+
+
 def test_a_bias_of_another_size_is_a_problem(tmp_path: Path) -> None:
     experts = make_experts("qwen2", tmp_path, count=2, config=Qwen2Config(**TINY))
     bundle = merge(

@@ -54,7 +54,7 @@ class BundleFolder:
 
     def expert_folder(self, expert: str) -> Path:
         """The PEFT folder of an expert. Raises BundleError for an unknown name."""
-        if expert not in self.manifest.experts:
+        if not isinstance(expert, str) or expert not in self.manifest.experts:
             known = ", ".join(self.experts)
             raise BundleError(f"{self.path}: no expert {expert!r}; this bundle holds {known}")
         return self.path / "experts" / expert

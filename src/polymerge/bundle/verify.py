@@ -27,6 +27,8 @@ from .peft import adapter_config, borrowed_config, coded_config
 from .personas import persona_problems
 from .unlisted import unlisted_files
 
+# Of a number that is written with all its digits: fewer are another reader's rounding.
+LENT_DIGITS = 1e-6
 # Settings of an adapter that follow from its tensors.
 CHECKED_SETTINGS = (
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save",
@@ -171,11 +173,30 @@ def adapter_problems(bundle: Bundle, expert: str) -> Iterator[str]:
             yield f"expert {expert!r}: a scale for {tensor_name!r}, which is not in the base"
         elif not (math.isfinite(ratio) and ratio >= 0):
             yield f"expert {expert!r}: scale {ratio} of {tensor_name!r} is not a ratio"
+    yield from lent_problems(bundle, expert)
     config = read_json(bundle.expert_folder(expert) / "adapter_config.json")
     expected = expected_config(bundle, expert)
     for key in CHECKED_SETTINGS:
         if config.get(key) != expected.get(key):
             yield f"expert {expert!r}: adapter_config.json's {key!r} does not fit the adapter's tensors"
+
+
+def lent_problems(bundle: Bundle, expert: str) -> Iterator[str]:
+    """Where an expert has another's factors otherwise than a merge lends them: as they are, or, of two experts, turned
+    round and by their ratios. No file but the manifest says how often, and no hash is over the manifest."""
+    own = bundle.scales(expert)
+    ratios = {lender: bundle.scales(lender) for lender in bundle.experts}
+    for layer in bundle.manifest.layers:
+        lent = layer.borrowed.get(expert)
+        if lent is None or lent.of is None:
+            continue
+        ratio, theirs = own.get(layer.tensor, 1.0), ratios[lent.of].get(layer.tensor, 1.0)
+        turned = -ratio / theirs if theirs else 0.0
+        if not any(math.isclose(lent.times, times, rel_tol=LENT_DIGITS) for times in (1.0, turned)):
+            yield (
+                f"expert {expert!r}: has {lent.times} times the residual of {lent.of!r} in {layer.tensor!r}, "
+                f"of which the ratios of both make {turned}"
+            )
 
 
 def all_finite(tensor: Tensor) -> bool:

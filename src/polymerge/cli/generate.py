@@ -67,7 +67,7 @@ def generate(
 
         response = run(
             bundle, prompt, expert=expert, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-            seed=seed, chat=chat, device=device, base=base, residuals=residuals, staged=staged, choice=choice,
+            seed=seed, chat=chat, device=device, base=base, residuals=residuals, staged=staged, choice=choice or None,
             json_schema=json_schema, json_object=json_object, regex=regex, grammar=grammar,
             recipe=recipe, thinker=thinker, model=model,
             key_env=key_env, policy=policy, prompts=prompts, thought_tokens=thought_tokens, low_memory=low_memory,

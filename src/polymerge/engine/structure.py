@@ -75,9 +75,11 @@ def asked_structure(
         grammar: in Lark's syntax or GBNF, or its file.
 
     Raises:
-        ModelError: two forms, or a file that cannot be read.
+        ModelError: two forms, a file that cannot be read, or no answer to choose from.
     """
     asked = []
+    if choice is not None and not choice:
+        raise ModelError("--choice: an empty list leaves no answer to choose from")
     if json_schema is not None:
         given = json_schema if isinstance(json_schema, Mapping) else _text(json_schema, "--json-schema")
         asked.append(json_structure(given, "--json-schema"))
@@ -87,7 +89,7 @@ def asked_structure(
         asked.append(Structure("regex", regex, "--regex"))
     if grammar is not None:
         asked.append(Structure("grammar", _text(grammar, "--grammar"), "--grammar"))
-    if choice:
+    if choice is not None:
         asked.append(choice_structure(choice, "--choice"))
     if len(asked) > 1:
         raise ModelError(f"{asked[1].name}: not together with {asked[0].name}; an answer has one form")

@@ -28,7 +28,7 @@ from ..bundle.write import write_manifest
 from ..errors import DataError, ModelError
 from ..host import DTYPES, pick_device
 from ..merging.upgrade import follow_router
-from ..search.examples import LIMIT, Prompts, read_prompts
+from ..search.examples import Prompts, read_prompts
 from ..sources.checkpoint import read_json
 from ..version import __version__
 from .packing import BASE_WAYS, BaseWay, Matrices, Packing, packable, packing_of, write_base
@@ -99,7 +99,9 @@ def quantize_bundle(
     way = _checked(bundle, base)
     for expert in prompts or ():
         bundle.expert_folder(expert)
-    samples = _samples(bundle, read_prompts(prompts or {}, limit or LIMIT), fewest=2 if way.calibrated else 1)
+    samples = _samples(
+        bundle, read_prompts({} if prompts is None else prompts, limit), fewest=2 if way.calibrated else 1
+    )
     check_tokenizer(bundle)
     matrices = packable(bundle, way.bits)
     with placed(output, bundle, overwrite=False, needed=bundle.sizes().total) as staged, steady(bundle):

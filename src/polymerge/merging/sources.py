@@ -14,6 +14,7 @@ from ..bundle.bundle import Bundle
 from ..bundle.verify import SourceCheck, Verification, verify_files
 from ..errors import PolymergeError, SourceError
 from ..host import DTYPES
+from ..recipe.lines import as_source
 from ..sources.checkpoint import Checkpoint, Origin
 from ..sources.opening import opened_again
 from ..sources.persona import differing, persona_of
@@ -44,12 +45,14 @@ def verify(
         BundleError: the bundle cannot even be opened, or has no such expert. SourceError: a source cannot be.
     """
     bundle = Bundle.open(bundle)
-    for expert in source or {}:
+    if not isinstance(sources, bool):
+        raise PolymergeError("sources: true or false; where a checkpoint is now is said with source={expert: path}")
+    moved = {expert: as_source(given, expert).source for expert, given in (source or {}).items()}
+    for expert in moved:
         bundle.expert_folder(expert)
     result = verify_files(bundle, progress)
     if result.ok:
         result.problems += method_problems(bundle)
-    moved = source or {}
     if not (sources or moved) or not result.ok:
         return result
     checked = {}

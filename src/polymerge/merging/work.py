@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..errors import RecipeError
 from ..host import gpu_memory
-from ..recipe.numbers import parse_size
+from ..recipe.numbers import no_switch, parse_size
 
 # Of a GPU's memory, what weights and caches may take: activations, kernels and what torch keeps need the rest.
 USABLE = 0.9
@@ -57,7 +57,7 @@ def work_of(gpu: int | str | None, context: int | None, requests: int) -> Work:
     if gpu == "auto":
         return Work(context, requests, gpu_memory())
     try:
-        size = parse_size(gpu)
+        size = parse_size(no_switch(gpu))
     except ValueError as error:
         raise RecipeError(f"gpu: {error}, or auto") from None
     if size is not None and size < 1:

@@ -75,6 +75,8 @@ def load_model(
             library is missing.
     """
     bundle = Bundle.open(bundle)
+    if beside is not None and not isinstance(beside, MixedModel):
+        raise ModelError(f"beside: a {type(beside).__name__} is no loaded bundle; give what `load_model` returned")
     place = pick_device(device)
     stored = bundle.manifest.base_code
     if stored is not None and base not in holds(stored):

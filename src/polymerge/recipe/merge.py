@@ -201,9 +201,12 @@ def load_recipe(source: RecipeLike, **settings: Unpack[RecipeSettings]) -> Recip
 def read_codes(names: Iterable[str]) -> tuple[CodeName, ...]:
     """Codes that somebody named, each once. Raises RecipeError for one that does not exist."""
     try:
-        return tuple(dict.fromkeys(map(known_code, names)))
+        codes = tuple(dict.fromkeys(map(known_code, names)))
     except ValueError as error:
         raise RecipeError(f"codes: {error}") from None
+    if not codes:
+        raise RecipeError("codes: an empty list has none; leave it out, or name some")
+    return codes
 
 
 def _loaded(source: RecipeLike) -> Recipe:

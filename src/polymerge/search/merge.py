@@ -25,7 +25,7 @@ from ..recipe.merge import RecipeLike, RecipeSettings
 from ..recipe.rates import in_words
 from ..sources.memory import models_as_folders
 from .agreement import Agreement
-from .examples import LIMIT, Prompts, read_prompts
+from .examples import Prompts, read_prompts
 from .find import Found, find
 from .sweep import agreements, check_examples, run_originals
 from .target import Target, read_target
@@ -86,7 +86,7 @@ def merge(
     if prompts and target is None and on_measured is None:
         raise TargetError("prompts without a target are measured for `on_measured`; give it, or a target")
     goal = read_target(target) if target is not None else None
-    examples = read_prompts(prompts or {}, limit or LIMIT)
+    examples = read_prompts({} if prompts is None else prompts, limit)
     output = path_of(output, "output")
     if goal or not resume:  # now and not after the plan; a merge that is resumed clears up what a kill left first
         check_output(output, overwrite=overwrite)
@@ -103,7 +103,13 @@ def merge(
             if goal:
                 folder = next(parent for parent in output.absolute().parents if parent.exists())
                 chosen = find(
-                    plan.recipe, goal, examples, codes=codes or PLAIN, folder=folder, executor=tasks, progress=say
+                    plan.recipe,
+                    goal,
+                    examples,
+                    codes=PLAIN if codes is None else codes,
+                    folder=folder,
+                    executor=tasks,
+                    progress=say,
                 )
                 _tell(chosen, goal, say, on_found)
                 plan = replanned(plan, compress_rate=chosen.recipe.compress_rate, code=chosen.recipe.code)
@@ -137,6 +143,8 @@ def _check_together(
 def _opened(executor: Executor | Where, address: str | None) -> AbstractContextManager[Executor]:
     if executor == "ray":
         return ray_cluster(address)
+    if executor != "threads" and not callable(executor):
+        raise PolymergeError(f"executor: {executor!r} does no tensors; give threads, ray, or a function that does")
     return nullcontext(in_threads if executor == "threads" else executor)
 
 

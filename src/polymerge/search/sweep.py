@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -24,7 +24,7 @@ from ..method.codes import PLAIN
 from ..model.loading import load_model
 from ..paths import path_of
 from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, load_recipe, read_codes
-from ..recipe.rates import AnyRates, in_words
+from ..recipe.rates import AnyRates, in_words, read_named_rates
 from .agreement import Agreement, Reference
 from .examples import LIMIT, Example, Prompts, read_prompts
 
@@ -96,7 +96,7 @@ def sweep(
     recipe, output = load_recipe(recipe, **settings), path_of(output, "output")
     examples = read_prompts(prompts, limit)
     check_examples(recipe, examples)
-    names = read_codes(codes)
+    names, rates = read_codes(codes), _numbers(rates)
     # at rate 1 there is no residual to store, so codes do not differ
     points_at = [(rate, code) for rate in rates for code in (names if rate < 1 else names[:1])]
     lossy = plan_merge(recipe).recipe  # whose tables those of all codes are
@@ -111,6 +111,17 @@ def sweep(
         points.append(measure(plan_merge(changed), references, output))
         (output / "sweep.json").write_text(json.dumps([to_json(p, points) for p in points], indent=1) + "\n")
     return points
+
+
+def _numbers(rates: Iterable[float]) -> list[float]:
+    """Raises RecipeError for what is no rate for all layers."""
+    try:
+        numbers = [read_named_rates(rate) for rate in rates]
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"rates: {error}") from None
+    if not numbers or not all(isinstance(number, float) for number in numbers):
+        raise RecipeError("rates: give one number or more, each from 0 to 1")
+    return numbers
 
 
 def check_examples(recipe: Recipe, examples: Mapping[str, Sequence[Example]]) -> None:

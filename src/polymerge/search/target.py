@@ -63,7 +63,7 @@ def read_target(text: str) -> Target:
     Raises:
         TargetError: one line that says what is wrong with it.
     """
-    kind, _, written = (part.strip() for part in text.partition("="))
+    kind, _, written = (part.strip() for part in str(text).partition("="))
     if kind == "size":
         return _read_size(text, written)
     if kind not in ("kl", "accuracy"):

@@ -84,7 +84,7 @@ def generate(
         raise PolymergeError(
             f"generate: a prompt is one text, not a {type(prompt).__name__}; `serve` takes conversations"
         )
-    expert = in_words(expert)
+    expert, choice = in_words(expert), None if choice is None else list(choice)
     stages: dict[str, Any] = {
         "recipe": recipe, "thinker": thinker, "model": model, "key_env": key_env, "prompts": prompts,
         "thought_tokens": thought_tokens, "low_memory": low_memory,
