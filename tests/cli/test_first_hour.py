@@ -7,12 +7,13 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from polymerge.bundle.inspect import inspect_bundle
-from polymerge.cli import console, demonstrating
+from polymerge.cli import competing, console, demonstrating
 from polymerge.cli.main import main
 from polymerge.demo.run import DemoResult, SkillRow
 from polymerge.export.vllm.export import _Clock
@@ -134,3 +135,17 @@ def test_the_demo_ends_with_a_line_that_can_be_typed(
         demonstrating.print_demo(DemoResult([row], sizes, {}, 1, Path("demo-output/bundle"), Path("report.html")))
         last = capsys.readouterr().out.splitlines()[-1]
         assert last == f'try: {command} generate demo-output/bundle --expert {skill} "{question}"'
+
+
+def test_a_warning_of_flawed_answers_is_broken_between_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(competing, "err", Console(stderr=True, highlight=False, width=80, force_terminal=True))
+    nothing: dict[str, int] = {}
+    summary: Any = SimpleNamespace(
+        rows=1, seconds=1.0, time_limit=60.0, peak_memory=1, experts=nothing, staged=0, asked=nothing, direct=nothing,
+        scores=nothing, scored=0, written=1, flaws={"empty": 1}, skipped=[],
+    )  # fmt: skip
+    competing.print_summary(summary, 64)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("warning: ") and len(lines) > 1 and all(len(line) <= 80 for line in lines)

@@ -69,6 +69,23 @@ def test_ctrl_c_before_the_first_tensor_says_that_nothing_is_there(
     assert "before the first tensor" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_ctrl_c_before_the_first_tensor_is_told_says_what_lies_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experts = [f"{name}={path}" for name, path in make_experts("llama", tmp_path).items()]
+    words = ["merge", *experts, "-o", str(tmp_path / "b")]
+
+    def stopped(self: journal.Staging, work: object) -> object:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(journal.Staging, "finish", stopped)
+        assert run(words, patched) == STOPPED
+    said = capsys.readouterr().err
+    assert f" lie in {tmp_path / 'b.partial'}" in said and "nothing was written" not in said
+    assert run(shlex.split(said.split("go on: polymerge ")[1]), monkeypatch) == 0
+
+
 def test_ctrl_c_while_the_bundle_is_measured_says_that_it_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,6 +27,8 @@ def test_a_bundles_page_answers_in_words_then_shows_three_plots_and_folds_the_re
     for expert in inspect_bundle(bundle).experts:
         assert f"<b>{expert.name}</b>{SAID[expert.verdict.answers]}" in seen
     assert "Tensors that lost most" in folded and bundle.digest[:16] in page
+    main = page.split("<main>")[1].split("</main>")[0]  # what those who listen to a page are led to
+    assert "<h1>" in main and "Tensors that lost most" in main and "<footer>" not in main
 
 
 def test_a_page_is_small_and_asks_no_network_for_its_script(merged: Merged, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from polymerge.engine.local.batching import BatchingEngine
 from polymerge.engine.local.engine import HFEngine
 from polymerge.serve.app import create_app
-from polymerge.serve.calling import HERMES, LLAMA, MISTRAL, PLAIN, Format, closed, format_of, moved, told_tools
+from polymerge.serve.calling import HERMES, LLAMA, MISTRAL, PLAIN, Format, format_of, moved, told_tools
 from polymerge.serve.calls import CallReader, whole_calls
 from polymerge.serve.tools import Tool
 from tests.serve.conftest import Server, running
@@ -188,27 +188,3 @@ def test_wrong_tools_are_refused_by_name(served: Server) -> None:
     for fields, words in wrong:
         with pytest.raises(openai.BadRequestError, match=words):
             client.chat.completions.create(model="average", messages=HELLO, max_tokens=5, extra_body=fields)
-
-
-OPEN = {"properties": {"a": {"type": "integer"}}, "required": ["a"]}
-
-
-def test_an_object_that_names_its_arguments_gets_no_others() -> None:
-    shut = OPEN | {"additionalProperties": False}
-    assert closed(OPEN) == shut
-    nested = {"$defs": {"o": OPEN}, "properties": {"x": {"items": {"$ref": "#/$defs/o"}}, "y": {"anyOf": [OPEN]}}}
-    assert closed(nested) == {
-        "$defs": {"o": shut},
-        "properties": {"x": {"items": {"$ref": "#/$defs/o"}}, "y": {"anyOf": [shut]}},
-        "additionalProperties": False,
-    }
-
-
-@pytest.mark.parametrize(
-    "open_one",
-    [{"type": "object"}, OPEN | {"additionalProperties": True}, OPEN | {"required": ["a", "b"]},
-     OPEN | {"minProperties": 2}, OPEN | {"allOf": [OPEN]}, OPEN | {"anyOf": [OPEN]}, {"const": OPEN},
-     OPEN | {"required": 5}, OPEN | {"required": [{}]}, {"properties": 3}],
-)  # fmt: skip
-def test_what_is_open_on_purpose_stays_open(open_one: dict[str, Any]) -> None:
-    assert closed(open_one) == open_one

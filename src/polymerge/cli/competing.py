@@ -69,6 +69,6 @@ def print_summary(summary: Summary, tokens: int) -> None:
         tell(f"(scores are means over the rows with a target: {summary.scored} of {summary.rows})")
     warning = words_of(summary.written, summary.flaws, tokens)
     if warning:
-        err.print(f"warning: {warning}", markup=False, soft_wrap=True)
+        tell(f"warning: {warning}", to=err)
     for line in summary.skipped:
         err.print(f"skipped: {line}", markup=False, soft_wrap=True)

@@ -93,7 +93,7 @@ def html_page(title: str, body: str, footer: str, script: str) -> str:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}: polymerge report</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>'
         f'<script src="{escape(script)}" onerror="{escape(missing)}"></script></head>'
-        f"<body><h1>{escape(title)}</h1><script>{tell}</script>{body}"
+        f"<body><main><h1>{escape(title)}</h1><script>{tell}</script>{body}</main>"
         f"<footer>{escape(footer)}</footer><script>{RESIZE}</script></body></html>\n"
     )
 

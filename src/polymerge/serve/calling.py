@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..engine.schema_parts import DATA, NAMED, parts
+from ..engine.schema_parts import DATA, NAMED
 from ..engine.structure import Structure, calls_structure, json_structure
+from .closing import closed
 from .tools import Tool
 
 HERMES_PROMPT = """You may call these tools:
@@ -24,12 +25,6 @@ To call one, answer with its name and its arguments as JSON between tags:
 <tool_call>
 {{"name": "...", "arguments": {{...}}}}
 </tool_call>"""
-
-
-# Where one of these stands, the properties of an object may be named in several places.
-COMBINING = frozenset(
-    {"allOf", "oneOf", "not", "if", "dependentSchemas", "dependencies", "unevaluatedProperties", "$dynamicRef"}
-)
 
 
 @dataclass(frozen=True)
@@ -127,35 +122,3 @@ def moved(schema: Any, path: str) -> Any:
         else:
             made[key] = value if key in DATA else moved(value, path)
     return made
-
-
-def closed(parameters: dict[str, Any]) -> dict[str, Any]:
-    """A tool's parameters, in which an object that names its properties has no others unless it says so: a function is
-    called by them, and a weak model would go on inventing arguments. What fits them fits the tool's own."""
-    for part in parts(parameters):
-        if COMBINING & part.keys() or ("properties" in part and {"anyOf", "$ref"} & part.keys()):
-            return parameters
-    made: dict[str, Any] = _closed(parameters)
-    return made
-
-
-def _closed(schema: Any) -> Any:
-    if isinstance(schema, list):
-        return [_closed(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    made: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key in NAMED and isinstance(value, dict):
-            made[key] = {name: _closed(part) for name, part in value.items()}
-        else:
-            made[key] = value if key in DATA else _closed(value)
-    if _suffices(made.get("properties"), made.get("required", [])) and "minProperties" not in made:
-        made.setdefault("additionalProperties", False)
-    return made
-
-
-def _suffices(named: Any, required: Any) -> bool:
-    """Whether the named properties are all that an object must have."""
-    lists = isinstance(named, dict) and isinstance(required, list)
-    return lists and all(isinstance(name, str) and name in named for name in required)

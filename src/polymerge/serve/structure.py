@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from ..engine.structure import Structure, choice_structure, json_object, json_structure
+from .closing import closed
 from .strict import Harmless, Nothing, Strict
 
 Schema = dict[str, Any] | str | bool
@@ -42,7 +43,7 @@ class ResponseFormat(Strict):
     @property
     def structure(self) -> Structure | None:
         if self.json_schema is not None:
-            return json_structure(self.json_schema.schema_, "response_format")
+            return json_structure(closed(self.json_schema.schema_), "response_format")
         return json_object("response_format") if self.type == "json_object" else None
 
 
