@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from ..engine.llamacpp.folder import GgufNote, Kind
-from .console import err, out, print_json, say, size
+from .console import err, out, print_json, say, size, tell
 from .export_vllm import told_before
 from .logs import hush_libraries
 from .progress import merge_progress
@@ -31,14 +31,14 @@ def export_for_gguf(
 
     hush_libraries()
 
-    def tell(plan: GgufPlan) -> None:
+    def planned(plan: GgufPlan) -> None:
         for line in () if quiet else [*told_before("llama.cpp", plan.folded, plan.lost), *_within(plan.negligible)]:
             err.print(line, markup=False, soft_wrap=True)
 
     with merge_progress(quiet or as_json, "exporting") as progress:
         written = export_gguf(
             bundle, output, type=type, llama_cpp=llama_cpp, lossy=lossy, max_rank=max_rank, calibration=calibration,
-            device=device, overwrite=overwrite, progress=progress, on_plan=tell,
+            device=device, overwrite=overwrite, progress=progress, on_plan=planned,
         )  # fmt: skip
     note = written.note
     if as_json:
@@ -68,7 +68,7 @@ def _print_note(note: GgufNote, output: Path) -> None:
         table.add_row(name, size(expert.bytes), f"{expert.kl:.2g}", f"{expert.kl_average:.2g}", *served)
     out.print(table)
     how = f"with {note.measured_with}" if note.measured_with else "not, since xllamacpp is not installed"
-    say(
+    tell(
         f"{output}: base {size(note.base_bytes)}; KL in nats a token to the bundle's expert, of the factors over "
         f"{note.calibration_tokens} tokens of answers; llama.cpp's own measured {how}"
     )

@@ -6,7 +6,7 @@ import shlex
 from collections import Counter
 from pathlib import Path
 
-from .console import err, out, print_json, say, size
+from .console import err, out, print_json, say, size, tell
 from .logs import hush_libraries
 from .progress import merge_progress
 
@@ -29,7 +29,7 @@ def export_for_vllm(
 
     hush_libraries()
 
-    def tell(plan: VllmPlan) -> None:
+    def planned(plan: VllmPlan) -> None:
         for line in () if quiet else told_before("vLLM", plan.folded, plan.lost):
             err.print(line, markup=False, soft_wrap=True)
         folded.update(plan.folded)
@@ -38,7 +38,7 @@ def export_for_vllm(
     with merge_progress(quiet or as_json, "exporting") as progress:
         written: VllmExport = export_vllm(
             bundle, output, max_rank=max_rank, calibration=calibration, device=device, overwrite=overwrite,
-            progress=progress, on_plan=tell,
+            progress=progress, on_plan=planned,
         )  # fmt: skip
     note = written.note
     if as_json:
@@ -52,7 +52,7 @@ def export_for_vllm(
             kls = (f"{value:.2g}" for value in (expert.kl, expert.kl_unfolded, expert.kl_average))
             table.add_row(name, *kls, f"{expert.same_token:.1%}")
         out.print(table)
-        say(
+        tell(
             f"{output}: KL in nats a token to the bundle's expert, over {note.calibration_tokens} tokens of answers; "
             f"base {size(note.base_bytes)}, a loaded adapter {size(note.slot_bytes)} in vLLM (ranks padded to "
             f"{note.max_lora_rank})"
