@@ -238,7 +238,9 @@ def test_the_commands_options_are_one_form_or_one_line(tmp_path: Path) -> None:
     for given in (file, str(file), '{"type": "null"}', {"type": "null"}):
         structure = asked_structure(json_schema=given)
         assert structure == json_structure({"type": "null"}, "--json-schema")
-    assert asked_structure() is None and asked_structure(choice=[]) is None
+    assert asked_structure() is None
+    with pytest.raises(ModelError, match="leaves no answer to choose from"):
+        asked_structure(choice=[])
     with pytest.raises(ModelError, match="--regex: not together with --json-object"):
         asked_structure(json_object=True, regex="a")
     with pytest.raises(ModelError, match=r"--json-schema: .*none\.json: cannot be read"):

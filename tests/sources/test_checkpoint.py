@@ -345,7 +345,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, whole: Path) -> tuple[Asked, dict[str, 
         (Source(source="org/model"), None),
         (Source(source="org/model@v1.2"), "v1.2"),
         (Source(source="org/model", revision="abc123"), "abc123"),
-        (Source(source="org/model@v1.2", revision="abc123"), "abc123"),
     ],
 )
 def test_a_hub_id_is_asked_for_at_its_revision(
