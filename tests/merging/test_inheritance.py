@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from polymerge import Bundle, add_expert, export_dense, export_peft, load_model, merge, remove_expert, verify
 from polymerge.bundle.adapter import adapter_of
+from polymerge.bundle.inspect import inspect_bundle
 from polymerge.bundle.manifest import ADAPTER_FILE, INHERITED_FILE
 from polymerge.bundle.stored import dense_state
+from polymerge.cli.inspect import inspect
 from polymerge.errors import BundleError
 from polymerge.export.vllm.plan import plan_vllm
 from polymerge.merging import compress, run
@@ -107,6 +109,14 @@ def test_the_scale_is_that_of_the_norms_and_the_residuals_are_half(tmp_path: Pat
     }
     assert numbers[apart.path][0] == numbers[apart.path][1] == numbers[shared.path][0]
     assert numbers[shared.path][1] == 0
+
+
+def test_who_borrows_is_said_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shared = merged(tmp_path)
+    count = sum("e1" in layer.borrowed for layer in shared.manifest.layers)
+    assert [expert.shared for expert in inspect_bundle(shared).experts] == [{}, {"e0": count}]
+    inspect(shared.path)
+    assert f"e1: {count} of its tensors lie in e0's file" in capsys.readouterr().out
 
 
 def test_in_memory_the_factors_are_held_once(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import asdict, dataclass
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class ExpertSummary:
         aligned: how far its permuted tensors were from the first expert's (from the average, where it was added) before
             and after: ||W - W_1|| / ||W_1||; None where it was not aligned.
         verdict: whether it answers as before, predicted from the energy kept.
+        shared: expert -> how many of this one's tensors lie in that one's file, as both have them in common.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ExpertSummary:
     verdict: Verdict
     persona: tuple[str, ...] = ()
     aligned: tuple[float, float] | None = None
+    shared: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ def _expert(bundle: Bundle, name: str, stats: list[dict[str, Any]]) -> ExpertSum
     ratios = list(bundle.scales(name).values()) or [1.0]
     method = bundle.manifest.method
     tables = {layer.tensor for layer in bundle.manifest.layers if layer.role in ("embedding", "lm_head")}
+    borrowed = [layer.borrowed[name] for layer in bundle.manifest.layers if name in layer.borrowed]
     return ExpertSummary(
         name=name,
         source=bundle.manifest.experts[name].source,
@@ -162,4 +165,5 @@ def _expert(bundle: Bundle, name: str, stats: list[dict[str, Any]]) -> ExpertSum
         verdict=verdict_of(stats, tables, code=bundle.code, rate=method.compress_rate),
         persona=bundle.manifest.experts[name].persona,
         aligned=alignments(bundle).get(name),
+        shared=dict(Counter(lent.of for lent in borrowed if lent.of is not None)),
     )

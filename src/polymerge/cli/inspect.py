@@ -68,6 +68,9 @@ def inspect(
     out.print(experts)
     for e in inspection.experts:
         say(f"{e.name}: from {e.source}")
+    for e in inspection.experts:
+        for lender, tensors in e.shared.items():
+            tell(f"{e.name}: {tensors} of its tensors lie in {lender}'s file, as both have them in common")
     print_verdicts(inspection)
     for e in (e for e in inspection.experts if e.persona):
         tell(f"{e.name} has its own {in_words(e.persona)}")
