@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as hf
 
 from polymerge import load_model, load_recipe
 from polymerge.errors import DeviceError, ModelError, RecipeError, SourceError
@@ -26,8 +25,10 @@ from polymerge.sources.opening import open_checkpoint
 from polymerge.sources.outline import OutlineCheckpoint, outline
 from tests.conftest import Merged
 from tests.merging.test_numbers import merged_adapters
+from tests.model.test_remembered import left_by
 from tests.sources.peft_oracle import write_adapter
 from tests.sweep.experts import make_experts as make_any
+from tests.sweep.experts import make_model
 from tests.tiny import ARCHITECTURES, make_experts
 from tests.vocabularies import kin as kin_of
 
@@ -53,14 +54,15 @@ def test_the_winners_recipe_is_planned_without_weights_and_without_a_hub() -> No
     assert needs.thinker == pytest.approx(2 * 7.39e9, rel=0.005)  # the published count of its parameters
 
 
-@pytest.mark.parametrize("kind", ["mamba", "rwkv", "xlstm"])
-def test_a_model_without_heads_keeps_nothing_of_its_tokens(tmp_path: Path, kind: str) -> None:
-    config = hf.AutoConfig.for_model(kind, vocab_size=96, hidden_size=64, num_hidden_layers=2)
-    config.architectures = [hf.AutoModelForCausalLM._model_mapping[type(config)].__name__]
-    config.save_pretrained(tmp_path)
+@pytest.mark.parametrize("kind", ["mamba", "rwkv", "xlstm", "deepseek_v3", "minicpm3", "gemma3n_text"])
+def test_a_plan_counts_what_a_conversation_leaves_in_memory(tmp_path: Path, kind: str) -> None:
+    """A state of one size, latent keys, keys of windows: as the model itself has them after so many tokens."""
+    model = make_model(kind)
+    model.save_pretrained(tmp_path)
     recipe = {"experts": {"a": "org/a", "b": "org/b"}, "config": str(tmp_path), "code": "factors"}
-    needs = footprint(plan_merge(recipe, weights=False, requests=3))
-    assert (needs.bundle_cache, needs.room) == (0, None) and needs.total == needs.bundle > 0
+    needs = footprint(plan_merge(recipe, weights=False, requests=3, context=100, dtype="float32"))
+    assert (needs.bundle_tokens, needs.bundle_cache) == (300, 3 * left_by(model, 100))
+    assert needs.total == needs.bundle + needs.bundle_cache
 
 
 def test_a_thinker_that_does_not_fit_is_said_so(merged: Merged) -> None:

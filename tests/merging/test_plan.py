@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from polymerge import load_recipe, merge, plan_merge
 from polymerge.errors import SourceError
@@ -215,3 +216,17 @@ def test_a_model_in_memory_is_told_what_a_plan_takes(inside: bool, checkpoints: 
     experts = {"a": transformers.AutoModelForCausalLM.from_pretrained(paths["e0"]), "b": str(paths["e1"])}
     with pytest.raises(SourceError, match=r"expert 'a': a model in memory, which `merge` alone takes; save it with"):
         plan_merge({"experts": experts} if inside else experts)  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_residual_of_two_experts_is_written_once_and_a_plan_says_so(count: int, tmp_path: Path) -> None:
+    experts = {name: str(path) for name, path in make_experts("llama", tmp_path, count=count).items()}
+    planned = plan_merge({"experts": experts, "code": "factors", "compress_rate": 0.5})
+    written = sum(
+        tensor.nbytes
+        for file in merge(planned.recipe, tmp_path / "bundle").path.rglob("adapter_model.safetensors")
+        for name, tensor in load_file(file).items()
+        if "lora_" in name
+    )
+    said = count * planned.residual_bytes
+    assert written == said - planned.shared_bytes and (planned.shared_bytes > 0) == (count == 2)

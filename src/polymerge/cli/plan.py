@@ -96,6 +96,9 @@ def plan(
     out.print(f"  average    {size(summary['base_bytes'])}")
     of_residuals, its_own = size(summary["residual_bytes_per_expert"]), size(summary["own_bytes_per_expert"])
     tell(f"  an expert  {of_residuals} of residuals ({summary['code']}), {its_own} of its own tensors (norms ...)", 13)
+    if summary["shared_bytes"]:
+        less = size(summary["shared_bytes"])
+        tell(f"             two experts mostly have one residual between them: {less} less are written then", 13)
     if codes:
         tell(f"residuals    of all experts: {residual_costs(codes)}", 13)
     if costs:

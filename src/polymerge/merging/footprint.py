@@ -16,6 +16,7 @@ import torch
 from ..host import DTYPES
 from ..model.held import layer_stays_packed, stays_packed
 from ..model.quantised import share_of_bytes
+from ..model.remembered import Remembered, remembered
 from ..model.stored import orders_of
 from ..recipe.response import ThinkerSettings
 from ..sources.checkpoint import Checkpoint
@@ -35,7 +36,7 @@ class Footprint:
     Attributes:
         bundle: average and all experts, in the bundle's dtype, with whole tables where files hold a few rows of them;
             the average's linear layers in `base`.
-        bundle_cache, thinker_cache: keys and values of `bundle_tokens` and `thinker_tokens` tokens.
+        bundle_cache, thinker_cache: what is kept of `bundle_tokens` and `thinker_tokens` tokens: keys, values, states.
         thinker: its weights; 0 without one in this process.
         limit: what the GPU that was named may give, or else the recipe's `memory_limit`, or None.
         base, thinker_base: how linear layers are held. residuals: how those of linear layers are.
@@ -170,14 +171,17 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _cache(checkpoint: Checkpoint, dtype: torch.dtype, work: Work) -> tuple[int, int]:
-    """(tokens in work at once, bytes of their keys and values). Every layer counts as one that sees all of them: an
-    upper bound where layers have windows."""
-    model = meta_model(checkpoint.folder)
-    config = model.config.get_text_config() if model is not None else None
-    queries = getattr(config, "num_attention_heads", None)
-    if config is None or not queries:  # not known, or a state of one size however many tokens there are
-        return 0, 0
-    heads = getattr(config, "num_key_value_heads", None) or queries
-    width = getattr(config, "head_dim", None) or config.hidden_size // queries
-    tokens = work.tokens(int(getattr(config, "max_position_embeddings", 0) or 0))
-    return tokens, tokens * 2 * config.num_hidden_layers * heads * width * dtype.itemsize
+    """(tokens in work at once, bytes that are kept of them)."""
+    kept, longest = _remembered(checkpoint.folder, json.dumps(checkpoint.config, sort_keys=True), dtype)
+    tokens = work.tokens(longest)
+    return (tokens, work.requests * kept.bytes(tokens // work.requests)) if kept and kept.parts else (0, 0)
+
+
+@lru_cache(maxsize=4)
+def _remembered(folder: Path, config: str, dtype: torch.dtype) -> tuple[Remembered | None, int]:
+    """What the folder's architecture keeps of a conversation, and how many tokens it reads (0: not known)."""
+    model = meta_model(folder)
+    if model is None:
+        return None, 0
+    longest = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0)
+    return remembered(type(model), model.config, dtype), longest

@@ -99,6 +99,15 @@ class MergePlan:
         kinds: tuple[Treatment, ...] = ("low_rank", "full", "keep", "average")
         return self.base_bytes + sum(self._expert_bytes(expert, *kinds) for expert in self.checkpoints)
 
+    @property
+    def shared_bytes(self) -> int:
+        """What is counted twice in `write_bytes`: two experts have one residual between them, up to a scale, unless
+        rounding gives the second a better one of its own."""
+        *_, last = self.checkpoints
+        between = [t for t in self.tasks if t.treatment == "low_rank" and t.base == "average"]
+        two = len(self.checkpoints) == 2
+        return sum(t.expert_bytes(self.dtype, self.code, last) for t in between) if two else 0
+
     def _expert_bytes(self, expert: str, *treatments: Treatment) -> int:
         return sum(t.expert_bytes(self.dtype, self.code, expert) for t in self.tasks if t.treatment in treatments)
 
@@ -139,6 +148,7 @@ class MergePlan:
             "residual_bytes_per_expert": self.residual_bytes,
             "own_bytes_per_expert": self.own_bytes,
             "write_bytes": self.write_bytes,
+            "shared_bytes": self.shared_bytes,
             "read_bytes": self.read_bytes,
             "memory_bytes": self.memory_bytes,
             "personas": {name: list(groups) for name, groups in self.personas.groups.items() if groups},

@@ -21,6 +21,7 @@ from ...host import DTYPES, free_memory, pick_device, pick_dtype
 from ...model.loading import load_model
 from ...model.mixed import MixedModel
 from ...model.quantised import check_base, held_digest, quantization_config
+from ...model.remembered import remembered
 from ...model.vocabulary import tokens_of
 from ...recipe.source import Source
 from ...sources.checkpoint import Checkpoint
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 BATCH_TOKENS = 4096
 # On a GPU as many more as this share of the memory that is free holds; nothing gains from more than this many.
 BATCH_SHARE, MOST_TOKENS = 0.6, 131_072
+# Where a model has a state a row, rows are taken to be of so many tokens.
+SHORT_ROW = 64
 
 
 class LoadedModel(Speaking):
@@ -67,7 +70,7 @@ class LoadedModel(Speaking):
         self.model, self.fingerprint = model, fingerprint
         self._mixed = isinstance(model, MixedModel)
         self.hf: Any = model.hf if self._mixed else model
-        self.batch_tokens = batch_tokens or tokens_that_fit(self.hf.config, self.hf.dtype, free_memory(self.device))
+        self.batch_tokens = batch_tokens or tokens_that_fit(self.hf, free_memory(self.device))
         self._tokens = tokens_of(self.hf)
         self.grammars = Grammars(self._tokens)
         label = str(model.bundle.path if self._mixed else self.hf.config.name_or_path or "the model")
@@ -208,20 +211,22 @@ class LoadedModel(Speaking):
         return ids.to(self.device), mask.to(self.device)
 
 
-def tokens_that_fit(config: Any, dtype: torch.dtype, free: int | None) -> int:
-    """How many tokens a batch may have: keys and values, activations, and the scores of every token.
+def tokens_that_fit(model: Any, free: int | None) -> int:
+    """How many tokens a batch may have: what is kept of them, activations, and the scores of every token.
 
     Args:
+        model: transformers'.
         free: bytes of the device; None where that is not known.
     """
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
-    sizes = [text.num_hidden_layers, text.hidden_size, heads, getattr(text, "num_key_value_heads", None) or heads]
-    if free is None or not all(isinstance(size, int) for size in sizes):
+    text = model.config.get_text_config()
+    hidden, words = getattr(text, "hidden_size", None), getattr(text, "vocab_size", None)
+    if free is None or not isinstance(hidden, int) or not isinstance(words, int):
         return BATCH_TOKENS
-    layers, hidden, heads, pairs = sizes
-    cached = 2 * layers * pairs * (getattr(text, "head_dim", None) or hidden // heads)
-    each = (cached + 16 * hidden + text.vocab_size) * dtype.itemsize + 4 * text.vocab_size  # scores are in float32
+    kept = remembered(type(model), model.config, model.dtype)
+    if not kept.parts:
+        return BATCH_TOKENS
+    a_token = kept.each + kept.state / SHORT_ROW
+    each = a_token + (16 * hidden + words) * model.dtype.itemsize + 4 * words  # scores are in float32
     return int(min(max(BATCH_TOKENS, BATCH_SHARE * free / each), MOST_TOKENS))
 
 
