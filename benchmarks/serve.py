@@ -111,9 +111,10 @@ def named(url: str, experts: Iterable[str]) -> Models:
 
 
 def serving(bundle: Path, before: Path | None = None) -> list[str]:
-    """The command of our server, or of another checkout's, whose engine is its only one."""
+    """The command of our server, or of another checkout's, whose engine may be its only one."""
     run = ["env", f"PYTHONPATH={before / 'src'}"] if before else []
-    engine = [] if before else ["--engine", "transformers"]
+    chooses = before is None or "engine: Annotated" in (before / "src/polymerge/cli/serve.py").read_text()
+    engine = ["--engine", "transformers"] if chooses else []
     return [*run, sys.executable, "-m", "polymerge", "serve", str(bundle), *engine, "--port", "0", "--json", "--quiet"]
 
 
