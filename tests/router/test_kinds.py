@@ -8,13 +8,13 @@ import pytest
 
 from polymerge import fit_router
 from polymerge.bundle.bundle import Bundle
-from polymerge.engine.base import Score, ScoreRequest
+from polymerge.engine.base import GenerateRequest, Generation, Score, ScoreRequest
 from polymerge.router import training
 from polymerge.router.background import background
 from polymerge.router.kinds import MOST, alike_samples, kinds, spoken
 from polymerge.router.samples import Sample
 from tests.conftest import Merged
-from tests.router.scripted import ScriptedEngine
+from tests.router.scripted import TOPICS, ScriptedEngine
 
 REQUESTS = (
     Sample("grep the list", "on files"),
@@ -52,6 +52,32 @@ def test_no_request_is_of_two_fields_and_none_has_too_many() -> None:
     samples = alike_samples(Wordy(), {"shell": "folder files", "more": "files folder memory", "json": "list"})
     assert len({sample.text for sample in samples}) == len(samples)
     assert all(0 < sum(s.field == field for s in samples) <= MOST for field in ("more", "json"))
+
+
+class Sure(ScriptedEngine):
+    """Every expert answers in one word, sure of it after its own topic's words; to some texts it says nothing."""
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
+        assert all(request.max_new_tokens == 1 for request in requests)
+        return [Generation("" if "all" in self.decode(list(r.prompt)) else "yes", 1, 1, "length") for r in requests]
+
+    def loglikelihood(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        assert all(self.decode(list(r.continuation)) == "yes" for r in requests)
+        own = [set(TOPICS[str(r.expert)]) & set(self.decode(list(r.context)).split()) for r in requests]
+        return [Score(-0.1 if words else -3.0, True, 1) for words in own]
+
+
+def test_names_alone_are_told_apart_by_who_is_sure_of_the_answer() -> None:
+    names = {"math": "math", "shell": "shell"}
+    samples = alike_samples(Sure(), names, REQUESTS, by_experts=True)
+    found = {field: [s.text for s in samples if s.field == field] for field in names}
+    assert found["math"][:2] == ["sum plus times", "count"] and found["shell"][0] == "grep the list"
+
+
+def test_names_that_are_not_all_experts_are_looked_up_like_words() -> None:
+    """So is a single field, which no other can be less sure of."""
+    for names in ({"math": "sum", "grep": "grep"}, {"math": "sum"}):
+        assert alike_samples(Wordy(), names, REQUESTS, by_experts=True) == alike_samples(Wordy(), names, REQUESTS)
 
 
 def test_an_engine_that_finds_all_words_alike_picks_nothing() -> None:

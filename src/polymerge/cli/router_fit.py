@@ -58,7 +58,7 @@ def fit(
 
     hush_libraries()
     numbers = [int(number) for number in read_numbers(layers, "--layers")] if layers else None
-    with progress_bar("embedding", quiet or as_json) as show:
+    with progress_bar("reading", quiet or as_json) as show:
         fitted = fit_router(
             bundle, data, describe=read_pairs(describe, "FIELD=WORDS"), fields=read_list(fields), samples=samples,
             classifier=classifier, template=template,

@@ -5,7 +5,7 @@ Knows prompts, tokens and cutting; does not know fields. The engine sorts the te
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ..engine.base import Engine, FloatArray, Pooling
 from ..errors import RouterError
 
+# done, of all
+Progress = Callable[[int, int], None]
 # As published by the competition's winning team; its spelling and its full stop are part of it.
 ALIGNMENT_PROMPT = (
     "{input} Let's think about what task these questions belong to. These questions belong to the field of"

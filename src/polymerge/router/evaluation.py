@@ -17,7 +17,8 @@ from ..bundle.bundle import Bundle
 from ..bundle.files import write_json
 from ..errors import RouterError
 from .calibrate import accuracy_against_coverage, auroc, calibration_error, reliability
-from .fit import Progress, embed_all
+from .embed import Progress
+from .fit import embed_all
 from .loading import load_router
 from .picture import draw
 from .record import router_folder

@@ -17,8 +17,9 @@ from ..bundle.bundle import Bundle
 from ..data.rows import place
 from ..data.schema import PromptRow, read_as
 from ..errors import DataError, RouterError
+from .embed import Progress
 from .evaluation import measure_router
-from .fit import Fitted, Progress, fit_samples
+from .fit import Fitted, fit_samples
 from .loading import load_router
 from .router import Router
 from .samples import OUTSIDE, Sample

@@ -6,7 +6,7 @@ that the head has not seen comes from the validation samples or, without those, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from .calibrate import (
     threshold_for_coverage,
 )
 from .cost import thresholds, usual
-from .embed import Embedder
+from .embed import Embedder, Progress
 from .gate import fit_gate
 from .head import Head, fit_head
 from .outside import fit_outside
@@ -44,9 +44,6 @@ from .unseen import Labelled, at_random
 CURVE_SIZES = (4, 8, 16, 32, 64, 128, 256, 512)
 CURVE_DRAWS = 5
 EMBED_BATCH = 256  # texts between two notes of progress
-
-# done, of all
-Progress = Callable[[int, int], None]
 
 
 class Fitted(NamedTuple):

@@ -18,8 +18,9 @@ import numpy as np
 from ..engine.base import Engine, ScoreRequest
 from .background import by_topic
 from .calibrate import Floats
-from .embed import Embedder, EmbedSettings
+from .embed import Embedder, EmbedSettings, Progress
 from .samples import Sample
+from .sure import sureness
 
 FILE = Path(__file__).with_name("kinds.txt")
 MOST = 18  # requests of a field (docs/log-router.md)
@@ -37,16 +38,27 @@ def kinds() -> tuple[Sample, ...]:
 
 
 def alike_samples(
-    engine: Engine, descriptions: Mapping[str, str], requests: Sequence[Sample] | None = None
+    engine: Engine,
+    descriptions: Mapping[str, str],
+    requests: Sequence[Sample] | None = None,
+    *,
+    by_experts: bool = False,
+    progress: Progress | None = None,
 ) -> list[Sample]:
     """At most MOST requests of every field, none of them of two: those that its words fit best, and fit best of all
-    fields. The words that fit a request's whole kind count as much as those that fit it alone.
+    fields. What fits a request's whole kind counts as much as what fits it alone.
 
     Args:
         requests: to pick from, by kind; by default `kinds()`.
+        by_experts: fields of which nothing but an expert's name is known; a request fits the expert that is surest of
+            its answer. An engine that has not all of these experts looks the names up like other words.
     """
     requests = kinds() if requests is None else requests
-    fits = _fits(engine, [request.text for request in requests], list(descriptions.values()))
+    texts = [request.text for request in requests]
+    if by_experts and len(descriptions) > 1 and descriptions.keys() <= set(engine.experts):
+        fits = sureness(engine, texts, list(descriptions), progress)
+    else:
+        fits = _fits(engine, texts, list(descriptions.values()))
     names = np.array([request.field for request in requests])
     for name in np.unique(names):
         fits[names == name] += fits[names == name].mean(axis=0)

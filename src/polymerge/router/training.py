@@ -14,7 +14,8 @@ from ..bundle.bundle import Bundle
 from ..bundle.files import write_json
 from ..errors import RouterError
 from .described import by_name, described_samples
-from .fit import Fitted, Progress, fit_samples
+from .embed import Progress
+from .fit import Fitted, fit_samples
 from .kinds import alike_samples
 from .loading import load_engine
 from .picture import draw_samples
@@ -82,7 +83,8 @@ def fit_router(
     rows = data if data is not None else []
     training = samples_of(rows, "train", fields=fields if data is not None else None, limit=samples)
     validation = samples_of(rows, "validation", fields=fields if data is not None else None, limit=samples)
-    if data is None and not describe:
+    named_only = data is None and not describe
+    if named_only:
         describe = by_name([name for name in bundle.experts if fields is None or name in fields])
     labeller = load_engine(bundle, None, device) if self_label else None
     embeds = labeller if labeller and embed_with is None else load_engine(bundle, embed_with, device)
@@ -92,7 +94,9 @@ def fit_router(
         validation = _of_fields(validation, training)
     counts = Counter(sample.field for sample in training)
     few = {field: words for field, words in (describe or {}).items() if counts[field] < ENOUGH}
-    made = [*described_samples(few), *alike_samples(embeds, few)] if few else []
+    made = described_samples(few)
+    if few:
+        made += alike_samples(embeds, few, by_experts=named_only, progress=progress)
     known = _table_of(bundle, table)
     fitted = fit_samples(
         bundle, embeds, training, validation, made=made, descriptions=few, settings=settings, table=known,
