@@ -48,7 +48,7 @@ def test_every_row_has_its_own_experts_answer_and_the_bundle_is_small(architectu
     assert outcome.status == "works", f"{outcome.step}: {outcome.detail}"
     assert 0 < outcome.worst < 1e-4
     assert outcome.share is not None
-    assert 1 < outcome.share <= 1.3  # 64 wide, so that headers and norms count; test_fused_sizes.py has real shapes
+    assert 1 < outcome.share <= 1.4  # 64 wide, so that headers and norms count; test_fused_sizes.py has real shapes
 
 
 @pytest.fixture(scope="module")
