@@ -5,7 +5,7 @@ Knows the structure alone; what the keywords mean for numbers is `polymerge.engi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from urllib.parse import unquote
 
@@ -34,6 +34,21 @@ def _below(node: dict[str, Any]) -> Iterator[Any]:
             yield from value.values()
         elif key not in DATA:
             yield value
+
+
+def rebuilt(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """A copy in which every schema is what `change` makes of it, those inside of it first; names and data stay."""
+    if isinstance(schema, list):
+        return [rebuilt(part, change) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in NAMED and isinstance(value, dict):
+            made[key] = {name: rebuilt(part, change) for name, part in value.items()}
+        else:
+            made[key] = value if key in DATA else rebuilt(value, change)
+    return change(made)
 
 
 def target(schema: Any, reference: Any) -> Any:

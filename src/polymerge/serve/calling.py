@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..engine.schema_parts import DATA, NAMED
+from ..engine.schema_parts import rebuilt
 from ..engine.structure import Structure, calls_structure, json_structure
 from .closing import closed
 from .tools import Tool
@@ -109,16 +109,9 @@ def moved(schema: Any, path: str) -> Any:
     Args:
         path: of the place, such as "#/items".
     """
-    if isinstance(schema, list):
-        return [moved(part, path) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    made: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key == "$ref" and isinstance(value, str) and value.startswith("#"):
-            made[key] = path + value[1:]
-        elif key in NAMED and isinstance(value, dict):
-            made[key] = {name: moved(part, path) for name, part in value.items()}
-        else:
-            made[key] = value if key in DATA else moved(value, path)
-    return made
+
+    def there(part: dict[str, Any]) -> dict[str, Any]:
+        own = part.get("$ref")
+        return part | {"$ref": path + own[1:]} if isinstance(own, str) and own.startswith("#") else part
+
+    return rebuilt(schema, there)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..engine.schema_parts import DATA, NAMED, parts
+from ..engine.schema_parts import parts, rebuilt
 
 # Where one of these stands, the properties of an object may be named in several places.
 COMBINING = frozenset(
@@ -22,23 +22,12 @@ def closed(schema: Any) -> Any:
     for part in parts(schema):
         if COMBINING & part.keys() or ("properties" in part and {"anyOf", "$ref"} & part.keys()):
             return schema
-    return _closed(schema)
+    return rebuilt(schema, _closed)
 
 
-def _closed(schema: Any) -> Any:
-    if isinstance(schema, list):
-        return [_closed(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    made: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key in NAMED and isinstance(value, dict):
-            made[key] = {name: _closed(part) for name, part in value.items()}
-        else:
-            made[key] = value if key in DATA else _closed(value)
-    if _suffices(made.get("properties"), made.get("required", [])) and "minProperties" not in made:
-        made.setdefault("additionalProperties", False)
-    return made
+def _closed(part: dict[str, Any]) -> dict[str, Any]:
+    whole = _suffices(part.get("properties"), part.get("required", [])) and "minProperties" not in part
+    return {**part, "additionalProperties": part.get("additionalProperties", False)} if whole else part
 
 
 def _suffices(named: Any, required: Any) -> bool:
