@@ -133,7 +133,7 @@ def _written(
     exact = Calibration(bundle, samples, device)
     rows = {expert: exact.rows(expert) for expert in bundle.experts}
     measured = {expert: of_expert[:: 2 if way.calibrated else 1] for expert, of_expert in rows.items()}
-    truths = {expert: [(ids, start, exact.truth(expert, ids)) for ids, start in measured[expert]] for expert in rows}
+    truths = {expert: list(exact.truths(expert, of_expert)) for expert, of_expert in measured.items()}
     texts = {expert: [ids for ids, _ in of_expert[1::2]] for expert, of_expert in rows.items()}
     packing = packing_of(bundle, way, matrices, exact.model, texts)
     made = _write(bundle, folder, packing)

@@ -99,12 +99,18 @@ class Calibration:
         return _measured(self._engine, expert, self._answers(expert), exported, unfolded)
 
     @torch.inference_mode()
-    def truths(self, expert: str) -> Iterator[tuple[list[int], int, Tensor]]:
+    def truths(
+        self, expert: str, rows: Sequence[tuple[list[int], int]] | None = None
+    ) -> Iterator[tuple[list[int], int, Tensor]]:
         """What an export must answer: token ids, where the answer begins, and the log-probabilities of the bundle's
-        expert for every token but the first, [T - 1, V] float32 on the CPU."""
-        for rows in _batches(self._engine, self._answers(expert)):
-            said = _log_probabilities(self._engine, [ids for ids, _ in rows], expert)
-            yield from ((ids, start, of_row.cpu()) for (ids, start), of_row in zip(rows, said, strict=True))
+        expert for every token but the first, [T - 1, V] float32 on the CPU.
+
+        Args:
+            rows: some of `rows`; by default all.
+        """
+        for batch in _batches(self._engine, self._answers(expert) if rows is None else rows):
+            said = _log_probabilities(self._engine, [ids for ids, _ in batch], expert)
+            yield from ((ids, start, of_row.cpu()) for (ids, start), of_row in zip(batch, said, strict=True))
 
     @property
     def model(self) -> MixedModel:
@@ -115,11 +121,6 @@ class Calibration:
     def rows(self, expert: str) -> list[tuple[list[int], int]]:
         """Token ids of the prompts with their answers, and where these begin."""
         return list(self._answers(expert))
-
-    @torch.inference_mode()
-    def truth(self, expert: str, ids: list[int]) -> Tensor:
-        """As one of `truths`, for these tokens."""
-        return _log_probabilities(self._engine, [ids], expert)[0].cpu()
 
     def _answers(self, expert: str) -> list[tuple[list[int], int]]:
         if expert not in self._rows:
