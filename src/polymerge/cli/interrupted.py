@@ -92,17 +92,14 @@ def _stopped(output: Path, last: Progress | None) -> list[str]:
     from .console import size
 
     work = work_folder(settled(output))
-    lies = mark_of(work) is not None
-    if last is None and not lies:
-        return ["interrupted before the first tensor was done; nothing was written"]
-    if not lies:  # it has become the bundle
+    early = "interrupted before the first tensor was done; "
+    if mark_of(work) is None:
+        if last is None:
+            return [early + "nothing was written"]
         return [f"interrupted after the merge: {output} is whole, and nothing but its measuring was left out"]
     if last is None:  # a large tensor is written long before it is told, and an earlier run may have left some
-        done = f"before the first tensor was done; {size(half_done(work))} lie in {work}"
+        done = f"{early}{size(half_done(work))} lie in {work}"
     else:
-        done = f"{last.done / last.total:.0%} of the tensors are done and lie in {work}"
+        done = f"interrupted: {last.done / last.total:.0%} of the tensors are done and lie in {work}"
     words = [word for word in sys.argv[1:] if word != "--resume"]
-    return [
-        f"interrupted{' ' if last is None else ': '}{done}",
-        f"go on: {shlex.join(['polymerge', *words, '--resume'])}",
-    ]
+    return [done, f"go on: {shlex.join(['polymerge', *words, '--resume'])}"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from .console import out, tell
+from .console import out, say, tell
 
 if TYPE_CHECKING:
     from ..router.evaluation import RouterEvaluation
@@ -43,7 +43,7 @@ def print_fit(bundle: Path, fitted: Fitted) -> None:
     passing = f"{kept:.1%} of samples of new wording pass, " if kept is not None else ""
     tell(f"gate         {passing}{refused:.1%} of strangers do not pass", 13)
     out.print(f"fallback     {record.fallback}")
-    out.print(f'try: polymerge route {shlex.quote(str(bundle))} "a request"', markup=False, soft_wrap=True)
+    say(f'try: polymerge route {shlex.quote(str(bundle))} "a request"')
 
 
 def _thresholds(record: RouterRecord) -> list[str]:

@@ -103,10 +103,11 @@ class MergePlan:
     def shared_bytes(self) -> int:
         """What is counted twice in `write_bytes`: two experts have one residual between them, up to a scale, unless
         rounding gives the second a better one of its own."""
-        *_, last = self.checkpoints
-        between = [t for t in self.tasks if t.treatment == "low_rank" and t.base == "average"]
-        two = len(self.checkpoints) == 2
-        return sum(t.expert_bytes(self.dtype, self.code, last) for t in between) if two else 0
+        if len(self.checkpoints) != 2:
+            return 0
+        _, second = self.checkpoints
+        between = (t for t in self.tasks if t.treatment == "low_rank" and t.base == "average")
+        return sum(t.expert_bytes(self.dtype, self.code, second) for t in between)
 
     def _expert_bytes(self, expert: str, *treatments: Treatment) -> int:
         return sum(t.expert_bytes(self.dtype, self.code, expert) for t in self.tasks if t.treatment in treatments)

@@ -20,7 +20,7 @@ from .background import by_topic
 from .calibrate import Floats
 from .embed import Embedder, EmbedSettings, Progress
 from .samples import Sample
-from .sure import sureness
+from .sure import against_others, sureness
 
 FILE = Path(__file__).with_name("kinds.txt")
 MOST = 18  # requests of a field (docs/log-router.md)
@@ -78,8 +78,7 @@ def _fits(engine: Engine, texts: Sequence[str], descriptions: Sequence[str]) -> 
     tokens = sorted({token for words in of_words for token in words})
     prompts, _ = Embedder(engine, EmbedSettings()).prompts(texts)
     scores = engine.loglikelihood([ScoreRequest(prompt, [token]) for prompt in prompts for token in tokens])
-    likely = np.array([score.log_likelihood for score in scores]).reshape(len(texts), len(tokens))
-    likely = (likely - likely.mean(axis=0)) / np.maximum(likely.std(axis=0), 1e-9)
+    likely = against_others(np.array([score.log_likelihood for score in scores]).reshape(len(texts), len(tokens)))
     return np.stack([likely[:, [tokens.index(token) for token in words]].mean(axis=1) for words in of_words], axis=1)
 
 

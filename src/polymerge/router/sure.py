@@ -26,9 +26,13 @@ def sureness(engine: Engine, texts: Sequence[str], experts: Sequence[str], progr
         likely.append(_begun(engine, texts[start : start + TOGETHER], experts))
         if progress:
             progress(min(start + TOGETHER, len(texts)), len(texts))
-    of_texts = np.concatenate(likely)
-    sure: Floats = (of_texts - of_texts.mean(axis=0)) / np.maximum(of_texts.std(axis=0), 1e-9)
-    return sure
+    return against_others(np.concatenate(likely))
+
+
+def against_others(likely: Floats) -> Floats:
+    """[texts, ...]: how many spreads a text is over the mean of all texts."""
+    over: Floats = (likely - likely.mean(axis=0)) / np.maximum(likely.std(axis=0), 1e-9)
+    return over
 
 
 def _begun(engine: Engine, texts: Sequence[str], experts: Sequence[str]) -> Floats:

@@ -70,11 +70,16 @@ def opened_again(origin: Origin) -> Checkpoint:
     """What came from there, as it was: a hub id at the same commit, an adapter over the same base."""
     base = origin.base
     if base and origin.base_revision:
-        base = f"{base.partition('@')[0]}@{origin.base_revision}"
-    source = f"{origin.source.partition('@')[0]}@{origin.revision}" if origin.revision else origin.source
+        base = _at(base, origin.base_revision)
+    source = _at(origin.source, origin.revision) if origin.revision else origin.source
     checkpoint = open_checkpoint(Source(source=source, base=base))
     checkpoint.origin = replace(checkpoint.whence, source=origin.source)
     return checkpoint
+
+
+def _at(repo: str, revision: str) -> str:
+    """A hub id at this revision, whatever it was named at."""
+    return f"{repo.partition('@')[0]}@{revision}"
 
 
 def _open_folder(local: Path | None, source: Source) -> Checkpoint:
