@@ -83,9 +83,9 @@ def line(row: dict[str, Any]) -> str:
     """A row of the table, as Markdown."""
     models = (f"{share:.3f}" if share else "-" for share in row["models"].values())
     experts = (f"{each['kl']:.2g}" for each in row["experts"].values())
-    kept_ = (_interval(each["kept"]) for each in row["experts"].values())
+    kept_ = (interval(each["kept"]) for each in row["experts"].values())
     cells = [row["method"], row["tables"], *models, *experts, f"{row['kl']:.2g}", f"{row['top1']:.1%}", *kept_]
-    return "| " + " | ".join([*cells, _interval(row["kept"])]) + " |"
+    return "| " + " | ".join([*cells, interval(row["kept"])]) + " |"
 
 
 def heading(names: Sequence[str]) -> str:
@@ -94,11 +94,12 @@ def heading(names: Sequence[str]) -> str:
     return f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}"
 
 
-def _interval(share: dict[str, float] | None) -> str:
+def interval(share: dict[str, float] | None) -> str:
+    """`98.5% (96 to 100%)`."""
     if share is None:
         return "-"
     value = Kept(**share)
-    return f"{value.share:.1%} ({value.low:.1%} to {value.high:.1%})".replace("%", "").replace(")", "%)")
+    return f"{value.share:.1%} ({value.low:.0%} to {value.high:.0%})".replace("%", "").replace(")", "%)")
 
 
 def _title(row: Row) -> str:

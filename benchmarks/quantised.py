@@ -2,6 +2,7 @@
 
     python benchmarks/quantised.py --bundle BUNDLE                    # its experts' sources must still be there
     python benchmarks/quantised.py --bundle BUNDLE --gguf             # and llama.cpp's q8_0 (extra llamacpp)
+    python benchmarks/quantised.py --bundle BUNDLE --bases --hold int8 nf4      # quantised when it is loaded, no more
 
 Held-out requests are the demo's, or `--data FOLDER` with NAME/test.jsonl for every expert; GPTQ is calibrated with
 every second one of `--calibrate` training rows (NAME/train.jsonl), which are none of these. Every original is run by
@@ -17,7 +18,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -29,6 +30,7 @@ from polymerge.demo.run import DemoSettings, load_skills
 from polymerge.export.gguf.measure import measure_served
 from polymerge.export.packing import BASE_WAYS
 from polymerge.model.mixed import MixedModel
+from polymerge.model.quantised import Base
 from polymerge.search.agreement import Reference
 from polymerge.search.examples import Example, read_examples
 
@@ -68,10 +70,10 @@ def held_bytes(model: MixedModel) -> int:
 
 
 def line_of(name: str, bundle: Bundle, references: Mapping[str, Reference], one: int, base: str) -> Line:
-    model = load_model(bundle, device="cpu", base=base)
+    model = load_model(bundle, base=base)
     resident = held_bytes(model)
     kl = {
-        expert: reference.against(lambda ids, expert=expert: model(ids, experts=expert).logits).kl  # type: ignore[misc]
+        expert: reference.against(lambda ids, expert=expert: model(ids, experts=expert).logits, model.device).kl  # type: ignore[misc]
         for expert, reference in references.items()
     }
     return Line(name, bundle.sizes().total / one, resident / one, kl)
@@ -127,7 +129,8 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--data", type=Path, help="with NAME/test.jsonl for every expert")
     parser.add_argument("--limit", type=int, default=24, help="held-out requests of each expert")
-    parser.add_argument("--bases", nargs="+", choices=list(BASE_WAYS), default=list(BASE_WAYS), help="that are stored")
+    parser.add_argument("--bases", nargs="*", choices=list(BASE_WAYS), default=list(BASE_WAYS), help="that are stored")
+    parser.add_argument("--hold", nargs="*", default=[], choices=get_args(Base), help="quantised when it is loaded")
     parser.add_argument("--calibrate", type=int, default=128, help="training requests of each expert for GPTQ")
     parser.add_argument("--gguf", action="store_true", help="llama.cpp's f16 and q8_0 too")
     parser.add_argument("--no-int8", action="store_true", help="not the base in 8 bits in memory, which needs torchao")
@@ -141,6 +144,7 @@ def main() -> None:
     references = {name: Reference(source, examples[name]) for name, source in sources.items()}
     with tempfile.TemporaryDirectory() as folder:
         lines = [line_of(f"{bundle.manifest.dtype}", bundle, references, one, "16bit")]
+        lines += [line_of(f"{base}, held", bundle, references, one, base) for base in options.hold]
         for base in options.bases:
             small = quantize_bundle(bundle, Path(folder) / base, base=base, prompts=training).bundle
             lines.append(line_of(f"{base}, stored", small, references, one, "16bit"))

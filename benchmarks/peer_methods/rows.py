@@ -167,14 +167,15 @@ class Plain(Row):
 
 @dataclass(frozen=True)
 class Ours(Row):
-    """Attributes: recipe: what it says beside the experts."""
+    """Attributes: recipe: what it says beside the experts. residuals: how the loaded model holds them."""
 
     recipe: tuple[tuple[str, Any], ...]
+    residuals: str = "decoded"
 
     def measure(self, run: Run) -> tuple[Measured, Sizes]:
         with tempfile.TemporaryDirectory(dir=run.work) as folder:
             bundle = merge({"experts": run.task.experts, **dict(self.recipe)}, Path(folder) / "bundle")
-            measured, sizes = self._of(load_model(bundle), run.references)
+            measured, sizes = self._of(load_model(bundle, residuals=self.residuals), run.references)
         gc.collect()
         return measured, sizes
 
@@ -234,10 +235,10 @@ def at_budgets(name: str, method: Callable[..., Coded], budgets: Sequence[float]
     return [Peer(f"{name}, {b:.0%}", "averaged", partial(method, budget=b, **settings)) for b in budgets]
 
 
-def ours(name: str, tables: str, **recipe: Any) -> Row:
+def ours(name: str, tables: str, residuals: str = "decoded", **recipe: Any) -> Row:
     keys = {"averaged": "average", "compressed": "compress", "own": "keep"}
     both = {"embeddings": keys[tables], "lm_head": keys[tables]}
-    return Ours(f"polymerge, {name}", tables, tuple((both | recipe).items()))
+    return Ours(f"polymerge, {name}", tables, tuple((both | recipe).items()), residuals)
 
 
 def _llama_cpp(kind: str) -> Row:
@@ -254,6 +255,7 @@ ROWS: list[Row] = [
     ours("published, 0.9", "averaged", compress_rate=0.9, code="factors"),
     ours("int4, 0.95", "averaged", compress_rate=0.95, code="int4"),
     ours("int4, 0.95", "compressed", compress_rate=0.95, code="int4"),
+    ours("int4, 0.95, packed", "compressed", "packed", compress_rate=0.95, code="int4"),
     ours("int4, 0.95", "own", compress_rate=0.95, code="int4"),
     ours("int4, 0.9", "averaged", compress_rate=0.9, code="int4"),
     ours("int4, 0.9", "compressed", compress_rate=0.9, code="int4"),
