@@ -24,12 +24,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from peer_methods.sizes import held_bytes
 from polymerge import Bundle, export_gguf, load_model, quantize_bundle
 from polymerge.cli.logs import hush_libraries
 from polymerge.demo.run import DemoSettings, load_skills
 from polymerge.export.gguf.measure import measure_served
 from polymerge.export.packing import BASE_WAYS
-from polymerge.model.mixed import MixedModel
 from polymerge.model.quantised import Base
 from polymerge.search.agreement import Reference
 from polymerge.search.examples import Example, read_examples
@@ -56,17 +56,6 @@ def examples_of(bundle: Bundle, data: Path | None, split: str, limit: int) -> di
     skills = {skill.name: skill for skill in load_skills(DemoSettings(output=Path()))}
     rows = {name: getattr(skills[name], split)[:limit] for name in bundle.experts}
     return {name: [Example(e.prompt, e.answer) for e in of_skill] for name, of_skill in rows.items()}
-
-
-def held_bytes(model: MixedModel) -> int:
-    """Of weights and factors in memory, as a GPU holds them: 16 bits a number, and torchao's tensors by what they
-    hold."""
-    tensors: dict[int, torch.Tensor] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        quantised: Any = tensor
-        for part in (quantised.qdata, quantised.scale) if hasattr(tensor, "qdata") else (tensor,):
-            tensors[part.untyped_storage().data_ptr()] = part
-    return sum(part.numel() * min(part.element_size(), 2) for part in tensors.values())
 
 
 def line_of(name: str, bundle: Bundle, references: Mapping[str, Reference], one: int, base: str) -> Line:

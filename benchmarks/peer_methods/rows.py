@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from peer_methods import apart, table
 from peer_methods.deltacome import delta_come
-from peer_methods.deltas import Coded, ExpertDeltas, Method
+from peer_methods.deltas import CALIBRATION, Coded, ExpertDeltas, Method
 from peer_methods.dqrelo import bit_delta, d_qrelo
 from peer_methods.impart import im_part
 from peer_methods.loraquant import lora_quant
@@ -34,9 +34,10 @@ from peer_methods.prinmix import prin_mix
 from peer_methods.served import load_shared, put
 from peer_methods.sizes import Sizes, bundle_sizes, in_half
 from peer_methods.task import Task
-from polymerge import load_model, merge
+from polymerge import load_model, merge, quantize_bundle
 from polymerge.demo.skills import Skill
 from polymerge.demo.train import encode
+from polymerge.export.packing import BASE_WAYS
 from polymerge.host import pick_device
 from polymerge.model.mixed import MixedModel
 from polymerge.search.agreement import ExampleAgreement, Reference
@@ -62,6 +63,14 @@ class Run:
     def references(self) -> dict[str, Reference]:
         return {
             name: Reference(self.task.experts[name], [Example(e.prompt, e.answer) for e in skill.test])
+            for name, skill in self.skills.items()
+        }
+
+    @cached_property
+    def calibration(self) -> dict[str, list[Example]]:
+        """Training requests with their answers, of every expert."""
+        return {
+            name: [Example(e.prompt, e.answer) for e in skill.train[:CALIBRATION]]
             for name, skill in self.skills.items()
         }
 
@@ -167,17 +176,22 @@ class Plain(Row):
 
 @dataclass(frozen=True)
 class Ours(Row):
-    """Attributes: recipe: what it says beside the experts. residuals: how the loaded model holds them."""
+    """Attributes: recipe: what it says beside the experts. residuals: how the loaded model holds them. base: how the
+    average is stored, as `polymerge quantize` names it; 8 bits are held in memory too, 4 are not."""
 
     recipe: tuple[tuple[str, Any], ...]
     residuals: str = "decoded"
+    base: str | None = None
 
     def measure(self, run: Run) -> tuple[Measured, Sizes]:
         with tempfile.TemporaryDirectory(dir=run.work) as folder:
             bundle = merge({"experts": run.task.experts, **dict(self.recipe)}, Path(folder) / "bundle")
-            measured, sizes = self._of(load_model(bundle, residuals=self.residuals), run.references)
+            if self.base:
+                bundle = quantize_bundle(bundle, Path(folder) / "small", base=self.base, prompts=run.calibration).bundle
+            held = "int8" if bundle.manifest.base_code == "int8" else "16bit"
+            measured, sizes = self._of(load_model(bundle, residuals=self.residuals, base=held), run.references)
         gc.collect()
-        return measured, sizes
+        return measured, replace(sizes, gguf=None) if self.base else sizes
 
     def _of(self, model: MixedModel, references: Mapping[str, Reference]) -> tuple[Measured, Sizes]:
         measured = {
@@ -235,10 +249,10 @@ def at_budgets(name: str, method: Callable[..., Coded], budgets: Sequence[float]
     return [Peer(f"{name}, {b:.0%}", "averaged", partial(method, budget=b, **settings)) for b in budgets]
 
 
-def ours(name: str, tables: str, residuals: str = "decoded", **recipe: Any) -> Row:
+def ours(name: str, tables: str, residuals: str = "decoded", base: str | None = None, **recipe: Any) -> Row:
     keys = {"averaged": "average", "compressed": "compress", "own": "keep"}
     both = {"embeddings": keys[tables], "lm_head": keys[tables]}
-    return Ours(f"polymerge, {name}", tables, tuple((both | recipe).items()), residuals)
+    return Ours(f"polymerge, {name}", tables, tuple((both | recipe).items()), residuals, base)
 
 
 def _llama_cpp(kind: str) -> Row:
@@ -256,6 +270,10 @@ ROWS: list[Row] = [
     ours("int4, 0.95", "averaged", compress_rate=0.95, code="int4"),
     ours("int4, 0.95", "compressed", compress_rate=0.95, code="int4"),
     ours("int4, 0.95, packed", "compressed", "packed", compress_rate=0.95, code="int4"),
+    *(
+        ours(f"int4, 0.95, packed, base in {base}", "compressed", "packed", base, compress_rate=0.95, code="int4")
+        for base in BASE_WAYS
+    ),
     ours("int4, 0.95", "own", compress_rate=0.95, code="int4"),
     ours("int4, 0.9", "averaged", compress_rate=0.9, code="int4"),
     ours("int4, 0.9", "compressed", compress_rate=0.9, code="int4"),

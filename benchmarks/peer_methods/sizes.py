@@ -73,7 +73,9 @@ def held_bytes(model: nn.Module) -> int:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
+    if hasattr(value, "qdata"):  # torchao's tensors, which have no storage themselves
+        yield from (value.qdata, value.scale)
+    elif isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
