@@ -78,6 +78,20 @@ def test_fit_without_data_takes_descriptions_or_names_and_says_that_nothing_is_m
     assert record["descriptions"] == ({"e0": "w5 w6 w7", "e1": "w30 w31"} if words else {n: n for n in WORDS})
 
 
+@pytest.mark.parametrize("words", [(), ("--describe", "e0=w5 w6 w7", "--describe", "e1=w30 w31")])
+def test_whoever_embeds_experts_are_asked_where_nothing_but_names_is_known(
+    bundle: Bundle, run: Run, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "polymerge.router.training.alike_samples", lambda *_, experts, **__: asked.append(experts) or []
+    )
+    other = bundle.manifest.experts["e1"].source
+    code, _, err = run("router", "fit", bundle.path, *words, *HOW, "--embed-with", other)
+    assert code == 0, err
+    assert [engine and engine.experts for engine in asked] == [None if words else list(WORDS)]
+
+
 def test_eval_prints_the_confusion_and_leaves_other_fields_out(
     fitted: Bundle, data: Path, run: Run, tmp_path: Path
 ) -> None:

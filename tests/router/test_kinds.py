@@ -69,15 +69,16 @@ class Sure(ScriptedEngine):
 
 def test_names_alone_are_told_apart_by_who_is_sure_of_the_answer() -> None:
     names = {"math": "math", "shell": "shell"}
-    samples = alike_samples(Sure(), names, REQUESTS, by_experts=True)
+    samples = alike_samples(Wordy(), names, REQUESTS, experts=Sure())
     found = {field: [s.text for s in samples if s.field == field] for field in names}
     assert found["math"][:2] == ["sum plus times", "count"] and found["shell"][0] == "grep the list"
 
 
-def test_names_that_are_not_all_experts_are_looked_up_like_words() -> None:
-    """So is a single field, which no other can be less sure of."""
-    for names in ({"math": "sum", "grep": "grep"}, {"math": "sum"}):
-        assert alike_samples(Wordy(), names, REQUESTS, by_experts=True) == alike_samples(Wordy(), names, REQUESTS)
+def test_a_single_name_is_looked_up_like_words() -> None:
+    """No other can be less sure of anything."""
+    assert alike_samples(Wordy(), {"math": "sum"}, REQUESTS, experts=Sure()) == alike_samples(
+        Wordy(), {"math": "sum"}, REQUESTS
+    )
 
 
 def test_an_engine_that_finds_all_words_alike_picks_nothing() -> None:

@@ -42,7 +42,7 @@ def alike_samples(
     descriptions: Mapping[str, str],
     requests: Sequence[Sample] | None = None,
     *,
-    by_experts: bool = False,
+    experts: Engine | None = None,
     progress: Progress | None = None,
 ) -> list[Sample]:
     """At most MOST requests of every field, none of them of two: those that its words fit best, and fit best of all
@@ -50,13 +50,13 @@ def alike_samples(
 
     Args:
         requests: to pick from, by kind; by default `kinds()`.
-        by_experts: fields of which nothing but an expert's name is known; a request fits the expert that is surest of
-            its answer. An engine that has not all of these experts looks the names up like other words.
+        experts: what has an expert of every field, where nothing but their names is known: a request fits the expert
+            that is surest of its answer. One alone has nobody to be surer than, and its name is looked up as words are.
     """
     requests = kinds() if requests is None else requests
     texts = [request.text for request in requests]
-    if by_experts and len(descriptions) > 1 and descriptions.keys() <= set(engine.experts):
-        fits = sureness(engine, texts, list(descriptions), progress)
+    if experts is not None and len(descriptions) > 1:
+        fits = sureness(experts, texts, list(descriptions), progress)
     else:
         fits = _fits(engine, texts, list(descriptions.values()))
     names = np.array([request.field for request in requests])

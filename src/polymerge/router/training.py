@@ -63,7 +63,8 @@ def fit_router(
         classifier: as in `FitSettings`; None is logistic, and centroid without data.
         fallback, coverage, accuracy, seed: as in `FitSettings`.
         template, layers, pooling: as in `EmbedSettings`; a template may be named published, task or none.
-        embed_with: another model to embed with, named as in a recipe.
+        embed_with: another model to embed with, named as in a recipe. The experts are asked all the same where nothing
+            but their names is known.
         table: the assessment table; by default `router/assessment.json` in the bundle, where it exists.
         assign: field -> expert, before the table.
         self_label: label samples by the expert that finds their `answer` likeliest; folders do not count.
@@ -96,7 +97,8 @@ def fit_router(
     few = {field: words for field, words in (describe or {}).items() if counts[field] < ENOUGH}
     made = described_samples(few)
     if few:
-        made += alike_samples(embeds, few, by_experts=named_only, progress=progress)
+        own = None if not named_only else embeds if embed_with is None else load_engine(bundle, None, device)
+        made += alike_samples(embeds, few, experts=own, progress=progress)
     known = _table_of(bundle, table)
     fitted = fit_samples(
         bundle, embeds, training, validation, made=made, descriptions=few, settings=settings, table=known,
