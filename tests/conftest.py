@@ -1,4 +1,5 @@
-"""Fixtures that many tests share. The network is off: whatever would reach a hub fails at once."""
+"""Fixtures that many tests share. The network is off: whatever would reach a hub fails at once. So is the GPU, unless
+CUDA_VISIBLE_DEVICES names one: what tests compare is equal to the last digits that a CPU's float32 keeps."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
