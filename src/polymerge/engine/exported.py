@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from ..errors import ModelError
+from ..naming import check_path
 from ..sources.persona import Group, Persona, read_persona
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,34 @@ class Probe(Strict):
     ids: tuple[int, ...]
     expert: tuple[float, ...]
     average: tuple[float, ...]
+
+
+class ExportedExpert(Strict):
+    """One expert as a runtime serves it, and what the export cost it.
+
+    Attributes:
+        adapter: its file or folder, relative to the export's folder.
+        kl: mean KL(bundle's expert || average with the exported factors) over the calibration tokens, nats a token.
+        kl_unfolded: the same for the bundle's own factors alone, with nothing folded into them.
+        kl_average: the same for the average alone.
+        same_token: share of calibration tokens at which both have the same likeliest token.
+        persona: in what it is not the average beside its weights: files beside its adapter, which runtimes do not look
+            at. Whoever renders a conversation, or sets a request's defaults, must.
+    """
+
+    adapter: str
+    kl: float
+    kl_unfolded: float
+    kl_average: float
+    same_token: float
+    probe: Probe
+    persona: tuple[Group, ...] = ()
+
+    @field_validator("adapter")
+    @classmethod
+    def _stays_inside(cls, adapter: str) -> str:
+        check_path(adapter)
+        return adapter
 
 
 def distance(one: Sequence[float], other: Sequence[float]) -> float:

@@ -16,10 +16,10 @@ import pytest
 
 from polymerge.cli.main import main
 from polymerge.engine import GenerateRequest, ScoreRequest
-from polymerge.engine.exported import Probe
+from polymerge.engine.exported import ExportedExpert, Probe
 from polymerge.engine.vllm.api import VllmApi
 from polymerge.engine.vllm.engine import VllmEngine, vllm_engine
-from polymerge.engine.vllm.folder import NOTE, ServedExpert, VllmNote, read_note
+from polymerge.engine.vllm.folder import NOTE, VllmNote, read_note
 from polymerge.engine.vllm.server import VllmServer
 from polymerge.errors import BundleError, EngineDownError, MissingExtraError, ModelError
 from tests.engine.vllm.fake import Complete, fake_vllm
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "config.json").write_text('{"model_type": "llama", "vocab_size": 96}')
     costs = {"kl": 0.0, "kl_unfolded": 0.0, "kl_average": 1.0, "same_token": 1.0}
     experts = {
-        name: ServedExpert(
+        name: ExportedExpert(
             adapter=f"adapters/{name}",
             probe=Probe(ids=IDS, expert=ANSWERS[name], average=ANSWERS["average"]),
             **costs,

@@ -14,9 +14,9 @@ from pydantic import field_validator
 
 from ...bundle.versioned import read_versioned
 from ...errors import BundleError
-from ...naming import check_expert_names, check_path
+from ...naming import check_expert_names
 from ...sources.persona import Group, Persona
-from ..exported import Probe, Strict, persona_beside
+from ..exported import ExportedExpert, Strict, persona_beside
 
 NOTE = "polymerge-gguf.json"
 BASE = "base.gguf"
@@ -41,35 +41,16 @@ class Served(Strict):
     tokens: int
 
 
-class GgufExpert(Strict):
-    """One expert as llama.cpp serves it, and what the export cost it.
+class GgufExpert(ExportedExpert):
+    """One expert as llama.cpp serves it; what the export cost it is of the bundle's dtype.
 
     Attributes:
-        adapter: its file, relative to the export's folder.
-        bytes: of this file.
-        kl: mean KL(bundle's expert || average with the exported factors, in the bundle's dtype), nats a token.
-        kl_unfolded, kl_average: the same for the bundle's own factors alone, and for the average alone.
-        same_token: share of calibration tokens at which both have the same likeliest token.
+        bytes: of its adapter's file.
         served: measured with llama.cpp; None where it was not installed.
-        persona: in what it is not the average beside its weights: files beside its adapter, which llama.cpp does not
-            look at.
     """
 
-    adapter: str
     bytes: int
-    kl: float
-    kl_unfolded: float
-    kl_average: float
-    same_token: float
     served: Served | None = None
-    probe: Probe
-    persona: tuple[Group, ...] = ()
-
-    @field_validator("adapter")
-    @classmethod
-    def _stays_inside(cls, adapter: str) -> str:
-        check_path(adapter)
-        return adapter
 
 
 class GgufNote(Strict):

@@ -15,9 +15,9 @@ from pydantic import Field, field_validator
 
 from ...bundle.versioned import read_versioned
 from ...errors import BundleError
-from ...naming import check_expert_names, check_path
+from ...naming import check_expert_names
 from ...sources.persona import Group, Persona
-from ..exported import AVERAGE, Probe, Strict, persona_beside
+from ..exported import AVERAGE, ExportedExpert, Strict, persona_beside
 
 NOTE = "polymerge-vllm.json"
 # What `vllm serve --max-lora-rank` accepts (vLLM 0.32, vllm/config/lora.py).
@@ -30,34 +30,6 @@ EMBEDDING_ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM")
 SPARE_SLOTS = 1
 # Part of vLLM's command line: never to be taken for an option.
 ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}$")]
-
-
-class ServedExpert(Strict):
-    """One expert as vLLM serves it, and what the export cost it.
-
-    Attributes:
-        adapter: its folder, relative to the export's.
-        kl: mean KL(bundle's expert || exported expert) over the calibration tokens, nats a token.
-        kl_unfolded: the same for the bundle's own factors alone, with nothing folded into them.
-        kl_average: the same for the average alone.
-        same_token: share of calibration tokens at which both have the same likeliest token.
-        persona: in what it is not the average beside its weights: files beside its adapter, which vLLM itself does not
-            look at. Whoever renders a conversation, or sets a request's defaults, must.
-    """
-
-    adapter: str
-    kl: float
-    kl_unfolded: float
-    kl_average: float
-    same_token: float
-    probe: Probe
-    persona: tuple[Group, ...] = ()
-
-    @field_validator("adapter")
-    @classmethod
-    def _stays_inside(cls, adapter: str) -> str:
-        check_path(adapter)
-        return adapter
 
 
 class VllmNote(Strict):
@@ -82,12 +54,12 @@ class VllmNote(Strict):
     base_bytes: int
     slot_bytes: int
     calibration_tokens: int
-    experts: dict[str, ServedExpert]
+    experts: dict[str, ExportedExpert]
     lost: tuple[str, ...]
 
     @field_validator("experts")
     @classmethod
-    def _experts_are_safe(cls, experts: dict[str, ServedExpert]) -> dict[str, ServedExpert]:
+    def _experts_are_safe(cls, experts: dict[str, ExportedExpert]) -> dict[str, ExportedExpert]:
         check_expert_names(experts)
         return experts
 

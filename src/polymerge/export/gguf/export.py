@@ -234,12 +234,8 @@ def _note(plan: GgufPlan, staged: Path, measured: dict[str, Measured]) -> GgufNo
         expert: GgufExpert(
             adapter=f"experts/{expert}/{ADAPTER}",
             bytes=(staged / "experts" / expert / ADAPTER).stat().st_size,
-            kl=fit.kl,
-            kl_unfolded=fit.kl_unfolded,
-            kl_average=fit.kl_average,
-            same_token=fit.same_token,
-            probe=fit.probe,
             persona=plan.bundle.manifest.experts[expert].persona,
+            **fit.noted,
         )
         for expert, fit in measured.items()
     }

@@ -41,7 +41,7 @@ Adapter = dict[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Measured:
-    """What one expert's export changed; the names are those of `polymerge.engine.vllm.folder.ServedExpert`."""
+    """What one expert's export changed; the names are those of `ExportedExpert`."""
 
     kl: float
     kl_unfolded: float
@@ -49,6 +49,11 @@ class Measured:
     same_token: float
     tokens: int
     probe: Probe
+
+    @property
+    def noted(self) -> dict[str, Any]:
+        """What an export writes down of it."""
+        return {name: value for name, value in vars(self).items() if name != "tokens"}
 
 
 class Calibration:

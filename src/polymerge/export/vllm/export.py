@@ -22,7 +22,8 @@ from ...bundle.personas import write_files
 from ...bundle.place import settled
 from ...bundle.reading import steady
 from ...bundle.write import copy_model_files
-from ...engine.vllm.folder import NOTE, ServedExpert, VllmNote, serve_arguments
+from ...engine.exported import ExportedExpert
+from ...engine.vllm.folder import NOTE, VllmNote, serve_arguments
 from ...errors import ModelError
 from ...host import peak_memory, pick_device
 from ...merging.run import OnProgress, Progress
@@ -107,14 +108,10 @@ def _adapter(expert: str) -> str:
 
 def _note(plan: VllmPlan, measured: dict[str, Measured]) -> VllmNote:
     experts = {
-        expert: ServedExpert(
+        expert: ExportedExpert(
             adapter=_adapter(expert),
-            kl=fit.kl,
-            kl_unfolded=fit.kl_unfolded,
-            kl_average=fit.kl_average,
-            same_token=fit.same_token,
-            probe=fit.probe,
             persona=plan.bundle.manifest.experts[expert].persona,
+            **fit.noted,
         )
         for expert, fit in measured.items()
     }
