@@ -167,6 +167,11 @@ def as_older(folder: Path) -> None:
     if isinstance(tokenizer.get("extra_special_tokens"), list):
         tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
     file.write_text(json.dumps(tokenizer))
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    if merges := tokenizer["model"].get("merges"):  # pairs since tokenizers 0.20; one text before
+        tokenizer["model"]["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+    file.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """Ctrl-C in a merge says what is done and how to go on, and a second run says what lies there."""
 
+import re
 import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 
+from polymerge.bundle.place import begin_work
 from polymerge.cli.interrupted import STOPPED, whole_or_not
 from polymerge.cli.main import main
 from polymerge.merging import journal
@@ -45,6 +47,16 @@ def test_ctrl_c_names_the_command_that_goes_on_and_that_ends_with_the_same_bytes
     assert run([*words[:-1], str(tmp_path / "whole")], monkeypatch) == 0
     for file in ("model.safetensors", "polymerge.json"):
         assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_what_another_command_has_left_is_called_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experts = [f"{name}={path}" for name, path in make_experts("llama", tmp_path).items()]
+    begin_work(tmp_path / "b.partial", "pull", repo="org/name")
+    assert run(["merge", *experts, "-o", str(tmp_path / "b")], monkeypatch) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"b\.partial holds \d+ B of an interrupted pull, which is deleted", said)
 
 
 def test_ctrl_c_before_a_verb_has_begun_is_a_word_and_no_traceback(

@@ -79,6 +79,21 @@ def test_a_push_that_broke_goes_on_with_what_is_missing(hub: Hub, bundle: Bundle
     assert all(hub.repos["org/three"].files[name] == (bundle.path / name).read_bytes() for name in large)
 
 
+def test_of_what_is_no_bundle_nothing_is_loaded_and_a_pull_leaves_nothing(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repos["org/model"] = Repo(private=False, commits=[{"config.json": b"{}", "model.safetensors": b"x" * 99}])
+    for wrong in ("org/model", "org/nobody"):
+        for read in (pull_bundle, Bundle.open):
+            with pytest.raises(BundleError, match=f"^{wrong}: "):
+                read(wrong)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(BundleError, match="cannot be reached"):
+        pull_bundle("org/model")
+    assert not [request for request in hub.requests if "config.json" in request or "model.safetensors" in request]
+    assert not list(Path().glob("*.partial"))
+
+
 def test_a_smaller_bundle_leaves_nothing_of_the_larger_one(hub: Hub, bundle: Bundle) -> None:
     push_bundle(bundle, "org/three")
     hub.repos["org/three"].commits[-1]["experts/gone/adapter_model.safetensors"] = b"old"

@@ -28,6 +28,9 @@ def test_a_bundles_page_answers_in_words_then_shows_three_plots_and_folds_the_re
         assert f"<b>{expert.name}</b>{SAID[expert.verdict.answers]}" in seen
     assert "Tensors that lost most" in folded and bundle.digest[:16] in page
     main = page.split("<main>")[1].split("</main>")[0]  # what those who listen to a page are led to
+    assert "<table>" in main and main.count("<table>") == main.count(
+        '<div class="scroll" tabindex="0"><table>'
+    )  # by keys
     assert "<h1>" in main and "Tensors that lost most" in main and "<footer>" not in main
 
 

@@ -45,7 +45,7 @@ def snapshot(words: str, folder: Path | None) -> Path:
     Raises:
         BundleError: as `fetched`.
     """
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants, hf_hub_download, snapshot_download
 
     repo, _, revision = words.partition("@")
     cached = not hub_answers()
@@ -53,14 +53,19 @@ def snapshot(words: str, folder: Path | None) -> Path:
         raise BundleError(f"{words}: {constants.ENDPOINT} cannot be reached")
     if not cached:
         download_begins()
+    version, endpoint = revision or None, constants.ENDPOINT
     with hub_errors(words):
-        place = snapshot_download(
-            repo, revision=revision or None, local_dir=folder, local_files_only=cached, ignore_patterns=["*.py"],
-            endpoint=constants.ENDPOINT,
+        if not cached:  # the manifest first: of a repository that is no bundle nothing else is loaded
+            hf_hub_download(repo, MANIFEST, revision=version, local_dir=folder, endpoint=endpoint)
+        place = Path(
+            snapshot_download(
+                repo, revision=version, local_dir=folder, local_files_only=cached, ignore_patterns=["*.py"],
+                endpoint=endpoint,
+            )
         )  # fmt: skip
-    if not (Path(place) / MANIFEST).is_file():
-        raise BundleError(f"{words}: that repository is no bundle: it has no {MANIFEST}")
-    return Path(place)
+    if not (place / MANIFEST).is_file():
+        raise BundleError(_NO_BUNDLE.format(words))
+    return place
 
 
 @contextmanager
@@ -81,6 +86,8 @@ def hub_errors(what: str) -> Iterator[None]:
         ) from None
     except errors.RevisionNotFoundError:
         raise BundleError(f"{what}: the repository has no such revision") from None
+    except errors.RemoteEntryNotFoundError:
+        raise BundleError(_NO_BUNDLE.format(what)) from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no"
         raise BundleError(
@@ -99,6 +106,7 @@ def hub_errors(what: str) -> Iterator[None]:
         raise BundleError(f"{what}: {' '.join(str(error).split())[:200]}") from None
 
 
+_NO_BUNDLE = f"{{}}: that repository is no bundle: it has no {MANIFEST}"
 _REFUSED = {
     "401": "the token is not known there: `hf auth login`",
     "403": "the token may not do this: it needs the right to write, and the organisation's leave",

@@ -21,16 +21,18 @@ STOPPED = 130
 
 
 def half_done_work(output: Path, *, resume: bool, say: Callable[[str], None]) -> None:
-    """Says that an earlier merge was interrupted, where this one starts anew."""
+    """Says what an earlier command that was interrupted has left, where this merge starts anew."""
     from ..bundle.place import mark_of, settled, work_folder
     from ..merging.journal import half_done
     from .console import size
 
     work = work_folder(settled(output))
-    if resume or mark_of(work) is None:
+    mark = mark_of(work)
+    if resume or mark is None:
         return
-    held = f"{work} holds {size(half_done(work))} of an interrupted merge"
-    say(f"note: {held}, which is done anew; --resume goes on with it")
+    kind = mark["polymerge"]
+    then = "which is done anew; --resume goes on with it" if kind == "merge" else "which is deleted"
+    say(f"note: {work} holds {size(half_done(work))} of an interrupted {kind}, {then}")
 
 
 @contextmanager

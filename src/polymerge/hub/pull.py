@@ -9,7 +9,8 @@ from ..bundle.bundle import Bundle
 from ..bundle.files import disk_errors
 from ..bundle.hub import snapshot
 from ..bundle.lock import writing
-from ..bundle.place import begin_work, check_output, mark_of, publish, restore, settled, work_folder
+from ..bundle.manifest import MANIFEST
+from ..bundle.place import begin_work, check_output, discard_work, mark_of, publish, restore, settled, work_folder
 from ..bundle.verify import verify_files
 from ..errors import BundleError
 from ..sources.opening import HUB_ID
@@ -38,7 +39,12 @@ def pull_bundle(repo: str, output: str | Path | None = None, *, overwrite: bool 
         restore(output)
         if (mark_of(work) or {}).get("repo") != repo:
             begin_work(work, "pull", repo=repo)
-        staged = snapshot(repo, work / STAGED)
+        try:
+            staged = snapshot(repo, work / STAGED)
+        except BundleError:
+            if not (work / STAGED / MANIFEST).exists():  # it comes first: nothing is here to go on with
+                discard_work(work)
+            raise
         shutil.rmtree(staged / ".cache", ignore_errors=True)
         result = verify_files(Bundle.open(staged), None)
         if not result.ok:

@@ -129,7 +129,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, last_is_source:
 
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = "".join("<tr>" + "".join(cell(v, i == len(row) - 1) for i, v in enumerate(row)) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll" tabindex="0"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def plot(figure: Any, height: int) -> str:

@@ -20,7 +20,7 @@ from polymerge.export import export_gguf, plan_gguf
 from polymerge.export.gguf.adapters import write_lora
 from polymerge.export.gguf.converter import LlamaCpp, quantizer
 from polymerge.export.gguf.measure import divergence
-from polymerge.export.gguf.modelfile import go_template, modelfile
+from polymerge.export.gguf.modelfile import chat_lines, modelfile
 from polymerge.export.gguf.names import Architecture, architecture_of, interleaved
 from polymerge.export.gguf.tokens import GPT2, splitting
 from polymerge.export.vllm.prompts import CalibrationPrompt
@@ -202,12 +202,27 @@ CHATML = (
 def test_a_template_is_given_only_where_both_write_the_same() -> None:
     tokenizer = letters_tokenizer()
     tokenizer.chat_template = CHATML
-    assert "<|im_start|>{{ .Role }}" in str(go_template(tokenizer))
+    assert "<|im_start|>{{ .Role }}" in chat_lines(tokenizer)[0]
     text = modelfile("e0", "../../base.gguf", "./adapter.gguf", tokenizer, GenerationDefaults(ends=frozenset({2})))
     assert "FROM ../../base.gguf\nADAPTER ./adapter.gguf\nTEMPLATE" in text and 'PARAMETER stop "</s>"' in text
     tokenizer.chat_template = CHATML.replace("{{ message['content'] }}", "{{ message['content'] | upper }}")
-    assert go_template(tokenizer) is None
+    assert chat_lines(tokenizer) == []
     assert "TEMPLATE yourself" in modelfile("e0", "b", "a", tokenizer, GenerationDefaults())
+
+
+@pytest.mark.parametrize("first", ["<|im_start|>", "</s>"])
+def test_a_system_text_of_the_templates_own_is_ollamas_system(first: str) -> None:
+    """SmolLM2's and Qwen 2.5's templates put one before conversations that begin without."""
+    tokenizer = letters_tokenizer()
+    tokenizer.bos_token = first
+    own = "<|im_start|>system\nYou are {}.<|im_end|>\n"
+    where = "{{% if messages[0]['role'] != 'system' %}}{}{{% endif %}}"
+    tokenizer.chat_template = where.format(own.format('"it"')) + CHATML
+    assert chat_lines(tokenizer)[1:] == ['SYSTEM """You are "it"."""']
+    tokenizer.chat_template = where.format(own.format('"""it')) + CHATML  # would end the quotation
+    assert chat_lines(tokenizer) == []
+    tokenizer.chat_template = own.format("it") + CHATML  # before a conversation's own, too: Ollama has no word for that
+    assert chat_lines(tokenizer) == []
 
 
 def test_a_folder_that_was_changed_is_refused(bundles: Any, tmp_path: Path) -> None:
