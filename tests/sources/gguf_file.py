@@ -22,7 +22,7 @@ def write_gguf(
     fields: Callable[[Any], Any] = lambda writer: None,
     kind: str = "model",
 ) -> Path:
-    """The Llama or Qwen 2 of a folder as a GGUF file in float32.
+    """The model of a folder as a GGUF file in float32, with the settings that all architectures have.
 
     Args:
         change: edits the tensors, by GGUF's names.
@@ -31,7 +31,7 @@ def write_gguf(
     """
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).float()
     config = model.config
-    architecture = config.model_type
+    architecture = config.model_type.removesuffix("_text")
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_type(kind)
     writer.add_name("tiny")
@@ -41,8 +41,14 @@ def write_gguf(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if hasattr(config, "rms_norm_eps"):
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    else:
+        writer.add_layer_norm_eps(
+            getattr(config, "norm_eps", None) or getattr(config, "norm_epsilon", None) or config.layer_norm_eps
+        )
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     _add_tokenizer(writer, config.vocab_size)
     fields(writer)
@@ -61,16 +67,19 @@ def gguf_tensors(model: Any) -> Tensors:
     """The model's tensors under GGUF's names; rows of q and k in llama.cpp's order where the architecture needs it."""
     config = model.config
     kinds = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kinds[config.model_type], config.num_hidden_layers)
+    kind = config.model_type.removesuffix("_text")
+    names = gguf.get_tensor_name_map(kinds[kind], config.num_hidden_layers)
     tensors = {}
     tied = config.tie_word_embeddings
     for name, value in model.state_dict().items():
         if tied and name == "lm_head.weight":
             continue
         module, _, parameter = name.rpartition(".")
-        if config.model_type == "llama" and module.endswith(("q_proj", "k_proj")):
+        if kind == "llama" and module.endswith(("q_proj", "k_proj")):
             heads = config.num_attention_heads if module.endswith("q_proj") else config.num_key_value_heads
             value = _interleaved(value, heads)
+        if kind in ("gemma2", "gemma3", "nemotron") and name.endswith("norm.weight"):
+            value = value + 1
         tensors[f"{names.get_name(module)}.{parameter}"] = value.numpy()
     return tensors
 
@@ -87,3 +96,4 @@ def _add_tokenizer(writer: Any, size: int) -> None:
     writer.add_token_merges(["w 3"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)

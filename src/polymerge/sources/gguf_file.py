@@ -49,7 +49,8 @@ def read_header(file: Path, label: str) -> GgufHeader:
     except Exception as error:  # gguf raises many types for one bad file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SourceError(f"{label}: not a whole GGUF file (truncated or corrupt: {reason}); copy it again") from None
-    fields = {key: field.contents() for key, field in reader.fields.items() if len(field.data) == 1}
+    kept = {key: field for key, field in reader.fields.items() if not key.startswith("tokenizer.")}
+    fields = {key: field.contents() for key, field in kept.items()}
     tensors = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
     factors = next((t.data for t in reader.tensors if t.name == ROPE_FACTORS), None)
     return GgufHeader(
