@@ -21,6 +21,7 @@ def write_gguf(
     change: Callable[[Tensors], Any] = lambda tensors: None,
     fields: Callable[[Any], Any] = lambda writer: None,
     kind: str = "model",
+    tokens: Callable[[list[str]], Any] = lambda tokens: None,
 ) -> Path:
     """The model of a folder as a GGUF file in float32, with the settings that all architectures have.
 
@@ -28,6 +29,8 @@ def write_gguf(
         change: edits the tensors, by GGUF's names.
         fields: adds metadata.
         kind: `general.type`.
+        tokens: edits the vocabulary, of byte-level BPE; its first three are special, and the next two can be
+            merged.
     """
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).float()
     config = model.config
@@ -50,7 +53,7 @@ def write_gguf(
     rope = config.rope_parameters
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
-    _add_tokenizer(writer, config.vocab_size)
+    _add_tokenizer(writer, config.vocab_size, tokens)
     fields(writer)
     tensors = gguf_tensors(model)
     change(tensors)
@@ -88,12 +91,13 @@ def _interleaved(value: torch.Tensor, heads: int) -> torch.Tensor:
     return value.reshape(heads, 2, -1, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
 
 
-def _add_tokenizer(writer: Any, size: int) -> None:
+def _add_tokenizer(writer: Any, size: int, change: Callable[[list[str]], Any]) -> None:
     tokens = ["<unk>", "<s>", "</s>", "w", "3", "w3", *(f"t{number}" for number in range(6, size))]
+    change(tokens)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (size - 3))
-    writer.add_token_merges(["w 3"])
+    writer.add_token_merges([f"{tokens[3]} {tokens[4]}"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)

@@ -21,6 +21,7 @@ from polymerge.errors import SourceError
 from polymerge.sources.configuration import first_difference, settings_of
 from polymerge.sources.dense import dense_model
 from polymerge.sources.gguf import package_gguf
+from polymerge.sources.gguf_tokenizer import mend_tokenizer
 from polymerge.sources.opening import open_checkpoint
 from tests.sources.gguf_file import Tensors, write_gguf
 from tests.sources.reading import assert_reads_fresh
@@ -273,6 +274,86 @@ def test_a_setting_without_a_place_is_refused_by_name(
     assert (
         f"llama.{next(iter(said))} is {next(iter(said.values()))}" in message and "LlamaConfig has no place" in message
     )
+
+
+def tokenizer_of(file: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(open_checkpoint(file).folder)
+
+
+def rules(name: str) -> Callable[[Any], Any]:
+    return lambda writer: writer.add_tokenizer_pre(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "two", "four"),
+    [
+        ("gpt-2", [5], [4, 4, 5]),
+        ("falcon", [5], [4, 4, 3, 4]),
+        ("smollm", [3, 4], [4, 4, 3, 4]),
+        ("deepseek-llm", [3, 4], [4, 4, 3, 4]),
+    ],
+)
+def test_texts_are_cut_by_the_files_rules(
+    checkpoints: Checkpoints, tmp_path: Path, name: str, two: list[int], four: list[int]
+) -> None:
+    def change(tokens: list[str]) -> None:
+        tokens[3:6] = ["3", "4", "34"]
+
+    folder = checkpoints("llama")["e0"]
+    tokenizer = tokenizer_of(write_gguf(tmp_path / "m.gguf", folder, fields=rules(name), tokens=change))
+    assert [tokenizer(text)["input_ids"] for text in ("34", "4434")] == [two, four]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"), [({}, ["\u2581", "\u2581w"]), ({"add_space_prefix": False}, ["\u2581w"])]
+)
+def test_sentencepiece_begins_every_text_with_a_space(
+    tmp_path: Path, said: dict[str, Any], expected: list[str]
+) -> None:
+    words = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", "\u2581", "w", "\u2581w"])}
+    made = transformers.LlamaTokenizer(vocab=words, merges=[("\u2581", "w")])
+    made.save_pretrained(tmp_path)
+    fields = {"tokenizer.ggml.model": "llama", **{f"tokenizer.ggml.{key}": value for key, value in said.items()}}
+    mend_tokenizer(tmp_path, fields, "m.gguf")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).tokenize(" w") == expected
+
+
+def test_rules_that_nobody_knows_are_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "m.gguf", checkpoints("llama")["e0"], fields=rules("of-tomorrow"))
+    assert "cut into words by 'of-tomorrow'" in refusal(file)
+
+
+def test_llama_3s_texts_begin_with_the_first_token_unless_the_file_says_otherwise(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    def without_first(writer: Any) -> None:
+        writer.add_tokenizer_pre("llama-bpe")
+        writer.add_add_bos_token(False)
+
+    folder = checkpoints("llama")["e0"]
+    for name, fields, expected in [
+        ("a", rules("llama-bpe"), [1, 3]),
+        ("b", without_first, [3]),
+        ("c", rules("gpt-2"), [3]),
+    ]:
+        assert tokenizer_of(write_gguf(tmp_path / f"{name}.gguf", folder, fields=fields))("w")["input_ids"] == expected
+
+
+def test_special_tokens_that_are_not_spelled_in_bytes_have_the_files_numbers(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    def change(tokens: list[str]) -> None:
+        tokens[:3] = ["<\uff5chole\uff5c>", "<\uff5cbegin\u2581of\uff5c>", "<\uff5cend\uff5c>"]
+
+    file = write_gguf(
+        tmp_path / "m.gguf",
+        checkpoints("llama")["e0"],
+        fields=lambda writer: writer.add_add_bos_token(True),
+        tokens=change,
+    )
+    tokenizer = tokenizer_of(file)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)) == (1, 2, 96)
+    assert tokenizer("w<\uff5chole\uff5c>3<\uff5cend\uff5c>")["input_ids"] == [1, 3, 0, 4, 2]
 
 
 def test_factors_that_change_nothing_are_no_difference(checkpoints: Checkpoints, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from .checkpoint import Checkpoint, open_folder
 from .fingerprint import digest_of
 from .gguf_file import check_kind, check_met, read_header, rope_of
 from .gguf_settings import put_settings
+from .gguf_tokenizer import mend_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -147,6 +148,7 @@ def _convert(file: Path, target: Path, label: str) -> None:
         dense.config.rope_parameters = rope
     dense.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    mend_tokenizer(target, header.fields, label)
 
 
 def _loaded(file: Path, label: str) -> tuple[Any, Any, Any]:
