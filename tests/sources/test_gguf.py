@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from polymerge.errors import SourceError
+from polymerge.sources.configuration import first_difference, settings_of
 from polymerge.sources.dense import dense_model
 from polymerge.sources.gguf import package_gguf
+from polymerge.sources.gguf_tokenizer import mend_tokenizer
 from polymerge.sources.opening import open_checkpoint
 from tests.sources.gguf_file import Tensors, write_gguf
 from tests.sources.reading import assert_reads_fresh
@@ -190,6 +192,168 @@ def test_llama_3s_scaled_positions_answer_as_the_model(tmp_path: Path, factor: f
     places = torch.tensor([[0, 90, 3000, 70000]])
     expected = transformers.AutoModelForCausalLM.from_pretrained(folder)(ids, position_ids=places).logits
     torch.testing.assert_close(model(ids, position_ids=places).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def rope(kind: str = "default", theta: float = 10000.0, **more: Any) -> dict[str, Any]:
+    return {"rope_type": kind, "rope_theta": theta, **more}
+
+
+LONG = rope(
+    "yarn", factor=4.0, original_max_position_embeddings=32, attention_factor=1.5, beta_fast=16.0, beta_slow=2.0
+)
+WIDE = {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 8}
+SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "linear": (transformers.LlamaConfig(**COMMON, rope_parameters=rope("linear", factor=4.0)),
+               {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}),
+    "yarn": (transformers.Qwen2Config(**COMMON, rope_parameters=LONG),
+             {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32,
+              "rope.scaling.yarn_attn_factor": 1.5, "rope.scaling.yarn_beta_fast": 16.0,
+              "rope.scaling.yarn_beta_slow": 2.0}),
+    "caps": (transformers.Gemma2Config(**COMMON, **WIDE, attn_logit_softcapping=1.0, final_logit_softcapping=2.0),
+             {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0, "attention.sliding_window": 8,
+              "attention.key_length": 12, "attention.value_length": 12}),
+    "queries by width": (transformers.Gemma2Config(**{**COMMON, **WIDE, "num_hidden_layers": 46, "head_dim": 8}),
+                         {"attention.key_length": 8, "attention.sliding_window": 8}),
+    "two kinds of positions": (
+        transformers.Gemma3TextConfig(**COMMON, **WIDE, layer_types=["sliding_attention", "full_attention"],
+                                      rope_parameters={"full_attention": rope("linear", 500000.0, factor=8.0),
+                                                       "sliding_attention": rope(theta=20000.0)}),
+        {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0, "rope.freq_base_swa": 20000.0,
+         "attention.sliding_window": 8, "attention.sliding_window_pattern": 2, "attention.key_length": 12}),
+    "a window": (transformers.Phi3Config(**COMMON, sliding_window=8), {"attention.sliding_window": 8}),
+    "half a head turns": (transformers.Phi3Config(**COMMON, rope_parameters=rope(partial_rotary_factor=0.5)),
+                          {"rope.dimension_count": 6, "attention.sliding_window": 0}),
+    "a whole head turns": (
+        transformers.NemotronConfig(**COMMON, norm_eps=1e-2, rope_parameters=rope(partial_rotary_factor=1.0)),
+        {"rope.dimension_count": 12, "rope.scaling.type": "none"}),
+    "another base": (transformers.Starcoder2Config(**COMMON, rope_parameters=rope(theta=999999.0)), {}),
+    "norms' smallest": (transformers.StableLmConfig(**{**COMMON, "hidden_size": 64}, layer_norm_eps=1e-2),
+                        {"rope.dimension_count": 4, "use_parallel_residual": False}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_settings_that_transformers_leaves_out_are_the_models(tmp_path: Path, kind: str) -> None:
+    config, said = SETTINGS[kind]
+    folder = make_experts(config.model_type, tmp_path, count=1, config=config)["e0"]
+    file = write_gguf(tmp_path / "m.gguf", folder, fields=lambda writer: add(writer, said))
+    checkpoint = open_checkpoint(file)
+    ids = torch.randint(3, 96, (1, 40), generator=torch.Generator().manual_seed(0))
+    expected = transformers.AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    torch.testing.assert_close(dense_model(checkpoint, dtype=torch.float32)(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    plain = open_checkpoint(folder)
+    assert first_difference(settings_of(checkpoint.config), settings_of(plain.config)) is None
+
+
+def add(writer: Any, said: dict[str, Any]) -> None:
+    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in said.items():
+        kinds[type(value)](f"{writer.arch}.{key}", value)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"rope.scaling.type": "longrope"},
+        {"rope.freq_base_swa": 20000.0},
+        {"rope.dimension_count_swa": 6},
+        {"attention.sliding_window": 8},
+        {"attention.sliding_window_pattern": 2},
+        {"attention.key_length": 24},
+        {"attn_logit_softcapping": 30.0},
+        {"expert_gating_func": 2},
+        {"logit_scale": 0.5},
+        {"something.new": True},
+    ],
+)
+def test_a_setting_without_a_place_is_refused_by_name(
+    checkpoints: Checkpoints, tmp_path: Path, said: dict[str, Any]
+) -> None:
+    file = write_gguf(tmp_path / "m.gguf", checkpoints("llama")["e0"], fields=lambda writer: add(writer, said))
+    message = refusal(file)
+    assert (
+        f"llama.{next(iter(said))} is {next(iter(said.values()))}" in message and "LlamaConfig has no place" in message
+    )
+
+
+def tokenizer_of(file: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(open_checkpoint(file).folder)
+
+
+def rules(name: str) -> Callable[[Any], Any]:
+    return lambda writer: writer.add_tokenizer_pre(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "two", "four"),
+    [
+        ("gpt-2", [5], [4, 4, 5]),
+        ("falcon", [5], [4, 4, 3, 4]),
+        ("smollm", [3, 4], [4, 4, 3, 4]),
+        ("deepseek-llm", [3, 4], [4, 4, 3, 4]),
+    ],
+)
+def test_texts_are_cut_by_the_files_rules(
+    checkpoints: Checkpoints, tmp_path: Path, name: str, two: list[int], four: list[int]
+) -> None:
+    def change(tokens: list[str]) -> None:
+        tokens[3:6] = ["3", "4", "34"]
+
+    folder = checkpoints("llama")["e0"]
+    tokenizer = tokenizer_of(write_gguf(tmp_path / "m.gguf", folder, fields=rules(name), tokens=change))
+    assert [tokenizer(text)["input_ids"] for text in ("34", "4434")] == [two, four]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"), [({}, ["\u2581", "\u2581w"]), ({"add_space_prefix": False}, ["\u2581w"])]
+)
+def test_sentencepiece_begins_every_text_with_a_space(
+    tmp_path: Path, said: dict[str, Any], expected: list[str]
+) -> None:
+    words = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", "\u2581", "w", "\u2581w"])}
+    made = transformers.LlamaTokenizer(vocab=words, merges=[("\u2581", "w")])
+    made.save_pretrained(tmp_path)
+    fields = {"tokenizer.ggml.model": "llama", **{f"tokenizer.ggml.{key}": value for key, value in said.items()}}
+    mend_tokenizer(tmp_path, fields, "m.gguf")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).tokenize(" w") == expected
+
+
+def test_rules_that_nobody_knows_are_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "m.gguf", checkpoints("llama")["e0"], fields=rules("of-tomorrow"))
+    assert "cut into words by 'of-tomorrow'" in refusal(file)
+
+
+def test_llama_3s_texts_begin_with_the_first_token_unless_the_file_says_otherwise(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    def without_first(writer: Any) -> None:
+        writer.add_tokenizer_pre("llama-bpe")
+        writer.add_add_bos_token(False)
+
+    folder = checkpoints("llama")["e0"]
+    for name, fields, expected in [
+        ("a", rules("llama-bpe"), [1, 3]),
+        ("b", without_first, [3]),
+        ("c", rules("gpt-2"), [3]),
+    ]:
+        assert tokenizer_of(write_gguf(tmp_path / f"{name}.gguf", folder, fields=fields))("w")["input_ids"] == expected
+
+
+def test_special_tokens_that_are_not_spelled_in_bytes_have_the_files_numbers(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    def change(tokens: list[str]) -> None:
+        tokens[:3] = ["<\uff5chole\uff5c>", "<\uff5cbegin\u2581of\uff5c>", "<\uff5cend\uff5c>"]
+
+    file = write_gguf(
+        tmp_path / "m.gguf",
+        checkpoints("llama")["e0"],
+        fields=lambda writer: writer.add_add_bos_token(True),
+        tokens=change,
+    )
+    tokenizer = tokenizer_of(file)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)) == (1, 2, 96)
+    assert tokenizer("w<\uff5chole\uff5c>3<\uff5cend\uff5c>")["input_ids"] == [1, 3, 0, 4, 2]
 
 
 def test_factors_that_change_nothing_are_no_difference(checkpoints: Checkpoints, tmp_path: Path) -> None:

