@@ -2,11 +2,12 @@
 
     python3 -m venv /tmp/clients
     /tmp/clients/bin/pip install openai langchain-openai litellm instructor 'pydantic-ai-slim[openai]' \\
-        llama-index-llms-openai-like 'smolagents[openai]' llm 'autogen-ext[openai]' autogen-agentchat
+        llama-index-llms-openai-like 'smolagents[openai]' llm 'autogen-ext[openai]' autogen-agentchat mcp
     (mkdir /tmp/node && cd /tmp/node && npm install openai)
     POLYMERGE_CLIENTS_PYTHON=/tmp/clients/bin/python POLYMERGE_CLIENTS_NODE=/tmp/node pytest -m clients
 
-The model is random and writes nothing sensible: forms, calls and the clients' own parsing must hold all the same.
+LiteLLM imports `mcp` where a request has tools, without asking for it. The model is random and writes nothing sensible:
+forms, calls and the clients' own parsing must hold all the same.
 """
 
 import os

@@ -28,7 +28,8 @@ class Limits:
         cache_tokens: tokens in the caches of all rows, padding included: rows times the longest one. Where answers grow
             beyond it the youngest go back to the queue. One request always fits.
         prompt_tokens: padded tokens of prompts that are read in one batch. One prompt always fits.
-        chunk_tokens: of prompts that are read between two steps of running answers, which wait for no more than that.
+        chunk_tokens: of prompts that are read between two steps of running answers, of all together: the answers wait
+            for no more than that.
         prefix_tokens: of prompts' beginnings that are remembered, within `cache_tokens` and only as far as the rows
             leave room; 0 remembers none.
 
@@ -58,12 +59,13 @@ class Demand:
     """What one request takes of a batch.
 
     Attributes:
-        unread: tokens that are read when it joins: its prompt, and what it had made before a step broke.
+        unread: tokens that it has when it joins: its prompt, and what it had made before a step broke.
         longest: tokens of prompt and answer at most.
         failures: batches that broke while it ran in them.
         scores_prompt: its prompt's tokens are scored, so it is read with others of that kind alone.
         passed: requests that came later and joined before it.
         number: grows with the time at which it came.
+        known: of its first tokens, so many are remembered and are not read again.
     """
 
     unread: int
@@ -72,6 +74,7 @@ class Demand:
     scores_prompt: bool = False
     passed: int = 0
     number: int = 0
+    known: int = 0
 
     @property
     def soon(self) -> int:
@@ -131,6 +134,6 @@ def _fits(rows: Sequence[Demand], limits: Limits) -> bool:
 def _read_together(newcomers: Sequence[Demand], limits: Limits) -> bool:
     """Whether the prompts of these can be read in one pass."""
     return len(newcomers) == 1 or (
-        padded([row.unread for row in newcomers]) <= limits.prompt_tokens
+        padded([row.unread - row.known for row in newcomers]) <= limits.prompt_tokens
         and len({row.scores_prompt for row in newcomers}) == 1
     )

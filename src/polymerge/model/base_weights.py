@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .linear import ExpertLinear
+from .trial import Trial
 
 
 class BaseWeights:
@@ -21,10 +22,11 @@ class BaseWeights:
 
     Args:
         hashes: of the files that they were read from.
+        trial: what was found by running it; a second model of these weights is not run again for that.
     """
 
-    def __init__(self, hf: Any, hashes: Mapping[str, str]) -> None:
-        self._kind, self._hf, self.hashes = type(hf), hf, hashes
+    def __init__(self, hf: Any, hashes: Mapping[str, str], trial: Trial) -> None:
+        self._kind, self._hf, self.hashes, self.trial = type(hf), hf, hashes, trial
         self._parameters: dict[str, nn.Parameter] = dict(hf.named_parameters(remove_duplicate=False))
         self._buffers: dict[str, Tensor] = {name: buffer.clone() for name, buffer in hf.named_buffers()}
         self._layers: dict[str, tuple[ExpertLinear, bool]] = {}

@@ -132,19 +132,19 @@ def _loaded(
         quantised = {"quantization_config": quantization_config(base, chosen), "device_map": {"": place}}
     packed = bundle.packed()
     whole = packed is None and base == "16bit"
-    hf = _lent(beside, bundle, chosen, place) if whole else None
-    if hf is None:
-        hf = _opened(bundle, packed, chosen, quantised, trust_remote_code=trust_remote_code)
+    lender = _lender(beside, bundle, chosen, place) if whole else None
+    lent = lender.model() if lender is not None else None
+    hf: Any = _opened(bundle, packed, chosen, quantised, trust_remote_code=trust_remote_code) if lent is None else lent
     hf.eval().requires_grad_(False)
     if packed is not None and base != "16bit":
         hold_packed(hf, {x.module: packed.numbers(x.tensor) for x in _packed_layers(bundle, packed, hf)}, chosen)
     if not quantised:  # which is there already, and must not be moved
         hf.to(place)
-    trial = Trial(hf)
+    trial = lender.trial if lender is not None and lent is not None else Trial(hf)
     if trial.objection:
         hint = "" if chosen is torch.float32 else "; load it with dtype float32"
         raise ModelError(f"{bundle.path}: {type(hf).__name__} cannot be run as a bundle: {trial.objection}{hint}")
-    weights = BaseWeights(hf, bundle.base_hashes()) if whole else None
+    weights = BaseWeights(hf, bundle.base_hashes(), trial) if whole else None
     state = Assignment(bundle.experts, place)
     rows = place_positions(hf, state, _with_positions(bundle, trust_remote_code))
     placing = placer(bundle, hf, state, chosen, trial, trust_remote_code=trust_remote_code)
@@ -181,8 +181,8 @@ def _opened(
         raise ModelError(f"{bundle.path}: transformers cannot load it ({reason})") from None
 
 
-def _lent(beside: MixedModel | None, bundle: Bundle, dtype: torch.dtype, device: torch.device) -> Any:
-    """The average with the weights of a model that is loaded; None where they are held otherwise than this one's.
+def _lender(beside: MixedModel | None, bundle: Bundle, dtype: torch.dtype, device: torch.device) -> BaseWeights | None:
+    """The weights of the average of a model that is loaded; None where they are held otherwise than this one's.
 
     Raises:
         ModelError: they are another average's.
@@ -193,7 +193,7 @@ def _lent(beside: MixedModel | None, bundle: Bundle, dtype: torch.dtype, device:
     if weights.hashes != bundle.base_hashes():
         raise ModelError(f"{bundle.path}: its average is not that of the model beside it; load it without `beside`")
     on = torch.device(device.type, torch.cuda.current_device()) if device == torch.device("cuda") else device
-    return weights.model() if weights.place == (dtype, on) else None
+    return weights if weights.place == (dtype, on) else None
 
 
 def _with_positions(bundle: Bundle, trust_remote_code: bool) -> list[nn.Module | None]:

@@ -39,21 +39,15 @@ def blocks_of_eight(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Rows and columns of every piece that was read."""
-    pieces, through, begin = list[tuple[int, int]](), Reading.read, Reading._begin
-    known = [0]
+    pieces, through = list[tuple[int, int]](), Reading.read
 
     def watched(reading: Reading, columns: int) -> Any:
-        known[0] = reading._column
+        left = reading.left
         result = through(reading, columns)
-        pieces.append((len(reading.answers), reading._column - known[0]))
+        pieces.append((len(reading.answers), left - reading.left))
         return result
 
-    def begun(reading: Reading) -> None:
-        begin(reading)
-        known[0] = reading._column
-
     monkeypatch.setattr(Reading, "read", watched)
-    monkeypatch.setattr(Reading, "_begin", begun)
     return pieces
 
 

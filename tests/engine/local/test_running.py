@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from typing import Any
 
@@ -32,22 +31,70 @@ def engines(merged: Merged, limits: Limits, architecture: str = "llama") -> tupl
 def test_running_answers_get_a_token_after_every_piece_of_a_long_prompt(
     merged: Merged, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    offline, batching = engines(merged, Limits(max_rows=4, chunk_tokens=8, prefix_tokens=0), architecture)
+    offline, batching = engines(merged, Limits(max_rows=8, chunk_tokens=8, prefix_tokens=0), architecture)
     without_end(batching)
-    calls: list[Any] = []
+    pieces = [0]  # tokens that were read before each step
     read, step = RunningBatch.read, RunningBatch.step
-    monkeypatch.setattr(RunningBatch, "read", lambda batch, tokens: (calls.append(tokens), read(batch, tokens)))
-    monkeypatch.setattr(RunningBatch, "step", lambda batch: (calls.append("step"), step(batch)))
+
+    def reading(batch: RunningBatch, tokens: int) -> int:
+        made = read(batch, tokens)
+        pieces[-1] += made
+        return made
+
+    monkeypatch.setattr(RunningBatch, "read", reading)
+    monkeypatch.setattr(RunningBatch, "step", lambda batch: (pieces.append(0), step(batch)))
     [first] = start(batching, endless())
     assert first.first.wait(30)
-    long = [GenerateRequest([5 + n % 80 for n in range(size)], "e1", max_new_tokens=5) for size in (90, 70)]
-    calls.clear()
-    heard = start(batching, *[StreamRequest(request) for request in long])
-    for request, one in zip(long, heard, strict=True):
+    sizes = (90, 70, 3, 2, 5, 7, 1)
+    requests = [GenerateRequest([5 + n % 80 for n in range(size)], "e1", max_new_tokens=5) for size in sizes]
+    pieces[:] = [0]
+    heard = start(batching, *[StreamRequest(request) for request in requests])
+    for request, one in zip(requests, heard, strict=True):
         assert one.text.startswith(offline.generate([request])[0].text)
-    pieces = [n for n, call in enumerate(calls) if call == 8]
-    assert len(pieces) > 10  # more than eight tokens never
-    assert not any(second == first + 1 for first, second in itertools.pairwise(pieces))
+    assert sum(pieces) >= sum(sizes) and max(pieces) <= 8
+    batching.close(0)
+
+
+def test_who_can_be_read_to_the_end_goes_first_and_long_prompts_take_turns(merged: Merged) -> None:
+    engine = HFEngine(load_model(merged("llama")[0]), tiny_tokenizer(), fingerprint="")
+    batch = RunningBatch(engine)
+    short, *longs = [
+        engine._answer(GenerateRequest([5] * size, "e1", max_new_tokens=4, ignore_eos=True), lambda heard: None)
+        for size in (3, 40, 60)
+    ]
+    for answer in (*longs, short):
+        batch.begin([answer])
+    assert batch.read(8) == 3
+    assert batch.rows == [short]
+    assert [batch.read(8) for _ in range(7)] == [8] * 7  # four of one, three of the other
+    assert batch.rows == [short]
+    assert [batch.read(8), batch.rows] == [8, [short, longs[0]]]
+    batch.clear()
+
+
+def test_who_comes_while_others_are_read_does_not_wait_for_a_step(
+    merged: Merged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, batching = engines(merged, Limits(max_rows=4, chunk_tokens=16))
+    without_end(batching)
+    calls: list[str] = []
+    read, step = RunningBatch.read, RunningBatch.step
+    [first] = start(batching, endless())
+    assert first.first.wait(30)
+    later: list[Any] = []
+
+    def reading(batch: RunningBatch, tokens: int) -> int:
+        calls.append("read")
+        if not later:
+            later.extend(start(batching, StreamRequest(GenerateRequest([6, 7], "e0", max_new_tokens=2))))
+        return read(batch, tokens)
+
+    monkeypatch.setattr(RunningBatch, "read", reading)
+    monkeypatch.setattr(RunningBatch, "step", lambda batch: (calls.append("step"), step(batch)))
+    [newcomer] = start(batching, StreamRequest(GenerateRequest([8, 9], "e1", max_new_tokens=2)))
+    assert newcomer.done.wait(30) and later[0].done.wait(30)
+    place = calls.index("read")
+    assert calls[place : place + 3] == ["read", "read", "step"]
     batching.close(0)
 
 

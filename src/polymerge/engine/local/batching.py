@@ -12,14 +12,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...errors import DeadlineError, EngineBusyError, EngineDownError, ModelError
-from ..admission import DEFAULT_LIMITS, Limits, admit
+from ..admission import DEFAULT_LIMITS, Demand, Limits, admit
 from ..answer import Answer, Collector, new_answer, taken
 from ..base import FloatArray, GenerateRequest, Generation, Pooling, Prompt, Score, ScoreRequest
 from ..jobs import Jobs, Work
@@ -229,15 +229,26 @@ class BatchingEngine(FrontedEngine):
             self._owed = time.monotonic() - began
         self._drop()
         self._relieve()
-        self._admit()
         began = time.monotonic()
-        if self._batch.reads:
-            self._batch.read(self._limits.chunk_tokens if self._batch.rows else FREE_TOKENS)
-            self._batch.leave()
+        self._read()
         if self._batch.rows:
             self._batch.step()
             self._batch.leave()
         self._owed -= time.monotonic() - began
+
+    def _read(self) -> None:
+        """One piece of the newcomers' tokens, of all together; who comes meanwhile is read as well, as long as half of
+        it is left. The other half is for those whose prompts are longer than that, so that none waits for ever."""
+        used = 0
+        while True:
+            piece = self._limits.chunk_tokens if self._batch.rows else FREE_TOKENS
+            left, half = piece - used, piece // 2
+            if left >= half:
+                self._admit(left - half if self._batch.reads else left)
+            if left <= 0 or not self._batch.reads:
+                return
+            used += self._batch.read(left)
+            self._batch.leave()
 
     def _take_next(self) -> None:
         """Goes over to the other model, unless an answer still needs an expert that it has not."""
@@ -269,12 +280,25 @@ class BatchingEngine(FrontedEngine):
             self._wait_again(youngest)
             self._batch.relieve(youngest, self._limits.cache_tokens)
 
-    def _admit(self) -> None:
+    def _admit(self, tokens: int) -> None:
         """The next answers for which there is a place join, those together that are read together. Whoever looks for an
-        answer finds it in the queue or in the batch."""
+        answer finds it in the queue or in the batch.
+
+        Args:
+            tokens: that they may have together; one always may.
+        """
         running = [answer.demand for answer in self._batch.answers]
+        limits = replace(self._limits, prompt_tokens=max(1, min(tokens, self._limits.prompt_tokens)))
+        asked: list[int] = []
+
+        def demands() -> Iterator[Demand]:
+            for place, answer in enumerate(self._waiting):
+                if not self._batch.awaits(answer):
+                    asked.append(place)
+                    yield self._batch.demand(answer)
+
         with self._changed:
-            places = admit((answer.demand for answer in self._waiting), running, self._limits)
+            places = [asked[number] for number in admit(demands(), running, limits)]
             groups, later = self._batch.apart(taken(self._waiting, places))
             self._wait_again(later)
             for newcomers in groups:

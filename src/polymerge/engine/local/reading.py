@@ -26,7 +26,6 @@ class Reading:
     Attributes:
         answers: the newcomers.
         cache: of their rows, up to what was read.
-        left: columns that are to be read, or taken from what is known.
     """
 
     def __init__(self, engine: LoadedModel, answers: Sequence[Answer], prefixes: PrefixCache) -> None:
@@ -35,11 +34,18 @@ class Reading:
         self._width = max(len(answer.tokens) for answer in answers)
         self._scorers = [_PromptScorer(engine, answer, self._width) for answer in answers]
         self._wanted = any(scorer.wanted for scorer in self._scorers)
-        self.cache, self._column = DynamicCache(), 0
+        self.cache, self._column, self._begun = DynamicCache(), 0, False
 
     @property
     def left(self) -> int:
+        """Columns that are to be read."""
+        self._begin()
         return self._width - self._column
+
+    @property
+    def rest(self) -> int:
+        """Tokens that are to be read, padding included."""
+        return len(self.answers) * self.left
 
     @property
     def over(self) -> bool:
@@ -48,8 +54,7 @@ class Reading:
 
     def read(self, columns: int) -> Tensor | None:
         """Reads so many more. Returns the logits [B, V] after the last token when all are read."""
-        if not self._column:
-            self._begin()
+        self._begin()
         start, end = self._column, min(self._column + columns, self._width)
         with self._engine.assigned([answer.request.generate.expert for answer in self.answers], len(self.answers)):
             logits: Tensor = self._engine.hf(
@@ -73,6 +78,9 @@ class Reading:
 
     def _begin(self) -> None:
         """Nothing is on the device before: what fails here fails where the answers stand in their batch."""
+        if self._begun:
+            return
+        self._begun = True
         self._ids, self._mask = self._engine.padded([answer.tokens for answer in self.answers])
         self._places = positions(self._mask)
         if not self._wanted:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..admission import Limits, padded, surplus
+from ..admission import Demand, Limits, padded, surplus
 from ..answer import Answer
 from ..sampling import choose_tokens
 from ..streaming import TokenScore
@@ -111,21 +112,36 @@ class RunningBatch:
         return padded([answer.demand.unread for answer in self.answers])
 
     def apart(self, newcomers: Sequence[Answer]) -> tuple[list[list[Answer]], list[Answer]]:
-        """Newcomers in groups that are best read together, and those that had better wait, because another one that is
-        read before them begins as they do."""
+        """Newcomers in groups that are best read together, and those that had better wait, because another one of them
+        begins as they do."""
         groups: dict[bool, list[Answer]] = {}
         later: list[Answer] = []
-        before = [answer for reading in self._readings for answer in reading.answers]
+        before: list[Answer] = []
         for answer in newcomers:
-            known = self._known(answer)
-            if self._prefixes.holds and any(_common(answer, other) > known for other in before):
+            if self._awaits(answer, before):
                 later.append(answer)
             else:
-                groups.setdefault(bool(known), []).append(answer)
+                groups.setdefault(bool(self._known(answer)), []).append(answer)
                 before.append(answer)
         return list(groups.values()), later
 
+    def awaits(self, answer: Answer) -> bool:
+        """Whether it had better wait for one that is being read, because that begins as it does."""
+        return self._awaits(answer, [other for reading in self._readings for other in reading.answers])
+
+    def demand(self, answer: Answer) -> Demand:
+        """What an answer that waits takes, less what is remembered of it."""
+        return replace(answer.demand, known=self._known(answer))
+
+    def _awaits(self, answer: Answer, others: Sequence[Answer]) -> bool:
+        if not self._prefixes.holds or not others:
+            return False
+        known = self._known(answer)
+        return any(_common(answer, other) > known for other in others)
+
     def _known(self, answer: Answer) -> int:
+        if answer.request.score_prompt:  # all of its tokens are read, whatever is known
+            return 0
         return self._prefixes.known(answer.request.generate.expert, answer.tokens)
 
     @torch.inference_mode()
@@ -141,11 +157,15 @@ class RunningBatch:
         self._readings = [*self._readings, Reading(self._engine, newcomers, self._prefixes)]
 
     @torch.inference_mode()
-    def read(self, tokens: int) -> None:
-        """A piece of the newcomers' tokens, padding included; they take turns. Those of whom all is read join."""
-        reading, *others = self._readings
-        self._readings = [*others, reading]
-        self._read(reading, max(1, tokens // len(reading.answers)))
+    def read(self, tokens: int) -> int:
+        """A piece of the newcomers' tokens, padding included: of those who can be read to their end the shortest, or
+        else of those whose turn it is. Those of whom all is read join. Returns how many tokens were read."""
+        least = min(self._readings, key=lambda reading: reading.rest)
+        reading = least if least.rest <= tokens else self._readings[0]
+        self._readings = [*(other for other in self._readings if other is not reading), reading]
+        rest = reading.rest
+        over = self._read(reading, max(1, tokens // len(reading.answers)))
+        return rest if over else rest - reading.rest
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -222,6 +242,6 @@ class RunningBatch:
 
 
 def _common(answer: Answer, other: Answer) -> int:
-    if answer.request.score_prompt:  # all of its tokens are read, whatever is known
+    if answer.request.score_prompt:
         return 0
     return common(answer.request.generate.expert, answer.tokens, other.request.generate.expert, other.tokens)
