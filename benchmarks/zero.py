@@ -1,9 +1,10 @@
 """A router without labels, and what one, two, four and eight samples a field add.
 
-What stands in for samples is made as `polymerge router fit --describe` makes it: sentences of a field's description,
-and those of the package's requests that its words fit. Accuracy of the likeliest field, on validation samples (by which
-defaults were chosen) and on the mixed test file; for both prompts. Knows samples and vectors; the texts are those of
-`described.py` and `kinds.py`.
+What stands in for samples, and beside two and more of a field, is made as `polymerge router fit --describe` makes it:
+sentences of a field's description, and those of the package's requests that its words fit. A regression leans towards
+what stands beside, a centroid counts it. Accuracy of the likeliest field, on validation samples (by which defaults were
+chosen) and on the mixed test file; for both prompts. Knows samples and vectors; the texts are those of `described.py`
+and `kinds.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from polymerge.router.described import described_samples
 from polymerge.router.head import fit_head
 from polymerge.router.kinds import alike_samples, kinds
 from polymerge.router.samples import Sample
+from polymerge.router.training import ENOUGH
 from polymerge.router.unseen import Labelled
 
 DESCRIPTIONS = {
@@ -83,9 +85,11 @@ def zero(
             for kind in CLASSIFIERS:
                 for size in SIZES:
                     if size or beside:
+                        leans = kind == "logistic" and size >= ENOUGH
                         shares = [
-                            _accuracies(kind, _joined(pool, size, draw, beside), others, measured)
+                            _accuracies(kind, drawn, others, measured, beside if leans else None)
                             for draw in range(draws if size else 1)
+                            for drawn in [_joined(pool, size, draw, None if leans else beside)]
                         ]
                         line = {"prompt": prompt, "made": name, "classifier": kind, "samples": size}
                         lines.append(line | {part: _summary([s[part] for s in shares]) for part in measured})
@@ -102,8 +106,10 @@ def _joined(pool: Labelled, size: int, draw: int, beside: Labelled | None) -> La
     return Labelled(np.concatenate([drawn.vectors, beside.vectors]), np.concatenate([drawn.labels, beside.labels]))
 
 
-def _accuracies(kind: Kind, train: Labelled, others: Labelled, measured: dict[str, Labelled]) -> dict[str, float]:
-    head = fit_head(kind, train, others)
+def _accuracies(
+    kind: Kind, train: Labelled, others: Labelled, measured: dict[str, Labelled], beside: Labelled | None
+) -> dict[str, float]:
+    head = fit_head(kind, train, others, beside)
     return {
         name: float((head.logits(part.vectors).argmax(axis=1) == part.labels).mean()) for name, part in measured.items()
     }

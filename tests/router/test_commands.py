@@ -11,6 +11,7 @@ import pytest
 from polymerge import Bundle, merge
 from polymerge.cli.main import main
 from polymerge.engine.local.engine import HFEngine
+from polymerge.router.described import described_samples
 from tests.tiny import make_experts, tiny_tokenizer
 
 WORDS = {"e0": range(5, 25), "e1": range(30, 50), "e2": range(60, 80)}
@@ -78,13 +79,25 @@ def test_fit_without_data_takes_descriptions_or_names_and_says_that_nothing_is_m
     assert record["descriptions"] == ({"e0": "w5 w6 w7", "e1": "w30 w31"} if words else {n: n for n in WORDS})
 
 
+@pytest.mark.parametrize(("fields", "leans"), [("e0 e1 e2", True), ("e0 e1", False)])
+def test_descriptions_of_all_fields_stand_beside_samples(
+    bundle: Bundle, data: Path, run: Run, fields: str, leans: bool
+) -> None:
+    words = [f"--describe={field}=w{WORDS[field][0]} w{WORDS[field][1]}" for field in fields.split()]
+    code, _, err = run("router", "fit", bundle.path, "--data", data, "--samples", "3", *words, *HOW)
+    record = json.loads((bundle.path / "router" / "router.json").read_text())
+    assert code == 0 and record["labelled"] == 9, err
+    assert sorted(record["descriptions"]) == (fields.split() if leans else [])
+
+
 @pytest.mark.parametrize("words", [(), ("--describe", "e0=w5 w6 w7", "--describe", "e1=w30 w31")])
 def test_whoever_embeds_experts_are_asked_where_nothing_but_names_is_known(
     bundle: Bundle, run: Run, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
     monkeypatch.setattr(
-        "polymerge.router.training.alike_samples", lambda *_, experts, **__: asked.append(experts) or []
+        "polymerge.router.training.made_samples",
+        lambda engine, words, experts, **_: asked.append(experts) or described_samples(words),
     )
     other = bundle.manifest.experts["e1"].source
     code, _, err = run("router", "fit", bundle.path, *words, *HOW, "--embed-with", other)

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from polymerge.bundle.bundle import Bundle
@@ -11,6 +12,7 @@ from polymerge.errors import RouterError
 from polymerge.router.described import FORMS, by_name, described_samples
 from polymerge.router.feedback import learn
 from polymerge.router.fit import fit_samples
+from polymerge.router.kinds import made_samples
 from polymerge.router.router import Router
 from polymerge.router.samples import Sample
 from tests.conftest import Merged
@@ -70,6 +72,31 @@ def test_samples_go_beside_descriptions_and_feedback_keeps_them_apart(bundle: Bu
     assert again.router.record.labelled == len(samples) + 9
     assert again.router.record.descriptions == WORDS
     assert len(again.router.samples) == len(samples) + 9 + len(made)
+
+
+def test_words_beside_samples_move_the_classifier_alone(bundle: Bundle, engine: Any) -> None:
+    samples, made = make_samples(3), described_samples(WORDS)
+    alone = fit_samples(bundle, engine, samples, experts=EXPERTS)
+    beside = fit_samples(bundle, engine, samples, beside=made, descriptions=WORDS, experts=EXPERTS)
+    before, after = (fitted.router.head.to_arrays() for fitted in (alone, beside))
+    assert {name for name in before if not np.array_equal(before[name], after[name])} == {
+        "classifier.weights", "classifier.bias"
+    }  # fmt: skip
+    assert beside.router.samples == alone.router.samples and beside.report["labelled"] == len(samples)
+    part = [sample for sample in made if sample.field != "math"]  # of other fields nothing is known
+    same = fit_samples(bundle, engine, samples, beside=part, experts=EXPERTS).router.head.to_arrays()
+    assert all(np.array_equal(before[name], same[name]) for name in before)
+
+
+def test_feedback_makes_what_stood_beside_samples_again(bundle: Bundle, engine: Any) -> None:
+    samples, held, new = make_samples(3), make_samples(4, seed=1), make_samples(2, seed=2)
+    words: dict[str, Any] = {"beside": made_samples(engine, WORDS), "descriptions": WORDS, "experts": EXPERTS}
+    again = learn(bundle, fit_samples(bundle, engine, samples, held, **words).router, new, []).router
+    whole = fit_samples(bundle, engine, [*samples, *new], held, **words).router
+    plain = fit_samples(bundle, engine, [*samples, *new], held, experts=EXPERTS).router
+    weights = [router.head.classifier.arrays["weights"] for router in (again, whole, plain)]
+    assert np.array_equal(weights[0], weights[1]) and not np.array_equal(weights[0], weights[2])
+    assert again.record.descriptions == WORDS
 
 
 def test_made_samples_are_learned_from_and_never_measured_on(bundle: Bundle, engine: Any) -> None:

@@ -25,6 +25,8 @@ Arrays: TypeAlias = Mapping[str, FloatArray]
 # Inverse strength of the logistic regression's L2 penalty, on vectors of length 1.
 LOGISTIC_C = 100.0
 NEIGHBOURS = 10
+# How much what stands beside samples says, against what they say (docs/log-router.md).
+LEAN = 0.5
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,28 @@ def fit_classifier(kind: Kind, vectors: FloatArray, labels: Ints) -> Classifier:
         name: np.ascontiguousarray(array, dtype=np.float32) for name, array in _FIT[kind](vectors, labels).items()
     }
     return Classifier(kind, arrays)
+
+
+def leaned(classifier: Classifier, others: FloatArray, labels: Ints, strange: FloatArray) -> Classifier:
+    """A logistic regression that leans towards the nearest centroid of other samples of its fields. Both are linear,
+    and so is their sum.
+
+    Args:
+        others, labels: [n, d], of every field.
+        strange: [m, d], of no field: how far apart the two say their fields are is measured on these. On its own
+            samples a regression is surer than it should be.
+    """
+    weights, bias = (classifier.arrays[name].astype(np.float64) for name in ("weights", "bias"))
+    centroids = _fit_centroid(others, labels)["centroids"].astype(np.float64)
+    towards, offset = 2 * centroids, -(centroids**2).sum(axis=1)
+    own, leaning = (_spread(strange @ w.T + b) for w, b in ((weights, bias), (towards, offset)))
+    share = LEAN * own / leaning if leaning else 0.0  # of the same spread
+    arrays = {"weights": weights + share * towards, "bias": bias + share * offset}
+    return Classifier(classifier.kind, {name: array.astype(np.float32) for name, array in arrays.items()})
+
+
+def _spread(logits: Floats) -> float:
+    return float((logits - logits.mean(axis=1, keepdims=True)).std())
 
 
 def _fit_logistic(vectors: FloatArray, labels: Ints) -> dict[str, Floats]:

@@ -20,6 +20,7 @@ from ..errors import DataError, RouterError
 from .embed import Progress
 from .evaluation import measure_router
 from .fit import Fitted, fit_samples
+from .kinds import made_samples
 from .loading import load_router
 from .router import Router
 from .samples import OUTSIDE, Sample
@@ -96,16 +97,19 @@ def learn(
     old = [sample.text for sample in router.held if sample.field == OUTSIDE]
     validation = [sample for sample in router.held if sample.field != OUTSIDE]
     known, count = set(router.samples), len(router.samples) if record.labelled is None else record.labelled
+    engine, made = router.embedder.engine, router.samples[count:]
     fitted = fit_samples(
         bundle,
-        router.embedder.engine,
+        engine,
         [
             *router.samples[:count],
             *(sample for sample in dict.fromkeys(samples) if sample not in known),
         ],
         validation,
         strangers=list(dict.fromkeys([*old, *strangers])),
-        made=router.samples[count:],
+        made=made,
+        # words without samples of their own stood beside all fields' samples, and are not kept
+        beside=[] if made else made_samples(engine, record.descriptions),
         descriptions=record.descriptions,
         settings=FitSettings(embed=record.embed, classifier=record.classifier, fallback=record.fallback),
         experts=record.experts,

@@ -61,6 +61,7 @@ def fit_samples(
     *,
     strangers: Sequence[str] = (),
     made: Sequence[Sample] = (),
+    beside: Sequence[Sample] = (),
     descriptions: Mapping[str, str] | None = None,
     settings: FitSettings | None = None,
     table: Table | None = None,
@@ -75,6 +76,8 @@ def fit_samples(
         validation: samples for calibration and thresholds; without them, the training samples are cross-validated.
         strangers: texts that belong to no field, beside the background's.
         made: samples that nobody labelled (`polymerge.router.described`); they may be the only ones.
+        beside: such samples of fields that have labelled ones. A logistic regression leans towards them; nothing else
+            sees them, and without some of every field nor does it.
         descriptions: field -> the words that those were made of, for the record.
         table: the assessment table, field -> {expert: accuracy}.
         experts: field -> expert, before the table.
@@ -95,8 +98,10 @@ def fit_samples(
     seen = repeated(training, validation)
     validation = [sample for sample in validation if sample not in seen]
     embedder = Embedder(engine, settings.embed)
-    train, held, others = _embedded(embedder, training, validation, strangers, fields, progress)
-    calibrated = calibrate(train, held if len(held.labels) else None, others, settings, labelled)
+    if {sample.field for sample in beside} != set(fields):
+        beside = ()
+    train, held, others, leaning = _embedded(embedder, training, validation, strangers, beside, fields, progress)
+    calibrated = calibrate(train, held if len(held.labels) else None, others, settings, labelled, leaning)
     record = RouterRecord(
         polymerge_version=__version__,
         bundle=bundle.digest,
@@ -119,7 +124,7 @@ def fit_samples(
         "repeated": len(seen),
         "labelled": labelled,
         "measured_on": "validation" if len(held.labels) else "cross-validation" if labelled else None,
-        "learning_curve": learning_curve(train, held, others, settings) if len(held.labels) else [],
+        "learning_curve": learning_curve(train, held, others, settings, leaning) if len(held.labels) else [],
         **calibrated.report,
     }
     kept = [*validation, *(Sample(text, OUTSIDE) for text in strangers)]
@@ -131,21 +136,25 @@ def _embedded(
     training: Sequence[Sample],
     validation: Sequence[Sample],
     strangers: Sequence[str],
+    beside: Sequence[Sample],
     fields: Sequence[str],
     progress: Progress | None,
-) -> tuple[Labelled, Labelled, Labelled]:
-    """Training and validation samples by their fields, and the background by its topics; strangers have none (-1)."""
+) -> tuple[Labelled, Labelled, Labelled, Labelled | None]:
+    """Training and validation samples by their fields, the background by its topics, and those that stand beside;
+    strangers have no topic (-1)."""
     topics = list(dict.fromkeys(sample.field for sample in background()))
-    texts = [*(sample.text for sample in [*training, *validation, *background()]), *strangers]
+    texts = [*(s.text for s in [*training, *validation, *background()]), *strangers, *(s.text for s in beside)]
     vectors = embed_all(embedder, texts, progress)
     labels = np.array([fields.index(s.field) for s in (*training, *validation)], dtype=np.int64)
     numbers = [*(topics.index(sample.field) for sample in background()), *([-1] * len(strangers))]
     others = np.array(numbers, dtype=np.int64)
-    count = len(training)
+    leaning = np.array([fields.index(sample.field) for sample in beside], dtype=np.int64)
+    count, end = len(training), len(labels) + len(others)
     return (
         Labelled(vectors[:count], labels[:count]),
         Labelled(vectors[count : len(labels)], labels[count:]),
-        Labelled(vectors[len(labels) :], others),
+        Labelled(vectors[len(labels) : end], others),
+        Labelled(vectors[end:], leaning) if beside else None,
     )
 
 
@@ -169,7 +178,12 @@ class Calibrated(NamedTuple):
 
 
 def calibrate(
-    train: Labelled, held: Labelled | None, others: Labelled, settings: FitSettings, labelled: int | None = None
+    train: Labelled,
+    held: Labelled | None,
+    others: Labelled,
+    settings: FitSettings,
+    labelled: int | None = None,
+    beside: Labelled | None = None,
 ) -> Calibrated:
     """Head with its gate, temperature and threshold.
 
@@ -178,12 +192,13 @@ def calibrate(
         labelled: how many of the training samples are requests, the first ones; None is all. Others are learned from
             and never measured on. Without any request nothing is known: no accuracy is reported, and the threshold is
             read off the background alone.
+        beside: what the classifier leans towards.
     """
     known = labelled != 0 or held is not None
     splits = list(at_random(train, held, settings.seed, labelled or None))
-    logits, labels = _unseen_logits(splits, others, settings)
+    logits, labels = _unseen_logits(splits, others, settings, beside)
     temperature = fit_temperature(logits, labels)
-    head = fit_head(settings.classifier, train, others)
+    head = fit_head(settings.classifier, train, others, beside)
     gate = fit_gate(head.space, train, held, others, settings.seed)
     head = replace(head, outside=gate.outside)
     probabilities = cross_fitted(logits, labels)
@@ -207,12 +222,12 @@ def calibrate(
 
 
 def _unseen_logits(
-    splits: Sequence[tuple[Labelled, Labelled]], others: Labelled, settings: FitSettings
+    splits: Sequence[tuple[Labelled, Labelled]], others: Labelled, settings: FitSettings, beside: Labelled | None
 ) -> tuple[Floats, Ints]:
     """Logits of samples that the head that gave them had not seen, and their labels."""
     logits, labels = [], []
     for fitting, measuring in splits:
-        head = fit_head(settings.classifier, fitting, others)
+        head = fit_head(settings.classifier, fitting, others, beside)
         logits.append(head.logits(measuring.vectors))
         labels.append(measuring.labels)
     return np.concatenate(logits), np.concatenate(labels)
@@ -235,7 +250,9 @@ def _threshold(confidence: Floats, right: Bools, settings: FitSettings) -> float
     return threshold_for_coverage(confidence, settings.coverage or 1.0)
 
 
-def learning_curve(train: Labelled, held: Labelled, others: Labelled, settings: FitSettings) -> list[dict[str, float]]:
+def learning_curve(
+    train: Labelled, held: Labelled, others: Labelled, settings: FitSettings, beside: Labelled | None = None
+) -> list[dict[str, float]]:
     """Accuracy on the held-out samples for growing numbers of training samples a field, over several draws."""
     smallest = int(np.bincount(train.labels).min())
     points = []
@@ -247,7 +264,7 @@ def learning_curve(train: Labelled, held: Labelled, others: Labelled, settings: 
                 rng.choice(np.flatnonzero(train.labels == n), size, replace=False) for n in np.unique(train.labels)
             ]
             drawn = train.take(np.concatenate(numbers))
-            head = fit_head(settings.classifier, drawn, others)
+            head = fit_head(settings.classifier, drawn, others, beside)
             answers = head.logits(held.vectors).argmax(axis=1)
             scores.append(float((answers == held.labels).mean()))
         points.append(

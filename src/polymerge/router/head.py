@@ -11,7 +11,7 @@ import numpy as np
 
 from ..engine.base import FloatArray
 from .calibrate import Floats, Ints
-from .classify import Arrays, Classifier, Kind, fit_classifier
+from .classify import Arrays, Classifier, Kind, fit_classifier, leaned
 from .outside import Outside
 from .space import Space
 from .unseen import Labelled, space_of
@@ -80,14 +80,18 @@ class Head:
         return cls(space, Classifier(kind, classifier), arrays["vectors"], outside)
 
 
-def fit_head(kind: Kind, train: Labelled, background: Labelled) -> Head:
+def fit_head(kind: Kind, train: Labelled, background: Labelled, beside: Labelled | None = None) -> Head:
     """Fits space and classifier to raw vectors with the numbers of their fields; there is no gate yet.
 
     Args:
         background: texts by topic. The space is that of all texts: few samples of few fields say little about what is
             common to all.
+        beside: what nobody labelled, of every field: a logistic regression leans towards it.
     """
     space, labels = space_of(train, background), train.labels
     vectors = space(train.vectors)
     nothing = np.zeros((1, vectors.shape[1]), np.float32)
-    return Head(space, fit_classifier(kind, vectors, labels), vectors, Outside(nothing, nothing[:, 0], 1))
+    classifier = fit_classifier(kind, vectors, labels)
+    if beside is not None and kind == "logistic":
+        classifier = leaned(classifier, space(beside.vectors), beside.labels, space(background.vectors))
+    return Head(space, classifier, vectors, Outside(nothing, nothing[:, 0], 1))

@@ -18,6 +18,7 @@ import numpy as np
 from ..engine.base import Engine, ScoreRequest
 from .background import by_topic
 from .calibrate import Floats
+from .described import described_samples
 from .embed import Embedder, EmbedSettings, Progress
 from .samples import Sample
 from .sure import against_others, sureness
@@ -35,6 +36,21 @@ SILENT = (
 def kinds() -> tuple[Sample, ...]:
     """The requests, with their kind in the place of a field."""
     return by_topic(FILE)
+
+
+def made_samples(
+    engine: Engine, descriptions: Mapping[str, str], *, experts: Engine | None = None, progress: Progress | None = None
+) -> list[Sample]:
+    """What stands in for labelled samples: a description's sentences, and the requests that are alike.
+
+    Args: as `alike_samples`.
+    """
+    if not descriptions:
+        return []
+    return [
+        *described_samples(descriptions),
+        *alike_samples(engine, descriptions, experts=experts, progress=progress),
+    ]
 
 
 def alike_samples(

@@ -13,10 +13,10 @@ from pathlib import Path
 from ..bundle.bundle import Bundle
 from ..bundle.files import write_json
 from ..errors import RouterError
-from .described import by_name, described_samples
+from .described import by_name
 from .embed import Progress
 from .fit import Fitted, fit_samples
-from .kinds import alike_samples
+from .kinds import made_samples
 from .loading import load_engine
 from .picture import draw_samples
 from .record import assessment_file, router_folder
@@ -25,7 +25,7 @@ from .settings import fit_settings
 from .table import Table, label_by_experts, read_table
 
 FIT_REPORT = "fit.json"
-ENOUGH = 2  # labelled samples of a field, beside which made ones only harm (docs/log-router.md)
+ENOUGH = 2  # labelled samples of a field, in whose place none stand in (docs/log-router.md)
 
 
 def fit_router(
@@ -56,8 +56,9 @@ def fit_router(
     Args:
         data: a folder; or samples, or texts by their field, which are cross-validated. Without any the router is fitted
             to descriptions alone.
-        describe: field -> what it is about, for fields with fewer than ENOUGH samples. Without data or descriptions,
-            the experts' names.
+        describe: field -> what it is about: what is made of it stands in for the samples of fields with fewer than
+            ENOUGH, and beside those of all fields where each has both. Without data or descriptions, the experts'
+            names.
         fields: which folders; all that have a train.jsonl otherwise.
         samples: of a field and split, at most.
         classifier: as in `FitSettings`; None is logistic, and centroid without data.
@@ -93,21 +94,26 @@ def fit_router(
         labelled = label_by_experts(labeller, [*training, *validation], chat=chat, progress=progress)
         training, validation = labelled[: len(training)], labelled[len(training) :]
         validation = _of_fields(validation, training)
-    counts = Counter(sample.field for sample in training)
-    few = {field: words for field, words in (describe or {}).items() if counts[field] < ENOUGH}
-    made = described_samples(few)
-    if few:
-        own = None if not named_only else embeds if embed_with is None else load_engine(bundle, None, device)
-        made += alike_samples(embeds, few, experts=own, progress=progress)
-    known = _table_of(bundle, table)
+    words, beside = _of_words(describe or {}, Counter(sample.field for sample in training), settings.classifier)
+    own = None if not named_only else embeds if embed_with is None else load_engine(bundle, None, device)
+    stand_ins = made_samples(embeds, words, experts=own, progress=progress)
     fitted = fit_samples(
-        bundle, embeds, training, validation, made=made, descriptions=few, settings=settings, table=known,
-        experts=assign, model=embed_with, progress=progress,
+        bundle, embeds, training, validation, made=() if beside else stand_ins, beside=stand_ins if beside else (),
+        descriptions=words, settings=settings, table=_table_of(bundle, table), experts=assign, model=embed_with,
+        progress=progress,
     )  # fmt: skip
     fitted.router.save(bundle)
     fitted.report["picture"] = draw_samples(fitted.router)
     write_json(router_folder(bundle.path) / FIT_REPORT, fitted.report)
     return fitted
+
+
+def _of_words(describe: Mapping[str, str], labelled: Mapping[str, int], classifier: str) -> tuple[dict[str, str], bool]:
+    """The descriptions that samples are made of, and whether these stand beside the labelled ones: where each field has
+    both. Where one has too few, they stand in for those."""
+    few = {field: words for field, words in describe.items() if labelled.get(field, 0) < ENOUGH}
+    beside = not few and describe.keys() == labelled.keys() and classifier == "logistic"
+    return dict(describe) if beside else few, beside
 
 
 def _table_of(bundle: Bundle, given: str | Path | None) -> Table | None:
