@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -149,3 +150,27 @@ def test_a_warning_of_flawed_answers_is_broken_between_words(
     competing.print_summary(summary, 64)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("warning: ") and len(lines) > 1 and all(len(line) <= 80 for line in lines)
+
+
+def test_the_mistakes_of_the_first_hour_read_as_its_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], merged: Merged
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "first-hour.md").read_text(encoding="utf-8")
+    block = page.split("## What mistakes read like")[1].split("```text\n")[1].split("```")[0].splitlines()
+    bundle, experts = merged("llama", compress_rate=0.6)
+    monkeypatch.chdir(tmp_path)
+    recipes = {
+        "typo": "experts:\n  math: {source: ./math-lora}\n  shell: ./shell-full\ncompres_rate: 0.9\n",
+        "notdict": "experts: ./a\n",
+        "missing": "experts:\n  math: ./nothing\n  shell: ./shell-full\n",
+        "recipe": "experts:\n" + "".join(f"  {name}: {path}\n" for name, path in experts.items()),
+    }
+    for name, text in recipes.items():
+        Path(f"{name}.yaml").write_text(text)
+    shutil.copytree(bundle.path, "bundle")
+    assert len(block) == 10
+    for typed, read in zip(block[::2], block[1::2], strict=True):
+        monkeypatch.setattr("sys.argv", shlex.split(typed.removeprefix("$ ")))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2 and capsys.readouterr().err == f"{read}\n", typed

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from polymerge.cli.main import main
+from polymerge.engine.local.engine import HFEngine
 from tests.conftest import Merged
 from tests.tiny import tiny_tokenizer
 
@@ -105,6 +106,18 @@ def test_routed_and_mixture_go_by_the_bundles_own_router(
 def test_a_mistake_is_one_line(bundle: Path, capsys: Any, monkeypatch: Any, arguments: list[str], message: str) -> None:
     code, _, err = run(capsys, monkeypatch, "eval", bundle, *arguments)
     assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_what_is_not_installed_is_said_before_a_model_is_loaded(
+    bundle: Path, data: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    def load(*given: object, **options: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(HFEngine, "from_bundle", load)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    code, _, err = run(capsys, monkeypatch, "eval", bundle, "--data", data)
+    assert code == 2 and "evaluation needs lm-eval; pip install -e '.[eval]'" in err
 
 
 def test_a_bundles_assessment_lies_where_its_router_looks(

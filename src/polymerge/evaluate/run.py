@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine.base import Engine
 from ..errors import DataError, MissingExtraError, ModelError, PolymergeError, RecipeError, install_line
+from ..sources.hub import hub_answers
 from ..version import __version__
 from .modes import Choose
 from .questions import HINT, CheckedTasks
@@ -81,7 +82,7 @@ def evaluate(
         DataError: a question that measures nothing, unless answers are not judged (`predict_only`).
         ModelError: the mode, the template or a task's settings do not fit the engine.
     """
-    _require_harness()
+    require_harness()
     from lm_eval import simple_evaluate
 
     from .harness_model import PolymergeLM
@@ -95,7 +96,8 @@ def evaluate(
     options = {key: value for key, value in asdict(settings).items() if key != "seed"}
     limit = options["limit"]
     options["limit"] = int(limit) if limit is not None and limit >= 1 else limit
-    with _harness_errors(), _no_git():
+    asks_hub = any(isinstance(task, str) for task in loaded)
+    with _harness_errors(), _no_git(), _cache_alone() if asks_hub and not hub_answers() else nullcontext():
         results: dict[str, Any] = simple_evaluate(
             model=model,
             tasks=loaded,
@@ -201,11 +203,27 @@ def _no_git() -> Iterator[None]:
         evaluator.get_git_commit_hash = asked
 
 
+@contextmanager
+def _cache_alone() -> Iterator[None]:
+    """Data sets come from the cache, and nothing is asked of a hub that does not answer: its libraries would try again
+    for more than a minute, a line a try."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    before = config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
+
+
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:400]
 
 
-def _require_harness() -> None:
+def require_harness() -> None:
+    """Raises MissingExtraError where lm-eval is not installed."""
     try:
         import lm_eval  # noqa: F401
     except ImportError:

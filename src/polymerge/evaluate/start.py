@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..router.loading import load_router
 from .compare import Comparison, evaluate_modes, write_results
-from .run import HarnessSettings
+from .run import HarnessSettings, require_harness
 from .tasks import task_list
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def evaluate_bundle(
     from ..engine.local.engine import HFEngine
     from ..engine.wrappers.cached import CachedEngine, answers_file
 
+    require_harness()  # before a model is loaded
     engine = HFEngine.from_bundle(bundle, device=device, base=base, batch_tokens=batch_tokens)
     template = engine.tokenizer.chat_template
     chat = bool(data and template) if apply_chat_template is None else apply_chat_template
