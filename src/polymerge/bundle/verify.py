@@ -23,8 +23,10 @@ from .base import base_of
 from .bundle import Bundle
 from .files import slabs
 from .layer import BundleLayer
+from .manifest import MANIFEST
 from .peft import adapter_config, borrowed_config, coded_config
 from .personas import persona_problems
+from .sealed import is_sealed, seal_problems
 from .unlisted import unlisted_files
 
 # Of a number that is written with all its digits: fewer are another reader's rounding.
@@ -56,9 +58,14 @@ class SourceCheck:
 
 @dataclass
 class Verification:
-    """What `verify` found. `problems` is empty for a good bundle."""
+    """What `verify` found. `problems` is empty for a good bundle.
+
+    Attributes:
+        sealed: whether the manifest has a digest of itself; of one without, what no file repeats was not checked.
+    """
 
     files: int
+    sealed: bool = True
     problems: list[str] = field(default_factory=list)
     sources: list[SourceCheck] = field(default_factory=list)
 
@@ -74,7 +81,7 @@ def verify_files(bundle: Bundle, progress: Callable[[str], None] | None = None) 
         progress: called with what is being looked at.
     """
     say = progress or (lambda what: None)
-    result = Verification(files=len(bundle.manifest.files))
+    result = Verification(files=len(bundle.manifest.files), sealed=is_sealed(bundle.path / MANIFEST))
     say("hashes")
     result.problems += [f"{name}: {what}" for name, what in bundle.damaged_files()]
     result.problems += [
@@ -92,6 +99,8 @@ def verify_files(bundle: Bundle, progress: Callable[[str], None] | None = None) 
         result.problems += adapter_problems(bundle, expert)
         groups = bundle.manifest.experts[expert].persona
         result.problems += persona_problems(bundle.path, expert, groups, list(bundle.manifest.files))
+    if not result.problems:  # a change that was found says where it is
+        result.problems += seal_problems(bundle.path / MANIFEST)
     return result
 
 
@@ -183,7 +192,7 @@ def adapter_problems(bundle: Bundle, expert: str) -> Iterator[str]:
 
 def lent_problems(bundle: Bundle, expert: str) -> Iterator[str]:
     """Where an expert has another's factors otherwise than a merge lends them: as they are, or, of two experts, turned
-    round and by their ratios. No file but the manifest says how often, and no hash is over the manifest."""
+    round and by their ratios. No file but the manifest says how often."""
     own = bundle.scales(expert)
     ratios = {lender: bundle.scales(lender) for lender in bundle.experts}
     for layer in bundle.manifest.layers:
