@@ -5,9 +5,11 @@ Knows the format alone; whether the experts are still what their checkpoints say
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +38,8 @@ CHECKED_SETTINGS = (
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save",
     "trainable_token_indices", "lora_bias", "fan_in_fan_out",
 )  # fmt: skip
+# Kinds of files that router.json names.
+ROUTER_FILES = ("weights", "samples", "held")
 
 
 @dataclass(frozen=True)
@@ -99,9 +103,28 @@ def verify_files(bundle: Bundle, progress: Callable[[str], None] | None = None) 
         result.problems += adapter_problems(bundle, expert)
         groups = bundle.manifest.experts[expert].persona
         result.problems += persona_problems(bundle.path, expert, groups, list(bundle.manifest.files))
+    result.problems += router_problems(bundle.path)
     if not result.problems:  # a change that was found says where it is
         result.problems += seal_problems(bundle.path / MANIFEST)
     return result
+
+
+def router_problems(folder: Path) -> Iterator[str]:
+    """Where the router's files, which no manifest lists, are not what their names say: they are named by content."""
+    record = folder / "router" / "router.json"
+    if not record.is_file():
+        return
+    try:
+        said = read_json(record)
+    except SourceError as error:
+        yield f"router/{record.name}: {error}; run `polymerge router fit` again"
+        return
+    for name in (str(said[kind]) for kind in ROUTER_FILES if said.get(kind)):
+        file = record.parent / name
+        if not file.is_file():
+            yield f"router/{name}: is missing; run `polymerge router fit` again"
+        elif hashlib.sha256(file.read_bytes()).hexdigest()[:16] not in name:
+            yield f"router/{name}: its content is not what its name says; run `polymerge router fit` again"
 
 
 def base_problems(bundle: Bundle) -> Iterator[str]:
