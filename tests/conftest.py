@@ -17,12 +17,25 @@ import torch
 import transformers
 
 from polymerge import Bundle, merge
+from polymerge.host import cache_folder
 from tests.tiny import make_experts
 
 transformers.logging.set_verbosity_error()
 torch.manual_seed(0)
 
 Merged = Callable[..., tuple[Bundle, dict[str, Path]]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What tests cache goes with them; what takes minutes to make again (unpacked packages, trained models) is kept."""
+    real, folder = cache_folder(), tmp_path_factory.mktemp("cache")
+    for kept in ("gguf", "demo", "tests"):
+        (real / kept).mkdir(parents=True, exist_ok=True)
+        (folder / kept).symlink_to(real / kept)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POLYMERGE_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, Qwen2Config
 
-from polymerge import Bundle, merge
+from polymerge import Bundle, merge, upgrade
 from polymerge.bundle.verify import adapter_problems, base_problems, verify_files
 from polymerge.errors import BundleError
 from tests.conftest import Merged
@@ -195,6 +195,43 @@ def test_a_changed_bit_in_how_often_a_residual_is_lent_is_a_problem(copy: Path, 
     (copy / "polymerge.json").write_text(text[:digit] + chr(ord(text[digit]) ^ bit) + text[digit + 1 :])
     [problem] = verify_files(Bundle.open(copy)).problems
     assert "times the residual of 'e0' in" in problem and "expert 'e1'" in problem
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda said: next(layer for layer in said["layers"] if layer["mean_scale"]).update(mean_scale=1.001),
+        lambda said: said["experts"]["e0"].update(sha256="0" * 64),
+        lambda said: said["experts"]["e0"].update(source="elsewhere"),
+        lambda said: said["method"].update(seed=1),
+        lambda said: said.update(scale_ratio_range=[0.5, 2.0]),
+        lambda said: said.update(notes=["all is well"]),
+        lambda said: said["versions"].update(torch="1.0"),
+        lambda said: said["versions"].update(manifest="sha256:" + "0" * 64),
+    ],
+)
+def test_a_number_that_only_the_manifest_has_cannot_change_unseen(
+    copy: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
+    file = copy / "polymerge.json"
+    assert verify_files(Bundle.open(copy)).sealed
+    said = json.loads(file.read_text())
+    change(said)
+    file.write_text(json.dumps(said))
+    assert verify_files(Bundle.open(copy)).problems == [
+        "polymerge.json: was changed by hand or damaged: it has another digest than it says"
+    ]
+
+
+def test_a_manifest_without_a_digest_is_an_older_one(copy: Path) -> None:
+    file = copy / "polymerge.json"
+    said = json.loads(file.read_text())
+    del said["versions"]["manifest"]
+    file.write_text(json.dumps(said))
+    checked = verify_files(Bundle.open(copy))
+    assert checked.ok and not checked.sealed
+    assert upgrade(copy).files == ("polymerge.json",)
+    assert verify_files(Bundle.open(copy)).sealed
 
 
 def test_a_bias_of_another_size_is_a_problem(tmp_path: Path) -> None:

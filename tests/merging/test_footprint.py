@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +161,18 @@ def over_one_base(folder: Path) -> dict[str, Any]:
 def in_blocks(folder: Path) -> dict[str, Any]:
     """Matrices of blocks are stored in another order than the model has them."""
     return {name: str(path) for name, path in make_any("inkling2_text", folder).items()}
+
+
+def test_an_architecture_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[Path] = []
+    build = sys.modules[footprint.__module__].meta_model  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        sys.modules[footprint.__module__], "meta_model", lambda folder: built.append(folder) or build(folder)
+    )
+    experts = {name: str(path) for name, path in make_experts("llama", tmp_path, count=2).items()}
+    plan = plan_merge(load_recipe({"experts": experts, "code": "int8"}), weights=False)
+    assert footprint(replace(plan, residuals="packed")).bundle_cache
+    assert len(built) == 1
 
 
 @pytest.mark.parametrize("experts", [in_blocks, over_one_base])

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save
 
 import polymerge.router.router as router_module
-from polymerge import Bundle, remove_expert
+from polymerge import Bundle, remove_expert, verify
 from polymerge.bundle.lock import writing
 from polymerge.errors import LockedError, RouterError
 from polymerge.router.classify import KINDS
@@ -135,6 +135,25 @@ def test_a_router_that_is_not_this_bundles_or_not_whole_is_one_line(
     with pytest.raises(RouterError, match=message) as raised:
         Router.load(bundle, engine)
     assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "router.json").write_text("{"), "router/router.json: "),
+        (lambda folder: next(folder.glob("*.safetensors")).unlink(), "is missing"),
+        (lambda folder: next(folder.glob("*.safetensors")).write_bytes(b"x"), "not what its name says"),
+        (lambda folder: next(folder.glob("samples-*")).write_text(""), "not what its name says"),
+    ],
+)
+def test_verify_finds_a_router_that_is_not_whole(
+    bundle: Bundle, engine: Any, damage: Callable[[Path], object], message: str
+) -> None:
+    fit(bundle, engine).router.save(bundle)
+    assert verify(bundle).ok
+    damage(router_folder(bundle.path))
+    [problem] = verify(bundle).problems
+    assert message in problem and "polymerge router fit" in problem
 
 
 def _edit(folder: Path, **changes: Any) -> None:

@@ -25,6 +25,7 @@ from ..recipe.rates import NamedRates, Rates
 from ..sources.persona import Group
 from .files import FileEntry
 from .layer import BundleLayer, Strict, stored_layers, without_expert
+from .sealed import sealed, without_seal
 from .versioned import read_versioned
 
 FORMAT = "polymerge-bundle"
@@ -156,7 +157,7 @@ class Manifest(Strict):
             "numbers": [],
         }
         data["layers"] = [{k: v for k, v in layer.items() if unsaid.get(k, ...) != v} for layer in data["layers"]]
-        return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(sealed(data), indent=1, ensure_ascii=False) + "\n"
 
     def checked(self) -> Manifest:
         """Itself, parsed again: a change must give a manifest that opens. Raises ValidationError otherwise."""
@@ -232,6 +233,11 @@ class Manifest(Strict):
     def _experts_are_safe(cls, experts: dict[str, ExpertRecord]) -> dict[str, ExpertRecord]:
         check_expert_names(experts)
         return experts
+
+    @field_validator("versions")
+    @classmethod
+    def _digest_is_the_files(cls, versions: dict[str, str]) -> dict[str, str]:
+        return without_seal(versions)
 
     @field_validator("files")
     @classmethod

@@ -5,9 +5,11 @@ Knows the format alone; whether the experts are still what their checkpoints say
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +25,10 @@ from .base import base_of
 from .bundle import Bundle
 from .files import slabs
 from .layer import BundleLayer
+from .manifest import MANIFEST
 from .peft import adapter_config, borrowed_config, coded_config
 from .personas import persona_problems
+from .sealed import is_sealed, seal_problems
 from .unlisted import unlisted_files
 
 # Of a number that is written with all its digits: fewer are another reader's rounding.
@@ -34,6 +38,8 @@ CHECKED_SETTINGS = (
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save",
     "trainable_token_indices", "lora_bias", "fan_in_fan_out",
 )  # fmt: skip
+# Kinds of files that router.json names.
+ROUTER_FILES = ("weights", "samples", "held")
 
 
 @dataclass(frozen=True)
@@ -56,9 +62,14 @@ class SourceCheck:
 
 @dataclass
 class Verification:
-    """What `verify` found. `problems` is empty for a good bundle."""
+    """What `verify` found. `problems` is empty for a good bundle.
+
+    Attributes:
+        sealed: whether the manifest has a digest of itself; of one without, what no file repeats was not checked.
+    """
 
     files: int
+    sealed: bool = True
     problems: list[str] = field(default_factory=list)
     sources: list[SourceCheck] = field(default_factory=list)
 
@@ -74,7 +85,7 @@ def verify_files(bundle: Bundle, progress: Callable[[str], None] | None = None) 
         progress: called with what is being looked at.
     """
     say = progress or (lambda what: None)
-    result = Verification(files=len(bundle.manifest.files))
+    result = Verification(files=len(bundle.manifest.files), sealed=is_sealed(bundle.path / MANIFEST))
     say("hashes")
     result.problems += [f"{name}: {what}" for name, what in bundle.damaged_files()]
     result.problems += [
@@ -92,7 +103,28 @@ def verify_files(bundle: Bundle, progress: Callable[[str], None] | None = None) 
         result.problems += adapter_problems(bundle, expert)
         groups = bundle.manifest.experts[expert].persona
         result.problems += persona_problems(bundle.path, expert, groups, list(bundle.manifest.files))
+    result.problems += router_problems(bundle.path)
+    if not result.problems:  # a change that was found says where it is
+        result.problems += seal_problems(bundle.path / MANIFEST)
     return result
+
+
+def router_problems(folder: Path) -> Iterator[str]:
+    """Where the router's files, which no manifest lists, are not what their names say: they are named by content."""
+    record = folder / "router" / "router.json"
+    if not record.is_file():
+        return
+    try:
+        said = read_json(record)
+    except SourceError as error:
+        yield f"router/{record.name}: {error}; run `polymerge router fit` again"
+        return
+    for name in (str(said[kind]) for kind in ROUTER_FILES if said.get(kind)):
+        file = record.parent / name
+        if not file.is_file():
+            yield f"router/{name}: is missing; run `polymerge router fit` again"
+        elif hashlib.sha256(file.read_bytes()).hexdigest()[:16] not in name:
+            yield f"router/{name}: its content is not what its name says; run `polymerge router fit` again"
 
 
 def base_problems(bundle: Bundle) -> Iterator[str]:
@@ -183,7 +215,7 @@ def adapter_problems(bundle: Bundle, expert: str) -> Iterator[str]:
 
 def lent_problems(bundle: Bundle, expert: str) -> Iterator[str]:
     """Where an expert has another's factors otherwise than a merge lends them: as they are, or, of two experts, turned
-    round and by their ratios. No file but the manifest says how often, and no hash is over the manifest."""
+    round and by their ratios. No file but the manifest says how often."""
     own = bundle.scales(expert)
     ratios = {lender: bundle.scales(lender) for lender in bundle.experts}
     for layer in bundle.manifest.layers:

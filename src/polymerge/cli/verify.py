@@ -33,6 +33,7 @@ def verify(
             {
                 "ok": checked.ok,
                 "files": checked.files,
+                "sealed": checked.sealed,
                 "problems": checked.problems,
                 "sources": [asdict(s) for s in checked.sources],
             }
@@ -48,5 +49,10 @@ def verify(
                 )
             if checked.ok:
                 tell(f"{bundle}: whole ({checked.files} files)")
+            if not checked.sealed:
+                tell(
+                    "its manifest has no digest of itself, as an older polymerge wrote it: what no other "
+                    f"file repeats was not checked; `polymerge upgrade {bundle}` adds one"
+                )
     if not checked.ok:
         raise typer.Exit(2)

@@ -134,13 +134,19 @@ def held_bytes(plan: MergePlan) -> int:
     return plan.write_bytes + more - int(linear * (1 - share_of_bytes(plan.base, plan.dtype)))
 
 
+@lru_cache(maxsize=2)  # the bundle's and the thinker's
+def _architecture(folder: Path, config: str) -> Any:
+    """transformers' model without weights; `config` is what the folder says of it."""
+    return meta_model(folder)
+
+
 @lru_cache(maxsize=1)
 def _modules_and_orders(folder: Path, config: str) -> tuple[frozenset[str], frozenset[str]]:
     """Names of the architecture's modules, and its parameters whose rows are stored in another order.
 
-    A plan is weighed for many changes, and its architecture is the same; `config` is what the folder says of it.
+    A plan is weighed for many changes, and its architecture is the same.
     """
-    model = meta_model(folder)
+    model = _architecture(folder, config)
     if model is None:
         return frozenset(), frozenset()
     return frozenset(dict(model.named_modules(remove_duplicate=False))), frozenset(orders_of(forms_of(model)))
@@ -180,7 +186,7 @@ def _cache(checkpoint: Checkpoint, dtype: torch.dtype, work: Work) -> tuple[int,
 @lru_cache(maxsize=4)
 def _remembered(folder: Path, config: str, dtype: torch.dtype) -> tuple[Remembered | None, int]:
     """What the folder's architecture keeps of a conversation, and how many tokens it reads (0: not known)."""
-    model = meta_model(folder)
+    model = _architecture(folder, config)
     if model is None:
         return None, 0
     longest = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0)
