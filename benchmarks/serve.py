@@ -8,7 +8,8 @@
 The demo's experts and held-out requests; greedy answers, compared with those of the offline engine. Every server is a
 process of its own, whose peak memory (its children's too) is read when the load is over. `--peer NAME=URL` adds a
 server that runs already, whose models have the experts' names; `--before FOLDER` the server of another checkout of
-polymerge; `--sampled` draws the answers at a temperature of 1. Long prompts and shared ones: `serve_prompts.py`.
+polymerge; `--sampled` draws the answers at a temperature of 1. Steps are the first token's p50 in the time in which
+every client gets one token. Long prompts and shared ones: `serve_prompts.py`.
 """
 
 from __future__ import annotations
@@ -120,15 +121,16 @@ def serving(bundle: Path, before: Path | None = None) -> list[str]:
 
 @contextmanager
 def system(
-    name: str, folder: Path, experts: Sequence[str], cores: int, before: Path | None
+    name: str, bundle: Path, experts: Sequence[str], cores: int, before: Path | None
 ) -> Iterator[tuple[Models, list[int]]]:
     """A way to serve, and the processes behind it."""
-    command = serving(folder / "bundle", before if name == BEFORE else None)
+    command = serving(bundle, before if name == BEFORE else None)
     with ExitStack() as stack:
         if name == DENSE:
             dense_command = [sys.executable, __file__, "--dense"]
             each = max(1, cores // len(experts))
-            started = [stack.enter_context(server([*dense_command, str(folder / name)], each)) for name in experts]
+            folders = [str(bundle.with_name(expert)) for expert in experts]
+            started = [stack.enter_context(server([*dense_command, folder], each)) for folder in folders]
             models: Models = {
                 name: (url, {"model": "average"}) for name, (url, _) in zip(experts, started, strict=True)
             }
@@ -141,13 +143,14 @@ def system(
 
 @contextmanager
 def vllm_system(
-    folder: Path, python: str, experts: Sequence[str], extra: Sequence[str]
+    bundle: Path, python: str, experts: Sequence[str], extra: Sequence[str]
 ) -> Iterator[tuple[Models, list[int]]]:
     """vLLM on what the bundle's export to it wrote."""
-    write_vllm(plan_vllm(folder / "bundle"), folder / "vllm", device="cpu", overwrite=True)
+    folder = bundle.with_name("vllm")
+    write_vllm(plan_vllm(bundle), folder, device="cpu", overwrite=True)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", VLLM_CACHE)
     say = partial(print, file=sys.stderr)
-    with VllmServer(folder / "vllm", python=python, extra=[*VLLM_ARGUMENTS, *extra], say=say) as server:
+    with VllmServer(folder, python=python, extra=[*VLLM_ARGUMENTS, *extra], say=say) as server:
         yield named(server.url, experts), [server.pid]
 
 
@@ -195,14 +198,14 @@ async def drive(
     return [answered[number] for number in range(len(rows))], seconds
 
 
-def offline(folder: Path, rows: Sequence[Asked], dense: bool) -> list[str]:
+def offline(bundle: Path, rows: Sequence[Asked], dense: bool) -> list[str]:
     """Greedy answers of the offline engine, of the bundle or of every dense expert."""
     if not dense:
         requests = [GenerateRequest(row.prompt, row.expert, TOKENS) for row in rows]
-        return [answer.text for answer in HFEngine.from_bundle(folder / "bundle").generate(requests)]
+        return [answer.text for answer in HFEngine.from_bundle(bundle).generate(requests)]
     texts = [""] * len(rows)
     for expert in {row.expert for row in rows}:
-        engine = HFEngine.from_checkpoint(str(folder / expert))
+        engine = HFEngine.from_checkpoint(str(bundle.with_name(expert)))
         numbers = [number for number, row in enumerate(rows) if row.expert == expert]
         answers = engine.generate([GenerateRequest(rows[number].prompt, None, TOKENS) for number in numbers])
         for number, answer in zip(numbers, answers, strict=True):
@@ -258,13 +261,15 @@ def print_table(result: dict[str, Any]) -> None:
         title=f"{result['requests']} requests, experts mixed, {'drawn' if result['sampled'] else 'greedy'}, up to "
         f"{TOKENS} tokens; times are p50 / p95"
     )
-    for column in ("system", "clients", "tokens/s", "first token, ms", "answer, ms", "as offline", "peak memory"):
+    columns = ("system", "clients", "tokens/s", "first token, ms", "steps", "answer, ms", "as offline", "peak memory")
+    for column in columns:
         table.add_column(column, justify="left" if column == "system" else "right")
     for name, figures in result["systems"].items():
         for clients, row in figures["clients"].items():
             table.add_row(
                 name, str(clients), f"{row['tokens_per_second']:.1f}",
                 f"{row['first_token_ms']['p50']:.0f} / {row['first_token_ms']['p95']:.0f}",
+                f"{row['first_token_steps']:.2f}",
                 f"{row['answer_ms']['p50']:.0f} / {row['answer_ms']['p95']:.0f}",
                 "" if result["sampled"] else f"{row['same_as_offline']:.1%}",
                 f"{figures['peak_memory'] / 1e9:.2f} GB" if figures["peak_memory"] else "",
@@ -277,6 +282,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--systems", nargs="*", default=[OURS, ALONE, DENSE], choices=[OURS, ALONE, DENSE])
+    parser.add_argument("--bundle", type=Path, help="the demo's, made before; then neither dense experts nor vLLM")
     parser.add_argument("--vllm-python", metavar="PATH", help="measure vLLM too, with this python")
     parser.add_argument("--vllm-arg", action="append", default=[], help="a further argument of `vllm serve`")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=URL")
@@ -289,18 +295,20 @@ def main() -> None:
     if options.dense:
         serve_dense(options.dense)
         return
-    folder, rows = bundle_folder(), load(options.requests)
+    if options.bundle and (DENSE in options.systems or options.vllm_python):
+        parser.error(f"--bundle: with --systems that have no {DENSE!r}, and without --vllm-python")
+    bundle, rows = options.bundle or bundle_folder() / "bundle", load(options.requests)
     experts = sorted({row.expert for row in rows})
-    expected = {dense: offline(folder, rows, dense) for dense in (False, True)}
+    expected = {dense: offline(bundle, rows, dense) for dense in {False, DENSE in options.systems}}
     systems: dict[str, Any] = {}
     versions = {name: version(name) for name in ("polymerge", "torch", "transformers", "uvicorn")}
     loaded = partial(_loaded, rows=rows, clients=options.clients, sampled=options.sampled)
     for name in [*options.systems, *([BEFORE] if options.before else [])]:
-        with system(name, folder, experts, options.cores, options.before) as (models, processes):
+        with system(name, bundle, experts, options.cores, options.before) as (models, processes):
             systems[name] = loaded(models, expected=expected[name == DENSE])
             systems[name]["peak_memory"] = peak_memory(processes)
     if options.vllm_python:
-        with vllm_system(folder, options.vllm_python, experts, options.vllm_arg) as (models, processes):
+        with vllm_system(bundle, options.vllm_python, experts, options.vllm_arg) as (models, processes):
             systems[VLLM] = loaded(models, expected=expected[False])
             systems[VLLM]["peak_memory"] = peak_memory(processes)
             versions[VLLM] = httpx2.get(f"{models[experts[0]][0]}/version").json()["version"]
@@ -323,9 +331,10 @@ def _loaded(
     models: Models, *, rows: Sequence[Asked], clients: Sequence[int], sampled: bool, expected: Sequence[str]
 ) -> dict[str, Any]:
     asyncio.run(drive(models, rows[:3], 3, sampled))  # the first requests warm caches and allocators
-    return {
-        "clients": {count: measured(*asyncio.run(drive(models, rows, count, sampled)), expected) for count in clients}
-    }
+    rows_of = {count: measured(*asyncio.run(drive(models, rows, count, sampled)), expected) for count in clients}
+    for count, row in rows_of.items():  # the time in which every client gets a token: the same on a busy machine
+        row["first_token_steps"] = row["first_token_ms"]["p50"] / 1e3 * row["tokens_per_second"] / count
+    return {"clients": rows_of}
 
 
 if __name__ == "__main__":

@@ -57,6 +57,23 @@ def test_the_field_and_what_is_wrong(server: Server, path: str, wrong: dict[str,
     assert words in told["message"]
 
 
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "the body is empty"),
+        (b"{", "the body is not JSON"),
+        (b'"\xff"', "the body is not JSON"),
+        (b"[" * 100_000, "the body is not JSON"),
+        (b'{"n":' + b"1" * 5000 + b"}", "the body is not JSON"),
+    ],
+    ids=["empty", "cut", "bytes", "deep", "long number"],
+)
+def test_what_is_wrong_with_a_body_that_cannot_be_read(server: Server, body: bytes, words: str) -> None:
+    headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
+    answer = httpx2.post(f"{server.url}/v1/chat/completions", content=body, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, words)
+
+
 def test_a_method_that_a_route_has_not_is_405_with_or_without_a_body(server: Server) -> None:
     for method in ("DELETE", "GET", "HEAD"):
         assert httpx2.request(method, f"{server.url}/v1/chat/completions", headers=AUTH).status_code == 405

@@ -94,4 +94,5 @@ def test_a_mixture_is_a_model(served: Server) -> None:
     assert same["choices"] == mixed["choices"]
     assert ask(served, "e0:1").json()["choices"] == ask(served, "e0").json()["choices"]
     for wrong, status in (("e0:0.5+e9:0.5", 404), ("e0:-1+e1:2", 400), ("e0+auto", 400)):
-        assert ask(served, wrong).status_code == status
+        refused = ask(served, wrong)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (status, "model")

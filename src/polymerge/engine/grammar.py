@@ -10,7 +10,6 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -180,7 +179,7 @@ def _grammar(structure: Structure, tokenizer: Any) -> str:
     if structure.kind == "choice":
         return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, json.loads(structure.text))))
     if structure.kind == "calls":
-        return LLMatcher.grammar_from_lark(calls_in_lark(structure, tokenizer, JSON_OPTIONS))
+        return LLMatcher.grammar_from_lark(_calls(json.loads(structure.text), tokenizer))
     try:
         return LLMatcher.grammar_from_lark(any_to_lark(structure.text))
     except Exception as error:  # the reader of GBNF raises what it likes
@@ -205,15 +204,10 @@ def _check_exact(schema: dict[str, Any]) -> None:
         raise ValueError(f"{keyword} would not be held exactly")
 
 
-def calls_in_lark(structure: Structure, tokenizer: Any, options: Mapping[str, Any]) -> str:
-    """Free text that may go on with calls: the beginning of a call makes the rest of it follow.
-
-    Args:
-        tokenizer: transformers'. options: llguidance's, of the JSON of a call.
-    """
-    said = json.loads(structure.text)
+def _calls(said: dict[str, Any], tokenizer: Any) -> str:
+    """Free text that may go on with calls, in Lark: the beginning of a call makes the rest of it follow."""
     _check_exact(said["schema"])
-    schema = json.dumps({**said["schema"], "x-guidance": options})
+    schema = json.dumps({**said["schema"], "x-guidance": JSON_OPTIONS})
     end = json.dumps(said["end"]) if said["end"] else ""
     body = f"call: %json {schema} {end}\n"
     again = "*" if said["several"] else "?"

@@ -16,7 +16,7 @@ from ..router.route import Routes
 from ..version import __version__
 from .access import Access
 from .completions import completion_routes
-from .errors import ApiError, invalid, told
+from .errors import NO_JSON, ApiError, invalid, told
 from .experts import LoadedExperts, expert_routes
 from .feedback import feedback_routes
 from .judgements import judgement_routes
@@ -107,6 +107,10 @@ async def _on_invalid(request: Request, error: Any) -> JSONResponse:
 
 async def _on_http(request: Request, error: Any) -> JSONResponse:
     """No such route, a method that it has not, or a body that is not JSON."""
-    messages = {404: f"no route {request.url.path}", 405: f"{request.method} is not a method of this route"}
+    messages = {
+        400: NO_JSON,
+        404: f"no route {request.url.path}",
+        405: f"{request.method} is not a method of this route",
+    }
     known = ApiError(error.status_code, messages.get(error.status_code, str(error.detail)))
     return JSONResponse(known.body, status_code=known.status, headers=dict(error.headers or {}))

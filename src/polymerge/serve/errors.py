@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ..errors import DeadlineError, EngineBusyError, EngineDownError, ModelError
 
 RETRY_SECONDS = 2  # what a client that has to come again is told
-
+NO_JSON = "the body is not JSON"
 
 # Fields of a request that only the engine can check.
 GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
@@ -96,7 +96,9 @@ def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         message = f"{field}: not a field of this request, or one that this server does not support"
         return ApiError(400, message, param=field, code="unknown_parameter")
     if first["type"] == "json_invalid":
-        return ApiError(400, "the body is not JSON")
+        return ApiError(400, NO_JSON)
+    if first["type"] == "missing" and not path:
+        return ApiError(400, "the body is empty")
     message = str(first["msg"]).removeprefix("Value error, ")
     if field is None and (begins := re.match(r"([a-z][a-z_.]*): ", message)):  # told of the request as a whole
         return ApiError(400, message, param=begins[1])

@@ -19,7 +19,7 @@ from urllib.parse import quote
 from ..engine.base import Engine
 from ..engine.mixture import AVERAGE, expert_of, members
 from ..router.route import Route, Routes
-from .errors import ApiError
+from .errors import ApiError, about
 from .lanes import Lane
 from .settings import ServeSettings
 
@@ -119,10 +119,11 @@ class Chooser:
         return choice
 
     def check(self, model: str) -> None:
-        """Raises ApiError unless the model is there, or all members of a mixture are. ModelError: it is no mixture."""
+        """Raises ApiError unless the model is there, or all members of a mixture are."""
         if model in self.models:
             return
-        mixture = expert_of(model)
+        with about("model"):
+            mixture = expert_of(model)
         if isinstance(mixture, Mapping):
             for member in mixture:
                 self.check(member)

@@ -14,7 +14,6 @@ import httpx2
 import numpy as np
 import pytest
 import torch
-import transformers as hf
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -31,7 +30,7 @@ from polymerge.export.gguf.names import Architecture
 from polymerge.export.vllm.prompts import CalibrationPrompt
 from polymerge.serve.app import create_app
 from tests.serve.conftest import running
-from tests.tiny import COMMON, VOCAB, letters_tokenizer, make_experts
+from tests.tiny import letters_tokenizer, make_experts
 
 pytestmark = [
     pytest.mark.llamacpp,
@@ -132,40 +131,6 @@ def test_a_tool_that_must_be_called_is(tmp_path: Path) -> None:
             assert call["function"]["arguments"] in ('{"sum": 1}', '{"sum": 2}')
         free = httpx2.post(f"{served.url}/v1/chat/completions", json=turn, timeout=60)
         assert free.status_code == 200, free.text
-
-
-LLAMA_3 = '{% for t in tools or [] %}{{ {"name": t, "parameters": t} }}{% endfor %}{{ messages[-1].content }}'
-MISTRAL = "{% for t in tools or [] %}[TOOL_CALLS][{{ t }}{% endfor %}{{ messages[-1].content }}"
-
-
-@pytest.mark.parametrize(("template", "begins"), [(LLAMA_3, "{"), (MISTRAL, "[TOOL_CALLS]")])
-def test_a_tool_that_may_be_called_is_called_by_its_schema(template: str, begins: str, tmp_path: Path) -> None:
-    """A random model that writes the beginning of a call wherever it may, and would not go on with one."""
-    config = hf.LlamaConfig(**COMMON | {"vocab_size": VOCAB + 1, "max_position_embeddings": 2048})
-    experts = make_experts("llama", tmp_path, spread=0.05, config=config)
-    tokenizer = letters_tokenizer()
-    tokenizer.chat_template = template
-    tokenizer.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]"]})
-    begin = tokenizer.convert_tokens_to_ids(begins)
-    for path in experts.values():
-        tokenizer.save_pretrained(path)
-    sources = {name: str(path) for name, path in experts.items()}
-    bundle = merge({"experts": sources, "compress_rate": 0.5, "norms": "average"}, tmp_path / "bundle")
-    folder = export_gguf(bundle, tmp_path / "out", type="f16", calibration=SAMPLES, device="cpu").folder
-    form = {"type": "object", "properties": {"sum": {"enum": [1, 2]}}, "required": ["sum"]}
-    tools = [{"type": "function", "function": {"name": "pay", "parameters": form}}]
-    turn = {"model": "e1", "messages": [{"role": "user", "content": "ab"}], "max_tokens": 100, "tools": tools,
-            "logit_bias": {str(begin): 100}, "parallel_tool_calls": False}  # fmt: skip
-    with llama_engine(folder, rows=2, cache_tokens=4096) as engine, running(create_app(engine), engine) as served:
-        url = f"{served.url}/v1/chat/completions"
-        for seed in range(4):
-            answer = httpx2.post(url, json=turn | {"seed": seed}, timeout=60).json()["choices"][0]
-            [call] = answer["message"]["tool_calls"]
-            assert call["function"]["name"] == "pay"
-            assert call["function"]["arguments"] in ('{"sum": 1}', '{"sum": 2}')
-        bad = json.loads(json.dumps(turn).replace('"enum": [1, 2]', '"type": "string", "format": "no-such"'))
-        refused = httpx2.post(url, json=bad, timeout=60)
-        assert refused.status_code == 400 and "format" in refused.json()["error"]["message"]
 
 
 def test_the_converters_adapter_is_ours(tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ from polymerge.export.gguf.converter import LlamaCpp, quantizer
 from polymerge.export.gguf.measure import divergence
 from polymerge.export.gguf.modelfile import chat_lines, modelfile
 from polymerge.export.gguf.names import Architecture, architecture_of, interleaved
-from polymerge.export.gguf.tokens import GPT2, splitting
+from polymerge.export.gguf.tokens import GPT2, describe_tokenizer, splitting
 from polymerge.export.vllm.prompts import CalibrationPrompt
-from tests.tiny import ARCHITECTURES, letters_tokenizer, make_experts
+from tests.tiny import ARCHITECTURES, VOCAB, letters_tokenizer, make_experts
 
 SAMPLES = [CalibrationPrompt("abc", answer="de")]
 
@@ -155,6 +155,13 @@ def test_architectures_and_tokenizers_that_are_not_written_need_the_converters(b
     window = ARCHITECTURES["mistral"]().to_dict() | {"sliding_window": 16}
     assert architecture_of(window, "MistralForCausalLM") is None
     assert architecture_of(window | {"sliding_window": None}, "MistralForCausalLM") == Architecture("llama", 2, 4, 2)
+
+
+def test_a_token_that_the_model_has_no_row_for_is_named() -> None:
+    tokenizer = letters_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]"]})
+    with pytest.raises(ModelError, match=rf"a token {VOCAB} \('\[TOOL_CALLS\]'\), the model {VOCAB} rows"):
+        describe_tokenizer(None, tokenizer, VOCAB, frozenset())
 
 
 def test_a_failing_converter_is_one_line(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from ..admission import DEFAULT_LIMITS
 from ..answer import Answer, Collector, new_answer
 from ..base import FloatArray, GenerateRequest, Generation, Pooling, Prompt, Score, ScoreRequest
 from ..exported import AVERAGE, check_average, check_probe
-from ..grammar import Grammars
 from ..scoring import scored_pair
 from ..served import ServedEngine
 from ..streaming import EngineState, Listener, Stream, StreamRequest
@@ -48,7 +47,6 @@ class LlamaEngine(ServedEngine):
         folder: what `polymerge export --to gguf` wrote; tokenizer and references come from there.
         api: of a server that serves this folder.
         rows, cache_tokens: answers at the same time, and tokens in their caches.
-        guided: whether it is known to have llguidance, as the one of this process has.
         embed: makes hidden states of the average, which llama.cpp's server does not give beside answers.
 
     Attributes:
@@ -57,13 +55,12 @@ class LlamaEngine(ServedEngine):
 
     def __init__(
         self, folder: str | Path, api: LlamaApi, *, rows: int = ROWS, cache_tokens: int = CACHE_TOKENS,
-        guided: bool = False, embed: Embed | None = None,
+        embed: Embed | None = None,
     ) -> None:  # fmt: skip
         self.folder, self.api, self._embed = Path(folder).expanduser(), api, embed
         self.note: GgufNote = read_note(self.folder)
         self.max_waiting = DEFAULT_LIMITS.max_waiting
-        self._reader = Reader(api, self._form)
-        self._grammars = Grammars(0) if guided else None
+        self._reader = Reader(api)
         self._scheduler = Scheduler(rows, cache_tokens)
         self._answers: set[Answer] = set()
         self._lock = threading.Lock()
@@ -181,7 +178,7 @@ class LlamaEngine(ServedEngine):
     def _answer(self, request: StreamRequest, listener: Listener) -> Answer:
         asked = request.generate
         self._name(asked.expert)
-        self._form(asked)  # refused here, where whoever asks hears it
+        form_of(asked.structure)  # refused here, where whoever asks hears it
         if asked.presence_penalty or asked.frequency_penalty:
             raise ModelError(
                 "llama.cpp's presence and frequency penalties count the prompt's tokens too; leave them out"
@@ -189,15 +186,6 @@ class LlamaEngine(ServedEngine):
         ids = self.encode(asked.prompt, expert=asked.expert) if isinstance(asked.prompt, str) else list(asked.prompt)
         # llama.cpp keeps a place of the context free
         return new_answer(request, ids, listener, voice=self.voices.of(asked.expert), max_length=self.max_length - 1)
-
-    def _form(self, request: GenerateRequest) -> dict[str, Any]:
-        """llama.cpp says nothing of a grammar that llguidance cannot hold, so it is compiled here before."""
-        structure, tokenizer = request.structure, None
-        if structure is not None and structure.kind == "calls" and self._grammars is not None:
-            voice = self.voices.of(request.expert)
-            self._grammars.matcher(structure, voice)
-            tokenizer = voice.tokenizer
-        return form_of(structure, tokenizer)
 
     def _work(self, answer: Answer) -> Work:
         name = self._name(answer.request.generate.expert)
@@ -274,7 +262,7 @@ def llama_engine(
     """
     if url is None:
         with llama_server(folder, rows=rows, cache_tokens=cache_tokens) as served:
-            yield from _checked(folder, served, rows, cache_tokens, embed, probe, guided=True)
+            yield from _checked(folder, served, rows, cache_tokens, embed, probe)
         return
     api = LlamaApi(url, api_key=api_key)
     slots = int(api.properties().get("total_slots") or rows)
@@ -282,10 +270,9 @@ def llama_engine(
 
 
 def _checked(
-    folder: str | Path, api: LlamaApi, rows: int, cache_tokens: int, embed: Embed | None, probe: bool,
-    guided: bool = False,
-) -> Iterator[LlamaEngine]:  # fmt: skip
-    engine = LlamaEngine(folder, api, rows=rows, cache_tokens=cache_tokens, guided=guided, embed=embed)
+    folder: str | Path, api: LlamaApi, rows: int, cache_tokens: int, embed: Embed | None, probe: bool
+) -> Iterator[LlamaEngine]:
+    engine = LlamaEngine(folder, api, rows=rows, cache_tokens=cache_tokens, embed=embed)
     try:
         if probe:
             engine.check()

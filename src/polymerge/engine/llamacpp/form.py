@@ -1,7 +1,7 @@
 """The form of an answer in llama.cpp's words: a JSON schema, or a grammar in GBNF. Knows nothing of requests.
 
-xllamacpp is built with llguidance, which reads its options from the schema and takes grammars of its own; a llama.cpp
-without it passes over the options, bounds white space itself, and ends its process at such a grammar.
+xllamacpp is built with llguidance, which reads its options from the schema; a llama.cpp without it passes over them and
+bounds white space itself.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 from typing import Any
 
 from ...errors import ModelError
-from ..grammar import calls_in_lark
 from ..structure import Structure
 
 # Its llguidance lets white space go on without an end, whatever pattern it is given, and a weak model writes nothing
@@ -18,24 +17,14 @@ from ..structure import Structure
 ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False}
 
 
-# How llama.cpp is told that a grammar is one of llguidance's.
-LLGUIDANCE = "%llguidance {}\n"
-
-
-def form_of(structure: Structure | None, tokenizer: Any = None) -> dict[str, Any]:
-    """Fields of /completion.
-
-    Args:
-        tokenizer: transformers', for a llama.cpp that is known to have llguidance. Of any other, what may go on with
-            calls of tools is not held to anything.
+def form_of(structure: Structure | None) -> dict[str, Any]:
+    """Fields of /completion. What may go on with calls of tools is not held to anything there.
 
     Raises:
         ModelError: llama.cpp does not take this form.
     """
-    if structure is None:
+    if structure is None or structure.kind == "calls":
         return {}
-    if structure.kind == "calls":
-        return {"grammar": LLGUIDANCE + calls_in_lark(structure, tokenizer, ONE_LINE)} if tokenizer else {}
     if structure.kind == "json":
         schema = json.loads(structure.text)
         return {"json_schema": {**schema, "x-guidance": ONE_LINE} if isinstance(schema, dict) else schema}

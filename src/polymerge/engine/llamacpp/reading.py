@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..answer import Answer
 from ..base import GenerateRequest
 from ..streaming import TokenScore
 from .api import LlamaApi
+from .form import form_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +34,10 @@ def can_wait(request: GenerateRequest) -> bool:
 
 
 class Reader:
-    """Reads answers from a server.
+    """Reads answers from a server."""
 
-    Args:
-        form: the fields of a request that hold its answer to a form.
-    """
-
-    def __init__(self, api: LlamaApi, form: Callable[[GenerateRequest], dict[str, Any]]) -> None:
-        self._api, self._form = api, form
+    def __init__(self, api: LlamaApi) -> None:
+        self._api = api
 
     def read(self, answer: Answer, lora: Lora, aside: threading.Event) -> bool:
         """The answer, to its end or until it is set aside; whether it is over. What goes wrong is told to it."""
@@ -91,7 +88,7 @@ class Reader:
 
     def _body(self, answer: Answer, lora: Lora) -> dict[str, Any]:
         asked = answer.request.generate
-        body = {"prompt": answer.tokens, "lora": lora, **settings(asked), **self._form(asked)}
+        body = {"prompt": answer.tokens, "lora": lora, **settings(asked)}
         body["n_predict"] = asked.max_new_tokens - len(answer.made)
         body["repeat_last_n"] = answer.longest if body["repeat_penalty"] != 1.0 else 0  # 0 looks at none
         if answer.request.logprobs is not None:
@@ -138,6 +135,7 @@ def settings(request: GenerateRequest) -> dict[str, Any]:
         "repeat_penalty": 1.0 if request.repetition_penalty is None else request.repetition_penalty,
         "seed": -1 if request.seed is None else request.seed % 2**32,
         "logit_bias": [[token, value] for token, value in request.logit_bias.items()],
+        **form_of(request.structure),
         "return_tokens": True,
         "cache_prompt": True,
     }

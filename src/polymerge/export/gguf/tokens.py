@@ -60,12 +60,18 @@ def describe_tokenizer(writer: Any, tokenizer: Any, rows: int, ends: frozenset[i
         ends: tokens that end an answer.
 
     Raises:
-        ModelError: llama.cpp's rules are not known to be this tokenizer's.
+        ModelError: llama.cpp's rules are not known to be this tokenizer's, or it has tokens that the model has not.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     name = splitting(backend)
     if name is None:
         raise ModelError(f"{tokenizer.name_or_path}: its tokenizer is not one that is written; give --llama-cpp FOLDER")
+    text, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if last >= rows:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: its tokenizer has a token {last} ({text!r}), the model {rows} rows; take out "
+            "of tokenizer.json what the model does not know"
+        )
     tokens, types = _vocabulary(backend, rows)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name)
