@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from polymerge import export_dense, export_peft, load_model, merge, verify
 from polymerge.errors import BundleError, ModelError, OutputExistsError
 from tests.conftest import Merged
+from tests.sweep.experts import make_experts as make_any_experts
 from tests.tiny import VOCAB, make_experts
 
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
@@ -63,6 +64,23 @@ def test_own_numbers_of_a_module_around_others_are_refused_where_peft_could_not_
     with pytest.raises((KeyError, ValueError), match="POLYMERGE_"):  # as it lies
         PeftModel.from_pretrained(average, bundle.expert_folder("e1"))
     dense = AutoModelForCausalLM.from_pretrained(export_dense(bundle, "e1", tmp_path / "dense"))
+    with torch.no_grad():
+        torch.testing.assert_close(dense(IDS).logits, load_model(bundle)(IDS, experts="e1").logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("recipe", RECIPES[:2])
+def test_dense_layers_called_as_block_experts_are_refused_where_peft_would_leave_them_out(
+    tmp_path: Path, recipe: dict[str, Any]
+) -> None:
+    experts = {n: str(p) for n, p in make_any_experts("deepseek_v2", tmp_path, count=2).items()}
+    bundle = merge({"experts": experts, **recipe}, tmp_path / "bundle")
+    with pytest.raises(ModelError, match="'e1': PEFT takes dense layers and shared experts for parts of the mixture"):
+        export_peft(bundle, "e1", tmp_path / "peft")
+    assert not (tmp_path / "peft").exists() and verify(bundle).ok
+    average = AutoModelForCausalLM.from_pretrained(bundle.path)
+    with pytest.raises((KeyError, ValueError), match="POLYMERGE_"):  # as it lies
+        PeftModel.from_pretrained(average, bundle.expert_folder("e1"))
+    dense = AutoModelForCausalLM.from_pretrained(export_dense(bundle, "e1", tmp_path / "dense"), dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(dense(IDS).logits, load_model(bundle)(IDS, experts="e1").logits, atol=1e-5, rtol=0)
 

@@ -25,6 +25,7 @@ TIED_ROWS = ".token_adapter.trainable_tokens_delta"
 BIASED_PAIR = ("lora_A.weight", "lora_B.weight", "lora_B.bias")
 # What PEFT would take for an adapter and read in part says a type of its own.
 WHOLE_BLOCKS, SLICED_BLOCKS = "POLYMERGE_WHOLE_BLOCKS", "POLYMERGE_SLICED_BLOCKS"
+NAMESAKES = "POLYMERGE_NAMESAKES: make a dense model of it with `polymerge export --to dense`"
 AROUND_OTHERS = "POLYMERGE_AROUND_OTHERS: make a dense model of it with `polymerge export --to dense`"
 FACTORED_TABLES = "POLYMERGE_TABLES: make a PEFT adapter of it with `polymerge export --to peft`"
 _FACTOR = re.compile(r"(.+)\.(?:lora_([AB])\.weight|lora_embedding_([AB]))")
@@ -162,12 +163,28 @@ def adapter_config(
 
 def _peft_type(stored: Collection[str], factored: Collection[str], layers: Mapping[str, BundleLayer]) -> str:
     """LORA, or a type that PEFT does not know and refuses, where it would leave out matrices of a block without a word:
-    whole ones, and those that a checkpoint stores in one tensor; or could not open what it has no place for."""
+    whole ones, those that a checkpoint stores in one tensor, and others of their names; or could not open what it has
+    no place for."""
     if any(layer.slice and (module in stored or module in factored) for module, layer in layers.items()):
         return SLICED_BLOCKS
     if any(is_fused(layer) and module in stored for module, layer in layers.items()):
         return WHOLE_BLOCKS
+    if namesake(factored, {module for module, layer in layers.items() if is_fused(layer)}) is not None:
+        return NAMESAKES
     return AROUND_OTHERS if around_others(stored, factored) else "LORA"
+
+
+def namesake(factored: Collection[str], fused: Collection[str]) -> str | None:
+    """A module with factors that is called as those of block experts are, such as a dense layer's or a shared expert's
+    `up_proj`; None where there is none. PEFT takes all of a name for parts of the blocks' one parameter, and leaves the
+    factors of the others out."""
+    names = {_leaf(module) for module in factored if module in fused}
+    others = (module for module in sorted(factored, key=natural_key) if module not in fused)
+    return next((module for module in others if _leaf(module) in names), None)
+
+
+def _leaf(module: str) -> str:
+    return module.rpartition(".")[2]
 
 
 def around_others(stored: Collection[str], factored: Iterable[str]) -> str | None:

@@ -15,7 +15,7 @@ from ..bundle.bundle import Bundle
 from ..bundle.files import check_free_space, disk_errors, entry_of, raw_bytes, write_json, write_safetensors
 from ..bundle.layer import BundleLayer
 from ..bundle.manifest import ADAPTER_FILE
-from ..bundle.peft import SLICED_BLOCKS, adapter_config, around_others, as_peft, missing_zeros, stored_name
+from ..bundle.peft import NAMESAKES, SLICED_BLOCKS, adapter_config, around_others, as_peft, missing_zeros, stored_name
 from ..bundle.personas import write_files
 from ..bundle.place import settled
 from ..bundle.reading import steady
@@ -69,6 +69,11 @@ def export_peft(bundle: Bundle | str | Path, expert: str, output: str | Path, *,
             raise ModelError(
                 f"expert {expert!r}: PEFT has no place for the residuals of the matrices in {fused!r}; "
                 "export with --to dense"
+            )
+        if config["peft_type"] == NAMESAKES:
+            raise ModelError(
+                f"expert {expert!r}: PEFT takes dense layers and shared experts for parts of the mixture's blocks, "
+                "which are called alike, and would leave their residuals out; export with --to dense"
             )
         around = around_others(config["modules_to_save"] or (), config["target_modules"])
         if around is not None:
