@@ -124,7 +124,7 @@ def test_an_own_weight_brings_the_modules_other_parameters() -> None:
 
 
 def test_matrices_of_fused_blocks_rule_the_rank_and_whole_ones_are_refused_by_their_type() -> None:
-    blocks = [layer(f"m.0.mlp.experts.{n}.up", "linear", 8, 6) for n in range(2)]
+    blocks = [layer(f"m.0.mlp.experts.{n}.w1", "linear", 8, 6) for n in range(2)]
     # a matrix of a fused parameter has no module: the checkpoint's name without `.weight`
     assert all(is_fused(block) for block in blocks) and not is_fused(LAYERS[0])
     tensors = factors("m.0.up", 4) + factors("m.1.up", 4) + factors("m.10.up", 4) + factors(blocks[0].module, 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +236,6 @@ def edited(bundle: Bundle, key: str, value: float) -> None:
     """The manifest with another number behind every such key."""
     file = bundle.path / "polymerge.json"
     lines = [f"{line.partition(key)[0]}{key}{value}" if key in line else line for line in file.read_text().split("\n")]
-    shutil.copy(file, file.with_suffix(".old"))
-    file.write_text("\n".join(lines))
-    file.with_suffix(".old").unlink()
+    manifest = json.loads("\n".join(lines))
+    del manifest["versions"]["manifest"]  # its digest, which tells of any change
+    file.write_text(json.dumps(manifest, indent=1))
