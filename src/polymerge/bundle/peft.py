@@ -169,22 +169,17 @@ def _peft_type(stored: Collection[str], factored: Collection[str], layers: Mappi
         return SLICED_BLOCKS
     if any(is_fused(layer) and module in stored for module, layer in layers.items()):
         return WHOLE_BLOCKS
-    if namesake(factored, {module for module, layer in layers.items() if is_fused(layer)}) is not None:
+    if _has_namesakes(factored, {module for module, layer in layers.items() if is_fused(layer)}):
         return NAMESAKES
     return AROUND_OTHERS if around_others(stored, factored) else "LORA"
 
 
-def namesake(factored: Collection[str], fused: Collection[str]) -> str | None:
-    """A module with factors that is called as those of block experts are, such as a dense layer's or a shared expert's
-    `up_proj`; None where there is none. PEFT takes all of a name for parts of the blocks' one parameter, and leaves the
-    factors of the others out."""
-    names = {_leaf(module) for module in factored if module in fused}
-    others = (module for module in sorted(factored, key=natural_key) if module not in fused)
-    return next((module for module in others if _leaf(module) in names), None)
-
-
-def _leaf(module: str) -> str:
-    return module.rpartition(".")[2]
+def _has_namesakes(factored: Collection[str], fused: Collection[str]) -> bool:
+    """Whether a module with factors is called as those of block experts are, such as a dense layer's or a shared
+    expert's `up_proj`. PEFT takes all of a name for parts of the blocks' one parameter, and leaves the factors of the
+    others out."""
+    inside, outside = ({m.rpartition(".")[2] for m in factored if (m in fused) is within} for within in (True, False))
+    return not inside.isdisjoint(outside)
 
 
 def around_others(stored: Collection[str], factored: Iterable[str]) -> str | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,11 @@ def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
     return {**data, "versions": {**data["versions"], KEY: _digest(data)}}
 
 
-def is_sealed(file: Path) -> bool:
-    """Whether a manifest has a digest; those of older versions have none."""
-    return KEY in json.loads(file.read_text("utf-8"))["versions"]
-
-
-def seal_problems(file: Path) -> Iterator[str]:
-    """Where a manifest's digest is not that of its content."""
+def seal_holds(file: Path) -> bool | None:
+    """Whether a manifest's digest is that of its content; None where it has none, as those of older versions."""
     data = json.loads(file.read_text("utf-8"))
-    if data["versions"].get(KEY, _digest(data)) != _digest(data):
-        yield f"{file.name}: was changed by hand or damaged: it has another digest than it says"
+    said = data["versions"].get(KEY)
+    return None if said is None else bool(said == _digest(data))
 
 
 def without_seal(versions: Mapping[str, str]) -> dict[str, str]:

@@ -5,7 +5,6 @@ Knows the format alone; whether the experts are still what their checkpoints say
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,9 +25,10 @@ from .bundle import Bundle
 from .files import slabs
 from .layer import BundleLayer
 from .manifest import MANIFEST
+from .named import ROUTER, has_content
 from .peft import adapter_config, borrowed_config, coded_config
 from .personas import persona_problems
-from .sealed import is_sealed, seal_problems
+from .sealed import seal_holds
 from .unlisted import unlisted_files
 
 # Of a number that is written with all its digits: fewer are another reader's rounding.
@@ -85,7 +85,8 @@ def verify_files(bundle: Bundle, progress: Callable[[str], None] | None = None) 
         progress: called with what is being looked at.
     """
     say = progress or (lambda what: None)
-    result = Verification(files=len(bundle.manifest.files), sealed=is_sealed(bundle.path / MANIFEST))
+    holds = seal_holds(bundle.path / MANIFEST)
+    result = Verification(files=len(bundle.manifest.files), sealed=holds is not None)
     say("hashes")
     result.problems += [f"{name}: {what}" for name, what in bundle.damaged_files()]
     result.problems += [
@@ -104,14 +105,14 @@ def verify_files(bundle: Bundle, progress: Callable[[str], None] | None = None) 
         groups = bundle.manifest.experts[expert].persona
         result.problems += persona_problems(bundle.path, expert, groups, list(bundle.manifest.files))
     result.problems += router_problems(bundle.path)
-    if not result.problems:  # a change that was found says where it is
-        result.problems += seal_problems(bundle.path / MANIFEST)
+    if holds is False and not result.problems:  # a change that was found says where it is
+        result.problems.append(f"{MANIFEST}: was changed by hand or damaged: it has another digest than it says")
     return result
 
 
 def router_problems(folder: Path) -> Iterator[str]:
     """Where the router's files, which no manifest lists, are not what their names say: they are named by content."""
-    record = folder / "router" / "router.json"
+    record = folder / ROUTER
     if not record.is_file():
         return
     try:
@@ -123,7 +124,7 @@ def router_problems(folder: Path) -> Iterator[str]:
         file = record.parent / name
         if not file.is_file():
             yield f"router/{name}: is missing; run `polymerge router fit` again"
-        elif hashlib.sha256(file.read_bytes()).hexdigest()[:16] not in name:
+        elif not has_content(name, file.read_bytes()):
             yield f"router/{name}: its content is not what its name says; run `polymerge router fit` again"
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from ..bundle.bundle import Bundle
 from ..bundle.files import SCRATCH, FileEntry, write_bytes, write_json
 from ..bundle.manifest import MANIFEST, Manifest, version_of
+from ..bundle.named import ROUTER
 from ..bundle.place import begin_work, check_own, discard_work, mark_of, publish, restore, settled, work_folder
 from ..bundle.verify import CHECKED_SETTINGS, expected_config
 from ..bundle.write import write_manifest
@@ -28,7 +29,6 @@ from ..version import __version__
 from .change import CHANGE, alone_with
 
 KIND = "upgrade"
-ROUTER = "router/router.json"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ bundle's manifest does not list the folder: fitting a router does not change the
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from ..bundle.files import SCRATCH, write_bytes
+from ..bundle.named import ROUTER, has_content, named_by_content
 from ..bundle.versioned import read_versioned
 from ..data.rows import rows_of
 from ..engine.base import FloatArray
@@ -33,8 +33,7 @@ from .embed import EmbedSettings
 from .samples import Sample
 from .table import AVERAGE, MIXTURE
 
-FOLDER = "router"
-RECORD = "router.json"
+FOLDER, RECORD = ROUTER.split("/")
 ASSESSMENT = "assessment.json"
 # Names by content: of these and of no others is the folder cleared.
 WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
@@ -148,7 +147,7 @@ def _lines(samples: Sequence[Sample]) -> bytes:
 
 
 def _write_named(folder: Path, stem: str, suffix: str, data: bytes) -> str:
-    name = f"{stem}-{hashlib.sha256(data).hexdigest()[:16]}{suffix}"
+    name = named_by_content(stem, suffix, data)
     write_bytes(folder / name, data)
     return name
 
@@ -182,6 +181,6 @@ def _read_named(folder: Path, name: str) -> bytes:
         data = file.read_bytes()
     except OSError:
         raise RouterError(f"{file}: missing; run `polymerge router fit` again") from None
-    if hashlib.sha256(data).hexdigest()[:16] not in name:
+    if not has_content(name, data):
         raise RouterError(f"{file}: its content is not what its name says; run `polymerge router fit` again")
     return data
