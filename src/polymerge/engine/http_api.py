@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Generator
@@ -20,18 +21,21 @@ class HttpApi:
     Args:
         url: such as http://127.0.0.1:8000, with or without /v1.
         name: of the server, as errors say it.
-        api_key: the server's `--api-key`, if it has one.
+        key_variable: the environment variable that the server itself reads its key from.
+        api_key: the server's `--api-key`, if it has one; by default what `key_variable` holds.
         timeout: seconds for one request.
     """
 
-    def __init__(self, url: str, name: str, *, api_key: str | None = None, timeout: float = 600.0) -> None:
-        self.url, self.name = url.rstrip("/").removesuffix("/v1"), name
+    def __init__(
+        self, url: str, name: str, key_variable: str, *, api_key: str | None = None, timeout: float = 600.0
+    ) -> None:
+        self.url, self.name, self._key_variable = url.rstrip("/").removesuffix("/v1"), name, key_variable
         if not self.url.startswith(("http://", "https://")):
             raise ModelError(f"{url}: not the address of a server; it begins with http:// or https://")
         self._timeout = timeout
         self.headers = {"Content-Type": "application/json"}
-        if api_key:
-            self.headers["Authorization"] = f"Bearer {api_key}"
+        if key := api_key or os.environ.get(key_variable, "").strip():
+            self.headers["Authorization"] = f"Bearer {key}"
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """One call. Raises ModelError: the server refuses or fails; EngineDownError: it does not answer."""
@@ -74,7 +78,8 @@ class HttpApi:
         try:
             return urllib.request.urlopen(request, timeout=timeout)
         except urllib.error.HTTPError as error:
-            raise ModelError(f"{self.name} at {self.url}: {error.code}: {_reason(error)}") from None
+            cure = f"; its key is read from {self._key_variable}" if error.code == 401 else ""
+            raise ModelError(f"{self.name} at {self.url}: {error.code}: {_reason(error)}{cure}") from None
         except (OSError, http.client.HTTPException) as error:
             raise EngineDownError(f"{self.name} at {self.url} does not answer ({_short(error)})") from None
 

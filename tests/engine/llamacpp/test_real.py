@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from polymerge import Bundle, merge
 from polymerge.engine import GenerateRequest, ScoreRequest
 from polymerge.engine.llamacpp.engine import llama_engine
+from polymerge.engine.llamacpp.server import llama_server
 from polymerge.engine.local.engine import HFEngine
 from polymerge.engine.structure import Structure, choice_structure, json_structure
 from polymerge.errors import ModelError
@@ -79,6 +80,21 @@ def test_an_export_says_what_llama_cpp_answers_and_another_bundles_files_are_ref
     other.write_bytes(b"\0" * other.stat().st_size)
     with pytest.raises(ModelError, match=r"llama\.cpp cannot load it"), llama_engine(tmp_path / "out"):
         pass
+
+
+def test_a_server_that_runs_already_is_used_with_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = bundle_of("llama", tmp_path)
+    folder = export_gguf(bundle, tmp_path / "out", type="f16", calibration=SAMPLES, device="cpu").folder
+    asked = [GenerateRequest("ab", "e0", max_new_tokens=4)]
+    monkeypatch.delenv("LLAMA_API_KEY", raising=False)
+    with llama_server(folder, rows=2, cache_tokens=512) as runs:
+        with pytest.raises(ModelError, match=r"401.*LLAMA_API_KEY"), llama_engine(folder, url=runs.url):
+            pass
+        monkeypatch.setenv("LLAMA_API_KEY", runs.headers["Authorization"].removeprefix("Bearer "))
+        with llama_engine(folder, url=runs.url) as engine:
+            answers = engine.generate(asked)
+    with llama_engine(folder, rows=2, cache_tokens=512) as engine:
+        assert [a.text for a in answers] == [a.text for a in engine.generate(asked)]
 
 
 def test_seeds_and_stop_texts(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ class LlamaApi(HttpApi):
     """A llama-server, of another process or of this one; arguments are `HttpApi`'s."""
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 600.0) -> None:
-        super().__init__(url, "llama.cpp", api_key=api_key, timeout=timeout)
+        super().__init__(url, "llama.cpp", "LLAMA_API_KEY", api_key=api_key, timeout=timeout)
 
     def properties(self) -> dict[str, Any]:
         """What /props says of the server."""

@@ -12,7 +12,7 @@ class VllmApi(HttpApi):
     """An OpenAI-compatible server; arguments are `HttpApi`'s."""
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 600.0) -> None:
-        super().__init__(url, "vLLM", api_key=api_key, timeout=timeout)
+        super().__init__(url, "vLLM", "VLLM_API_KEY", api_key=api_key, timeout=timeout)
 
     def models(self) -> list[dict[str, Any]]:
         """What the server offers."""
