@@ -22,7 +22,7 @@ from polymerge.router.described import described_samples
 from polymerge.router.head import fit_head
 from polymerge.router.kinds import alike_samples, kinds
 from polymerge.router.samples import Sample
-from polymerge.router.training import ENOUGH
+from polymerge.router.settings import ENOUGH
 from polymerge.router.unseen import Labelled
 
 DESCRIPTIONS = {

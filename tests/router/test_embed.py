@@ -6,8 +6,9 @@ import pytest
 from polymerge.engine.local.engine import HFEngine
 from polymerge.errors import RouterError
 from polymerge.model.loading import load_model
-from polymerge.router.embed import ALIGNMENT_PROMPT, Embedder, EmbedSettings, cut_middle, default_layers
+from polymerge.router.embed import ALIGNMENT_PROMPT, TASK_PROMPT, Embedder, EmbedSettings, cut_middle, default_layers
 from polymerge.router.fit import fit_samples
+from polymerge.router.settings import with_template
 from tests.conftest import Merged
 from tests.router.scripted import ScriptedEngine, make_samples
 from tests.tiny import tiny_tokenizer
@@ -70,3 +71,15 @@ def test_a_layer_that_is_asked_for_and_not_there_is_refused(merged: Merged) -> N
     engine = HFEngine(load_model(merged("llama")[0]), tiny_tokenizer(), fingerprint="")
     with pytest.raises(RouterError, match=r"layers \(-11, -9\): the model has fewer"):
         Embedder(engine, EmbedSettings(layers=(-11, -9))).embed(["a text"])
+
+
+@pytest.mark.parametrize(
+    ("fewest", "template"), [(1, ALIGNMENT_PROMPT), (2, TASK_PROMPT), (15, TASK_PROMPT), (16, ALIGNMENT_PROMPT)]
+)
+def test_few_samples_are_asked_with_the_task_prompt(merged: Merged, fewest: int, template: str) -> None:
+    """As long as nobody chose a prompt, and only of a model that knows the marks in it."""
+    assert with_template(EmbedSettings(), ScriptedEngine(), fewest).template == template
+    chosen = EmbedSettings(template="{input}")
+    assert with_template(chosen, ScriptedEngine(), fewest) is chosen
+    without_marks = HFEngine(load_model(merged("llama")[0]), tiny_tokenizer(), fingerprint="")
+    assert with_template(EmbedSettings(), without_marks, fewest).template == ALIGNMENT_PROMPT

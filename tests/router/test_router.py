@@ -16,7 +16,7 @@ from polymerge import Bundle, remove_expert, verify
 from polymerge.bundle.lock import writing
 from polymerge.errors import LockedError, RouterError
 from polymerge.router.classify import KINDS
-from polymerge.router.embed import ALIGNMENT_PROMPT, TASK_PROMPT
+from polymerge.router.embed import TASK_PROMPT
 from polymerge.router.evaluation import measure_router, save_evaluation
 from polymerge.router.fit import Fitted, fit_samples
 from polymerge.router.record import router_folder
@@ -352,7 +352,7 @@ def test_settings_that_cannot_be_used_are_one_line() -> None:
     assert fit_settings(layers="4,-1").embed.layers == (4, -1)
     assert fit_settings(template="none").embed.template == "{input}"
     assert fit_settings(template="task").embed.template == TASK_PROMPT
-    assert fit_settings().embed.template == ALIGNMENT_PROMPT
+    assert fit_settings().embed.template is None  # the fit's choice
 
 
 def test_a_router_is_saved_only_into_the_bundle_that_it_was_fitted_for(bundle: Bundle, engine: Any) -> None:

@@ -23,7 +23,8 @@ def fit(
         str | None, typer.Option(help="logistic, centroid or knn; by default logistic, without labels centroid.")
     ] = None,
     template: Annotated[
-        str | None, typer.Option(help="Alignment prompt with {input}; or published, task, none.")
+        str | None,
+        typer.Option(help="Alignment prompt with {input}; or published, task (with few samples), none."),
     ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Hidden states to read, separated by commas; -1 is the last.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from ..router.embed import PROMPTS
 from .console import out, say, tell
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ def print_fit(bundle: Path, fitted: Fitted) -> None:
             shares = (f"{point[name]:.1%}" for name in ("accuracy", "lowest", "highest"))
             curve.add_row(str(point["samples"]), *shares)
         out.print(curve)
+    named = {template: name for name, template in PROMPTS.items()}
+    tell(f"prompt       {named.get(record.embed.template or '', record.embed.template)}", 13)
     goes = ", ".join(f"{field} → {expert}" for field, expert in record.experts.items())
     tell(f"fields       {goes}", 13)
     if report["measured_on"]:

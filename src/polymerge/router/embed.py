@@ -22,6 +22,7 @@ ALIGNMENT_PROMPT = (
 )
 # Asks what the text wants, as a chat in the ChatML format, for models that know it (SmolLM2, Qwen). With few
 # samples a field it is ahead of the published one (docs/log-router.md).
+CHAT_MARKS = "<|im_start|>", "<|im_end|>"
 TASK_PROMPT = (
     "<|im_start|>user\n{input}\n\nWhat kind of request is this, and what should be done with it? Answer in one word."
     "<|im_end|>\n<|im_start|>assistant\nThis is a request to"
@@ -38,7 +39,8 @@ class EmbedSettings(BaseModel):
     """How a text becomes a vector.
 
     Attributes:
-        template: the alignment prompt; {input} is the text's place, and alone the bare text. See PROMPTS.
+        template: the alignment prompt; {input} is the text's place, and alone the bare text. See PROMPTS. None is the
+            published one, and leaves the choice to a fit (`settings.with_template`).
         layers: hidden states to take, as the engine counts them; several are set side by side, each of length 1. None
             takes those of `default_layers`.
         pooling: the last token's state or the mean over all tokens.
@@ -47,15 +49,15 @@ class EmbedSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    template: str = ALIGNMENT_PROMPT
+    template: str | None = None
     layers: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
     pooling: Pooling = "mean"
     max_tokens: int = Field(default=1024, ge=2)
 
     @field_validator("template")
     @classmethod
-    def _one_input(cls, template: str) -> str:
-        if template.count(INPUT) != 1:
+    def _one_input(cls, template: str | None) -> str | None:
+        if template is not None and template.count(INPUT) != 1:
             raise ValueError(f"the template must hold {INPUT} once")
         return template
 
@@ -83,7 +85,7 @@ class Embedder:
     def __init__(self, engine: Engine, settings: EmbedSettings) -> None:
         self.engine, self.settings = engine, settings
         self.layers = default_layers(engine.depth) if settings.layers is None else settings.layers
-        head, tail = settings.template.split(INPUT)
+        head, tail = (settings.template or ALIGNMENT_PROMPT).split(INPUT)
         self._head = engine.encode(head)  # with the tokenizer's special tokens, which begin the text
         self._tail = engine.encode(tail, special=False) if tail else []
         room = engine.max_length - len(self._head) - len(self._tail)

@@ -6,6 +6,7 @@ that the head has not seen comes from the validation samples or, without those, 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,7 @@ from .outside import fit_outside
 from .record import RouterRecord
 from .router import Router
 from .samples import OUTSIDE, Sample, check_training, repeated
-from .settings import FitSettings
+from .settings import FitSettings, with_template
 from .table import MIXTURE, Table, check_expert, experts_of_fields
 from .unseen import Labelled, at_random
 
@@ -87,7 +88,7 @@ def fit_samples(
         RouterError: samples that cannot be learned from, an empty text, an unknown expert, or a field without one.
     """
     bundle, settings = Bundle.open(bundle), settings or FitSettings()
-    labelled, training = len(training), [*training, *made]
+    requests, labelled, training = Counter(s.field for s in training), len(training), [*training, *made]
     fields = check_training(training)
     strange = next((sample.field for sample in validation if sample.field not in fields), None)
     if strange is not None:
@@ -97,7 +98,8 @@ def fit_samples(
         check_expert(settings.fallback, bundle.experts, "the fallback")
     seen = repeated(training, validation)
     validation = [sample for sample in validation if sample not in seen]
-    embedder = Embedder(engine, settings.embed)
+    embed = with_template(settings.embed, engine, min(requests[field] for field in fields))
+    embedder = Embedder(engine, embed)
     if {sample.field for sample in beside} != set(fields):
         beside = ()
     train, held, others, leaning = _embedded(embedder, training, validation, strangers, beside, fields, progress)
@@ -107,7 +109,7 @@ def fit_samples(
         bundle=bundle.digest,
         model=model,
         fingerprint=engine.fingerprint,
-        embed=settings.embed.model_copy(update={"layers": embedder.layers}),
+        embed=embed.model_copy(update={"layers": embedder.layers}),
         classifier=settings.classifier,
         fields=tuple(fields),
         experts=of_fields,

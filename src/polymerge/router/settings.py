@@ -7,9 +7,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..engine.base import Engine
 from ..errors import RouterError, first_problem
 from .classify import Kind
-from .embed import PROMPTS, EmbedSettings
+from .embed import ALIGNMENT_PROMPT, CHAT_MARKS, PROMPTS, TASK_PROMPT, EmbedSettings
+
+# Labelled samples of a field: from ENOUGH on nothing stands in for them, and below FEW the task prompt names more
+# fields rightly, while the gate is as good (docs/log-router.md).
+ENOUGH, FEW = 2, 16
 
 
 class FitSettings(BaseModel):
@@ -54,3 +59,18 @@ def fit_settings(
         return FitSettings.model_validate({"embed": embed, **others})
     except ValidationError as error:
         raise RouterError(f"{first_problem(error)} (got {error.errors()[0]['input']!r})") from None
+
+
+def with_template(embed: EmbedSettings, engine: Engine, fewest: int) -> EmbedSettings:
+    """The same with an alignment prompt where none was chosen.
+
+    Args:
+        engine: the task prompt is for models that know its marks; it takes fifteen tokens more a route.
+        fewest: labelled samples of the field that has fewest.
+    """
+    if embed.template is not None:
+        return embed
+    begins, ends = (engine.encode(mark, special=False) for mark in CHAT_MARKS)
+    knows_marks = len(begins) == len(ends) == 1 and begins != ends  # where they are one, it is the unknown token
+    few = ENOUGH <= fewest < FEW and knows_marks
+    return embed.model_copy(update={"template": TASK_PROMPT if few else ALIGNMENT_PROMPT})

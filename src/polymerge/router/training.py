@@ -21,11 +21,10 @@ from .loading import load_engine
 from .picture import draw_samples
 from .record import assessment_file, router_folder
 from .samples import Sample, samples_of
-from .settings import fit_settings
+from .settings import ENOUGH, fit_settings
 from .table import Table, label_by_experts, read_table
 
 FIT_REPORT = "fit.json"
-ENOUGH = 2  # labelled samples of a field, in whose place none stand in (docs/log-router.md)
 
 
 def fit_router(
