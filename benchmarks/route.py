@@ -211,6 +211,11 @@ def strangers(router: Router, test: Sequence[Sample], others: dict[str, Sequence
     return measured
 
 
+def evenly(rows: Sequence[Any], count: int | None) -> Sequence[Any]:
+    """At most `count` of the rows, from all over them: the files are sorted by subject."""
+    return rows[:: -(-len(rows) // count)] if count else rows
+
+
 def rest_of_files(data: Path, fields: Sequence[str], mixed: Sequence[Sample]) -> list[Sample]:
     """Test rows and foreign rows that the mixed file does not hold: nothing was ever chosen with them in view.
 
@@ -341,7 +346,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if "cost-quality" in options.parts:
         report["cost_quality"] = {
             name: cost_quality(
-                [row for _, row in read_rows(data / f"router/routellm_{name}.jsonl")][:rows], systems[OURS]
+                evenly([row for _, row in read_rows(data / f"router/routellm_{name}.jsonl")], rows),
+                systems[OURS],
+                plain,
             )
             for name in ("gsm8k", "mmlu")
         }
@@ -382,11 +389,13 @@ def tables(report: dict[str, Any]) -> Iterator[Table | str]:
             f"latency: a route takes {seconds['route'] * 1000:.0f} ms, {seconds['share']:.1%} of generating 64 tokens "
             f"({seconds['generate']:.2f} s)"
         )
-    for name, curve in report.get("cost_quality", {}).items():
-        yield (
-            f"cost-quality, {name}: weak {curve['weak']:.3f}, strong {curve['strong']:.3f}; APGR {curve['apgr']:.3f} "
-            f"(chance 0.5), CPT(50%) {curve['cpt50']:.1%}, CPT(80%) {curve['cpt80']:.1%} of calls to the strong model"
-        )
+    for name, curves in report.get("cost_quality", {}).items():
+        for system, curve in curves.items():
+            yield (
+                f"cost-quality, {name}, by {system}: weak {curve['weak']:.3f}, strong {curve['strong']:.3f}; APGR "
+                f"{curve['apgr']:.3f} (chance 0.5), CPT(50%) {curve['cpt50']:.1%}, CPT(80%) {curve['cpt80']:.1%} of "
+                "calls to the strong model"
+            )
 
 
 def main() -> None:

@@ -36,3 +36,8 @@ def test_questions_that_say_nothing_give_the_straight_line(module: Any) -> None:
     weak, strong = (rng.random(2000) < share for share in (0.6, 0.8))
     measures = module.measures(weak.astype(float), strong.astype(float), rng.random(2000))
     assert measures["apgr"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_two_answers_are_as_alike_as_the_words_that_stand_in_both(module: Any) -> None:
+    assert module._alike("The sum is 7", "the sum is 8") == pytest.approx(3 / 5)
+    assert module._alike("", "") == 0.0 and module._alike("a", "A") == 1.0
