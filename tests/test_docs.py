@@ -39,10 +39,27 @@ def test_the_recipes_are_valid(recipe: Path) -> None:
     assert len(load_recipe(recipe).experts) == 3
 
 
+def _headings(page: Path) -> set[str]:
+    """As GitHub makes them into the ends of links."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
-def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
-        assert (page.parent / target).exists(), target
+def test_links_lead_to_pages_and_headings(page: Path) -> None:
+    for target, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]+))?\)", page.read_text()):
+        place = page.parent / target if target else page
+        assert place.exists(), target
+        assert not heading or heading in _headings(place), (target, heading)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_files_of_the_repository_are_where_the_pages_say(page: Path) -> None:
+    named = re.findall(
+        r"(?<![\w/.-])((?:tests|benchmarks|recipes|deploy|docs)/[\w./-]*\w\.(?:py|md|yaml))\b", page.read_text()
+    )
+    assert not [name for name in named if not (ROOT / name).exists()]
 
 
 def test_the_page_of_the_assessment_names_every_key_and_default() -> None:

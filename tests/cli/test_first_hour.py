@@ -15,6 +15,7 @@ from rich.console import Console
 
 from polymerge.bundle.inspect import inspect_bundle
 from polymerge.cli import competing, console, demonstrating
+from polymerge.cli import main as command
 from polymerge.cli.main import main
 from polymerge.demo.run import DemoResult, SkillRow
 from polymerge.export.vllm.export import _Clock
@@ -110,6 +111,20 @@ def test_a_sentence_is_broken_between_words_in_a_terminal_and_not_in_a_pipe(
     assert piped == text and " ".join(line.strip() for line in shown) == text
     assert all(len(line) <= 80 or "/" in line for line in shown) and all(line.startswith("  ") for line in shown[1:])
     assert not any(line.endswith("12.5") for line in shown)
+
+
+def test_an_error_is_broken_between_words_in_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "err", Console(stderr=True, highlight=False, width=80, force_terminal=True))
+    monkeypatch.setattr("sys.argv", ["polymerge", "verify", "no-such-place-of-mine"])
+    with pytest.raises(SystemExit):
+        main()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "polymerge: no-such-place-of-mine: no such folder; make one with `polymerge merge",
+        "  recipe.yaml -o no-such-place-of-mine`",
+    ]
 
 
 def test_a_line_that_is_written_over_is_never_wider_than_the_terminal(

@@ -42,7 +42,8 @@ def test_what_may_help_is_said_for_what_happened() -> None:
     assert words_of(50, {}, 64) == ""
     empty, cut = words_of(50, {"empty": 46}, 64), words_of(50, {"cut": 2}, 64)
     assert "of 50 generated answers: 46 empty" in empty and "--chat" in empty and "--max-new-tokens" not in empty
-    assert "2 cut off at 64 tokens" in cut and "--max-new-tokens" in cut and "--chat" not in cut
+    assert "2 cut off at 64 tokens or by the clock" in cut and "--chat" not in cut
+    assert "--max-new-tokens or --time-limit" in cut  # where the clock ended them, more tokens would not
 
 
 def test_a_run_of_empty_answers_ends_with_a_warning_and_no_routing(

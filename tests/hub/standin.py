@@ -12,8 +12,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import pytest
+from huggingface_hub import constants
+
+from polymerge.sources import hub as reach
 from tests.served import Quiet, served
 
 LARGE = (".safetensors",)
@@ -176,3 +181,19 @@ def standin() -> Iterator[Hub]:
     hub = Hub()
     with served(type("Answers", (_Answers,), {"hub": hub})) as hub.url:
         yield hub
+
+
+@contextmanager
+def standin_for_all(folder: Path) -> Iterator[Hub]:
+    """The stand-in in the place of the hub of this process, with a cache and a token of its own in a folder."""
+    with standin() as made, pytest.MonkeyPatch.context() as patch:
+        template = made.url + "/{repo_id}/resolve/{revision}/{filename}"  # made of the endpoint when it is imported
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(constants, "ENDPOINT", made.url)
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+        patch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+        patch.setattr(reach, "getproxies", dict)
+        patch.setenv("HF_TOKEN", made.token)
+        yield made

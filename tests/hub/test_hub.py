@@ -14,9 +14,8 @@ from polymerge.bundle.hub import hub_id
 from polymerge.cli.main import main
 from polymerge.errors import BundleError, LockedError
 from polymerge.hub.card import model_card
-from polymerge.sources import hub as reach
 from tests.conftest import Merged
-from tests.hub.standin import Hub, Repo, standin
+from tests.hub.standin import Hub, Repo, standin_for_all
 
 # huggingface_hub's own, of the library that it sends with
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -24,16 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    with standin() as made:
-        template = made.url + "/{repo_id}/resolve/{revision}/{filename}"  # made of the endpoint when it is imported
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "ENDPOINT", made.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(reach, "getproxies", dict)
-        monkeypatch.setenv("HF_TOKEN", made.token)
+    with standin_for_all(tmp_path) as made:
         monkeypatch.chdir(tmp_path)
         yield made
 

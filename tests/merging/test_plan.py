@@ -230,3 +230,10 @@ def test_a_residual_of_two_experts_is_written_once_and_a_plan_says_so(count: int
     )
     said = count * planned.residual_bytes
     assert written == said - planned.shared_bytes and (planned.shared_bytes > 0) == (count == 2)
+
+
+def test_a_bundle_for_an_expert_is_told_to_be_its_average(merged: Merged, tmp_path: Path) -> None:
+    bundle, experts = merged("llama")
+    said = f"expert 'b' is the average of the bundle {bundle.path}; for one of its experts: polymerge export"
+    assert any(note.startswith(said) for note in plan_merge({"a": str(experts["e0"]), "b": str(bundle.path)}).notes)
+    assert not [note for note in plan_merge({n: str(p) for n, p in experts.items()}).notes if "the average of" in note]

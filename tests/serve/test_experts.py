@@ -1,15 +1,18 @@
 """Experts that come and go while a bundle is served, for an admin's key; and several of them by weight."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
 import pytest
 
-from polymerge import Bundle, load_model
+from polymerge import Bundle, load_model, merge
 from polymerge.engine.local.batching import BatchingEngine
 from polymerge.engine.local.engine import HFEngine
 from polymerge.serve.app import create_app
+from polymerge.serve.errors import ApiError
 from polymerge.serve.experts import LoadedExperts
 from polymerge.serve.keys import Keys
 from polymerge.serve.settings import ServeSettings
@@ -96,3 +99,14 @@ def test_a_mixture_is_a_model(served: Server) -> None:
     for wrong, status in (("e0:0.5+e9:0.5", 404), ("e0:-1+e1:2", 400), ("e0+auto", 400)):
         refused = ask(served, wrong)
         assert (refused.status_code, refused.json()["error"]["param"]) == (status, "model")
+
+
+def test_experts_that_share_factors_stay_and_it_is_said_why(merged: Merged, tmp_path: Path) -> None:
+    """Two experts merged by default do: `cannot be changed now; the server's log says why` helped nobody."""
+    sources = {name: str(path) for name, path in merged("llama")[1].items() if name != "e0"}
+    bundle = merge(sources, tmp_path / "two")
+    assert bundle.shared
+    experts = LoadedExperts(bundle, SimpleNamespace(experts=list(bundle.experts)), lambda *_: None, 1.0)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ApiError, match=r"share factors: all are loaded, or none; see `method: published`") as raised:
+        experts.unload("e1")
+    assert raised.value.status == 409

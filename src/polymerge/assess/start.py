@@ -7,6 +7,7 @@ from typing import Any
 
 from ..bundle.bundle import Bundle
 from ..bundle.hub import hub_id
+from ..bundle.place import file_to_write
 from ..errors import RecipeError
 from ..router.record import assessment_file
 from .recipe import load_assess_recipe
@@ -40,6 +41,7 @@ def assess_models(
     Raises:
         RecipeError: the recipe, a data set or a task file cannot be used. BundleError: the bundle cannot.
     """
+    output = file_to_write(output) if output is not None else None
     given = {"memory_gb": memory_gb, "max_experts": max_experts, "limit": limit, "device": device}
     changes = {name: value for name, value in given.items() if value is not None}
     if isinstance(source, dict) or not _is_bundle(source):
@@ -53,7 +55,7 @@ def assess_models(
         assessment = assess_bundle(bundle, recipe, base=base, fresh=fresh, progress=progress)
         output = output or assessment_file(bundle.path)
     if output is not None:
-        write_assessment_table(assessment, Path(output))
+        write_assessment_table(assessment, output)
     return assessment
 
 

@@ -90,11 +90,16 @@ class Bundle(BundleFolder):
         chosen = tuple(experts)
         for name in chosen:
             self.expert_folder(name)
-        if any(layer.base != "average" or layer.borrowed for layer in self.manifest.layers):
+        if self.shared:
             raise BundleError(f"{self.path}: its experts share factors, so they are loaded all together")
         made = type(self)(self.path, self.manifest)
         made._chosen = chosen
         return made
+
+    @property
+    def shared(self) -> bool:
+        """Whether one expert's factors are another's too, or the average is made of them: all are loaded, or none."""
+        return any(layer.base != "average" or layer.borrowed for layer in self.manifest.layers)
 
     @property
     def digest(self) -> str:

@@ -305,6 +305,8 @@ def version_of(
 def read_manifest(path: Path) -> Manifest:
     """The manifest of a bundle's folder, checked. Raises BundleError."""
     file = path / MANIFEST
+    if path.is_file():
+        raise BundleError(f"{path}: is a file, and a bundle is a folder with a {MANIFEST} in it")
     if not path.is_dir():
         raise BundleError(f"{path}: no such folder; make one with `polymerge merge recipe.yaml -o {path}`")
     missing = f"{path}: has no {MANIFEST}, so it is not a bundle; a plain checkpoint is merged first"

@@ -26,13 +26,13 @@ MARK_VERSION = 1
 WORK = ".partial"
 
 
-def settled(output: str | Path) -> Path:
+def settled(output: str | Path, what: str = "output") -> Path:
     """Where an output really lies: a link is followed here, once, and nowhere later.
 
     Raises:
         OutputExistsError: no folder or file can be made there.
     """
-    output = path_of(output, "output")
+    output = path_of(output, what)
     check_name(output)
     if not output.is_symlink():
         return output
@@ -56,6 +56,34 @@ def check_name(output: Path) -> None:
         raise OutputExistsError(
             f"{output}: lies in the bundle {bundle}, which would be whole no more; choose another place"
         )
+
+
+def file_to_write(path: str | Path, what: str = "output") -> Path:
+    """Where a file of results goes; asked before the work whose results they are.
+
+    Raises:
+        OutputExistsError: no file can be written there: a folder is there, or a file in the place of its folder, it may
+            not be written to, or a bundle's folder is all around.
+    """
+    path = settled(path, what)
+    if path.is_dir():
+        raise OutputExistsError(f"{path}: is a folder; name a file to write, such as {path / 'results'}")
+    _check_writable(path)
+    return path
+
+
+def folder_to_fill(path: str | Path, what: str = "output") -> Path:
+    """The same of a folder that files of results go into, which may be there."""
+    path = path_of(path, what)
+    check_name((path if path.name else path.absolute()) / "results")
+    _check_writable(path / "results")
+    return path
+
+
+def _check_writable(path: Path) -> None:
+    there = next(parent for parent in path.absolute().parents if parent.is_dir())
+    if not os.access(there, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise OutputExistsError(f"{path}: may not be written to; choose another place")
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:

@@ -26,11 +26,13 @@ def assess(
 ) -> None:
     """Measure candidates on fields and propose which to merge; of a bundle, its own experts for its router."""
     from ..assess.start import assess_models
+    from ..bundle.place import file_to_write
     from ..report.assessment import write_assessment
     from ..router.record import assessment_file
     from .assessing import assess_progress, print_assessment
     from .console import out, print_json
 
+    html = file_to_write(html, "html") if html is not None else None
     with assess_progress(quiet or as_json) as progress:
         assessment = assess_models(
             source, data=data, memory_gb=memory_gb, max_experts=max_experts, limit=limit, device=device, base=base,

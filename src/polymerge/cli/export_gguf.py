@@ -35,7 +35,7 @@ def export_for_gguf(
         for line in () if quiet else [*told_before("llama.cpp", plan.folded, plan.lost), *_within(plan.negligible)]:
             err.print(line, markup=False, soft_wrap=True)
 
-    with merge_progress(quiet or as_json, "exporting") as progress:
+    with merge_progress(quiet or as_json, "exporting", bytes=False) as progress:
         written = export_gguf(
             bundle, output, type=type, llama_cpp=llama_cpp, lossy=lossy, max_rank=max_rank, calibration=calibration,
             device=device, overwrite=overwrite, progress=progress, on_plan=planned,

@@ -30,7 +30,7 @@ def inspect(
     if html is not None:
         from ..report import write_report
 
-        write_report(bundle, html)
+        html = write_report(bundle, html)
     if as_json:
         print_json(inspection.to_json())
         return

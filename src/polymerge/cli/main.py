@@ -14,6 +14,7 @@ from ..version import __version__
 from .add import add
 from .assess import assess
 from .compete import compete
+from .console import err, tell
 from .demo import demo
 from .eval import eval
 from .export import export
@@ -80,11 +81,11 @@ def main() -> None:
         print("interrupted", file=sys.stderr)
         raise SystemExit(STOPPED) from None
     except PolymergeError as error:
-        print(f"polymerge: {error}", file=sys.stderr)
+        tell(f"polymerge: {error}", to=err)
         raise SystemExit(error.exit_code) from None
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # the reader of our output (head, less) has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(0) from None
-        print(f"polymerge: {error.filename or 'the disk'}: {error.strerror or error}", file=sys.stderr)
+        tell(f"polymerge: {error.filename or 'the disk'}: {error.strerror or error}", to=err)
         raise SystemExit(2) from None

@@ -38,12 +38,13 @@ def waiting(what: str, quiet: bool = False) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def merge_progress(quiet: bool, work: str = "merging") -> Iterator[OnProgress | None]:
-    """A progress line with rate, time left and peak memory; plain lines where there is no terminal."""
+def merge_progress(quiet: bool, work: str = "merging", *, bytes: bool = True) -> Iterator[OnProgress | None]:
+    """A progress line with rate (where bytes are counted), time left and peak memory; plain lines where there is no
+    terminal."""
     if quiet:
         yield None
     elif not err.is_terminal:
-        yield _PlainProgress(work)
+        yield _PlainProgress(work, bytes)
     else:
         columns = (TextColumn(work), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[note]}"))
         bar = Progress(*columns, console=err, transient=True)
@@ -51,7 +52,7 @@ def merge_progress(quiet: bool, work: str = "merging") -> Iterator[OnProgress | 
 
         def show(step: MergeProgress) -> None:
             bar.start()  # now, not before: what comes first has a progress of its own
-            bar.update(task, total=step.total, completed=step.done, note=_note(step))
+            bar.update(task, total=step.total, completed=step.done, note=_note(step, bytes))
             if step.done == step.total:
                 bar.stop()
 
@@ -62,19 +63,20 @@ def merge_progress(quiet: bool, work: str = "merging") -> Iterator[OnProgress | 
 
 
 class _PlainProgress:
-    def __init__(self, work: str) -> None:
-        self._work, self._next = work, 0.0
+    def __init__(self, work: str, bytes: bool) -> None:
+        self._work, self._bytes, self._next = work, bytes, 0.0
 
     def __call__(self, step: MergeProgress) -> None:
         share = step.done / step.total
         if share >= self._next or step.done == step.total:
             self._next = share + PLAIN_STEP
-            err.print(f"{self._work}: {share:4.0%}  {_note(step)}", soft_wrap=True)
+            err.print(f"{self._work}: {share:4.0%}  {_note(step, self._bytes)}", soft_wrap=True)
 
 
-def _note(step: MergeProgress) -> str:
+def _note(step: MergeProgress, bytes: bool) -> str:
     rate = (step.done - step.resumed) / step.seconds if step.seconds else 0.0
-    return f"{size(rate)}/s, {duration(step.seconds_left)} left, peak memory {size(step.peak_memory)}"
+    how_fast = f"{size(rate)}/s, " if bytes else ""
+    return f"{how_fast}{duration(step.seconds_left)} left, peak memory {size(step.peak_memory)}"
 
 
 @contextmanager

@@ -21,18 +21,18 @@ def push(
 ) -> None:
     """Write a bundle and its model card to the hub, private unless told otherwise. Run again, it goes on."""
     from ..hub import push_bundle
-    from .console import err, print_json, say, size
+    from .console import err, print_json, say, size, tell
 
-    def tell(text: str) -> None:
+    def told(text: str) -> None:
         if not (quiet or as_json):
-            err.print(text, markup=False, soft_wrap=True)
+            tell(text, to=err)
 
-    pushed = push_bundle(bundle, repo, public=public, overwrite=overwrite, say=tell)
+    pushed = push_bundle(bundle, repo, public=public, overwrite=overwrite, say=told)
     if as_json:
         print_json(asdict(pushed))
     elif not quiet:
         kind = "private" if pushed.private else "public"
         say(f"{pushed.url}: {pushed.files} files, {size(pushed.bytes)}, {kind}")
         for note in pushed.notes:
-            tell(f"note: {note}")
-        say(f"next: polymerge generate {repo} --expert NAME '...'   (any command takes the hub id)")
+            told(f"note: {note}")
+        say(f"next: polymerge generate {repo} --expert NAME '...'")

@@ -30,6 +30,7 @@ def search(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Find the recipe that keeps most within a budget: code, scale, embeddings, head and a rate for every layer."""
+    from ..bundle.place import folder_to_fill
     from ..report.blocks import plotly
     from ..report.search import write_search
     from ..search.explore import search_recipe as run
@@ -37,6 +38,7 @@ def search(
     from .logs import hush_libraries
 
     hush_libraries()
+    output = folder_to_fill(output)
     plotly()  # missing, it should be missed now and not after the work
 
     def say(text: str) -> None:

@@ -43,6 +43,7 @@ def sweep(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Merge at every rate with every code and measure each bundle against the original experts."""
+    from ..bundle.place import folder_to_fill
     from ..report.blocks import plotly
     from ..report.sweep import write_sweep
     from ..search.sweep import sweep as run
@@ -52,6 +53,7 @@ def sweep(
     from .searching import print_sweep
 
     hush_libraries()
+    output = folder_to_fill(output)
     plotly()  # missing, it should be missed now and not after the work
 
     def say(text: str) -> None:

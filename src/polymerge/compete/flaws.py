@@ -51,5 +51,5 @@ def words_of(written: int, flaws: Mapping[str, int], tokens: int) -> str:
     if set(flaws) != {"cut"}:
         cures.append("--chat asks in the experts' own template, --few-shot and --system say the form")
     if "cut" in flaws:
-        cures.append("a larger --max-new-tokens lets them end")
+        cures.append("a larger --max-new-tokens or --time-limit lets them end")
     return f"of {written} generated answers: {counts}; {'; '.join(cures)}"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..bundle.place import file_to_write
 from ..router.loading import load_router
 from .compare import Comparison, evaluate_modes, write_results
 from .run import HarnessSettings, require_harness
@@ -66,6 +67,7 @@ def evaluate_bundle(
     from ..engine.wrappers.cached import CachedEngine, answers_file
 
     require_harness()  # before a model is loaded
+    output = file_to_write(output) if output is not None else None
     engine = HFEngine.from_bundle(bundle, device=device, base=base, batch_tokens=batch_tokens)
     template = engine.tokenizer.chat_template
     chat = bool(data and template) if apply_chat_template is None else apply_chat_template
@@ -95,7 +97,7 @@ def evaluate_bundle(
         **routing,
     )
     if output is not None:
-        write_results(comparison, Path(output))
+        write_results(comparison, output)
     return comparison
 
 

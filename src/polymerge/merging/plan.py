@@ -14,6 +14,7 @@ import torch
 
 from ..bundle.alignment import Alignment
 from ..bundle.files import SLAB_NUMEL
+from ..bundle.manifest import MANIFEST
 from ..errors import RecipeError, SourceError
 from ..host import dtype_name
 from ..method.code import Code
@@ -189,7 +190,7 @@ def plan_merge(
     experts = [expert_of(n, c, trust_remote_code=recipe.trust_remote_code) for n, c in opened.items()]
     checkpoints = {expert.name: expert.checkpoint for expert in experts}
     first = experts[0]
-    notes = list(first.layer_map.notes)
+    notes = [*first.layer_map.notes, *_bundle_notes(checkpoints)]
     outlined = [name for name, checkpoint in opened.items() if isinstance(checkpoint, OutlineCheckpoint)]
     if outlined:
         shown = recipe.config or "the hub's config.json"
@@ -252,6 +253,16 @@ def replanned(plan: MergePlan, **settings: Unpack[RecipeSettings]) -> MergePlan:
     recipe = plan.recipe.model_copy(update=dict(settings))
     tasks = [replace(task_of(t.record, t.shape, t.sources, recipe), dtype=t.dtype, tables=t.tables) for t in plan.tasks]
     return replace(plan, recipe=recipe, tasks=with_adapters(with_differences(tasks), plan.checkpoints, recipe))
+
+
+def _bundle_notes(checkpoints: Mapping[str, Checkpoint]) -> list[str]:
+    """A bundle is a checkpoint, too: the average's."""
+    return [
+        f"expert {name!r} is the average of the bundle {checkpoint.folder}; for one of its experts: polymerge export "
+        f"{checkpoint.folder} --expert NAME --to dense"
+        for name, checkpoint in checkpoints.items()
+        if checkpoint.in_folder and (checkpoint.folder / MANIFEST).is_file()
+    ]
 
 
 def _adapter_notes(tasks: Sequence[TensorTask], checkpoints: Mapping[str, Checkpoint]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..bundle.bundle import Bundle
 from ..bundle.inspect import Inspection, inspect_bundle
+from ..bundle.place import file_to_write
 from ..recipe.rates import in_words
 from . import assessment
 from .answers import measured_answers, predicted_answers
@@ -30,8 +31,9 @@ def write_report(bundle: Bundle | str | Path, path: str | Path, *, demo: Sequenc
 
     Raises:
         BundleError: not a bundle, or one with an unusable assessment. MissingExtraError: plotly is not installed.
+        OutputExistsError: no page can be written there.
     """
-    bundle = Bundle.open(bundle)
+    bundle, path = Bundle.open(bundle), file_to_write(path, "html")
     inspection, stats = inspect_bundle(bundle), bundle.stats()
     body = [_top(inspection), measured_answers(demo) if demo else predicted_answers(inspection)]
     body += [demo_section(demo)] * bool(demo)

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from ..bundle.files import write_bytes
+from ..bundle.place import folder_to_fill
 from ..errors import needs_extra
 from ..merging.plan import MergePlan, plan_merge
 from ..method.codes import PLAIN
-from ..paths import path_of
 from ..recipe.merge import Recipe, RecipeLike, RecipeSettings, read_codes
 from ..recipe.written import recipe_text
 from .choices import Choice, Choices
@@ -117,7 +117,7 @@ def search_recipe(
         import optuna
     target = read_target(f"size={budget}")
     plan = plan_merge(recipe, **settings)
-    recipe, output, say = plan.recipe, path_of(output, "output"), progress or (lambda text: None)
+    recipe, output, say = plan.recipe, folder_to_fill(output), progress or (lambda text: None)
     examples = read_prompts(prompts, limit)
     check_examples(recipe, examples)
     choices = Choices(recipe, target.limit(plan.base_bytes), read_codes(codes))

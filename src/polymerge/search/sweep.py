@@ -16,13 +16,13 @@ from typing import Any, Unpack
 
 from ..bundle.bundle import Bundle
 from ..bundle.inspect import inspect_bundle
+from ..bundle.place import folder_to_fill
 from ..errors import RecipeError
 from ..merging.executor import Executor, in_threads
 from ..merging.plan import MergePlan, plan_merge
 from ..merging.run import run_plan
 from ..method.codes import PLAIN
 from ..model.loading import load_model
-from ..paths import path_of
 from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, load_recipe, read_codes
 from ..recipe.rates import AnyRates, in_words, read_named_rates
 from .agreement import Agreement, Reference
@@ -93,7 +93,7 @@ def sweep(
     Raises:
         RecipeError: an expert without examples. Whatever `merge` raises.
     """
-    recipe, output = load_recipe(recipe, **settings), path_of(output, "output")
+    recipe, output = load_recipe(recipe, **settings), folder_to_fill(output)
     examples = read_prompts(prompts, limit)
     check_examples(recipe, examples)
     names, rates = read_codes(codes), _numbers(rates)

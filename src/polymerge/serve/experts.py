@@ -88,8 +88,11 @@ class LoadedExperts:
             self._serve(self._bundle, left)
 
     def _serve(self, bundle: Bundle, names: Sequence[str]) -> None:
+        some = set(names) != set(bundle.manifest.experts)
+        if some and bundle.shared:
+            raise ApiError(409, "this bundle's experts share factors: all are loaded, or none; see `method: published`")
         try:
-            chosen = bundle if set(names) == set(bundle.manifest.experts) else bundle.only(names)
+            chosen = bundle.only(names) if some else bundle
             self._engine.replace(self._load(chosen, self._engine.model), self._seconds)
         except BundleError as error:
             logger.error("experts cannot be changed: %s", error)

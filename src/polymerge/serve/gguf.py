@@ -37,7 +37,10 @@ def export_of(source: str | Path, gguf: str | Path | None, say: Callable[[str], 
     if gguf is None and not (folder / NOTE).is_file():
         say(f"exporting {bundle.path} for llama.cpp, once, into {folder}")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        export_gguf(bundle.path, folder, type=TYPE, overwrite=True)
+        export_gguf(
+            bundle.path, folder, type=TYPE, overwrite=True,
+            progress=lambda step: say(f"exporting: {step.done} of {step.total} ({step.tensor})"),
+        )  # fmt: skip
     note = read_note(folder)
     if note.bundle != bundle.digest:
         raise BundleError(f"{folder}: is the export of another bundle than {bundle.path}; export this one")

@@ -8,6 +8,7 @@ Positions (rope) are apart because a bundle holds them for every expert. Knows k
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -120,4 +121,13 @@ def _without_old_names(value: Any) -> Any:
 
 
 def _same(one: Any, other: Any) -> bool:
-    return bool(one == other) or (one in (None, False) and other in (None, False))
+    return bool(_single(one) == _single(other)) or (one in (None, False) and other in (None, False))
+
+
+def _single(value: Any) -> Any:
+    """A number as a forward pass takes it. A GGUF file holds 1e-05 in 32 bits, which transformers and what was trained
+    from it then call 9.999999747378752e-06."""
+    try:
+        return struct.unpack("<f", struct.pack("<f", value))[0] if isinstance(value, float) else value
+    except OverflowError:
+        return value

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from polymerge import Bundle, merge
 from polymerge.engine import GenerateRequest, ScoreRequest
@@ -31,7 +31,7 @@ from polymerge.export.gguf.names import Architecture
 from polymerge.export.vllm.prompts import CalibrationPrompt
 from polymerge.serve.app import create_app
 from tests.serve.conftest import running
-from tests.tiny import letters_tokenizer, make_experts
+from tests.tiny import COMMON, letters_tokenizer, make_experts, text_tokenizer
 
 pytestmark = [
     pytest.mark.llamacpp,
@@ -51,6 +51,28 @@ def bundle_of(architecture: str, folder: Path, context: int | None = None) -> Bu
     sources = {name: str(path) for name, path in experts.items()}
     recipe = {"experts": sources, "compress_rate": 0.5, "norms": "average"}
     return merge(recipe, folder / "bundle")
+
+
+def test_characters_of_several_tokens_are_whole_and_scored(tmp_path: Path) -> None:
+    """llama.cpp streams whole characters and tells nothing of the tokens that begin them: an answer that was cut inside
+    one was broken off, one with a smile in it lost it, and choices in Chinese had no score."""
+    config = LlamaConfig(**COMMON | {"vocab_size": 260, "max_position_embeddings": 256})
+    experts = make_experts("llama", tmp_path, spread=0.05, count=2, config=config)
+    for path in experts.values():
+        text_tokenizer([("a", "b")]).save_pretrained(path)
+    sources = {name: str(path) for name, path in experts.items()}
+    bundle = merge({"experts": sources, "norms": "average"}, tmp_path / "bundle")
+    folder = export_gguf(bundle, tmp_path / "out", type="f32", calibration=SAMPLES, device="cpu").folder
+    embedded = HFEngine.from_bundle(bundle, device="cpu")
+    smile = choice_structure(["é😀 ab"])
+    asked = [GenerateRequest("ab c", "e0", max_new_tokens=n, structure=smile) for n in (1, 2, 3, 5, 6, 30)]
+    scores = [ScoreRequest("ab", text, "e0") for text in ("x", "é", "😀", "漢字")]
+    with llama_engine(folder, rows=2, cache_tokens=512, probe=False) as engine:
+        answers, known = engine.generate(asked), embedded.generate(asked)
+        pairs = list(zip(engine.loglikelihood(scores), embedded.loglikelihood(scores), strict=True))
+    assert [(a.text, a.tokens, a.finish) for a in answers[:-1]] == [(b.text, b.tokens, b.finish) for b in known[:-1]]
+    assert answers[-1].text == "é😀 ab" and answers[-1].finish == "stop"
+    assert all(abs(a.log_likelihood - b.log_likelihood) < 0.05 for a, b in pairs)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "qwen3"])

@@ -247,3 +247,16 @@ def test_a_folder_that_was_changed_is_refused(bundles: Any, tmp_path: Path) -> N
     (folder / NOTE).write_text(json.dumps(data))
     with pytest.raises(BundleError, match=r"experts\.e0\.probe"):
         read_note(folder)
+
+
+def test_the_export_that_serve_makes_by_itself_says_how_far_it_is(bundles: Any) -> None:
+    """It takes a minute, once: the server was silent that long."""
+    from polymerge.serve.gguf import export_of
+
+    bundle, said = bundles("llama"), list[str]()
+    _, folder = export_of(bundle.path, None, said.append)
+    assert said[0] == f"exporting {bundle.path} for llama.cpp, once, into {folder}"
+    assert [line.split(" (")[0] for line in said[1:5]] == [f"exporting: {n} of 4" for n in (1, 2, 3, 4)]
+    said.clear()
+    export_of(bundle.path, None, said.append)
+    assert len(said) == 1 and said[0].startswith(f"llama.cpp serves {folder}: base q8_0")

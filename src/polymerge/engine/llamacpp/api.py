@@ -8,6 +8,8 @@ from typing import Any
 from ...errors import ModelError
 from ..http_api import HttpApi
 
+A_LETTER, ALL = "root ::= [ -~]+", 1_000_000
+
 
 class LlamaApi(HttpApi):
     """A llama-server, of another process or of this one; arguments are `HttpApi`'s."""
@@ -40,14 +42,27 @@ class LlamaApi(HttpApi):
         """How likely what follows a text is: the `count` likeliest tokens, and with `token` that one too.
 
         llama.cpp tells the log-probability of the token that it takes, before any sampler, so it is made to take this
-        one. What the text shares with a slot's last one is not read again.
+        one. Of a token that is a part of a character it tells nothing: then it is made to take a letter, and to tell of
+        all tokens. What the text shares with a slot's last one is not read again.
         """
         body: dict[str, Any] = {"prompt": list(ids), "n_predict": 1, "temperature": 0.0, "n_probs": max(count, 1)}
         body |= {"lora": lora, "return_tokens": True, "cache_prompt": True, "repeat_penalty": 1.0}
-        if token is not None:
-            body["logit_bias"] = [[token, 1e6]]
-        told = self.complete(body).get("completion_probabilities") or []
-        if not told or (token is not None and told[0]["id"] != token):
+        told = self._told(body if token is None else {**body, "logit_bias": [[token, 1e6]]})
+        if told and (token is None or told["id"] == token):
+            return told
+        told = self._told({**body, "grammar": A_LETTER, "n_probs": ALL if token is not None else body["n_probs"]})
+        top = (told or {}).get("top_logprobs") or []
+        found = next((entry for entry in top if token in (None, entry["id"])), None)
+        if found is None:
             raise ModelError(f"{self.url}: the server does not tell a token's log-probability; is it llama.cpp's?")
-        score: dict[str, Any] = told[0]
-        return score
+        return {**found, "top_logprobs": top[: body["n_probs"]]}
+
+    def _told(self, body: dict[str, Any]) -> dict[str, Any] | None:
+        told = self.complete(body).get("completion_probabilities") or [None]
+        first: dict[str, Any] | None = told[0]
+        return first
+
+    def tokenize(self, text: str) -> list[int]:
+        """A text's tokens, special ones not among them."""
+        tokens: list[int] = self.ask("/tokenize", {"content": text, "add_special": False})["tokens"]
+        return tokens

@@ -29,7 +29,8 @@ def form_of(structure: Structure | None) -> dict[str, Any]:
         schema = json.loads(structure.text)
         return {"json_schema": {**schema, "x-guidance": ONE_LINE} if isinstance(schema, dict) else schema}
     if structure.kind == "choice":
-        return {"grammar": "root ::= " + " | ".join(map(json.dumps, json.loads(structure.text)))}
+        quoted = [json.dumps(choice, ensure_ascii=False) for choice in json.loads(structure.text)]
+        return {"grammar": "root ::= " + " | ".join(quoted)}  # GBNF's \\u knows no pairs
     if structure.kind == "regex":
         raise ModelError(f"{structure.name}: llama.cpp takes no regular expressions; say it as a grammar in GBNF")
     if "::=" not in structure.text:

@@ -7,6 +7,7 @@ not know folders or threads.
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Sequence
@@ -71,11 +72,14 @@ class Reader:
         left = None if answer.due is None else answer.due - time.monotonic()
         if left is not None and left <= 0:
             raise DeadlineError("the answer was not whole in time")
-        stopped = "broken"
-        with closing(self._api.stream(self._body(answer, lora), timeout=left)) as events:
+        stopped, predicted, body = "broken", 0, self._body(answer, lora)
+        with closing(self._api.stream(body, timeout=left)) as events:
             for event in events:
+                for token in self._untold(answer, event, body, predicted):
+                    answer.take(token, self._score_of(answer, token, lora))
                 for token, score in _tokens(answer, event):
                     answer.take(token, score)
+                predicted = event.get("tokens_predicted", predicted)
                 if answer.due is not None and time.monotonic() > answer.due:
                     answer.fail(DeadlineError("the answer was not whole in time"))
                 if answer.over:
@@ -86,10 +90,33 @@ class Reader:
                 stopped = event.get("stop_type") or stopped
         return stopped
 
+    def _untold(self, answer: Answer, event: dict[str, Any], body: dict[str, Any], predicted: int) -> list[int]:
+        """Tokens before an event's that had none: llama.cpp streams whole characters, and of their tokens the last.
+
+        The others are read off the text; where it ends before the character is whole, off the same answer once more.
+        """
+        last = bool(event.get("stop"))
+        told = [] if last else event.get("tokens") or []
+        count = event.get("tokens_predicted", 0) - predicted - len(told)
+        if count <= 0:
+            return []
+        if last:
+            whole = self._api.complete({**body, "n_predict": predicted + count}).get("tokens") or []
+            return list(whole[predicted:])
+        ids = self._api.tokenize(event["content"])
+        return ids[-count - len(told) : -len(told)] if ids[-len(told) :] == told else ids[:-1]
+
+    def _score_of(self, answer: Answer, token: int, lora: Lora) -> TokenScore | None:
+        count = answer.request.logprobs
+        if count is None:
+            return None
+        return _score(answer, self._api.next_scores(answer.tokens, lora, token=token, count=count), count)
+
     def _body(self, answer: Answer, lora: Lora) -> dict[str, Any]:
         asked = answer.request.generate
         body = {"prompt": answer.tokens, "lora": lora, **settings(asked)}
         body["n_predict"] = asked.max_new_tokens - len(answer.made)
+        body["seed"] = secrets.randbelow(2**32 - 1) if body["seed"] == -1 else body["seed"]  # it may be asked twice
         body["repeat_last_n"] = answer.longest if body["repeat_penalty"] != 1.0 else 0  # 0 looks at none
         if answer.request.logprobs is not None:
             body["n_probs"] = max(answer.request.logprobs, 1)
