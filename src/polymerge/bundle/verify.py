@@ -28,7 +28,7 @@ from .manifest import MANIFEST
 from .named import ROUTER, has_content
 from .peft import adapter_config, borrowed_config, coded_config
 from .personas import persona_problems
-from .sealed import seal_holds
+from .sealed import router_seal_holds, seal_holds
 from .unlisted import unlisted_files
 
 # Of a number that is written with all its digits: fewer are another reader's rounding.
@@ -111,7 +111,8 @@ def verify_files(bundle: Bundle, progress: Callable[[str], None] | None = None) 
 
 
 def router_problems(folder: Path) -> Iterator[str]:
-    """Where the router's files, which no manifest lists, are not what their names say: they are named by content."""
+    """Where the router's record, which no manifest lists, is not what its digest says, or files that it names are not
+    what their names say."""
     record = folder / ROUTER
     if not record.is_file():
         return
@@ -120,6 +121,8 @@ def router_problems(folder: Path) -> Iterator[str]:
     except SourceError as error:
         yield f"router/{record.name}: {error}; run `polymerge router fit` again"
         return
+    if not router_seal_holds(said):
+        yield f"router/{record.name}: was changed by hand or damaged; run `polymerge router fit` again"
     for name in (str(said[kind]) for kind in ROUTER_FILES if said.get(kind)):
         file = record.parent / name
         if not file.is_file():

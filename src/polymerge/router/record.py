@@ -23,6 +23,7 @@ from safetensors.numpy import load, save
 
 from ..bundle.files import SCRATCH, write_bytes
 from ..bundle.named import ROUTER, has_content, named_by_content
+from ..bundle.sealed import ROUTER_KEY, router_digest
 from ..bundle.versioned import read_versioned
 from ..data.rows import rows_of
 from ..engine.base import FloatArray
@@ -57,6 +58,7 @@ class RouterRecord(BaseModel):
         labelled: training samples that somebody labelled, the first of them; 0 is a router fitted without labels, and
             None one of before that was noted, whose samples are all labelled.
         descriptions: field -> the description that the other samples were made of.
+        digest: of all the others, which `verify` looks at; None of one of before it was noted.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -80,6 +82,7 @@ class RouterRecord(BaseModel):
     weights: Annotated[str, Field(pattern=rf"^({WEIGHTS.pattern})?$")] = ""
     samples: Annotated[str, Field(pattern=rf"^({SAMPLES.pattern})?$")] = ""
     held: Annotated[str, Field(pattern=rf"^({HELD.pattern})?$")] = ""
+    digest: str | None = None
 
     @field_validator("experts", "fallback")
     @classmethod
@@ -124,7 +127,7 @@ def write_record(
 ) -> RouterRecord:
     """Writes a router and removes the files of the one before it, or of one that was never whole.
 
-    Returns the record with the files' names.
+    Returns the record with the files' names and its digest.
     """
     folder.mkdir(exist_ok=True)
     weights = save(dict(arrays), metadata={"format": "np"})
@@ -134,6 +137,7 @@ def write_record(
         "held": _write_named(folder, "held", ".jsonl", _lines(held)) if held else "",
     }
     record = record.model_copy(update=named)
+    record = record.model_copy(update={ROUTER_KEY: router_digest(json.loads(record.model_dump_json()))})
     write_bytes(folder / RECORD, (record.model_dump_json(indent=1) + "\n").encode())
     for file in list(folder.iterdir()):
         if OWN.fullmatch(file.name) and file.name not in named.values():
