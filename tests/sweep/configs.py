@@ -25,7 +25,7 @@ SIZES: dict[Any, str] = {
     "encoder_hidden_size image_token_embed_dim num_pos_feats output_channels base_channels latent_channels",
     96: "intermediate_size ffn_dim d_ff decoder_ffn_dim encoder_ffn_dim dff dim_ff d_inner feed_forward_size "
     "intermediate_size_mlp dense_intermediate_size ffn_hidden_size vocab_size vocab_size_per_layer_input "
-    "decoder_vocab_size pronunciation_vocab_size shape_vocab_size mlp_dim codebook_size num_embeddings "
+    "decoder_vocab_size pronunciation_vocab_size shape_vocab_size mlp_dim num_embeddings "
     "mel_vocab_size alignment_intermediate_size projection_intermediate_size share_expert_dim",
     2: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_encoder_layers "
     "num_decoder_layers num_blocks num_key_value_heads num_kv_heads swa_num_key_value_heads num_experts_per_tok "
@@ -47,7 +47,7 @@ SIZES: dict[Any, str] = {
     "shared_intermediate_size expert_ffn_hidden_size expert_intermediate_size shared_experts_intermediate_size "
     "ple_embed_dim",
     128: "max_position_embeddings n_positions n_ctx max_seq_len context_length model_max_length max_target_positions "
-    "max_source_positions original_max_position_embeddings",
+    "max_source_positions original_max_position_embeddings codebook_size",
     1: "n_shared_experts num_shared_experts moe_num_shared_experts n_group topk_group num_expert_group "
     "first_k_dense_replace num_dense_layers mamba_n_groups n_groups num_layers_per_stack bos_token_id "
     "decoder_start_token_id cls_token_id",

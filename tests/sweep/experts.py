@@ -33,8 +33,11 @@ def make_model(architecture: str) -> Any:
     table = (
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if architecture in MULTIMODAL else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     )
+    model, config = getattr(transformers, table[kind]), tiny_config(kind)
+    if model.config_class and not isinstance(config, model.config_class):  # the text model of one that reads images
+        config = config.get_text_config(decoder=True)
     torch.manual_seed(0)
-    return getattr(transformers, table[kind])(tiny_config(kind)).float().eval()
+    return model(config).float().eval()
 
 
 def make_experts(
