@@ -197,7 +197,7 @@ def test_the_mistakes_of_the_first_hour_read_as_its_page_says(
 
 @pytest.fixture
 def passing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merged: Merged) -> Path:
-    """What the page's second block of mistakes is about: experts without a tokenizer, answers of nothing or too much."""
+    """What the page's second block of mistakes is about: experts without a tokenizer, empty and cut answers."""
     experts = list(merged("llama")[1].values())
     (tmp_path / "tokenless.yaml").write_text(f"experts:\n  math: {experts[0]}\n  shell: {experts[1]}\n")
     (tmp_path / "math-full").symlink_to(experts[0])
