@@ -234,4 +234,4 @@ def test_what_is_told_in_passing_reads_as_the_page_says(
 
 def _numberless(line: str) -> str:
     """Progress without how far and how fast it is."""
-    return re.sub(r" +[\d.]+(?:%| [kM]?B)", " #", line) if line.startswith("exporting") else line
+    return re.sub(r" +[\d.]+(?:%| [kMG]?B)", " #", line) if line.startswith("exporting") else line
