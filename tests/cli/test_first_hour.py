@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -12,7 +13,9 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from transformers import LlamaConfig
 
+from polymerge import merge
 from polymerge.bundle.inspect import inspect_bundle
 from polymerge.cli import competing, console, demonstrating
 from polymerge.cli import main as command
@@ -23,6 +26,7 @@ from polymerge.merging.choices import bytes_of_codes
 from polymerge.merging.plan import plan_merge
 from polymerge.merging.run import Progress
 from tests.conftest import Merged
+from tests.tiny import COMMON, make_experts, text_tokenizer
 
 
 @pytest.fixture
@@ -189,3 +193,45 @@ def test_the_mistakes_of_the_first_hour_read_as_its_page_says(
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == 2 and capsys.readouterr().err == f"{read}\n", typed
+
+
+@pytest.fixture
+def passing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merged: Merged) -> Path:
+    """What the page's second block of mistakes is about: experts without a tokenizer, empty and cut answers."""
+    experts = list(merged("llama")[1].values())
+    (tmp_path / "tokenless.yaml").write_text(f"experts:\n  math: {experts[0]}\n  shell: {experts[1]}\n")
+    (tmp_path / "math-full").symlink_to(experts[0])
+    tokenizer = text_tokenizer()
+    config = LlamaConfig(**COMMON | {"vocab_size": len(tokenizer), "max_position_embeddings": 8192})
+    made = make_experts("llama", tmp_path / "made", count=2, config=config)
+    for name, ends in (("kept", list(range(2, len(tokenizer)))), ("wordy", [])):
+        for path in made.values():
+            tokenizer.save_pretrained(path)
+            (path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        sources = dict(zip(("math", "shell"), map(str, made.values()), strict=True))
+        merge({"experts": sources, "embeddings": "keep", "lm_head": "keep"}, tmp_path / name)
+    rows = "".join(f"{n},{n} plus {n},generation,,{2 * n if n else ''}\n" for n in range(50))
+    (tmp_path / "comp.csv").write_text("id,input,eval_type,answer_choices,target\n" + rows)
+    (tmp_path / "one.csv").write_text("id,input,eval_type,answer_choices\n0,tell me all,generation,\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_what_is_told_in_passing_reads_as_the_page_says(
+    passing: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "first-hour.md").read_text(encoding="utf-8")
+    block = page.split("What is told in passing")[1].split("```text\n")[1].split("```")[0]
+    for typed, *shown in (part.splitlines() for part in block.split("$ ")[1:]):
+        monkeypatch.setattr("sys.argv", shlex.split(typed))
+        with pytest.raises(SystemExit):
+            main()
+        heard = capsys.readouterr()
+        lines = [_numberless(line) for line in (heard.out + heard.err).splitlines()]
+        assert not [line for line in map(_numberless, shown) if line not in [*lines, "..."]], (typed, heard)
+        assert "..." in shown or len(lines) == len(shown), typed
+
+
+def _numberless(line: str) -> str:
+    """Progress without how far and how fast it is."""
+    return re.sub(r" +[\d.]+(?:%| [kMG]?B)", " #", line) if line.startswith("exporting") else line

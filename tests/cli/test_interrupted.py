@@ -185,3 +185,17 @@ def test_ctrl_c_where_the_bundle_cannot_be_opened_is_a_line_and_the_same_code(
         raise KeyboardInterrupt
     assert ended.value.code == STOPPED
     assert "`polymerge inspect` says whether x is in it" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_demo_that_is_stopped_says_what_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("polymerge.demo.start.run_demo", stopped)
+    monkeypatch.setattr("sys.argv", ["polymerge", "demo"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.startswith("interrupted: experts that are trained lie in the cache")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from polymerge.bundle.place import file_to_write
 from polymerge.cli.main import main
 from tests.conftest import Merged
 from tests.tiny import recipe_folder
@@ -25,6 +26,7 @@ FOLDERS = {
 }
 WRONG = {
     **{(name, "bundle"): "bundle: is a folder; name a file to write" for name in FILES},
+    **{(name, place): f"{place}: exists, and holds no" for name in FILES for place in ("note.txt", "prompts.jsonl")},
     **{(name, "."): ".: not the name of a folder to make" for name in FILES},
     **{(name, "bundle/x"): "bundle/x: lies in the bundle" for name in FILES},
     **{(name, "note.txt/x"): ": note.txt is a file, so no folder" for name in [*FILES, *FOLDERS]},
@@ -84,3 +86,9 @@ def test_a_file_is_not_called_a_missing_folder(
     assert capsys.readouterr().err == (
         "polymerge: note.txt: is a file, and a bundle is a folder with a polymerge.json in it\n"
     )
+
+
+def test_earlier_results_are_replaced(tmp_path: Path) -> None:
+    for text in ("", '{\n "a": 1\n}', "<!doctype html>\n<html>"):
+        (tmp_path / "results").write_text(text)
+        assert file_to_write(tmp_path / "results") == tmp_path / "results"

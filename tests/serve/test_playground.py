@@ -182,7 +182,11 @@ def test_thumbs_are_kept_only_where_the_server_was_told_to(page: Page, browser: 
 def test_a_whole_conversation_fits_its_screen(browser: Browser, kept: Server, width: int, tmp_path: Path) -> None:
     page = opened(browser, kept, width, color_scheme="dark")
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    assert page.evaluate(lit := "getComputedStyle($('theme')).backgroundColor") == page.evaluate(
+        "getComputedStyle($('send')).backgroundColor"
+    )
     page.click("#theme")
+    assert page.evaluate(lit) == "rgb(255, 255, 255)"
     page.check("#compare")
     page.select_option("#right", "e2")
     page.fill("#tokens", "12")

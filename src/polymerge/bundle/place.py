@@ -62,14 +62,23 @@ def file_to_write(path: str | Path, what: str = "output") -> Path:
     """Where a file of results goes; asked before the work whose results they are.
 
     Raises:
-        OutputExistsError: no file can be written there: a folder is there, or a file in the place of its folder, it may
-            not be written to, or a bundle's folder is all around.
+        OutputExistsError: no file can be written there: a folder or somebody's own file is there, or a file in the
+            place of its folder, it may not be written to, or a bundle's folder is all around.
     """
     path = settled(path, what)
     if path.is_dir():
         raise OutputExistsError(f"{path}: is a folder; name a file to write, such as {path / 'results'}")
     _check_writable(path)
+    if path.is_file() and not _earlier(path):
+        raise OutputExistsError(f"{path}: exists, and holds no earlier results; it is never overwritten")
     return path
+
+
+def _earlier(file: Path) -> bool:
+    """Whether a file begins as pages and indented JSON do, or is empty."""
+    with file.open("rb") as handle:
+        beginning = handle.read(15)
+    return not beginning or beginning.startswith(b"{\n") or beginning.lower() == b"<!doctype html>"
 
 
 def folder_to_fill(path: str | Path, what: str = "output") -> Path:

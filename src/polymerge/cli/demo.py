@@ -24,17 +24,22 @@ def demo(
 ) -> None:
     """Fine-tune three experts of SmolLM2-135M, merge them, and show what each keeps. Six minutes on two cores."""
     from ..demo.start import run_demo
-    from .console import print_json
+    from .console import err, print_json, tell
     from .demonstrating import demo_listeners, print_demo
+    from .interrupted import STOPPED
     from .logs import hush_libraries
     from .words import read_list
 
     hush_libraries()
-    with demo_listeners(quiet or as_json) as listeners:
-        result = run_demo(
-            output, data=data, skills=read_list(skills), steps=steps, learning_rate=learning_rate,
-            compress_rate=compress_rate, listeners=listeners,
-        )  # fmt: skip
+    try:
+        with demo_listeners(quiet or as_json) as listeners:
+            result = run_demo(
+                output, data=data, skills=read_list(skills), steps=steps, learning_rate=learning_rate,
+                compress_rate=compress_rate, listeners=listeners,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        tell("interrupted: experts that are trained lie in the cache; the same command goes on with the next", to=err)
+        raise SystemExit(STOPPED) from None
     if as_json:
         print_json(result.to_json())
     else:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..bundle.bundle import Bundle
+from ..errors import DataError
 from ..host import peak_memory
 from ..merging.run import OnProgress
 from ..model.loading import load_model
@@ -131,12 +132,23 @@ def demonstrate(settings: DemoSettings, listeners: Listeners) -> DemoResult:
 
 
 def load_skills(settings: DemoSettings) -> list[Skill]:
-    """The demo's own skills, or those of a folder."""
+    """The demo's own skills, or those of a folder.
+
+    Raises:
+        DataError: a skill that there is not, or fewer than two.
+    """
     needed = settings.train.steps * settings.train.batch
     if settings.data is not None:
         return read_skills(settings.data, settings.skills, train=needed, test=settings.test_examples)
-    skills = demo_skills(train=min(needed, 600), test=settings.test_examples)
-    return [skill for skill in skills if settings.skills is None or skill.name in settings.skills]
+    skills = {skill.name: skill for skill in demo_skills(train=min(needed, 600), test=settings.test_examples)}
+    names = list(skills) if settings.skills is None else settings.skills
+    if unknown := [name for name in names if name not in skills]:
+        raise DataError(
+            f"--skills: no skill {unknown[0]!r}; the demo has {', '.join(skills)}, or those of --data FOLDER"
+        )
+    if len(names) < 2:
+        raise DataError(f"--skills {','.join(names)}: a merge needs at least two of {', '.join(skills)}")
+    return [skills[name] for name in names]
 
 
 def _row(model: MixedModel, original: Path, skill: Skill, original_accuracy: float) -> SkillRow:
