@@ -18,6 +18,8 @@ from polymerge.engine.defaults import GenerationDefaults
 from polymerge.engine.llamacpp.folder import NOTE, Served, read_note, serve_command
 from polymerge.errors import BundleError, ModelError
 from polymerge.export import export_gguf, plan_gguf
+from polymerge.export.expressed import Expressed
+from polymerge.export.factors import FactorMaker, write_peft
 from polymerge.export.gguf.adapters import check_pairs, write_lora
 from polymerge.export.gguf.converter import LlamaCpp, quantizer
 from polymerge.export.gguf.file import Stored, write_gguf
@@ -25,8 +27,10 @@ from polymerge.export.gguf.forward import check_positions, left_out
 from polymerge.export.gguf.measure import check_served, divergence
 from polymerge.export.gguf.modelfile import chat_lines, modelfile
 from polymerge.export.gguf.names import Architecture, architecture_of, interleaved
+from polymerge.export.gguf.plan import RUNTIME
 from polymerge.export.gguf.tokens import GPT2, describe_tokenizer, splitting
 from polymerge.export.gguf.types import stored_type
+from polymerge.export.vllm.calibrate import Calibration
 from polymerge.export.vllm.prompts import CalibrationPrompt
 from tests.tiny import ARCHITECTURES, COMMON, VOCAB, letters_tokenizer, make_experts
 
@@ -371,3 +375,16 @@ def test_an_export_that_llama_cpp_answers_otherwise_is_refused(bundles: Any, tmp
     with pytest.raises(ModelError, match=r"'e0': llama.cpp is 0.1 nats a token \(KL\) from the exported expert"):
         check_served(served(0.1))
     check_served(served(0.1).model_copy(update={"lost": ("what the caller knows of",)}))
+
+
+def test_factors_of_a_scaled_embedding_are_measured_as_they_are_added(bundles: Any, tmp_path: Path) -> None:
+    """Gemma's module scales what it looks up, and factors are added to the table."""
+    bundle = bundles("gemma3", compress_rate=0.0, norms="average")
+    expressed = Expressed(bundle, RUNTIME, 64)
+    tasks = expressed.tasks("e0")
+    assert any(task.embedding for task in tasks)
+    norms = {layer.module: layer.tensor for layer in bundle.layers.values() if layer.role == "norm"}
+    maker = FactorMaker(bundle, norms, torch.device("cpu"), torch.float32)
+    write_peft(bundle, tasks, maker.pairs("e0", tasks, {}), tmp_path / "peft", torch.float32)
+    measured = Calibration(bundle, SAMPLES, torch.device("cpu")).measure("e0", tmp_path / "peft")
+    assert measured.kl < 0.02 * measured.kl_average
