@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..bundle.adapter import adapter_shapes
 from ..bundle.bundle import Bundle
@@ -19,6 +21,7 @@ from ..bundle.layer import BundleLayer
 from ..bundle.peft import is_fused
 from ..errors import ModelError
 from ..sources.checkpoint import natural_key
+from ..sources.layers import meta_model
 from ..sources.persona import Persona, end_tokens, load_tokenizer, same_words
 from .vllm.norms import gain_ratio, norm_modules, norm_readers
 
@@ -148,6 +151,7 @@ class Expressed:
         self._takes_embeddings = runtime.takes_embeddings
         linear = {layer.module for layer in bundle.layers.values() if layer.role == "linear"}
         self._takes = linear
+        self._others = _other_tables(bundle.path)
         self._readers = norm_readers(bundle.path)
         self._norms = norm_modules(bundle.path)
         shapes = [adapter_shapes(bundle, expert) for expert in bundle.experts]
@@ -191,7 +195,8 @@ class Expressed:
         self, expert: str, layer: BundleLayer, changed: bool, norm: str | None, exact: int | None
     ) -> list[Factored]:
         """An embedding or a head; the first may be both."""
-        if changed and not self._takes_embeddings:
+        takes = self._takes_embeddings and layer.module not in self._others
+        if changed and not takes:
             self.lost.append(
                 f"{expert}: {layer.tensor}: {self.runtime.name} takes no adapter there with this architecture"
             )
@@ -231,6 +236,15 @@ class Expressed:
                 lost = _share(theirs, base) > self.runtime.negligible
                 (self.lost if lost else self.negligible).append(f"{expert}: {layer.tensor}: {why}")
         return folded
+
+
+def _other_tables(folder: Path) -> set[str]:
+    """Modules of tables that look up something else than the text's tokens: positions, or a layer's own of tokens."""
+    model: Any = meta_model(folder)
+    if model is None:
+        return set()
+    table = model.get_input_embeddings()
+    return {name for name, part in model.named_modules() if isinstance(part, nn.Embedding) and part is not table}
 
 
 def _cure(whole: Sequence[BundleLayer]) -> str:

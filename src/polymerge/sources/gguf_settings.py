@@ -189,5 +189,10 @@ def _put_gates(said: Mapping[str, Any], config: Any) -> None:
 
 def _put_query_scale(config: Any) -> None:
     if getattr(config, "query_pre_attn_scalar", None) is not None:
-        by_width = _SCALED_BY_WIDTH.get(config.model_type) == config.num_hidden_layers
-        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if by_width else config.head_dim
+        config.query_pre_attn_scalar = query_scale(config)
+
+
+def query_scale(config: Any) -> int:
+    """What llama.cpp divides queries by, of a model that has a setting for it: a square, no file says it."""
+    by_width = _SCALED_BY_WIDTH.get(config.model_type) == config.num_hidden_layers
+    return int(config.hidden_size // config.num_attention_heads if by_width else config.head_dim)

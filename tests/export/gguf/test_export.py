@@ -9,22 +9,30 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
 
 from polymerge import Bundle, merge
 from polymerge.engine.defaults import GenerationDefaults
-from polymerge.engine.llamacpp.folder import NOTE, read_note, serve_command
+from polymerge.engine.llamacpp.folder import NOTE, Served, read_note, serve_command
 from polymerge.errors import BundleError, ModelError
 from polymerge.export import export_gguf, plan_gguf
-from polymerge.export.gguf.adapters import write_lora
+from polymerge.export.expressed import Expressed
+from polymerge.export.factors import FactorMaker, write_peft
+from polymerge.export.gguf.adapters import check_pairs, write_lora
 from polymerge.export.gguf.converter import LlamaCpp, quantizer
-from polymerge.export.gguf.measure import divergence
+from polymerge.export.gguf.file import Stored, write_gguf
+from polymerge.export.gguf.forward import check_positions, left_out
+from polymerge.export.gguf.measure import check_served, divergence
 from polymerge.export.gguf.modelfile import chat_lines, modelfile
 from polymerge.export.gguf.names import Architecture, architecture_of, interleaved
+from polymerge.export.gguf.plan import RUNTIME
 from polymerge.export.gguf.tokens import GPT2, describe_tokenizer, splitting
+from polymerge.export.gguf.types import stored_type
+from polymerge.export.vllm.calibrate import Calibration
 from polymerge.export.vllm.prompts import CalibrationPrompt
-from tests.tiny import ARCHITECTURES, VOCAB, letters_tokenizer, make_experts
+from tests.tiny import ARCHITECTURES, COMMON, VOCAB, letters_tokenizer, make_experts
 
 SAMPLES = [CalibrationPrompt("abc", answer="de")]
 
@@ -260,3 +268,136 @@ def test_the_export_that_serve_makes_by_itself_says_how_far_it_is(bundles: Any) 
     said.clear()
     export_of(bundle.path, None, said.append)
     assert len(said) == 1 and said[0].startswith(f"llama.cpp serves {folder}: base q8_0")
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+GEMMA = {**COMMON, "head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 8}
+
+
+@pytest.mark.parametrize(
+    ("config", "left"),
+    [  # what llama.cpp itself was seen to answer: another KL than rounding's where something is left out
+        (hf.LlamaConfig(**COMMON, hidden_act="gelu"), "hidden_act 'gelu': llama.cpp's llama has 'silu'"),
+        (hf.MistralConfig(**COMMON, sliding_window=8), "sliding window of 8 tokens"),
+        (hf.Phi3Config(**COMMON, sliding_window=8), "sliding window of 8 tokens"),
+        (hf.Starcoder2Config(**COMMON, sliding_window=8), "sliding window of 8 tokens"),
+        (hf.Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=8, max_window_layers=0), "sliding window"),
+        (hf.Gemma3TextConfig(**GEMMA, layer_types=["sliding_attention", "full_attention"]), "layer_types"),
+        (hf.Gemma2Config(**{**GEMMA, "query_pre_attn_scalar": 24}), "query_pre_attn_scalar 24: llama.cpp takes 12"),
+        (hf.LlamaConfig(**COMMON, rope_parameters={**YARN, "attention_factor": 1.5}), "attention_factor 1.5"),
+        (hf.LlamaConfig(**COMMON, rope_parameters={**YARN, "beta_fast": 16.0}), "beta_fast 16.0: llama.cpp takes 32"),
+        (hf.Phi3Config(**COMMON, original_max_position_embeddings=32, rope_parameters=LONG), "longrope"),
+        (hf.BloomConfig(hidden_size=48, n_head=4, apply_residual_connection_post_layernorm=True), "post_layernorm"),
+        (hf.GPT2Config(n_embd=48, n_head=4, scale_attn_by_inverse_layer_idx=True), "inverse_layer_idx"),
+        (hf.LlamaConfig(**COMMON, rope_parameters=YARN), None),
+        (hf.MistralConfig(**COMMON, sliding_window=128), None),  # no text is longer
+        (hf.Qwen2Config(**COMMON, use_sliding_window=False, sliding_window=8), None),
+        (hf.SmolLM3Config(**COMMON), None),
+        (hf.Gemma2Config(**GEMMA), None),
+        (hf.Gemma3TextConfig(**GEMMA), None),
+        (hf.GPT2Config(n_embd=48, n_head=4), None),
+    ],
+)  # fmt: skip
+def test_what_llama_cpp_leaves_out_of_a_configuration_is_listed(config: Any, left: str | None, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    lines = left_out(tmp_path)
+    assert len(lines) == (left is not None) and all(line.startswith("the average: ") for line in lines)
+    assert left is None or left in lines[0]
+
+
+def converters(folder: Path) -> Path:
+    """Stand-ins for llama.cpp's: that of adapters hands on what it was given."""
+    copy = "import shutil, sys; shutil.copy(sys.argv[1] + '/adapter_model.safetensors', sys.argv[5])"
+    folder.mkdir()
+    (folder / "convert_hf_to_gguf.py").write_text("")
+    (folder / "convert_lora_to_gguf.py").write_text(copy)
+    return folder
+
+
+def test_a_plan_for_the_converters_lists_settings_and_tables_that_llama_cpp_has_no_place_for(
+    bundles: Any, tmp_path: Path
+) -> None:
+    averaged = {"norms": "average"}
+    plan = plan_gguf(bundles("gpt2", **averaged), llama_cpp=converters(tmp_path / "llama.cpp"))
+    assert any("wpe.weight: llama.cpp takes no adapter there" in line for line in plan.lost)
+    assert not any("wpe" in task.module for tasks in plan.experts.values() for task in tasks)
+    experts = make_experts("mistral", tmp_path, count=2, config=hf.MistralConfig(**COMMON, sliding_window=8))
+    letters_tokenizer().save_pretrained(experts["e0"])
+    bundle = merge({"experts": {k: str(v) for k, v in experts.items()}, **averaged}, tmp_path / "bundle")
+    with pytest.raises(ModelError, match=r"cannot express the average: a sliding window of 8 tokens.*--lossy"):
+        export_gguf(bundle, tmp_path / "out", llama_cpp=tmp_path / "llama.cpp")
+
+
+def test_factors_of_transposed_layers_are_turned_for_the_converter_that_turns_them(tmp_path: Path) -> None:
+    a, b, kept = torch.randn(4, 6), torch.randn(9, 4), torch.randn(4, 6)
+    names = [f"base_model.model.h.0.{module}.lora_{part}.weight" for module in ("c_fc", "q") for part in "AB"]
+    peft = tmp_path / "peft"
+    peft.mkdir()
+    save_file(dict(zip(names, (a, b, kept, b.clone()), strict=True)), peft / "adapter_model.safetensors")
+    (peft / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 4}))
+    llama = LlamaCpp(converters(tmp_path / "llama.cpp"))
+    llama.adapter(peft, tmp_path, tmp_path / "out", "f32", ["h.0.c_fc"])
+    made = load_file(tmp_path / "out")
+    torch.testing.assert_close(made[names[1]] @ made[names[0]], (b @ a).T)
+    assert torch.equal(made[names[2]], kept) and torch.equal(made[names[3]], b)
+
+
+def plain_gguf(file: Path, shapes: dict[str, tuple[int, ...]], **numbers: float) -> Path:
+    def describe(writer: Any) -> None:
+        for key, value in numbers.items():
+            writer.add_float32(f"falcon.rope.{key}", value)
+
+    f32 = stored_type("f32", (1, 1))
+    write_gguf(file, "falcon", describe, [Stored(n, s, f32, lambda s=s: torch.zeros(s)) for n, s in shapes.items()])
+    return file
+
+
+def test_positions_that_a_converter_left_out_are_refused(tmp_path: Path) -> None:
+    theta = {"rope_type": "default", "rope_theta": 500000.0}
+    hf.FalconConfig(hidden_size=48, num_attention_heads=4, rope_parameters=theta).save_pretrained(tmp_path)
+    weight = {"output.weight": (4, 6)}
+    with pytest.raises(ModelError, match=r"left rope_theta at 10000, config.json says 500000"):
+        check_positions(plain_gguf(tmp_path / "without.gguf", weight), tmp_path)
+    check_positions(plain_gguf(tmp_path / "with.gguf", weight, freq_base=500000.0), tmp_path)
+
+
+def test_factors_without_a_place_in_the_base_are_refused(tmp_path: Path) -> None:
+    """llama.cpp ends the process that loads them."""
+    base = plain_gguf(tmp_path / "base.gguf", {"blk.0.attn_q.weight": (8, 6), "token_embd.weight": (20, 6)})
+    good = {"blk.0.attn_q.weight.lora_a": (2, 6), "blk.0.attn_q.weight.lora_b": (8, 2)}
+    check_pairs(adapter := plain_gguf(tmp_path / "good.gguf", good), base, "e0", head=False)
+    with pytest.raises(ModelError, match=r"'e0': its head is its own, and llama\.cpp has none"):
+        check_pairs(adapter, base, "e0", head=True)
+    turned = {"blk.0.attn_q.weight.lora_a": (2, 8), "blk.0.attn_q.weight.lora_b": (6, 2)}
+    with pytest.raises(ModelError, match=r"made factors of \[8, 6\] for blk.0.attn_q.weight, which is \[6, 8\]"):
+        check_pairs(plain_gguf(tmp_path / "turned.gguf", turned), base, "e0", head=False)
+
+
+def test_an_export_that_llama_cpp_answers_otherwise_is_refused(bundles: Any, tmp_path: Path) -> None:
+    bundle = bundles("llama", norms="average", embeddings="average", lm_head="average")
+    note = export_gguf(bundle, tmp_path / "out", type="f16", calibration=SAMPLES, device="cpu").note
+
+    def served(kl: float) -> Any:
+        told = Served(kl=kl, same_token=1.0, tokens=4)
+        return note.model_copy(
+            update={"experts": {n: e.model_copy(update={"served": told}) for n, e in note.experts.items()}}
+        )
+
+    check_served(served(note.experts["e0"].kl + 1e-4))
+    with pytest.raises(ModelError, match=r"'e0': llama.cpp is 0.1 nats a token \(KL\) from the exported expert"):
+        check_served(served(0.1))
+    check_served(served(0.1).model_copy(update={"lost": ("what the caller knows of",)}))
+
+
+def test_factors_of_a_scaled_embedding_are_measured_as_they_are_added(bundles: Any, tmp_path: Path) -> None:
+    """Gemma's module scales what it looks up, and factors are added to the table."""
+    bundle = bundles("gemma3", compress_rate=0.0, norms="average")
+    expressed = Expressed(bundle, RUNTIME, 64)
+    tasks = expressed.tasks("e0")
+    assert any(task.embedding for task in tasks)
+    norms = {layer.module: layer.tensor for layer in bundle.layers.values() if layer.role == "norm"}
+    maker = FactorMaker(bundle, norms, torch.device("cpu"), torch.float32)
+    write_peft(bundle, tasks, maker.pairs("e0", tasks, {}), tmp_path / "peft", torch.float32)
+    measured = Calibration(bundle, SAMPLES, torch.device("cpu")).measure("e0", tmp_path / "peft")
+    assert measured.kl < 0.02 * measured.kl_average

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,6 +26,7 @@ from .fixed import answer_fixed
 from .hidden import hidden_states
 from .loaded import LoadedModel, positions
 from .offline import answer_all
+from .padding import Together, rows_together
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -58,8 +60,8 @@ class HFEngine(LoadedModel):
         if joins(self.hf):
             answer_all(self, answers)
         else:
-            rows = [answer.longest for answer in answers]
-            self._in_batches(answers, rows, lambda batch: answer_fixed(self, batch))
+            rows, prompts = [answer.longest for answer in answers], [len(answer.prompt) for answer in answers]
+            self._in_batches(answers, rows, lambda batch: answer_fixed(self, batch), prompts)
 
     def loglikelihood(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         """As in the contract. Contexts that several requests share are computed once: the choices of a question."""
@@ -73,7 +75,7 @@ class HFEngine(LoadedModel):
             groups.setdefault(key, []).append((number, continuation))
         items = [(list(key[0]), experts[key], [ids for _, ids in group]) for key, group in groups.items()]
         lengths = [(len(context) + max(map(len, ids))) * len(ids) for context, _, ids in items]
-        scores = self._in_batches(items, lengths, self._score_batch)
+        scores = self._in_batches(items, lengths, self._score_batch, [len(context) for context, _, _ in items])
         ordered: list[Score | None] = [None] * len(requests)
         for group, of_group in zip(groups.values(), scores, strict=True):
             for (number, _), score in zip(group, of_group, strict=True):
@@ -89,7 +91,8 @@ class HFEngine(LoadedModel):
         def batch(rows: Sequence[list[int]]) -> list[FloatArray]:
             return self._embed_batch(rows, layers, pooling)
 
-        vectors = self._in_batches(encoded, [len(ids) for ids in encoded], batch)
+        lengths = [len(ids) for ids in encoded]
+        vectors = self._in_batches(encoded, lengths, batch, lengths)
         width = self.hf.config.get_text_config().hidden_size
         return np.stack(vectors) if vectors else np.zeros((0, len(layers), width), dtype=np.float32)
 
@@ -108,15 +111,31 @@ class HFEngine(LoadedModel):
         return scored_pair(self.ids(request.context, request.expert), ids, voice.tokenizer, voice.max_length)
 
     def _in_batches(
-        self, items: Sequence[Item], lengths: Sequence[int], run: Callable[[Sequence[Item]], list[Result]]
-    ) -> list[Result]:
-        """`run` on batches of like length, the longest first: running out of memory shows at once."""
+        self, items: Sequence[Item], lengths: Sequence[int], run: Callable[[Sequence[Item]], list[Result]],
+        prompts: Sequence[int],
+    ) -> list[Result]:  # fmt: skip
+        """`run` on batches of like length, the longest first: running out of memory shows at once.
+
+        Args:
+            prompts: tokens of each that would be padded to one width, where the model can be padded.
+        """
         results: list[Result | None] = [None] * len(items)
         order = sorted(range(len(items)), key=lambda n: -lengths[n])
-        for numbers in _batches(order, lengths, self.batch_tokens):
+        together = self._together if len(items) > 1 else "padded"
+        if together == "padded":
+            groups = [order]
+        elif together == "alike":
+            groups = [[n for n in order if prompts[n] == width] for width in sorted(set(prompts), reverse=True)]
+        else:
+            groups = [[n] for n in order]
+        for numbers in (batch for group in groups for batch in _batches(group, lengths, self.batch_tokens)):
             for number, result in zip(numbers, _backing_off([items[n] for n in numbers], run), strict=True):
                 results[number] = result
         return results  # type: ignore[return-value]
+
+    @cached_property
+    def _together(self) -> Together:
+        return rows_together(self)
 
     @torch.inference_mode()
     def _score_batch(self, rows: Sequence[tuple[list[int], Any, list[list[int]]]]) -> list[list[Score]]:

@@ -18,11 +18,15 @@ from torch import Tensor
 from ...bundle.manifest import ADAPTER_FILE
 from ...bundle.peft import adapter_name
 from ...engine.llamacpp.folder import Kind
+from ...errors import ModelError
 from .file import Stored, write_gguf
 from .names import Architecture
 from .types import stored_type
 
 A, B = ("lora_A.weight", "lora_embedding_A"), ("lora_B.weight", "lora_embedding_B")
+
+# Its factors are looked up, so they stand otherwise than those of a product.
+TABLE = "token_embd.weight"
 
 
 def write_lora(peft: Path, architecture: Architecture, file: Path, kind: Kind) -> None:
@@ -69,3 +73,28 @@ def _a(read: Any, name: str, looked_up: bool) -> Tensor:
 
 def _b(read: Any, name: str, scale: float, architecture: Architecture, weight: str) -> Tensor:
     return architecture.rows(weight, read(name)) * scale
+
+
+def check_pairs(file: Path, base: Path, expert: str, *, head: bool) -> None:
+    """Raises ModelError where a converter's adapter has no place in its base: llama.cpp would end the whole process.
+
+    Args:
+        head: the expert changes it. Of architectures whose head is always the embedding, converters leave it out.
+    """
+    import gguf
+
+    places = {tensor.name: tuple(map(int, tensor.shape)) for tensor in gguf.GGUFReader(base).tensors}
+    pairs = {tensor.name: tuple(map(int, tensor.shape)) for tensor in gguf.GGUFReader(file).tensors}
+    fix = "export one expert with --to dense"
+    if head and not {"output.weight", "output.weight.lora_a"} <= {*places, *pairs}:
+        raise ModelError(
+            f"expert {expert!r}: its head is its own, and llama.cpp has none beside the embedding in this "
+            f"architecture; merge with `embeddings: average`, or {fix}"
+        )
+    for name in (name.removesuffix(".lora_a") for name in pairs if name.endswith(".lora_a")):
+        wanted = (pairs[f"{name}.lora_a"][0], pairs[f"{name}.lora_b"][-1])  # in llama.cpp's order: columns first
+        if name != TABLE and wanted != places.get(name):
+            raise ModelError(
+                f"expert {expert!r}: llama.cpp's converter made factors of {list(wanted)} for {name}, which is "
+                f"{list(places.get(name, ()))} in the base; {fix}"
+            )

@@ -10,13 +10,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
 from ...bundle.manifest import ADAPTER_FILE
+from ...bundle.peft import PEFT_PREFIX
 from ...engine.llamacpp.folder import Kind
 from ...errors import ModelError
 from ...sources.checkpoint import read_json
@@ -44,12 +45,15 @@ class LlamaCpp:
         """A checkpoint's folder as a GGUF file. Raises ModelError as llama.cpp's converter says."""
         _run([sys.executable, self.folder / MODEL, model, "--outfile", file, "--outtype", kind])
 
-    def adapter(self, peft: Path, base: Path, file: Path, kind: Kind) -> None:
+    def adapter(self, peft: Path, base: Path, file: Path, kind: Kind, transposed: Collection[str] = ()) -> None:
         """PEFT's folder as a LoRA file over a checkpoint's folder.
 
-        The converter knows one rank: factors of another one are given the quotient by which llama.cpp will divide.
+        The converter knows one rank: factors of another one are given the quotient by which llama.cpp will divide. It
+        turns products as it turns the checkpoint's tensors, so those of `transposed` modules (GPT-2's, stored [in,
+        out]) are turned first.
         """
         _one_scale(peft)
+        _turn(peft, transposed)
         _run([sys.executable, self.folder / LORA, peft, "--base", base, "--outfile", file, "--outtype", kind])
 
 
@@ -60,6 +64,16 @@ def _one_scale(peft: Path) -> None:
     for key in (key for key in tensors if ".lora_B." in key or ".lora_embedding_B" in key):
         if tensors[key].shape[1] != alpha and _uniform(peft):
             tensors[key] = tensors[key] * (tensors[key].shape[1] / alpha)
+    save_file(tensors, file)
+
+
+def _turn(peft: Path, modules: Collection[str]) -> None:
+    """B A of these modules as its transpose, A^T B^T."""
+    tensors = load_file(file := peft / ADAPTER_FILE)
+    for module in modules:
+        a, b = (f"{PEFT_PREFIX}{module}.lora_{part}.weight" for part in "AB")
+        if a in tensors:
+            tensors[a], tensors[b] = tensors[b].T.contiguous(), tensors[a].T.contiguous()
     save_file(tensors, file)
 
 

@@ -30,14 +30,16 @@ from ...merging.run import OnProgress, Progress
 from ...sources.checkpoint import read_json
 from ...version import __version__
 from ..average import write_average
+from ..expressed import HEAD
 from ..factors import FactorMaker, write_peft
 from ..place import placed
 from ..vllm.calibrate import Calibration, Measured, check_tokenizer
 from ..vllm.prompts import CalibrationPrompt, builtin_prompts, read_prompts
-from .adapters import write_lora
+from .adapters import check_pairs, write_lora
 from .base import write_base
 from .converter import quantize
-from .measure import measure_served
+from .forward import check_positions
+from .measure import check_served, measure_served
 from .modelfile import modelfile
 from .plan import GgufPlan, plan_gguf
 from .types import WRITABLE
@@ -134,6 +136,7 @@ def write_gguf_folder(
             served = measure_served(staged, note, calibration)
             experts = {name: e.model_copy(update={"served": served[name]}) for name, e in note.experts.items()}
             note = note.model_copy(update={"experts": experts})
+            check_served(note)
         steps.done("measured with llama.cpp" if note.measured_with else "not measured with llama.cpp")
         write_bytes(staged / NOTE, note.to_json().encode())
     return GgufExport(output, note)
@@ -153,6 +156,7 @@ def _base(plan: GgufPlan, staged: Path) -> None:
     else:
         _average(plan, staged / AVERAGE_FOLDER)
         plan.llama_cpp.base(staged / AVERAGE_FOLDER, whole, kind)
+        check_positions(whole, plan.bundle.path)
     if plan.quantizer is not None:
         quantize(plan.quantizer, whole, staged / BASE, plan.type)
         whole.unlink()
@@ -203,7 +207,9 @@ def _expert(plan: GgufPlan, expert: str, staged: Path, factors: FactorMaker, cal
         write_lora(peft, plan.architecture, folder / ADAPTER, plan.adapter_type)
     else:
         assert plan.llama_cpp is not None
-        plan.llama_cpp.adapter(peft, staged / AVERAGE_FOLDER, folder / ADAPTER, plan.adapter_type)
+        turned = [task.module for task in tasks if task.layer.transposed]
+        plan.llama_cpp.adapter(peft, staged / AVERAGE_FOLDER, folder / ADAPTER, plan.adapter_type, turned)
+        check_pairs(folder / ADAPTER, staged / BASE, expert, head=any(task.module == HEAD for task in tasks))
     shutil.rmtree(peft)
     groups = plan.bundle.manifest.experts[expert].persona
     write_files(folder, plan.bundle.persona(expert), groups)

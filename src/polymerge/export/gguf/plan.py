@@ -22,6 +22,7 @@ from ...host import DTYPES
 from ...sources.persona import load_tokenizer
 from ..expressed import HEAD, Expressed, Factored, Runtime, check_layers, check_persona, folded_counts, needed_rank
 from .converter import LlamaCpp, quantizer
+from .forward import left_out
 from .names import WRITTEN, Architecture, architecture_of
 from .tokens import splitting
 from .types import ADAPTER_TYPES, WRITABLE, packed_bytes, stored_type
@@ -114,7 +115,7 @@ def plan_gguf(
     rank = min(max_rank or math.inf, RANK_STEP * max(1, math.ceil(largest / RANK_STEP)))
     expressed = Expressed(bundle, RUNTIME, int(rank))
     experts = {expert: expressed.tasks(expert) for expert in bundle.experts}
-    lost = list(expressed.lost)
+    lost = [*(left_out(bundle.path) if converters else ()), *expressed.lost]
     if largest > rank:
         lost.append(f"all experts: residuals of rank up to {largest} are cut to rank {rank}")
     norms = {layer.module: layer.tensor for layer in bundle.layers.values() if layer.role == "norm"}

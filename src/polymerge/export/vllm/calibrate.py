@@ -174,7 +174,9 @@ def applied(model: nn.Module, adapter: Adapter) -> Iterator[None]:
     def hook(a: Tensor, b: Tensor, embedding: bool) -> Any:
         def added(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
             x = inputs[0]
-            return output + (F.embedding(x, a.T) if embedding else x @ a.T) @ b.T
+            more: Tensor = (F.embedding(x, a.T) if embedding else x @ a.T) @ b.T
+            # Gemma's module scales what it looks up, so the factors' part as well.
+            return output + more * getattr(module, "embed_scale", 1.0) if embedding else output + more
 
         return added
 

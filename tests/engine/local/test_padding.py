@@ -1,0 +1,43 @@
+"""Models that cannot be padded: what they answer does not depend on who is beside them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from polymerge import merge
+from polymerge.engine import GenerateRequest
+from polymerge.engine.local.engine import HFEngine
+from polymerge.engine.local.padding import rows_together
+from tests.sweep.experts import make_experts
+from tests.tiny import letters_tokenizer
+
+PROMPTS = ["abc", "hello world this is longer", "xy", "some words of text"]
+
+
+def engine_of(architecture: str, folder: Path) -> HFEngine:
+    experts = make_experts(architecture, folder, count=2)
+    for path in experts.values():
+        letters_tokenizer().save_pretrained(path)
+    recipe = {"experts": {name: str(path) for name, path in experts.items()}, "compress_rate": 0.0}
+    return HFEngine.from_bundle(merge(recipe, folder / "bundle"), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "together"),
+    [("rwkv", "alone"), ("xlstm", "alike"), ("minimax", "alike"), ("recurrent_gemma", "alike"), ("bart", "alike")],
+)
+def test_rows_that_would_change_each_other_go_apart(architecture: str, together: str, tmp_path: Path) -> None:
+    engine = engine_of(architecture, tmp_path)
+    assert rows_together(engine) == together
+    requests = [GenerateRequest(p, f"e{n % 2}", max_new_tokens=6) for n, p in enumerate(PROMPTS)]
+    together = [answer.text for answer in engine.generate(requests)]
+    assert together == [engine.generate([request])[0].text for request in requests]
+    vectors = engine.embed(PROMPTS)
+    alone = np.concatenate([engine.embed([prompt]) for prompt in PROMPTS])
+    np.testing.assert_allclose(vectors, alone, atol=1e-4 * np.abs(alone).max())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mamba", "jamba", "zamba2"])
+def test_models_with_a_mask_go_together(architecture: str, tmp_path: Path) -> None:
+    assert rows_together(engine_of(architecture, tmp_path)) == "padded"
