@@ -196,6 +196,7 @@ def test_rows_of_two_forms_in_one_file_are_refused(tmp_path: Path) -> None:
         (["a", " ", "b"], 0, "task shell, question 1: a choice is empty"),
         (["a", "", "b"], 0, "task shell, question 1: a choice is empty"),
         ([], 0, "task shell, question 1: it has no choices"),
+        (["a"], 0, "task shell, question 1: it has one choice alone, which is always right"),
         (["a", 2], 0, "task shell, question 1: the choice 2 is no text"),
         (["a", None], 0, "task shell, question 1: the choice None is no text"),
         (["a", "b"], 2, "question 1: the label 2 is the number of none of the 2 choices, from 0"),
@@ -289,6 +290,7 @@ def test_a_misspelled_key_of_a_task_is_named(engine: ScriptedEngine, files: dict
         ({"prompt": "q", "answer": "a", "choices": ["a", "  "]}, "a choice is empty"),
         ({"prompt": "q", "answer": "a", "choices": ["a", "a "]}, "two choices are the same"),
         ({"prompt": "q", "answer": "a", "choices": []}, "choices: is empty"),
+        ({"prompt": "q", "answer": "a", "choices": ["a"]}, "one choice alone"),
         ({"prompt": "q", "answer": "c", "choices": ["a", "b"]}, "the answer is not one of the choices"),
         ({"prompt": "q", "answer": "1", "choices": [1, "1"]}, "two choices are the same"),
         ({"prompt": "q", "answer": "a", "choices": ["a", True]}, "choices"),
@@ -304,3 +306,70 @@ def test_a_row_that_measures_nothing_is_one_line(tmp_path: Path, row: dict[str, 
     file.write_text(json.dumps(row) + "\n")
     with pytest.raises(DataError, match=f"x.jsonl.*{said}"):
         jsonl_tasks({"x": file})
+
+
+MC = """task: t
+dataset_path: json
+dataset_kwargs: {data_files: {test: ROWS}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{q}}"
+doc_to_choice: "{{c}}"
+doc_to_target: "{{a}}"
+metric_list: [{metric: acc}]
+"""
+FREE = (
+    MC.replace("multiple_choice", "generate_until")
+    .replace('doc_to_choice: "{{c}}"\n', "")
+    .replace("acc", "exact_match")
+)
+GOOD = '{"q": "x", "c": ["a", "b"], "a": 0}\n'
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "said"),
+    [
+        (MC, '{"q": "x", "a": 0}\n', "t.yaml: its first question cannot be read: 'c' is undefined"),
+        (MC, '{"c": ["a", "b"], "a": 0}\n', "'q' is undefined"),
+        (MC.replace("{{q}}", "{{q"), GOOD, "t.yaml: its first question cannot be read: unexpected end of template"),
+        (MC.replace("{{q}}", "{{q|zz}}"), GOOD, "No filter named 'zz'"),
+        ("task: [\n", GOOD, r"cannot be read.*t.yaml"),
+        (MC, "", "cannot be read"),
+        (MC, "zz\n", "cannot be read"),
+        (FREE, '{"q": "x", "a": null}\n{"q": "x", "a": "z"}\n', "task t, question 0: the answer is null"),
+    ],
+)
+def test_a_yaml_task_that_cannot_be_read_is_one_line(
+    engine: ScriptedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, rows: str, said: str
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "rows.jsonl").write_text(rows)
+    (tmp_path / "t.yaml").write_text(task.replace("ROWS", str(tmp_path / "rows.jsonl")))
+    with pytest.raises(DataError, match=said):
+        evaluate(engine, [str(tmp_path / "t.yaml")])
+    assert not engine.asked
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.5, float("nan"), float("inf")])
+def test_a_limit_that_is_no_number_of_questions_is_refused(
+    engine: ScriptedEngine, files: dict[str, Path], limit: float
+) -> None:
+    with pytest.raises(RecipeError, match="whole number of questions"):
+        evaluate(engine, jsonl_tasks(files), settings=HarnessSettings(limit=limit))
+
+
+def test_worked_examples_are_none_or_more_and_no_more_than_there_are_rows(
+    engine: ScriptedEngine, files: dict[str, Path]
+) -> None:
+    with pytest.raises(RecipeError, match="0 or more"):
+        evaluate(engine, jsonl_tasks(files), settings=HarnessSettings(num_fewshot=-1))
+    with pytest.raises(DataError, match="fewer rows than --num-fewshot"):
+        evaluate(engine, jsonl_tasks(files), settings=HarnessSettings(num_fewshot=99))
+
+
+@pytest.mark.parametrize("options", ["max_gen_toks=0", "max_gen_toks=x", "until=3"])
+def test_settings_of_an_answer_that_make_none_are_refused(
+    engine: ScriptedEngine, files: dict[str, Path], options: str
+) -> None:
+    with pytest.raises(ModelError, match="generation_kwargs"):
+        evaluate(engine, jsonl_tasks({"math": files["math"]}), settings=HarnessSettings(gen_kwargs=options))

@@ -90,3 +90,9 @@ def test_a_field_that_asks_for_nothing_is_taken(server: Server) -> None:
                 "request_id": "a", "best_of": 1}  # fmt: skip
     body = {"model": "e0", "prompt": "w5", "max_tokens": 2} | harmless
     assert httpx2.post(f"{server.url}/v1/completions", json=body, headers=AUTH).status_code == 200
+    nothing = {"audio": None, "functions": [], "function_call": "none", "web_search_options": None}
+    chat = {"model": "e0", "messages": [{"role": "user", "content": "w5"}], "max_tokens": 2}
+    assert httpx2.post(f"{server.url}/v1/chat/completions", json=chat | nothing, headers=AUTH).status_code == 200
+    for more in ({"functions": [{"name": "f"}]}, {"function_call": {"name": "f"}}, {"audio": {"voice": "a"}}):
+        answer = httpx2.post(f"{server.url}/v1/chat/completions", json=chat | more, headers=AUTH)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == next(iter(more))

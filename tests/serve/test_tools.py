@@ -13,6 +13,7 @@ from polymerge.engine.local.engine import HFEngine
 from polymerge.serve.app import create_app
 from polymerge.serve.calling import HERMES, LLAMA, MISTRAL, PLAIN, Format, format_of, moved, told_tools
 from polymerge.serve.calls import CallReader, whole_calls
+from polymerge.serve.schema import ChatMessage
 from polymerge.serve.tools import Tool
 from tests.serve.conftest import Server, running
 from tests.tiny import text_model, text_tokenizer
@@ -97,6 +98,14 @@ def test_a_template_that_knows_no_tools_reads_them_as_text() -> None:
     assert "clock" in system["content"] and "<tool_call>" in system["content"] and user == turns[0]
     assert assistant["content"] == hermes("clock", {}) and "tool_calls" not in assistant
     assert tool == {"role": "user", "content": "<tool_response>\n12:00\n</tool_response>"}
+
+
+def test_a_call_in_the_older_form_reaches_the_template_as_one_of_today() -> None:
+    said = {"role": "assistant", "content": None, "function_call": {"name": "clock", "arguments": '{"zone": "CET"}'}}
+    turn = ChatMessage.model_validate(said).for_template()
+    assert turn["tool_calls"] == [{"type": "function", "function": {"name": "clock", "arguments": {"zone": "CET"}}}]
+    with pytest.raises(ValueError, match="function_call: only the assistant"):
+        ChatMessage.model_validate({**said, "role": "user"})
 
 
 def test_what_a_schema_refers_to_moves_with_it() -> None:

@@ -87,6 +87,8 @@ class AnsweredRow(PromptRow):
             raise ValueError("a choice is empty")
         if self.choices is not None and len({choice.strip() for choice in self.choices}) < len(self.choices):
             raise ValueError("two choices are the same")
+        if self.choices is not None and len(self.choices) == 1:
+            raise ValueError("it has one choice alone, which is always right")
         if not self.answer.strip():
             raise ValueError("the answer is empty")
         return self

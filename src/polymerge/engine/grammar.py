@@ -122,6 +122,21 @@ class Grammars:
         return self._tokenizers[key][0]
 
 
+def in_lark(structure: Structure, tokenizer: Any) -> str | None:
+    """JSON, and calls of tools, as a grammar for another server's llguidance: the one that holds them here. None for
+    other forms, which say it in their own words.
+
+    Args:
+        tokenizer: transformers'.
+
+    Raises:
+        ValueError: a schema that cannot be held.
+    """
+    if structure.kind == "json":
+        return "start: %json " + json.dumps({**json.loads(_schema(structure.text)), "x-guidance": JSON_OPTIONS})
+    return _calls(json.loads(structure.text), tokenizer) if structure.kind == "calls" else None
+
+
 def has_form(structure: Structure, text: str) -> bool:
     """Whether a text is wholly of a form. Raises as `Grammars.matcher`."""
     with needs_extra("structured"):

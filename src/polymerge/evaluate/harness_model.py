@@ -226,10 +226,15 @@ class PolymergeLM(LM):  # type: ignore[misc]  # the harness has no types
         return ids
 
     def _generation(self, context: str, settings: dict[str, Any], expert: RowExpert) -> GenerateRequest:
-        options = dict(normalize_gen_kwargs(settings, MAX_NEW_TOKENS))
+        try:
+            options = dict(normalize_gen_kwargs(settings, MAX_NEW_TOKENS))
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"generation_kwargs: {error}") from None
         unknown = sorted(options.keys() - GENERATION_KEYS)
         if unknown:
             raise ModelError(f"generation_kwargs: {unknown[0]} is not one of {', '.join(sorted(GENERATION_KEYS))}")
+        if options["max_gen_toks"] < 1 or not all(isinstance(text, str) for text in options["until"]):
+            raise ModelError("generation_kwargs: max_gen_toks is 1 or more, and until holds texts")
         length = self.engine.max_length_of(expert)
         room = length - options["max_gen_toks"]
         if room < 1:

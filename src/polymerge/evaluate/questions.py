@@ -1,5 +1,5 @@
-"""Questions that would measure nothing are refused: of choice with equal, empty or no choices or a label that is none
-of them, and free ones whose answer is empty. Knows the harness's tasks and requests.
+"""Questions that would measure nothing are refused: of choice with equal, empty or too few choices or a label that is
+none of them, and free ones whose answer is empty. Knows the harness's tasks and requests.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
+
+from jinja2 import TemplateError
 
 from ..errors import DataError, RecipeError
 
@@ -36,10 +38,12 @@ class CheckedTasks:
         try:
             loaded = self._manager.load(*args, **kwargs)
         except (IndexError, TypeError) as error:  # what the harness makes of a task's first question
-            reason = " ".join(str(error).split())
+            reason = _one_line(error)
             if "TaskConfig.__init__()" in reason:
                 raise RecipeError(f"a task is not written as the harness has it: {_told_key(reason)}") from None
-            raise DataError(f"a task's questions cannot be judged ({reason}); {HINT}") from None
+            raise DataError(f"{_named(args)}: its questions cannot be judged ({reason}); {HINT}") from None
+        except (TemplateError, SyntaxError) as error:  # an answer or a list of choices is read as Python's
+            raise DataError(f"{_named(args)}: its first question cannot be read: {_one_line(error)}") from None
         for name, task in loaded["tasks"].items() if self._judged else ():
             check_task(name, task, self._limit)
         return loaded
@@ -66,8 +70,22 @@ def check_task(name: str, task: Any, limit: float | None) -> None:
     if not _is_judged_by_harness(task):
         return
     for number, row in task.doc_iterator(limit=get_sample_size(task, limit)):
-        if problem := question_problem(task, row):
+        try:
+            problem = question_problem(task, row)
+        except Exception as error:  # a key that is missing, a template or a list that cannot be read
+            problem = f"cannot be read: {_one_line(error) or type(error).__name__}"
+        if problem:
             raise DataError(f"task {name}, question {number}: {problem}")
+
+
+def _named(args: Sequence[Any]) -> str:
+    """The tasks that were to be loaded."""
+    given = args[0] if args and isinstance(args[0], list) else args
+    return "task " + ", ".join(str(one.get("task", "?") if isinstance(one, dict) else one) for one in given)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400]
 
 
 def _is_judged_by_harness(task: Any) -> bool:
@@ -81,14 +99,18 @@ def question_problem(task: Any, row: Any) -> str | None:
     """Why a question of a task that the harness judges measures nothing; None where it does."""
     if task.OUTPUT_TYPE == "multiple_choice":
         choices = task.doc_to_choice(row)
+        if choices is None:
+            return "its choices are null"
         said = task.doc_to_text(row) if task.multiple_input else task.doc_to_target(row)
         labels = said if isinstance(said, list) else [said]
         return choices_problem(choices) or next(filter(None, (label_problem(one, choices) for one in labels)), None)
     if task.OUTPUT_TYPE != "generate_until" or task.config.doc_to_choice is not None:
         return None
     said = task.doc_to_target(row)
-    blank = not any(str(one).strip() for one in (said if isinstance(said, list) else [said]))
-    return "the answer is empty" if blank else None
+    answers = [str(one) for one in (said if isinstance(said, list) else [said])]
+    if answers == ["None"] and None in row.values():  # what the harness makes of it
+        return "the answer is null"
+    return None if any(one.strip() for one in answers) else "the answer is empty"
 
 
 def choices_problem(choices: Sequence[Any]) -> str | None:
@@ -101,6 +123,8 @@ def choices_problem(choices: Sequence[Any]) -> str | None:
     bare = [choice.strip() for choice in choices]
     if not all(bare):
         return "a choice is empty"
+    if len(bare) == 1:
+        return "it has one choice alone, which is always right"
     twice = next((choice for choice in bare if bare.count(choice) > 1), None)
     return None if twice is None else f"two choices are the same: {twice!r}"
 

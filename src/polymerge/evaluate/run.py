@@ -94,8 +94,9 @@ def evaluate(
         model.chat_template(True)  # refuses early
     manager, loaded = _load_tasks(tasks, include_path)
     options = {key: value for key, value in asdict(settings).items() if key != "seed"}
-    limit = options["limit"]
-    options["limit"] = int(limit) if limit is not None and limit >= 1 else limit
+    options["limit"] = _questions(settings.limit)
+    if (settings.num_fewshot or 0) < 0:
+        raise RecipeError(f"--num-fewshot {settings.num_fewshot}: is 0 or more")
     asks_hub = any(isinstance(task, str) for task in loaded)
     with _harness_errors(), _no_git(), _cache_alone() if asks_hub and not hub_answers() else nullcontext():
         results: dict[str, Any] = simple_evaluate(
@@ -116,6 +117,15 @@ def evaluate(
         **(about or {}),
     }
     return results
+
+
+def _questions(limit: float | None) -> float | None:
+    """A limit in the harness's form, which takes what is below 1 for a share. Raises RecipeError."""
+    if limit is None or 0 < limit < 1:
+        return limit
+    if not limit >= 1 or limit % 1:  # NaN is neither
+        raise RecipeError(f"--limit {limit:g}: is a whole number of questions, or a share of them below 1")
+    return int(limit)
 
 
 def accuracy(metrics: Mapping[str, Any]) -> float | None:
@@ -186,7 +196,14 @@ def _harness_errors() -> Iterator[None]:
         raise DataError(f"a task's questions cannot be judged ({_one_line(error)}); {HINT}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         log.debug("the harness's own error", exc_info=True)
+        if "Sample larger than population" in str(error):
+            raise DataError("a task has fewer rows than --num-fewshot asks for beside each question") from None
         raise ModelError(f"lm-evaluation-harness: {type(error).__name__}: {_one_line(error)}") from None
+    except Exception as error:  # of jinja2, PyYAML, datasets and what else reads a task
+        log.debug("the harness's own error", exc_info=True)
+        cause = error.__cause__ or error  # `datasets` says there what was wrong
+        said = _one_line(cause) or "it holds nothing"
+        raise DataError(f"a task or its data cannot be read: {said}") from None
 
 
 @contextmanager

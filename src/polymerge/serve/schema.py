@@ -86,16 +86,20 @@ class ChatMessage(Strict):
     refusal: NoText = None
     annotations: NoList = None
     audio: Nothing = None
-    function_call: Nothing = None
+    function_call: CalledFunction | None = None  # the older form of a call, whose result has the role function
     cache_control: Harmless = None
 
     @model_validator(mode="after")
     def _has_content(self) -> ChatMessage:
-        if self.content is None and not self.tool_calls:
+        if self.content is None and not self.calls:
             raise ValueError("a message needs content")
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError("tool_calls: only the assistant calls tools")
+        if self.calls and self.role != "assistant":
+            raise ValueError(f"{'tool_calls' if self.tool_calls else 'function_call'}: only the assistant calls tools")
         return self
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        return self.tool_calls or ([ToolCall(function=self.function_call)] if self.function_call else [])
 
     @property
     def text(self) -> str:
@@ -106,7 +110,7 @@ class ChatMessage(Strict):
     def for_template(self) -> dict[str, Any]:
         """The turn as chat templates know it."""
         more = {"name": self.name, "reasoning_content": self.reasoning_content, "tool_call_id": self.tool_call_id}
-        calls = {"tool_calls": [call.for_template() for call in self.tool_calls]} if self.tool_calls else {}
+        calls = {"tool_calls": [call.for_template() for call in self.calls]} if self.calls else {}
         role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
         return {"role": role, "content": self.text, **{k: v for k, v in more.items() if v is not None}, **calls}
 
@@ -178,6 +182,10 @@ class ChatRequest(Tooled, Generating):
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
     modalities: Annotated[Any, AfterValidator(Neutral(["text"]))] = None
     prediction: Harmless = None
+    audio: Nothing = None
+    web_search_options: Nothing = None
+    functions: NoList = None
+    function_call: Annotated[Any, AfterValidator(Neutral("none", "auto"))] = None
     continue_final_message: bool = False
     add_generation_prompt: bool | None = None
 

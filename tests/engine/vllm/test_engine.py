@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -20,7 +21,8 @@ from polymerge.engine.exported import ExportedExpert, Probe
 from polymerge.engine.vllm.api import VllmApi
 from polymerge.engine.vllm.engine import VllmEngine, vllm_engine
 from polymerge.engine.vllm.folder import NOTE, VllmNote, read_note
-from polymerge.engine.vllm.server import VllmServer
+from polymerge.engine.vllm.form import GUIDANCE
+from polymerge.engine.vllm.server import FORMS, VllmServer
 from polymerge.errors import BundleError, EngineDownError, MissingExtraError, ModelError
 from tests.engine.vllm.fake import Complete, fake_vllm
 from tests.tiny import tiny_tokenizer
@@ -208,7 +210,7 @@ if mode == "fails":
 if mode == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-open({notes!r}, "w").write(" ".join([str(child.pid), *sys.argv[1:]]))
+open({notes!r}, "w").write("\\n".join([str(child.pid), *sys.argv[1:]]))
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.end_headers()
@@ -245,10 +247,11 @@ def test_a_server_is_started_with_our_arguments_and_ended_with_its_workers(
     said: list[str] = []
     with VllmServer(folder, python=python, extra=["--enforce-eager"], say=said.append) as server:
         assert server.running and server.url.startswith("http://127.0.0.1:")
-        child, *arguments = notes.read_text().split()
+        child, *arguments = notes.read_text().splitlines()
     assert arguments[:4] == ["-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     assert arguments[-1] == "--enforce-eager" and "127.0.0.1" in arguments
     assert f"a={folder}/adapters/a" in arguments
+    assert json.loads(arguments[arguments.index(FORMS) + 1]) == GUIDANCE and server.guided
     assert not server.running and has_ended(int(child))
     assert "is ready" in said[-1]
 
@@ -267,6 +270,11 @@ with VllmServer({str(folder)!r}, python={python!r}) as server:
     assert ended.returncode == -signal.SIGKILL
     assert has_ended(int(ended.stdout))
     os.kill(int(notes.read_text().split()[0]), signal.SIGKILL)  # the fake one's worker
+
+
+def test_who_says_what_holds_forms_is_not_overruled(folder: Path) -> None:
+    server = VllmServer(folder, python="x", extra=[FORMS + '={"backend": "xgrammar"}'])
+    assert not server.guided and FORMS not in server.command(1)
 
 
 def test_a_server_that_fails_shows_its_log_and_one_line(folder: Path, tmp_path: Path) -> None:

@@ -8,10 +8,15 @@ vLLM wants its own versions of torch and transformers, so it has an environment 
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
 
 from polymerge import Bundle, merge
@@ -152,6 +157,56 @@ def test_our_server_answers_with_vllm_behind_it(exported: VllmExport, engine: Vl
         answer = client.post("/v1/chat/completions", json={**body, "max_tokens": 24, "temperature": 0}).json()
         print("json through the server:", answer["choices"][0]["message"]["content"])
         assert "Olga" in answer["choices"][0]["message"]["content"]
+    streaming.close(5.0)
+
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Bern", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 7}},
+    "required": ["city", "days"],
+}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": CITY}}
+CLOCK = {"type": "function", "function": {"name": "clock"}}
+
+
+def test_behind_our_server_answers_have_their_form_and_calls_their_schema(
+    exported: VllmExport, engine: VllmEngine
+) -> None:
+    from fastapi.testclient import TestClient
+
+    from polymerge.serve.app import create_app
+
+    streaming = VllmStreaming(exported.folder, engine.api, guided=True)
+    turn = {"messages": [{"role": "user", "content": "Weather in Bern for 3 days?"}], "max_tokens": 200}
+    with TestClient(create_app(streaming)) as client:
+
+        def asked(**more: Any) -> Any:
+            return client.post("/v1/chat/completions", json={"model": "json", "temperature": 1, **turn, **more})
+
+        for model, seed in product(("json", "math", "average"), range(2)):
+            form = {"type": "json_schema", "json_schema": {"name": "w", "schema": CITY}}
+            answer = asked(model=model, seed=seed, response_format=form).json()["choices"][0]
+            assert answer["finish_reason"] == "stop"
+            jsonschema.validate(json.loads(answer["message"]["content"]), CITY)
+        for field, form, words in (
+            ("guided_regex", "[0-9]{2}-[ab]x", r"[0-9]{2}-[ab]x"),
+            ("guided_choice", ["yes", "no way"], "yes|no way"),
+            ("guided_grammar", 'root ::= "a" "b"', "ab"),
+            ("guided_grammar", 'start: "a" "b"', "ab"),
+        ):
+            assert re.fullmatch(words, asked(**{field: form}).json()["choices"][0]["message"]["content"])
+        named = {"type": "function", "function": {"name": "clock"}}
+        nothing = {"maxProperties": 0}
+        for choice, schemas in (("required", {"weather": CITY, "clock": nothing}), (named, {"clock": nothing})):
+            answer = asked(tools=[WEATHER, CLOCK], tool_choice=choice).json()["choices"][0]
+            [call] = answer["message"]["tool_calls"]
+            assert answer["finish_reason"] == "tool_calls"
+            jsonschema.validate(json.loads(call["function"]["arguments"]), schemas[call["function"]["name"]])
+        answer = asked(response_format={"type": "json_object"}, temperature=0).json()["choices"][0]
+        assert answer["finish_reason"] == "length" or isinstance(json.loads(answer["message"]["content"]), dict)
+        odd = {**WEATHER["function"], "parameters": {"properties": {"a": {"type": "string", "format": "no-such"}}}}
+        refused = asked(tools=[{"type": "function", "function": odd}])
+        assert refused.status_code == 400 and "format" in refused.json()["error"]["message"]
     streaming.close(5.0)
 
 

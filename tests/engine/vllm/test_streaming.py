@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -15,13 +16,16 @@ import pytest
 
 from polymerge.engine import GenerateRequest
 from polymerge.engine.streaming import Piece, StreamRequest
+from polymerge.engine.structure import Structure, calls_structure, json_object, json_structure
 from polymerge.engine.vllm.api import VllmApi
+from polymerge.engine.vllm.engine import VllmEngine
 from polymerge.engine.vllm.streaming import VllmStreaming
 from polymerge.errors import DeadlineError, EngineBusyError, EngineDownError, ModelError
 from polymerge.serve.app import create_app
 from tests.engine.vllm.fake import Complete, fake_vllm
 from tests.engine.vllm.test_engine import MODELS, faithful, folder
 from tests.serve.conftest import running as serving
+from tests.tiny import text_tokenizer
 
 __all__ = ["folder"]
 
@@ -82,6 +86,29 @@ def test_answers_come_in_pieces_and_end_as_the_embedded_ones_do(folder: Path) ->
         while engine.state.running and time.monotonic() < until:  # the last piece is heard before its thread is done
             time.sleep(0.02)
         assert engine.state.status == "ready" and engine.state.running == 0
+
+
+def test_a_vllm_of_our_own_gets_the_embedded_engines_grammars_and_no_form_that_they_cannot_hold(
+    folder: Path, tmp_path: Path
+) -> None:
+    bodies: list[dict[str, Any]] = []
+
+    def noted(body: dict[str, Any]) -> dict[str, Any]:
+        bodies.append(body)
+        return {"token_ids": [5, 6], "finish_reason": "stop"}
+
+    shutil.copytree(folder, tmp_path / "folder")
+    text_tokenizer().save_pretrained(tmp_path / "folder")
+    calls = calls_structure("<c>", {"type": "object"}, "", several=True)
+    with fake_vllm(MODELS, noted) as url:
+        engine = VllmEngine(tmp_path / "folder", VllmApi(url), guided=True)
+        for structure in (json_object(), calls, Structure("regex", "a+")):
+            engine.generate([GenerateRequest([5], "a", max_new_tokens=2, structure=structure)])
+        odd = json_structure({"type": "array", "uniqueItems": True})
+        with pytest.raises(ModelError, match='the keyword "uniqueItems"'):
+            engine.generate([GenerateRequest([5], "a", structure=odd)])
+    whole, begun, regex = (body["structured_outputs"] for body in bodies)
+    assert whole["grammar"].startswith("start: %json") and 'TEXT "<c>"' in begun["grammar"] and regex == {"regex": "a+"}
 
 
 def test_tools_and_forms_of_a_request_reach_vllm_in_its_own_words(folder: Path) -> None:

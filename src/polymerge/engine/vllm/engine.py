@@ -20,11 +20,13 @@ from ...sources.persona import Group, Persona, read_persona
 from ..answer import Answer, Collector, new_answer
 from ..base import FloatArray, GenerateRequest, Generation, Pooling, Prompt, Score, ScoreRequest
 from ..exported import AVERAGE, check_average, check_probe
+from ..grammar import Grammars
 from ..scoring import scored_pair
 from ..served import ServedEngine
 from ..streaming import Listener, StreamRequest
 from .api import VllmApi
 from .folder import VllmNote, read_note
+from .form import form_of
 from .reading import Reader
 from .scores import Place, Scored, score_text, score_token
 from .server import VllmServer
@@ -44,25 +46,30 @@ class VllmEngine(ServedEngine):
     Args:
         folder: what `polymerge export --to vllm` wrote; tokenizer and references come from there.
         api: of a server that serves this folder.
+        guided: whether it is known to hold answers by llguidance, as one that is started here does.
     """
 
-    def __init__(self, folder: str | Path, api: VllmApi, *, concurrency: int = CONCURRENCY) -> None:
+    def __init__(
+        self, folder: str | Path, api: VllmApi, *, concurrency: int = CONCURRENCY, guided: bool = False
+    ) -> None:
         self.folder, self.api = Path(folder).expanduser(), api
         self.note: VllmNote = read_note(self.folder)
         self._concurrency = concurrency
-        self._reader = Reader(api)
+        self._reader = Reader(api, self._form)
+        self._grammars = Grammars(0) if guided else None
 
     @classmethod
     def connect(
-        cls, folder: str | Path, url: str, *, api_key: str | None = None, concurrency: int = CONCURRENCY
-    ) -> Self:
+        cls, folder: str | Path, url: str, *, api_key: str | None = None, concurrency: int = CONCURRENCY,
+        guided: bool = False,
+    ) -> Self:  # fmt: skip
         """An engine on a server that runs already.
 
         Raises:
             BundleError: not an exported folder. ModelError: the server does not answer, lacks an expert, or an expert
                 does not answer as the export says.
         """
-        engine = cls(folder, VllmApi(url, api_key=api_key), concurrency=concurrency)
+        engine = cls(folder, VllmApi(url, api_key=api_key), concurrency=concurrency, guided=guided)
         engine.check()
         return engine
 
@@ -107,6 +114,7 @@ class VllmEngine(ServedEngine):
         """An answer that is ready to be read. Raises ModelError for a request that vLLM cannot answer."""
         asked = request.generate
         self._model(asked.expert)
+        self._form(asked)  # refused here, where whoever asks hears it
         if request.score_prompt and self.note.head_adapters:
             raise ModelError(
                 "vLLM cannot score prompts of experts with heads (or tied embeddings) of their own; "
@@ -119,6 +127,14 @@ class VllmEngine(ServedEngine):
             voice=self.voices.of(asked.expert),
             spare=1,  # vLLM makes a token even where only scores are wanted
         )
+
+    def _form(self, request: GenerateRequest) -> dict[str, Any]:
+        """The form of its answer in vLLM's words. Raises ModelError for one that llguidance is to hold and cannot."""
+        if self._grammars is None or request.structure is None:
+            return form_of(request.structure)
+        voice = self.voices.of(request.expert)
+        self._grammars.matcher(request.structure, voice)  # names what cannot be held, as vLLM does not
+        return form_of(request.structure, voice.tokenizer)
 
     def loglikelihood(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         """As in the contract. One token less of the context fits: vLLM always makes one."""
@@ -228,4 +244,4 @@ def vllm_engine(
         yield kind.connect(folder, url, api_key=api_key)
         return
     with VllmServer(folder, extra=extra, python=python, say=say) as server:
-        yield kind.connect(folder, server.url, api_key=api_key)
+        yield kind.connect(folder, server.url, api_key=api_key, guided=server.guided)

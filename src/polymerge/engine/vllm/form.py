@@ -5,13 +5,25 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ..grammar import in_lark
 from ..structure import Structure
 
+# The library that holds the embedded engine's answers. vLLM's own choice lets white space between two signs of JSON go
+# on without an end, and a weak model writes nothing else then.
+GUIDANCE = {"backend": "guidance"}
 
-def form_of(structure: Structure | None) -> dict[str, Any]:
-    """Fields of /v1/completions. vLLM refuses itself what it cannot hold."""
+
+def form_of(structure: Structure | None, tokenizer: Any = None) -> dict[str, Any]:
+    """Fields of /v1/completions. vLLM refuses itself what it cannot hold.
+
+    Args:
+        tokenizer: transformers', for a server that was started with `GUIDANCE`: it gets the embedded engine's grammar
+            and would refuse the tags.
+    """
     if structure is None:
         return {}
+    if tokenizer is not None and (grammar := in_lark(structure, tokenizer)) is not None:
+        return {"structured_outputs": {"grammar": grammar}}
     said: Any = structure.text
     if structure.kind in ("json", "choice"):
         said = json.loads(structure.text)

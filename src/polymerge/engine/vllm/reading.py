@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import Any
 
@@ -17,17 +17,20 @@ from ..answer import Answer
 from ..base import GenerateRequest
 from ..streaming import TokenScore
 from .api import VllmApi
-from .form import form_of
 from .scores import TOKEN_ID, prompt_scores
 
 logger = logging.getLogger(__name__)
 
 
 class Reader:
-    """Reads answers from a server."""
+    """Reads answers from a server.
 
-    def __init__(self, api: VllmApi) -> None:
-        self._api = api
+    Args:
+        form: the fields of a request that hold its answer to a form.
+    """
+
+    def __init__(self, api: VllmApi, form: Callable[[GenerateRequest], dict[str, Any]]) -> None:
+        self._api, self._form = api, form
 
     def read(self, answer: Answer, model: str) -> None:
         """The whole answer of a served model. What goes wrong is told to the answer."""
@@ -64,7 +67,8 @@ class Reader:
         left = None if answer.due is None else answer.due - time.monotonic()
         if left is not None and left <= 0:
             raise DeadlineError("the answer was not whole in time")
-        body = {"model": model, "prompt": answer.prompt, **settings(answer.request.generate)}
+        asked = answer.request.generate
+        body = {"model": model, "prompt": answer.prompt, **settings(asked), **self._form(asked)}
         if answer.request.logprobs is not None:
             body |= {"logprobs": answer.request.logprobs, "return_tokens_as_token_ids": True}
         return self._api.stream(body, timeout=left)
@@ -111,7 +115,6 @@ def settings(request: GenerateRequest) -> dict[str, Any]:
         "ignore_eos": request.ignore_eos,
         "max_tokens": request.max_new_tokens,
         "seed": request.seed,
-        **form_of(request.structure),
         "return_token_ids": True,
         "stream": True,
     }

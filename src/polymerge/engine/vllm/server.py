@@ -6,6 +6,7 @@ Knows processes, ports and logs. What vLLM is told is `vllm_folder`'s, and whate
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import os
 import re
@@ -25,6 +26,7 @@ from types import TracebackType
 
 from ...errors import MissingExtraError, ModelError
 from .folder import read_note, serve_arguments
+from .form import GUIDANCE
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ STOP_SECONDS = 30.0
 LOG_LINES = 25
 # Only numbers of vLLM's own would go out; and a folder needs no hub.
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+FORMS = "--structured-outputs-config"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ERROR = re.compile(r"(\w*(?:Error|Exception): .+)")
 
@@ -73,7 +76,13 @@ class VllmServer:
     def command(self, port: int) -> list[str]:
         """What is run. A host or port among the extra arguments stands after ours and wins, and must not be given."""
         here = ["--host", "127.0.0.1", "--port", str(port)]
-        return [*self._program, *serve_arguments(self.folder, self._note), *here, *self._extra]
+        forms = [FORMS, json.dumps(GUIDANCE)] if self.guided else []
+        return [*self._program, *serve_arguments(self.folder, self._note), *forms, *here, *self._extra]
+
+    @property
+    def guided(self) -> bool:
+        """Whether it holds answers by llguidance: unless the extra arguments say what does."""
+        return not any(argument.startswith(FORMS) for argument in self._extra)
 
     def __enter__(self) -> VllmServer:
         for argument in self._extra:

@@ -32,8 +32,10 @@ class VllmStreaming(VllmEngine):
         max_waiting: requests that wait for a place at most; more are refused.
     """
 
-    def __init__(self, folder: str | Path, api: VllmApi, *, concurrency: int = CONCURRENCY) -> None:
-        super().__init__(folder, api, concurrency=concurrency)
+    def __init__(
+        self, folder: str | Path, api: VllmApi, *, concurrency: int = CONCURRENCY, guided: bool = False
+    ) -> None:
+        super().__init__(folder, api, concurrency=concurrency, guided=guided)
         self.max_waiting = DEFAULT_LIMITS.max_waiting
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="polymerge-vllm")
         self._rows = concurrency
