@@ -41,3 +41,14 @@ def test_rows_that_would_change_each_other_go_apart(architecture: str, together:
 @pytest.mark.parametrize("architecture", ["llama", "mamba", "jamba", "zamba2"])
 def test_models_with_a_mask_go_together(architecture: str, tmp_path: Path) -> None:
     assert rows_together(engine_of(architecture, tmp_path)) == "padded"
+
+
+def test_a_prompt_of_one_token_does_not_go_on_with_the_text_before(tmp_path: Path) -> None:
+    """RecurrentGemma's modules hold their states themselves, and take one token for a step."""
+    engine = engine_of("recurrent_gemma", tmp_path)
+    request = GenerateRequest("x", "e0", max_new_tokens=6)
+    answers = set()
+    for before in PROMPTS:
+        engine.generate([GenerateRequest(before, "e0", max_new_tokens=4)])
+        answers.add(engine.generate([request])[0].text)
+    assert len(answers) == 1

@@ -132,6 +132,14 @@ def test_peft_opens_an_exported_adapter_and_says_the_same(bundles: Any, tmp_path
         torch.testing.assert_close(peft(IDS).logits, model(IDS).logits, atol=1e-4, rtol=0)
 
 
+def test_a_table_of_positions_is_listed_and_the_rest_is_measured(bundles: Any, tmp_path: Path) -> None:
+    """GPT-2's experts have one of their own, which looks up positions and not tokens."""
+    plan = plan_vllm(bundles("gpt2", norms="average", embeddings="compress", scale="shared"))
+    assert any("wpe.weight: vLLM takes no adapter there" in line for line in plan.lost)
+    note = write_vllm(plan, tmp_path / "v", samples=SAMPLES).note
+    assert all(0 < expert.kl < expert.kl_average for expert in note.experts.values())
+
+
 def test_what_vllm_has_no_place_for_is_listed_with_the_reason(bundles: Any) -> None:
     qwen2 = "\n".join(plan_vllm(bundles("qwen2")).lost)
     assert "e1: model.layers.0.self_attn.q_proj.bias: vLLM's adapters have no biases" in qwen2

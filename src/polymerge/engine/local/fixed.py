@@ -30,6 +30,7 @@ def answer_fixed(model: LoadedModel, answers: Sequence[Answer]) -> list[Answer]:
         ids, mask = model.padded([answer.tokens for answer in rows])
         chosen = _Chosen(rows, int(model.tokenizer.pad_token_id))
         experts = [answer.request.generate.expert for answer in rows]
+        _forget(model.hf, ids)
         with model.assigned(experts, len(rows)), _without_settings(model.hf, chosen.pad):
             model.hf.generate(
                 ids,
@@ -39,6 +40,14 @@ def answer_fixed(model: LoadedModel, answers: Sequence[Answer]) -> list[Answer]:
                 stopping_criteria=StoppingCriteriaList([chosen.over]),
             )
     return list(answers)
+
+
+def _forget(hf: Any, ids: Tensor) -> None:
+    """Where modules hold a text's states themselves (RecurrentGemma), a prompt of one token would go on with the last
+    text's."""
+    base = hf.base_model
+    if hasattr(base, "_setup_cache"):
+        base._setup_cache(hf.config, len(ids), ids.device, hf.dtype)
 
 
 class _Chosen:

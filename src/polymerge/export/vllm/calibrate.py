@@ -186,7 +186,7 @@ def applied(model: nn.Module, adapter: Adapter) -> Iterator[None]:
     for name, factors in adapter.items():
         module = model.get_submodule(name)
         a, b = (factor.to(device=base.device, dtype=base.dtype) for factor in factors)
-        hooks.append(module.register_forward_hook(hook(a, b, module is embedding)))
+        hooks.append(module.register_forward_hook(hook(a, b, module is embedding or isinstance(module, nn.Embedding))))
     try:
         yield
     finally:
