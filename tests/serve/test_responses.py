@@ -131,6 +131,11 @@ def test_what_is_not_held_is_refused_by_name(client: openai.OpenAI, fields: dict
     assert refused.value.status_code in (400, 404) and named in (refused.value.param or "")
 
 
+def test_what_to_send_instead_is_said_in_json() -> None:
+    with pytest.raises(ValueError, match="leave it out or send null"):
+        ResponseRequest.model_validate({"input": "x", "previous_response_id": "resp_1"})
+
+
 def test_what_cannot_change_an_answer_is_taken(client: openai.OpenAI) -> None:
     client.responses.create(
         model="average", input="Hello?", max_output_tokens=2, store=True, reasoning={"effort": "low"},

@@ -19,7 +19,7 @@ class Neutral:
 
     def __call__(self, value: Any) -> Any:
         if value is not None and value not in self.values:
-            raise ValueError(f"not supported; leave it out or send {self.values[0]!r}")
+            raise ValueError(f"not supported; leave it out or send {json.dumps(self.values[0])}")
         return value
 
 
