@@ -137,17 +137,27 @@ def in_lark(structure: Structure, tokenizer: Any) -> str | None:
     return _calls(json.loads(structure.text), tokenizer) if structure.kind == "calls" else None
 
 
+def check_held(structure: Structure) -> None:
+    """Raises ModelError, as `Grammars.matcher`, for what no answer can be held to, whatever model gives it."""
+    _of_bytes(structure)
+
+
 def has_form(structure: Structure, text: str) -> bool:
     """Whether a text is wholly of a form. Raises as `Grammars.matcher`."""
+    matcher, tokenizer = _of_bytes(structure)
+    tokens = tokenizer.tokenize_str(text)
+    return matcher.try_consume_tokens(tokens) == len(tokens) and bool(matcher.is_accepting())
+
+
+def _of_bytes(structure: Structure) -> tuple[Any, Any]:
+    """llguidance's matcher over bytes, and these as its tokens."""
     with needs_extra("structured"):
         from llguidance import LLTokenizer
     tokenizer = LLTokenizer("byte")
     try:
-        matcher = _matcher(structure, tokenizer, None)
+        return _matcher(structure, tokenizer, None), tokenizer
     except _UnheldError as error:
         raise _refused(structure, str(error)) from None
-    tokens = tokenizer.tokenize_str(text)
-    return matcher.try_consume_tokens(tokens) == len(tokens) and bool(matcher.is_accepting())
 
 
 class _UnheldError(Exception):

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 from ..sources.checkpoint import read_json
 from ..sources.persona import Group, Persona, load_tokenizer, read_persona
+from .base import Prompt
 from .defaults import GenerationDefaults, folder_defaults
+from .text import in_vocabulary
 from .voices import Speaking, Voice, Voices
 
 if TYPE_CHECKING:
@@ -68,5 +70,20 @@ class ServedEngine(Speaking, ABC):
         return self.voices.of(expert).defaults
 
     def decode(self, ids: Sequence[int], *, expert: RowExpert = None) -> str:
-        """The text of token ids, without special tokens."""
-        return self.voices.of(expert).text(ids, False)
+        """The text of token ids, without special tokens. Raises ModelError for ids outside the vocabulary."""
+        return self.voices.of(expert).text(self.checked(ids), False)
+
+    def ids(self, prompt: Prompt, expert: RowExpert = None, *, special: bool = True) -> list[int]:
+        """Token ids of a prompt. Raises ModelError as `checked` does."""
+        if isinstance(prompt, str):
+            return self.encode(prompt, special=special, expert=expert)
+        return self.checked(prompt)
+
+    def checked(self, ids: Sequence[int]) -> list[int]:
+        """Token ids as they are. Raises ModelError for one outside the served vocabulary."""
+        return in_vocabulary(ids, self._tokens)
+
+    @cached_property
+    def _tokens(self) -> int:
+        config = read_json(self.folder / "config.json")
+        return int(config.get("text_config", config).get("vocab_size") or len(self.voices.average.tokenizer))

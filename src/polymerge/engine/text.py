@@ -27,6 +27,14 @@ def check_text(text: str) -> None:
         raise ModelError(message) from None
 
 
+def in_vocabulary(ids: Sequence[int], tokens: int) -> list[int]:
+    """Token ids as they are. Raises ModelError for one outside a vocabulary of so many."""
+    if ids and not (min(ids) >= 0 and max(ids) < tokens):
+        wrong = next(token for token in ids if not 0 <= token < tokens)
+        raise ModelError(f"token {wrong}: the vocabulary ends at {tokens - 1}")
+    return list(ids)
+
+
 class TextStream:
     """The text of one answer, token by token.
 

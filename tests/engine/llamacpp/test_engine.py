@@ -17,6 +17,7 @@ from polymerge.engine.llamacpp.api import LlamaApi
 from polymerge.engine.llamacpp.engine import LlamaEngine, llama_engine
 from polymerge.engine.llamacpp.folder import NOTE, GgufExpert, GgufNote
 from polymerge.engine.streaming import Piece, StreamRequest
+from polymerge.engine.structure import json_structure
 from polymerge.errors import ModelError
 from tests.served import Quiet, served
 from tests.tiny import tiny_tokenizer
@@ -120,6 +121,26 @@ def test_answers_end_where_the_checkpoint_says_and_ask_for_their_adapter_alone(f
     assert (two.text, two.tokens, two.finish) == ("w9", 1, "length")
     assert [x["scale"] for x in bodies[0]["lora"]] == [0.0, 1.0] and [x["scale"] for x in bodies[1]["lora"]] == [0, 0]
     assert bodies[0]["temperature"] == 0 and bodies[0]["repeat_penalty"] == 1.0
+
+
+def test_forms_and_tokens_that_there_are_not_are_refused_by_name(folder: Path) -> None:
+    """llama.cpp itself passes over a schema's keywords that it does not hold."""
+    wrong = [
+        (GenerateRequest("w5", structure=json_structure("{", "guided_json")), "guided_json: cannot be used: Expecting"),
+        (GenerateRequest("w5", structure=json_structure({"type": "array", "uniqueItems": True})), "uniqueItems"),
+        (GenerateRequest([5, 10**30]), f"token {10**30}: the vocabulary ends at"),
+        (GenerateRequest([-1]), "token -1: the vocabulary ends at"),
+    ]
+    with fake_llama(PATHS, lambda body: [2], []) as url:
+        engine = LlamaEngine(folder, LlamaApi(url))
+        for request, message in wrong:
+            with pytest.raises(ModelError, match=message):
+                engine.generate([request])
+        with pytest.raises(ModelError, match="the vocabulary ends at"):
+            engine.decode([10**30])
+        with pytest.raises(ModelError, match="the vocabulary ends at"):
+            engine.loglikelihood([ScoreRequest("w5", [10**9], "a")])
+        engine.close()
 
 
 def test_scores_are_those_of_the_forced_tokens(folder: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from polymerge.engine.structure import Structure, calls_structure, choice_structure, json_structure
 from polymerge.engine.vllm.form import GUIDANCE, form_of
+from polymerge.errors import ModelError
 from tests.tiny import text_tokenizer
 
 
@@ -18,6 +19,11 @@ def test_a_form_is_one_field_of_structured_outputs() -> None:
     assert form_of(choice_structure(["a", "b"])) == {"structured_outputs": {"choice": ["a", "b"]}}
     assert form_of(Structure("regex", "a+")) == {"structured_outputs": {"regex": "a+"}}
     assert form_of(Structure("grammar", "start: A")) == {"structured_outputs": {"grammar": "start: A"}}
+
+
+def test_what_is_no_json_is_refused_by_the_options_name() -> None:
+    with pytest.raises(ModelError, match="guided_json: cannot be used: Expecting"):
+        form_of(json_structure("{", "guided_json"))
 
 
 def test_calls_that_may_come_are_structural_tags() -> None:

@@ -21,6 +21,7 @@ from ..admission import DEFAULT_LIMITS
 from ..answer import Answer, Collector, new_answer
 from ..base import FloatArray, GenerateRequest, Generation, Pooling, Prompt, Score, ScoreRequest
 from ..exported import AVERAGE, check_average, check_probe
+from ..grammar import check_held
 from ..scoring import scored_pair
 from ..served import ServedEngine
 from ..streaming import EngineState, Listener, Stream, StreamRequest
@@ -178,12 +179,14 @@ class LlamaEngine(ServedEngine):
     def _answer(self, request: StreamRequest, listener: Listener) -> Answer:
         asked = request.generate
         self._name(asked.expert)
+        if asked.structure and asked.structure.kind == "json":
+            check_held(asked.structure)  # llama.cpp passes over keywords that it does not hold
         form_of(asked.structure)  # refused here, where whoever asks hears it
         if asked.presence_penalty or asked.frequency_penalty:
             raise ModelError(
                 "llama.cpp's presence and frequency penalties count the prompt's tokens too; leave them out"
             )
-        ids = self.encode(asked.prompt, expert=asked.expert) if isinstance(asked.prompt, str) else list(asked.prompt)
+        ids = self.ids(asked.prompt, asked.expert)
         # llama.cpp keeps a place of the context free
         return new_answer(request, ids, listener, voice=self.voices.of(asked.expert), max_length=self.max_length - 1)
 
@@ -230,9 +233,9 @@ class LlamaEngine(ServedEngine):
         return float(told["logprob"]), told["top_logprobs"][0]["id"] == ids[place]
 
     def _pair(self, request: ScoreRequest) -> tuple[list[int], list[int]]:
-        voice, context, continuation = self.voices.of(request.expert), request.context, request.continuation
-        before = voice.encode(context) if isinstance(context, str) else list(context)
-        ids = voice.encode(continuation, special=False) if isinstance(continuation, str) else list(continuation)
+        voice = self.voices.of(request.expert)
+        before = self.ids(request.context, request.expert)
+        ids = self.ids(request.continuation, request.expert, special=False)
         return scored_pair(before, ids, voice.tokenizer, self.max_length - 1)
 
     def _lora(self, name: str) -> Lora:

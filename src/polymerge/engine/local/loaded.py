@@ -31,6 +31,7 @@ from ...sources.opening import open_checkpoint
 from ..base import Prompt
 from ..defaults import GenerationDefaults, checkpoint_defaults
 from ..grammar import Grammars
+from ..text import in_vocabulary
 from ..voices import Speaking, Voice, Voices
 
 if TYPE_CHECKING:
@@ -184,10 +185,7 @@ class LoadedModel(Speaking):
     def checked(self, ids: Sequence[int], expert: RowExpert = None) -> list[int]:
         """Token ids as they are. Raises ModelError for one outside the expert's vocabulary."""
         tokens = self.model.vocabularies.of(expert) if self._mixed else self._tokens
-        if ids and not (min(ids) >= 0 and max(ids) < tokens):
-            wrong = next(token for token in ids if not 0 <= token < tokens)
-            raise ModelError(f"token {wrong}: the vocabulary ends at {tokens - 1}")
-        return list(ids)
+        return in_vocabulary(ids, tokens)
 
     def check_expert(self, expert: Any) -> None:
         """Raises ModelError for an expert that the model does not have."""

@@ -32,7 +32,7 @@ from .scores import Place, Scored, score_text, score_token
 from .server import VllmServer
 
 if TYPE_CHECKING:
-    from ...model.assignment import RowExpert
+    pass
 
 # Requests in flight: vLLM's own batches are made of what has arrived, by default of 256 sequences at most.
 CONCURRENCY = 256
@@ -122,7 +122,7 @@ class VllmEngine(ServedEngine):
             )
         return new_answer(
             request,
-            self._ids(asked.prompt, asked.expert),
+            self.ids(asked.prompt, asked.expert),
             listener,
             voice=self.voices.of(asked.expert),
             spare=1,  # vLLM makes a token even where only scores are wanted
@@ -191,13 +191,11 @@ class VllmEngine(ServedEngine):
         return [[next(scores) for _ in range(start, len(ids))] for _, ids, start in items]
 
     def _pair(self, request: ScoreRequest) -> tuple[list[int], list[int]]:
-        continuation, voice = request.continuation, self.voices.of(request.expert)
-        ids = voice.encode(continuation, special=False) if isinstance(continuation, str) else list(continuation)
+        voice = self.voices.of(request.expert)
+        context = self.ids(request.context, request.expert)
+        ids = self.ids(request.continuation, request.expert, special=False)
         # vLLM has to write a token after what it scores
-        return scored_pair(self._ids(request.context, request.expert), ids, voice.tokenizer, voice.max_length - 1)
-
-    def _ids(self, prompt: Prompt, expert: RowExpert) -> list[int]:
-        return self.encode(prompt, expert=expert) if isinstance(prompt, str) else list(prompt)
+        return scored_pair(context, ids, voice.tokenizer, voice.max_length - 1)
 
     def _model(self, expert: Any) -> str:
         """The served name of an expert."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ...errors import ModelError
 from ..grammar import in_lark
 from ..structure import Structure
 
@@ -16,6 +17,9 @@ GUIDANCE = {"backend": "guidance"}
 def form_of(structure: Structure | None, tokenizer: Any = None) -> dict[str, Any]:
     """Fields of /v1/completions. vLLM refuses itself what it cannot hold.
 
+    Raises:
+        ModelError: what should be JSON is none.
+
     Args:
         tokenizer: transformers', for a server that was started with `GUIDANCE`: it gets the embedded engine's grammar
             and would refuse the tags.
@@ -26,7 +30,10 @@ def form_of(structure: Structure | None, tokenizer: Any = None) -> dict[str, Any
         return {"structured_outputs": {"grammar": grammar}}
     said: Any = structure.text
     if structure.kind in ("json", "choice"):
-        said = json.loads(structure.text)
+        try:
+            said = json.loads(structure.text)
+        except ValueError as error:
+            raise ModelError(f"{structure.name}: cannot be used: {error}") from None
     elif structure.kind == "calls":
         said = _tags(json.loads(structure.text))
         return {"structured_outputs": {"structural_tag": json.dumps(said)}} if said else {}
