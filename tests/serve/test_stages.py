@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -10,7 +11,7 @@ import pytest
 from polymerge.engine.local.batching import BatchingEngine
 from polymerge.errors import RecipeError
 from polymerge.serve.app import create_app
-from polymerge.serve.run import ThinkerChoice
+from polymerge.serve.run import ThinkerChoice, serve
 from polymerge.staged import Thought
 from tests.conftest import Merged
 from tests.serve.conftest import ScriptedPipeline, ScriptedRouter, Staged, running
@@ -77,3 +78,10 @@ def test_a_thinker_that_cannot_be_is_a_line(engine: BatchingEngine, merged: Merg
         ThinkerChoice(thinker="https://host/v1").open(merged("llama")[0], engine, None)  # an endpoint needs a model
     with pytest.raises(RecipeError):
         ThinkerChoice(use="sometimes").open(merged("llama")[0], engine, None)
+
+
+def test_a_recipe_that_cannot_be_used_is_told_before_the_bundle_is_loaded(merged: Merged, tmp_path: Path) -> None:
+    told: list[str] = []
+    with pytest.raises(RecipeError, match="gone"):
+        serve(merged("llama")[0].path, port=0, stages=ThinkerChoice(tmp_path / "gone.yaml"), say=told.append)
+    assert told == []

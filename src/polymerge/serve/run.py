@@ -22,6 +22,7 @@ from ..engine.local.engine import HFEngine
 from ..engine.streaming import StreamingEngine
 from ..errors import PolymergeError
 from ..model.mixed import MixedModel
+from ..recipe.response import StageSettings, ThinkerSettings
 from ..router.route import Routes
 from .app import create_app
 from .connections import BACKLOG, http_protocol
@@ -63,21 +64,27 @@ class ThinkerChoice:
     key_env: str | None = None
     use: str | None = None
 
-    def open(
-        self, bundle: Bundle, engine: BatchingEngine, router: Routes | None, device: str | None = None
-    ) -> Responds:
-        """The pipeline. A thinker of this process is loaded when it is first asked.
+    def settings(self) -> tuple[StageSettings, ThinkerSettings]:
+        """What the recipe and the values over it say.
 
         Raises:
             RecipeError: the recipe or a value cannot be used.
         """
         from ..recipe.merge import load_recipe
-        from ..staged import Evidence, Pipeline, open_thinker
         from ..staged.opening import stage_settings, thinker_settings
 
         read = load_recipe(self.recipe) if self.recipe else None
         chosen = stage_settings(read.staged if read else None, use=self.use)
-        named = thinker_settings(read.thinker if read else None, self.thinker, model=self.model, key_env=self.key_env)
+        given = read.thinker if read else None
+        return chosen, thinker_settings(given, self.thinker, model=self.model, key_env=self.key_env)
+
+    def open(
+        self, bundle: Bundle, engine: BatchingEngine, router: Routes | None, device: str | None = None
+    ) -> Responds:
+        """The pipeline. A thinker of this process is loaded when it is first asked. Raises as `settings`."""
+        from ..staged import Evidence, Pipeline, open_thinker
+
+        chosen, named = self.settings()
         thinker, evidence = open_thinker(named, device), Evidence.load(bundle.path)
         return Pipeline(engine, chosen, thinker=thinker, router=router, evidence=evidence)
 
@@ -111,6 +118,8 @@ def serve(
         PolymergeError: it cannot listen there, or may not; BundleError, ModelError: the bundle is not whole.
     """
     settings = guarded(settings or ServeSettings(), host, everyone=everyone)
+    if stages:
+        stages.settings()  # refused before the bundle is loaded
     with listener(host, port) as place:
         opened = Bundle.open(bundle)
         say(f"loading {opened.path}")
