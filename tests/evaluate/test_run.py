@@ -350,6 +350,16 @@ def test_a_yaml_task_that_cannot_be_read_is_one_line(
     assert not engine.asked
 
 
+def test_an_answer_that_is_the_word_none_is_an_answer(
+    engine: ScriptedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "rows.jsonl").write_text('{"q": "x", "a": "None", "note": null}\n')
+    (tmp_path / "t.yaml").write_text(FREE.replace("ROWS", str(tmp_path / "rows.jsonl")))
+    evaluate(engine, [str(tmp_path / "t.yaml")])
+    assert engine.asked
+
+
 @pytest.mark.parametrize("limit", [0, -1, 1.5, float("nan"), float("inf")])
 def test_a_limit_that_is_no_number_of_questions_is_refused(
     engine: ScriptedEngine, files: dict[str, Path], limit: float

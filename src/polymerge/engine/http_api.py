@@ -37,9 +37,13 @@ class HttpApi:
         if key := api_key or os.environ.get(key_variable, "").strip():
             self.headers["Authorization"] = f"Bearer {key}"
 
-    def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """One call. Raises ModelError: the server refuses or fails; EngineDownError: it does not answer."""
-        with self._opened(path, body, self._timeout) as answer:
+    def ask(self, path: str, body: dict[str, Any] | None = None, *, timeout: float | None = None) -> Any:
+        """One call, within so many seconds where the usual ones are too many.
+
+        Raises:
+            ModelError: the server refuses or fails. EngineDownError: it does not answer.
+        """
+        with self._opened(path, body, timeout or self._timeout) as answer:
             try:
                 return json.load(answer)
             except ValueError:

@@ -86,4 +86,4 @@ class ServedEngine(Speaking, ABC):
     @cached_property
     def _tokens(self) -> int:
         config = read_json(self.folder / "config.json")
-        return int(config.get("text_config", config).get("vocab_size") or len(self.voices.average.tokenizer))
+        return int((config.get("text_config") or config).get("vocab_size") or len(self.voices.average.tokenizer))

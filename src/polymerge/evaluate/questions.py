@@ -108,7 +108,7 @@ def question_problem(task: Any, row: Any) -> str | None:
         return None
     said = task.doc_to_target(row)
     answers = [str(one) for one in (said if isinstance(said, list) else [said])]
-    if answers == ["None"] and None in row.values():  # what the harness makes of it
+    if answers == ["None"] and None in row.values() and "None" not in row.values():  # what the harness makes of it
         return "the answer is null"
     return None if any(one.strip() for one in answers) else "the answer is empty"
 

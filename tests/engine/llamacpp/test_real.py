@@ -19,9 +19,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from polymerge import Bundle, merge
 from polymerge.engine import GenerateRequest, ScoreRequest
+from polymerge.engine.answer import Collector
 from polymerge.engine.llamacpp.engine import llama_engine
 from polymerge.engine.llamacpp.server import llama_server
 from polymerge.engine.local.engine import HFEngine
+from polymerge.engine.streaming import StreamRequest
 from polymerge.engine.structure import Structure, choice_structure, json_structure
 from polymerge.errors import ModelError
 from polymerge.export import export_gguf
@@ -65,14 +67,28 @@ def test_characters_of_several_tokens_are_whole_and_scored(tmp_path: Path) -> No
     folder = export_gguf(bundle, tmp_path / "out", type="f32", calibration=SAMPLES, device="cpu").folder
     embedded = HFEngine.from_bundle(bundle, device="cpu")
     smile = choice_structure(["é😀 ab"])
+    # drawn tokens split characters as no tokenizer would
+    odd = [GenerateRequest("ab", "e0", max_new_tokens=24, temperature=3.0, seed=seed,
+           structure=Structure("grammar", 'root ::= "é日本語😀"+')) for seed in range(4)]  # fmt: skip
     asked = [GenerateRequest("ab c", "e0", max_new_tokens=n, structure=smile) for n in (1, 2, 3, 5, 6, 30)]
     scores = [ScoreRequest("ab", text, "e0") for text in ("x", "é", "😀", "漢字")]
     with llama_engine(folder, rows=2, cache_tokens=512, probe=False) as engine:
         answers, known = engine.generate(asked), embedded.generate(asked)
+        drawn = engine.generate(odd)
         pairs = list(zip(engine.loglikelihood(scores), embedded.loglikelihood(scores), strict=True))
     assert [(a.text, a.tokens, a.finish) for a in answers[:-1]] == [(b.text, b.tokens, b.finish) for b in known[:-1]]
     assert answers[-1].text == "é😀 ab" and answers[-1].finish == "stop"
     assert all(abs(a.log_likelihood - b.log_likelihood) < 0.05 for a, b in pairs)
+    whole = "é日本語😀" * 12
+    assert [a.text for a in drawn if not whole.startswith(a.text.rstrip("\ufffd"))] == []
+    assert {a.tokens for a in drawn if a.finish == "length"} == {24}
+    # log-probabilities of such tokens are asked for when the answer's own place is free
+    scored: list[Any] = []
+    collector = Collector()
+    with llama_engine(folder, rows=1, cache_tokens=64, probe=False) as engine:
+        engine.submit([StreamRequest(asked[-1], logprobs=1)], [lambda piece: (scored.append(piece), collector(piece))])
+        answer = collector.result(4)
+    assert answer.text == "é😀 ab" and sum(len(piece.scores) for piece in scored) == answer.tokens
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "qwen3"])

@@ -43,6 +43,14 @@ def test_models_with_a_mask_go_together(architecture: str, tmp_path: Path) -> No
     assert rows_together(engine_of(architecture, tmp_path)) == "padded"
 
 
+def test_a_checkpoints_end_tokens_do_not_end_the_trial(tmp_path: Path) -> None:
+    engine = engine_of("mamba", tmp_path)
+    tokens = int(engine.hf.config.vocab_size)
+    engine.hf.generation_config.eos_token_id = list(range(tokens))
+    assert rows_together(engine) == "padded"
+    assert engine.hf.generation_config.eos_token_id == list(range(tokens))
+
+
 def test_a_prompt_of_one_token_does_not_go_on_with_the_text_before(tmp_path: Path) -> None:
     """RecurrentGemma's modules hold their states themselves, and take one token for a step."""
     engine = engine_of("recurrent_gemma", tmp_path)

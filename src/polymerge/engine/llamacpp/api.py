@@ -27,9 +27,9 @@ class LlamaApi(HttpApi):
         adapters: list[dict[str, Any]] = self.ask("/lora-adapters")
         return adapters
 
-    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+    def complete(self, body: dict[str, Any], *, timeout: float | None = None) -> dict[str, Any]:
         """One call of /completion. Raises as `HttpApi.ask`."""
-        reply: dict[str, Any] = self.ask("/completion", body)
+        reply: dict[str, Any] = self.ask("/completion", body, timeout=timeout)
         return reply
 
     def stream(self, body: dict[str, Any], *, timeout: float | None = None) -> Generator[dict[str, Any], None, None]:

@@ -73,38 +73,66 @@ class Reader:
         if left is not None and left <= 0:
             raise DeadlineError("the answer was not whole in time")
         stopped, predicted, body = "broken", 0, self._body(answer, lora)
+        held: list[dict[str, Any]] = []
         with closing(self._api.stream(body, timeout=left)) as events:
             for event in events:
-                for token in self._untold(answer, event, body, predicted):
-                    answer.take(token, self._score_of(answer, token, lora))
-                for token, score in _tokens(answer, event):
-                    answer.take(token, score)
-                predicted = event.get("tokens_predicted", predicted)
-                if answer.due is not None and time.monotonic() > answer.due:
-                    answer.fail(DeadlineError("the answer was not whole in time"))
-                if answer.over:
+                untold = [] if held else self._untold(answer, event, predicted)
+                if untold is None or held:
+                    held.append(event)
+                else:
+                    for token, score in (*((token, None) for token in untold), *_tokens(answer, event)):
+                        answer.take(token, score)
+                    predicted = event.get("tokens_predicted", predicted)
+                if self._is_over(answer):
                     return None
-                enough = len(answer.made) - begun >= LEAST_TOKENS
+                enough = not held and len(answer.made) - begun >= LEAST_TOKENS
                 if enough and aside.is_set() and can_wait(answer.request.generate):
                     return None
                 stopped = event.get("stop_type") or stopped
-        return stopped
+        if held:
+            self._take_held(answer, held, body, predicted, lora)
+        return None if answer.over else stopped
 
-    def _untold(self, answer: Answer, event: dict[str, Any], body: dict[str, Any], predicted: int) -> list[int]:
+    def _is_over(self, answer: Answer) -> bool:
+        if answer.due is not None and time.monotonic() > answer.due:
+            answer.fail(DeadlineError("the answer was not whole in time"))
+        return answer.over
+
+    def _untold(self, answer: Answer, event: dict[str, Any], predicted: int) -> list[int] | None:
         """Tokens before an event's that had none: llama.cpp streams whole characters, and of their tokens the last.
 
-        The others are read off the text; where it ends before the character is whole, off the same answer once more.
+        Read off the text, where it is spelled as the tokenizer spells it. None: the server must be asked, which takes a
+        place of its own there until this answer's stream has ended; so must it for their log-probabilities.
         """
-        last = bool(event.get("stop"))
-        told = [] if last else event.get("tokens") or []
-        count = event.get("tokens_predicted", 0) - predicted - len(told)
+        last, told = bool(event.get("stop")), event.get("tokens") or []
+        count = event.get("tokens_predicted", 0) - predicted - (0 if last else len(told))
         if count <= 0:
             return []
-        if last:
-            whole = self._api.complete({**body, "n_predict": predicted + count}).get("tokens") or []
-            return list(whole[predicted:])
+        if last or answer.request.logprobs is not None:
+            return None
         ids = self._api.tokenize(event["content"])
-        return ids[-count - len(told) : -len(told)] if ids[-len(told) :] == told else ids[:-1]
+        return ids[:count] if len(ids) == count + len(told) and ids[count:] == told else None
+
+    def _take_held(
+        self, answer: Answer, held: Sequence[dict[str, Any]], body: dict[str, Any], predicted: int, lora: Lora
+    ) -> None:
+        """The tokens of events that wait for those before them, which are read off the same answer once more."""
+        left = None if answer.due is None else max(answer.due - time.monotonic(), 0.01)
+        total = held[-1].get("tokens_predicted", predicted)
+        again = self._api.complete({**body, "n_predict": total}, timeout=left).get("tokens") or []
+        if len(again) < total or (predicted and again[:predicted] != answer.made[-predicted:]):
+            raise EngineDownError(
+                f"llama.cpp at {self._api.url} told an answer's tokens in part, and others when asked"
+            )
+        for event in held:
+            told, until = _tokens(answer, event), event.get("tokens_predicted", predicted)
+            for token in again[predicted : until - len(told)]:
+                if self._is_over(answer):
+                    return
+                answer.take(token, self._score_of(answer, token, lora))
+            for token, score in told:
+                answer.take(token, score)
+            predicted = until
 
     def _score_of(self, answer: Answer, token: int, lora: Lora) -> TokenScore | None:
         count = answer.request.logprobs

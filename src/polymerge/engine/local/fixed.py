@@ -31,7 +31,7 @@ def answer_fixed(model: LoadedModel, answers: Sequence[Answer]) -> list[Answer]:
         chosen = _Chosen(rows, int(model.tokenizer.pad_token_id))
         experts = [answer.request.generate.expert for answer in rows]
         _forget(model.hf, ids)
-        with model.assigned(experts, len(rows)), _without_settings(model.hf, chosen.pad):
+        with model.assigned(experts, len(rows)), without_settings(model.hf, chosen.pad):
             model.hf.generate(
                 ids,
                 attention_mask=mask,
@@ -71,7 +71,7 @@ class _Chosen:
 
 
 @contextmanager
-def _without_settings(model: Any, pad: int) -> Iterator[None]:
+def without_settings(model: Any, pad: int) -> Iterator[None]:
     """The checkpoint's generation settings have been looked at; transformers' loop must not apply them again."""
     before = model.generation_config
     model.generation_config = GenerationConfig(pad_token_id=pad)

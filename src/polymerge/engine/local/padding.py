@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from .cache import joins
+from .fixed import without_settings
 from .loaded import LoadedModel
 
 # Rows of any length, padded on the left; rows of one length; one row.
@@ -49,6 +50,6 @@ def _said(model: LoadedModel, rows: Sequence[Sequence[int]]) -> Tensor:
         max_new_tokens=MADE, do_sample=False, pad_token_id=int(model.tokenizer.pad_token_id), eos_token_id=None,
         output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
-    with model.assigned(None, len(rows)):
+    with model.assigned(None, len(rows)), without_settings(model.hf, int(model.tokenizer.pad_token_id)):
         logits = model.hf.generate(ids, attention_mask=mask, generation_config=settings).logits
     return torch.stack([step[0].float() for step in logits])

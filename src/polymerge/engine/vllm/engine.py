@@ -134,7 +134,8 @@ class VllmEngine(ServedEngine):
             return form_of(request.structure)
         voice = self.voices.of(request.expert)
         self._grammars.matcher(request.structure, voice)  # names what cannot be held, as vLLM does not
-        return form_of(request.structure, voice.tokenizer)
+        with voice.lock:
+            return form_of(request.structure, voice.tokenizer)
 
     def loglikelihood(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         """As in the contract. One token less of the context fits: vLLM always makes one."""

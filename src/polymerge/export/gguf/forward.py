@@ -17,7 +17,7 @@ from ...sources.gguf_settings import query_scale
 
 # Types of models whose windows llama.cpp has, in the order of layers that their configurations have by default. Of
 # Mistral, Qwen 2 and Starcoder 2 it has none, of Phi 3 it says that they are switched off.
-WINDOWED = {"cohere2", "gemma2", "gemma3_text", "olmo3"}
+WINDOWED = {"cohere2", "exaone4", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "olmo3"}
 # Names of the same function.
 ALIKE = ({"gelu_pytorch_tanh", "gelu_new", "gelu_fast"}, {"silu", "swish"})
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
