@@ -54,8 +54,9 @@ def test_every_reader_takes_a_hub_id_and_no_writer_does(
     assert ended.value.code == 0, capsys.readouterr()
     with pytest.raises(LockedError, match=r"the hub's cache, which is only read; `polymerge pull`"):
         remove_expert("org/three", "e0")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # what is in the cache needs no network
-    assert Bundle.open("org/three").digest == bundle.digest
+    with monkeypatch.context() as offline:  # undone before the stand-in's own settings are
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)  # what is in the cache needs no network
+        assert Bundle.open("org/three").digest == bundle.digest
 
 
 def test_a_push_that_broke_goes_on_with_what_is_missing(hub: Hub, bundle: Bundle) -> None:
@@ -77,9 +78,10 @@ def test_of_what_is_no_bundle_nothing_is_loaded_and_a_pull_leaves_nothing(
         for read in (pull_bundle, Bundle.open):
             with pytest.raises(BundleError, match=f"^{wrong}: "):
                 read(wrong)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(BundleError, match="cannot be reached"):
-        pull_bundle("org/model")
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(BundleError, match="cannot be reached"):
+            pull_bundle("org/model")
     assert not [request for request in hub.requests if "config.json" in request or "model.safetensors" in request]
     assert not list(Path().glob("*.partial"))
 
