@@ -141,6 +141,11 @@ class Answer:
         elif text or self._prompt_scores:
             self._tell(self._piece(text, self._text.shown, None))
 
+    def end(self, finish: Finish) -> None:
+        """No more tokens come, as whoever makes them says."""
+        if not self.over:
+            self._end(self._text.finish(), finish)
+
     def _is_late(self) -> bool:
         deadline = self.request.generate.deadline
         return deadline is not None and time.monotonic() >= deadline

@@ -17,7 +17,7 @@ from polymerge.engine.llamacpp.api import LlamaApi
 from polymerge.engine.llamacpp.engine import LlamaEngine, llama_engine
 from polymerge.engine.llamacpp.folder import NOTE, GgufExpert, GgufNote
 from polymerge.engine.streaming import Piece, StreamRequest
-from polymerge.engine.structure import json_structure
+from polymerge.engine.structure import choice_structure, json_structure
 from polymerge.errors import ModelError
 from tests.served import Quiet, served
 from tests.tiny import tiny_tokenizer
@@ -121,6 +121,20 @@ def test_answers_end_where_the_checkpoint_says_and_ask_for_their_adapter_alone(f
     assert (two.text, two.tokens, two.finish) == ("w9", 1, "length")
     assert [x["scale"] for x in bodies[0]["lora"]] == [0.0, 1.0] and [x["scale"] for x in bodies[1]["lora"]] == [0, 0]
     assert bodies[0]["temperature"] == 0 and bodies[0]["repeat_penalty"] == 1.0
+
+
+def test_an_answer_whose_form_is_whole_ends_at_whatever_token_llama_cpp_ends_it(folder: Path) -> None:
+    """It takes more tokens for ends than a checkpoint may; another stream would begin the form anew."""
+    bodies: list[dict[str, Any]] = []
+    with fake_llama(PATHS, lambda body: [9, 7], bodies) as url:
+        engine = LlamaEngine(folder, LlamaApi(url))
+        form = choice_structure(["w9"])
+        [held] = engine.generate([GenerateRequest("w5", "b", max_new_tokens=6, structure=form)])
+        streams = len(bodies)
+        [free] = engine.generate([GenerateRequest("w5", "b", max_new_tokens=6)])
+        engine.close()
+    assert (held.tokens, held.finish, streams) == (2, "stop", 1)
+    assert (free.tokens, free.finish, len(bodies) - streams) == (6, "length", 3)
 
 
 def test_forms_and_tokens_that_there_are_not_are_refused_by_name(folder: Path) -> None:

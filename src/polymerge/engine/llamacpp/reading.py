@@ -53,6 +53,8 @@ class Reader:
                     return answer.over
                 if stopped != "eos" or len(answer.made) == before:
                     raise EngineDownError(f"llama.cpp at {self._api.url} broke off an answer")
+                if form_of(answer.request.generate.structure):  # its form is whole: another stream would begin it anew
+                    answer.end("stop")
                 # it ends at every token that it takes for an end; the checkpoint, or the request, may not
         except PolymergeError as error:
             answer.fail(error)
@@ -89,8 +91,8 @@ class Reader:
                 if enough and aside.is_set() and can_wait(answer.request.generate):
                     return None
                 stopped = event.get("stop_type") or stopped
-        if held:
-            self._take_held(answer, held, body, predicted, lora)
+        if held and not self._take_held(answer, held, body, predicted, lora) and stopped == "limit":
+            answer.end("length")
         return None if answer.over else stopped
 
     def _is_over(self, answer: Answer) -> bool:
@@ -115,24 +117,34 @@ class Reader:
 
     def _take_held(
         self, answer: Answer, held: Sequence[dict[str, Any]], body: dict[str, Any], predicted: int, lora: Lora
-    ) -> None:
-        """The tokens of events that wait for those before them, which are read off the same answer once more."""
+    ) -> bool:
+        """The tokens of events that wait for those before them, read off the same answer once more.
+
+        What is drawn is not always the same beside other requests. Where that answer was another one, characters take
+        the tokens that the tokenizer has for them. Returns whether all tokens are those that were drawn.
+        """
         left = None if answer.due is None else max(answer.due - time.monotonic(), 0.01)
-        total = held[-1].get("tokens_predicted", predicted)
-        again = self._api.complete({**body, "n_predict": total}, timeout=left).get("tokens") or []
-        if len(again) < total or (predicted and again[:predicted] != answer.made[-predicted:]):
-            raise EngineDownError(
-                f"llama.cpp at {self._api.url} told an answer's tokens in part, and others when asked"
-            )
-        for event in held:
-            told, until = _tokens(answer, event), event.get("tokens_predicted", predicted)
-            for token in again[predicted : until - len(told)]:
+        until = [event.get("tokens_predicted", predicted) for event in held]
+        told = [_tokens(answer, event) for event in held]
+        again = self._api.complete({**body, "n_predict": until[-1]}, timeout=left).get("tokens") or []
+        alike = len(again) >= until[-1] and again[:predicted] == answer.made[len(answer.made) - predicted :]
+        for end, tokens in zip(until, told, strict=True):
+            alike = alike and again[end - len(tokens) : end] == [token for token, _ in tokens]
+        for event, end, tokens in zip(held, until, told, strict=True):
+            if alike:
+                new, scored = again[predicted : end - len(tokens)], tokens
+            elif end - predicted == len(tokens):
+                new, scored = [], tokens
+            else:
+                new, scored = self._api.tokenize(event.get("content") or ""), []
+            for token in new:
                 if self._is_over(answer):
-                    return
+                    return alike
                 answer.take(token, self._score_of(answer, token, lora))
-            for token, score in told:
+            for token, score in scored:
                 answer.take(token, score)
-            predicted = until
+            predicted = end
+        return alike
 
     def _score_of(self, answer: Answer, token: int, lora: Lora) -> TokenScore | None:
         count = answer.request.logprobs
