@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from ..sources.checkpoint import read_json
 from ..sources.persona import Group, Persona, load_tokenizer, read_persona
-from .base import Prompt
+from .base import Prompt, ScoreRequest
 from .defaults import GenerationDefaults, folder_defaults
+from .scoring import scored_pair
 from .text import in_vocabulary
 from .voices import Speaking, Voice, Voices
 
@@ -82,6 +83,12 @@ class ServedEngine(Speaking, ABC):
     def checked(self, ids: Sequence[int]) -> list[int]:
         """Token ids as they are. Raises ModelError for one outside the served vocabulary."""
         return in_vocabulary(ids, self._tokens)
+
+    def _pair(self, request: ScoreRequest) -> tuple[list[int], list[int]]:
+        """Token ids of a context and of what is scored after it. Such a server has to write a token after these."""
+        context = self.ids(request.context, request.expert)
+        ids = self.ids(request.continuation, request.expert, special=False)
+        return scored_pair(context, ids, self.voices.of(request.expert).tokenizer, self.max_length - 1)
 
     @cached_property
     def _tokens(self) -> int:

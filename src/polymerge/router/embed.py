@@ -20,9 +20,10 @@ Progress = Callable[[int, int], None]
 ALIGNMENT_PROMPT = (
     "{input} Let's think about what task these questions belong to. These questions belong to the field of"
 )
-# Asks what the text wants, as a chat in the ChatML format, for models that know it (SmolLM2, Qwen). With few
-# samples a field it is ahead of the published one (docs/log-router.md).
+# Of the ChatML format: one token each to a model that knows it (SmolLM2, Qwen).
 CHAT_MARKS = "<|im_start|>", "<|im_end|>"
+# Asks what the text wants, as a chat in that format. With few samples a field it is ahead of the published one
+# (docs/log-router.md).
 TASK_PROMPT = (
     "<|im_start|>user\n{input}\n\nWhat kind of request is this, and what should be done with it? Answer in one word."
     "<|im_end|>\n<|im_start|>assistant\nThis is a request to"

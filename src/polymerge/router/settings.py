@@ -65,7 +65,7 @@ def with_template(embed: EmbedSettings, engine: Engine, fewest: int) -> EmbedSet
     """The same with an alignment prompt where none was chosen.
 
     Args:
-        engine: the task prompt is for models that know its marks; it takes fifteen tokens more a route.
+        engine: the task prompt is for models that know its marks; it takes some twenty tokens more a route.
         fewest: labelled samples of the field that has fewest.
     """
     if embed.template is not None:

@@ -22,7 +22,6 @@ from ..answer import Answer, Collector, new_answer
 from ..base import FloatArray, GenerateRequest, Generation, Pooling, Prompt, Score, ScoreRequest
 from ..exported import AVERAGE, check_average, check_probe
 from ..grammar import check_held
-from ..scoring import scored_pair
 from ..served import ServedEngine
 from ..streaming import EngineState, Listener, Stream, StreamRequest
 from .api import LlamaApi
@@ -231,12 +230,6 @@ class LlamaEngine(ServedEngine):
     def _score(self, name: str, ids: Sequence[int], place: int) -> tuple[float, bool]:
         told = self.api.next_scores(ids[:place], self._lora(name), token=ids[place])
         return float(told["logprob"]), told["top_logprobs"][0]["id"] == ids[place]
-
-    def _pair(self, request: ScoreRequest) -> tuple[list[int], list[int]]:
-        voice = self.voices.of(request.expert)
-        before = self.ids(request.context, request.expert)
-        ids = self.ids(request.continuation, request.expert, special=False)
-        return scored_pair(before, ids, voice.tokenizer, self.max_length - 1)
 
     def _lora(self, name: str) -> Lora:
         return applied_adapter(self.experts, name)

@@ -46,10 +46,10 @@ def rows_together(model: LoadedModel) -> Together:
 def _said(model: LoadedModel, rows: Sequence[Sequence[int]]) -> Tensor:
     """Logits before every token that is made after the first row. [MADE, V]"""
     ids, mask = model.padded(rows)
+    pad = int(model.tokenizer.pad_token_id)
     settings = GenerationConfig(
-        max_new_tokens=MADE, do_sample=False, pad_token_id=int(model.tokenizer.pad_token_id), eos_token_id=None,
-        output_logits=True, return_dict_in_generate=True,
-    )  # fmt: skip
-    with model.assigned(None, len(rows)), without_settings(model.hf, int(model.tokenizer.pad_token_id)):
+        max_new_tokens=MADE, do_sample=False, pad_token_id=pad, output_logits=True, return_dict_in_generate=True
+    )
+    with model.assigned(None, len(rows)), without_settings(model.hf, pad):
         logits = model.hf.generate(ids, attention_mask=mask, generation_config=settings).logits
     return torch.stack([step[0].float() for step in logits])

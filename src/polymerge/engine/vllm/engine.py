@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from ...errors import ModelError
 from ...sources.checkpoint import read_json
@@ -21,7 +21,6 @@ from ..answer import Answer, Collector, new_answer
 from ..base import FloatArray, GenerateRequest, Generation, Pooling, Prompt, Score, ScoreRequest
 from ..exported import AVERAGE, check_average, check_probe
 from ..grammar import Grammars
-from ..scoring import scored_pair
 from ..served import ServedEngine
 from ..streaming import Listener, StreamRequest
 from .api import VllmApi
@@ -30,9 +29,6 @@ from .form import form_of
 from .reading import Reader
 from .scores import Place, Scored, score_text, score_token
 from .server import VllmServer
-
-if TYPE_CHECKING:
-    pass
 
 # Requests in flight: vLLM's own batches are made of what has arrived, by default of 256 sequences at most.
 CONCURRENCY = 256
@@ -190,13 +186,6 @@ class VllmEngine(ServedEngine):
         places = [Place(model, ids[:n], ids[n]) for model, ids, start in items for n in range(start, len(ids))]
         scores = iter(self._all(lambda place: score_token(self.api, place), places))
         return [[next(scores) for _ in range(start, len(ids))] for _, ids, start in items]
-
-    def _pair(self, request: ScoreRequest) -> tuple[list[int], list[int]]:
-        voice = self.voices.of(request.expert)
-        context = self.ids(request.context, request.expert)
-        ids = self.ids(request.continuation, request.expert, special=False)
-        # vLLM has to write a token after what it scores
-        return scored_pair(context, ids, voice.tokenizer, voice.max_length - 1)
 
     def _model(self, expert: Any) -> str:
         """The served name of an expert."""

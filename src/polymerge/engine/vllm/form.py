@@ -17,12 +17,12 @@ GUIDANCE = {"backend": "guidance"}
 def form_of(structure: Structure | None, tokenizer: Any = None) -> dict[str, Any]:
     """Fields of /v1/completions. vLLM refuses itself what it cannot hold.
 
-    Raises:
-        ModelError: what should be JSON is none.
-
     Args:
         tokenizer: transformers', for a server that was started with `GUIDANCE`: it gets the embedded engine's grammar
             and would refuse the tags.
+
+    Raises:
+        ModelError: what should be JSON is none.
     """
     if structure is None:
         return {}
