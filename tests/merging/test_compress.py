@@ -20,6 +20,7 @@ from polymerge.merging.compress import Settings, TensorReport, compress_tensor
 from polymerge.merging.measure import frobenius_norm
 from polymerge.merging.treatment import TensorTask
 from polymerge.method.codes import code_of
+from polymerge.method.weights import Side, Weights
 from polymerge.sources.layers import LayerRecord
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,6 +59,7 @@ def compressed(
 ) -> tuple[Emitted, TensorReport]:
     """One tensor of these experts, done."""
     settings = {name: changes.pop(name) for name in list(changes) if name in Settings.__dataclass_fields__}
+    counts = changes.pop("counts", {})
     record = {"role": "linear", **changes}
     as_difference = record.pop("as_difference", False)
     parameter = record.pop("parameter", "weight")
@@ -76,7 +78,7 @@ def compressed(
         return weights[expert][start:stop] if weights[expert].dim() else weights[expert]
 
     emitted = Emitted()
-    return emitted, compress_tensor(task, replace(SETTINGS, **settings), read, emitted.emit)
+    return emitted, compress_tensor(task, replace(SETTINGS, **settings), read, emitted.emit, counts)
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -311,3 +313,46 @@ def test_a_table_is_never_whole_in_memory(monkeypatch: pytest.MonkeyPatch) -> No
 
     compress_tensor(task, SETTINGS, read, emit)
     assert seen == [(owner, [5] * 20) for owner in (None, "a", "b")]
+
+
+def counting(experts: Mapping[str, Tensor], outputs: int = 3) -> dict[str, Weights]:
+    """Of every expert's residual a few directions count for nearly all."""
+    rows, columns = next(iter(experts.values())).shape
+    fall = torch.logspace(0, -3 if outputs < rows else -1, columns)
+    return {
+        name: Weights(Side(normal(200, columns, seed=n) * fall), Side(normal(outputs, rows, seed=n + 9)))
+        for n, name in enumerate(experts)
+    }
+
+
+@pytest.mark.parametrize("code", ["factors", "int4"])
+def test_a_residual_that_fits_its_rank_is_stored_as_ever(code: str) -> None:
+    """Nothing is weighed where nothing is lost."""
+    base = normal(60, 40, seed=0)
+    base[-6:] = 0
+    experts = {}
+    for number, name in enumerate("abc"):
+        own = torch.zeros_like(base)
+        own[-6:] = normal(6, 2, seed=number + 1) @ normal(2, 40, seed=number + 5)
+        experts[name] = base + own / own.norm()
+    given: dict[str, Any] = {"rank": 12, "code": code_of(code, torch.float32)}
+    plain, weighted = compressed(experts, **given), compressed(experts, **given, counts=counting(experts))
+    assert plain[0].keys() == weighted[0].keys()
+    assert all(torch.equal(plain[0][key], weighted[0][key]) for key in plain[0])
+    assert all(line.rank <= 6 and line.relative_error < 1e-4 for line in weighted[1].stats if code == "factors")
+
+
+def test_weights_that_bring_an_expert_no_nearer_are_passed_over() -> None:
+    experts = three(60, 40)
+    counts = counting(experts)
+    nearer = compressed(experts, rank=1, counts=counts)[1].stats
+    assert all(line.relative_error < line.residual_norm for line in nearer)
+    assert compressed(experts, rank=4, counts={"b": counts["b"]})[0].keys() == compressed(experts, rank=4)[0].keys()
+
+
+def test_what_counts_for_one_expert_changes_no_other() -> None:
+    experts = three(60, 40)
+    counts = {"b": counting(experts, outputs=200)["b"]}
+    plain, weighted = compressed(experts)[0], compressed(experts, counts=counts)[0]
+    same = {owner for owner, key in plain if torch.equal(plain[owner, key], weighted[owner, key])}
+    assert same == {None, "a", "c"}

@@ -12,6 +12,7 @@ import typer
 
 from .words import (
     Align,
+    Calibrate,
     Code,
     CompressRate,
     DType,
@@ -47,6 +48,7 @@ def merge(
     norms: Norms = None,
     align: Align = None,
     method: Method = None,
+    calibrate: Calibrate = None,
     target: Annotated[
         str | None,
         typer.Option(help="Find rate and code: kl=0.001, accuracy=99%, size=600MB or size=1.2x (one model's)."),
@@ -81,7 +83,7 @@ def merge(
     from .progress import merge_progress, waiting
     from .verdicts import print_measured, print_verdicts
 
-    if target is not None or prompts:
+    if target is not None or prompts or calibrate:
         hush_libraries()
     searched: list[Found] = []
     measured: list[Mapping[str, Agreement]] = []
@@ -89,6 +91,8 @@ def merge(
 
     def notes(plan: MergePlan) -> None:
         looked()
+        if plan.recipe.calibration:
+            hush_libraries()
         plans.append(plan)
         for note in (*plan.notes, *plan.personas.hints):
             if not quiet:
@@ -108,6 +112,7 @@ def merge(
         "align": align,
         "method": method,
     }
+    texts = read_pairs(calibrate, "NAME=FILE") if calibrate else None
     half_done_work(output, resume=resume, say=say)
     silent = quiet or as_json
     if overwrite and (output / "router").is_dir() and not silent:
@@ -124,12 +129,13 @@ def merge(
             executor=executor, address=address, resume=resume, overwrite=overwrite, progress=progress, say=say,
             on_plan=notes, on_found=searched.append,
             on_measured=measured.append, compress_rate=compress_rate, code=code, workers=workers,
-            device=device, **kept,
+            device=device, calibration=texts, **kept,
         )  # fmt: skip
     if as_json:
         print_json(_data(bundle, output, searched, measured))
     elif not quiet:
         options = [f"--{key.replace('_', '-')} {value}" for key, value in kept.items() if value is not None]
+        options += [f"--calibrate {pair}" for pair in calibrate or ()]
         _print(bundle, output, searched, " ".join([*recipe, "-o", str(output), *options]))
         _print_costs(plans[-1], bundle)
         if measured:

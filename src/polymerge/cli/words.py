@@ -41,6 +41,10 @@ EmbeddingRate = Annotated[
     float | None, typer.Option(help="Compress rate of embeddings and heads with compress, over the recipe's.")
 ]
 Align = Annotated[str | None, typer.Option(help="permutation, for experts that share no base, over the recipe's.")]
+Calibrate = Annotated[
+    list[str] | None,
+    typer.Option(help="NAME=FILE.jsonl, requests of an expert: what counts for them is kept first (docs/codes.md)."),
+]
 Norms = Annotated[str | None, typer.Option(help="keep or average, over the recipe's; biases count as norms.")]
 
 

@@ -12,7 +12,9 @@ files: it is given a function that reads and one that takes what is made.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -20,8 +22,9 @@ from torch import Tensor
 
 from ..method.code import Code
 from ..method.dense import residual_of, unsaid
-from ..method.nearest import nearest
+from ..method.nearest import Stored, nearest
 from ..method.rsvd import numerical_rank, sketch_seed
+from ..method.weights import Weights, joined
 from .measure import Loss, frobenius_norm, loss_of, stats_line
 from .outcome import TensorReport, twin_of
 from .reading import Read, check_stored, checked_digest
@@ -71,8 +74,13 @@ class Lent:
     error: float
 
 
-def compress_tensor(task: TensorTask, settings: Settings, read: Read, emit: Emit) -> TensorReport:
+def compress_tensor(
+    task: TensorTask, settings: Settings, read: Read, emit: Emit, weights: Mapping[str, Weights] = MappingProxyType({})
+) -> TensorReport:
     """Does one task of a plan.
+
+    Args:
+        weights: expert -> what counts of its residual; all alike where nothing is said.
 
     Raises:
         SourceError: a value is not finite, or what is made of the values is too large; names expert and tensor.
@@ -85,11 +93,16 @@ def compress_tensor(task: TensorTask, settings: Settings, read: Read, emit: Emit
         return _merge_table(task, settings, read, emit, report)
     if not task.against_base:
         return keep_or_average(task, settings.dtype, read, emit, report)
-    return _compress_linear(task, settings, read, emit, report)
+    return _compress_linear(task, settings, read, emit, report, weights)
 
 
 def _compress_linear(
-    task: TensorTask, settings: Settings, read: Read, emit: Emit, report: TensorReport
+    task: TensorTask,
+    settings: Settings,
+    read: Read,
+    emit: Emit,
+    report: TensorReport,
+    weights: Mapping[str, Weights],
 ) -> TensorReport:
     experts = list(task.sources)
     norms: dict[str, float] = {}
@@ -107,6 +120,8 @@ def _compress_linear(
     base32 = base.float()
     del total, base
     lent: Lent | None = None
+    if weights and len(experts) == 2:  # which have one residual between them
+        weights = dict.fromkeys(experts, joined(list(weights.values())))
     # PEFT reads an expert's published factors where they lie, and would answer without those in another's file.
     shares = task.treatment == "full" or not settings.code.peft_readable
     for expert in experts:
@@ -116,7 +131,8 @@ def _compress_linear(
         began = time.perf_counter()
         weight = _read_matrix(task, expert, settings, read)
         scales = norms[expert], mean_scale
-        lent = compress_against(task, expert, weight, base32, scales, settings, emit, report, lent)
+        counts = weights.get(expert)
+        lent = compress_against(task, expert, weight, base32, scales, settings, emit, report, lent, counts)
         lent = lent if len(experts) == 2 else None
         report.stats[-1] = replace(report.stats[-1], seconds=round(time.perf_counter() - began, 4))
     return report
@@ -132,6 +148,7 @@ def compress_against(
     emit: Emit,
     report: TensorReport,
     lent: Lent | None = None,
+    weights: Weights | None = None,
 ) -> Lent | None:
     """One expert's linear weight against the base as stored: its residual, its ratio, its line of statistics.
 
@@ -139,6 +156,7 @@ def compress_against(
         weight, base: as for `compress_residual`.
         scales: s_i of this expert and s̄ of the base.
         lent: what the other one of two experts has beyond their average.
+        weights: what counts of the residual.
 
     Returns:
         What another one could have of its factors.
@@ -146,7 +164,7 @@ def compress_against(
     scale, mean_scale = scales
     scaled = settings.per_expert_scale and mean_scale and task.base == "average"
     ratio = float(np.float32(scale / mean_scale)) if scaled else 1.0
-    loss, made = compress_residual(task, expert, weight, base, ratio, settings, emit, lent)
+    loss, made = compress_residual(task, expert, weight, base, ratio, settings, emit, lent, weights)
     if lent and made is lent:
         report.borrowed[expert] = lent.expert, -ratio / lent.ratio
     if task.treatment != "full" and task.base == "average":
@@ -164,13 +182,14 @@ def compress_residual(
     settings: Settings,
     emit: Emit,
     lent: Lent | None = None,
+    weights: Weights | None = None,
 ) -> tuple[Loss, Lent | None]:
     """Stores what `weight` has beyond `ratio * base`, and measures what was lost.
 
     Args:
         weight: [out, in] (or [in, out] for a transposed record), float32; overwritten.
         base: the average as stored, float32, same shape.
-        lent: as for `compress_against`.
+        lent, weights: as for `compress_against`.
 
     Returns:
         The loss; and the factors that the expert has now, `lent` itself where it has these.
@@ -184,25 +203,51 @@ def compress_residual(
         return loss_of(0, norm, residual_norm, error), None
     residual = residual_of(weight, base, ratio)
     residual_norm = error = frobenius_norm(residual)
-    rank, made = 0, None
+    found, made = None, None
     if task.treatment == "low_rank" and residual_norm:
         matrix = residual.T if task.record.transposed else residual  # [out, in]
         if lent and (shared := _error_with(lent, matrix, ratio, norm)) is not None:
             return loss_of(len(lent.a), norm, residual_norm, shared), lent
-        seed = sketch_seed(settings.seed, task.name, expert)
-        b, a = settings.factorise(matrix, task.rank, seed)
-        rank = numerical_rank(torch.linalg.vector_norm(a, dim=1), norm, task.matrix_shape)
-    if rank:
-        b, a = b[:, :rank], a[:rank]
-        room = settings.code.bytes(*task.matrix_shape, task.rank)
-        code, coded = nearest(settings.code, settings.dtype, b, a, room)
-        for suffix, part in coded.items():
+        found = _found(task, expert, matrix, norm, settings, weights)
+        if weights and (found is None or found.rank < task.rank or not found.error < residual_norm):
+            # All of it fits the rank, and is exact as it is; or what counts is too little of it.
+            found = _found(task, expert, matrix, norm, settings, None)
+    if found:
+        for suffix, part in found.stored.items():
             check_stored(part, task.name, f"the residual of expert {expert!r}")
             emit(expert, adapter_key(task, suffix), part)
-        b, a = code.decode(coded, *matrix.shape)
-        rank, error = len(a), frobenius_norm(unsaid(matrix, b, a))
-        made = Lent(expert, b, a, ratio, error)
-    return loss_of(rank, norm, residual_norm, error), made
+        error, made = found.error, Lent(expert, found.b, found.a, ratio, found.error)
+    return loss_of(len(found.a) if found else 0, norm, residual_norm, error), made
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Factors of a residual: as they are stored, as they will be read, and ||R - B A||.
+
+    Attributes:
+        rank: as many of its directions are more than rounding, at most those that were asked for.
+    """
+
+    stored: Stored
+    b: Tensor
+    a: Tensor
+    error: float
+    rank: int
+
+
+def _found(
+    task: TensorTask, expert: str, matrix: Tensor, norm: float, settings: Settings, weights: Weights | None
+) -> _Found | None:
+    """Of a residual [out, in] of a weight with this norm; None where it is rounding alone."""
+    seed = sketch_seed(settings.seed, task.name, expert)
+    b, a = settings.factorise(weights.weighted(matrix) if weights else matrix, task.rank, seed)
+    rank = numerical_rank(torch.linalg.vector_norm(a, dim=1), norm, task.matrix_shape)
+    if not rank:
+        return None
+    room = settings.code.bytes(*task.matrix_shape, task.rank)
+    code, stored = nearest(settings.code, settings.dtype, b[:, :rank], a[:rank], room, weights)
+    b, a = code.decode(stored, *matrix.shape)
+    return _Found(stored, b, a, frobenius_norm(unsaid(matrix.clone() if weights else matrix, b, a)), rank)
 
 
 def _error_with(lent: Lent, residual: Tensor, ratio: float, norm: float) -> float | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from ..bundle.files import Rows
 from ..bundle.manifest import Method
 from ..host import pick_device
 from ..method.codes import code_of
+from ..method.weights import Weights
 from ..recipe.merge import Recipe
 from ..sources.checkpoint import Checkpoint
 from .adapters import compress_over_base
@@ -59,7 +59,8 @@ def in_threads(plan: MergePlan, todo: Sequence[int]) -> Iterator[tuple[int, Work
     with ThreadPoolExecutor(plan.recipe.workers) as pool:
 
         def start(index: int) -> Callable[[], Made]:
-            return pool.submit(make, plan.tasks[index], plan.checkpoints, settings).result
+            task = plan.tasks[index]
+            return pool.submit(make, task, plan.checkpoints, settings, plan.weights(task)).result
 
         try:
             yield from in_turn(plan, todo, start, ahead=plan.recipe.workers + 1)
@@ -84,7 +85,9 @@ def in_turn(
         yield index, begun.pop(index)().give if index in begun else _in_its_turn(plan, index)
 
 
-def make(task: TensorTask, checkpoints: Mapping[str, Checkpoint], settings: Settings) -> Made:
+def make(
+    task: TensorTask, checkpoints: Mapping[str, Checkpoint], settings: Settings, weights: Mapping[str, Weights]
+) -> Made:
     """One tensor, from its checkpoints to its pieces. Independent of every other tensor."""
     pieces: list[tuple[str | None, str, Tensor]] = []
 
@@ -92,23 +95,28 @@ def make(task: TensorTask, checkpoints: Mapping[str, Checkpoint], settings: Sett
         whole = torch.cat(list(tensor.parts)) if isinstance(tensor, Rows) else tensor
         pieces.append((owner, key, whole.detach().cpu().clone()))  # whoever emits a tensor may go on with its memory
 
-    report = compress_task(task, checkpoints, settings, keep)
+    report = compress_task(task, checkpoints, settings, weights, keep)
     return Made(tuple(pieces), report)
 
 
 def compress_task(
-    task: TensorTask, checkpoints: Mapping[str, Checkpoint], settings: Settings, emit: Emit
+    task: TensorTask,
+    checkpoints: Mapping[str, Checkpoint],
+    settings: Settings,
+    weights: Mapping[str, Weights],
+    emit: Emit,
 ) -> TensorReport:
     """One tensor, from its checkpoints to `emit`."""
     with torch.no_grad():
         if task.base == "adapters":
             return compress_over_base(task, settings, reader_of(checkpoints), sums_of(checkpoints), emit)
-        return compress_tensor(task, settings, reader_of(checkpoints), emit)
+        return compress_tensor(task, settings, reader_of(checkpoints), emit, weights)
 
 
 def _in_its_turn(plan: MergePlan, index: int) -> Work:
     settings = settings_of(plan.recipe, plan.dtype, plan.recipe.device)
-    return partial(compress_task, plan.tasks[index], plan.checkpoints, settings)
+    task = plan.tasks[index]
+    return lambda emit: compress_task(task, plan.checkpoints, settings, plan.weights(task), emit)
 
 
 def settings_of(method: Recipe | Method, dtype: torch.dtype, device: str) -> Settings:

@@ -19,6 +19,7 @@ from ..errors import RecipeError, SourceError
 from ..host import dtype_name
 from ..method.code import Code
 from ..method.codes import code_of
+from ..method.weights import Weights
 from ..model.held import held_as
 from ..model.quantised import base_of
 from ..paths import here
@@ -31,6 +32,7 @@ from ..sources.layers import LayerMap
 from ..sources.memory import refuse_models
 from ..sources.opening import open_source
 from ..sources.outline import OutlineCheckpoint, outline
+from .calibration import Calibration
 from .foundation import over_adapters, plain_adapters, with_adapters
 from .frame import check_settings, expert_of, frame_of, sources_in
 from .personas import Personas, personas_of
@@ -48,6 +50,7 @@ class MergePlan:
         recipe: with what its `auto`s stand for.
         tables: the rows of experts whose vocabularies differ; None where all have one.
         alignments: expert -> how it was aligned, once it was (`polymerge.merging.align`).
+        calibration: what counts of the residuals, of experts for which that is known.
         base: how answering will hold the average in memory.
         work: what it will do at once, and where.
     """
@@ -62,6 +65,7 @@ class MergePlan:
     personas: Personas
     tables: Tables | None = None
     alignments: Mapping[str, Alignment] = field(default_factory=dict)
+    calibration: Calibration | None = None
     base: str = "16bit"
     residuals: str = "decoded"
     work: Work = field(default_factory=Work)
@@ -80,6 +84,10 @@ class MergePlan:
     def code(self) -> Code:
         """How residuals are stored."""
         return code_of(self.recipe.code, self.dtype)
+
+    def weights(self, task: TensorTask) -> dict[str, Weights]:
+        """Expert -> what counts of its residual of a tensor, where that is known."""
+        return self.calibration.of(task) if self.calibration else {}
 
     @property
     def base_bytes(self) -> int:

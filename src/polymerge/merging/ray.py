@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ..errors import MissingExtraError, PolymergeError, SourceError, install_line
+from ..method.weights import Weights
 from ..recipe.merge import Recipe
 from ..recipe.source import Source
 from ..sources.aligned import AlignedCheckpoint, Moves
@@ -101,7 +102,7 @@ def _on_ray(plan: MergePlan, todo: Sequence[int]) -> Iterator[tuple[int, Work]]:
     running: set[Any] = set()
 
     def start(index: int) -> Callable[[], Made]:
-        reference = remote.remote(order, plan.tasks[index])
+        reference = remote.remote(order, plan.tasks[index], plan.weights(plan.tasks[index]))
         running.add(reference)
 
         def wait() -> Made:
@@ -172,10 +173,11 @@ def _absolute(source: Source) -> Source:
     return source.model_copy(update={"source": resolved(source.source), "base": resolved(source.base)})
 
 
-def _work(order: WorkOrder, task: TensorTask) -> Made:
+def _work(order: WorkOrder, task: TensorTask, weights: Mapping[str, Weights]) -> Made:
     """On a worker: one tensor."""
     torch.set_num_threads(order.threads)
-    return make(task, _opened(order, task), settings_of(order.recipe, order.dtype, order.recipe.device))
+    settings = settings_of(order.recipe, order.dtype, order.recipe.device)
+    return make(task, _opened(order, task), settings, weights)
 
 
 def _opened(order: WorkOrder, task: TensorTask) -> dict[str, Checkpoint]:

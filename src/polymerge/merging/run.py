@@ -97,7 +97,8 @@ def run_plan(
     check_free_space(output.parent, plan.write_bytes - half)
     tables = [key for key in ("embeddings", "lm_head") if getattr(plan.recipe, key) == "compress"]
     proof = prove(plan.first, _merge_small, exact=plan.recipe.compress_rate == 0.0, tables=tables)
-    plan = aligned(replace(plan, notes=(*plan.notes, proof.note)))
+    seen = plan.calibration.notes if plan.calibration else ()
+    plan = aligned(replace(plan, notes=(*plan.notes, *seen, proof.note)))
     return _run(plan, output, overwrite=overwrite, resume=resume, executor=executor, progress=progress)
 
 
@@ -143,11 +144,13 @@ def fingerprint(plan: MergePlan) -> dict[str, Any]:
     """What must be equal for half-done work to be gone on with. Workers, device and how the bundle will answer may
     differ."""
     answering = {"config", "thinker", "staged", "memory_limit"}
-    recipe = plan.recipe.model_dump(mode="json", exclude={"workers", "device", "max_error", *answering})
+    recipe = plan.recipe.model_dump(mode="json", exclude={"workers", "device", "max_error", "calibration", *answering})
     tables = {"tables": asdict(plan.tables)} if plan.tables else {}
     orders = {"alignment": digest_of_orders(plan.alignments)} if plan.alignments else {}
+    texts = {"calibration": dict(plan.calibration.digests)} if plan.calibration else {}
     return {
         **orders,
+        **texts,
         "polymerge": __version__,
         **tables,
         "recipe": recipe,

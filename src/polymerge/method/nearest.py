@@ -13,32 +13,39 @@ from torch import Tensor
 
 from .code import Code
 from .factors import Factors
+from .weights import Weights
 
 Stored = dict[str, Tensor]
 # What follows the module's name in the keys of a residual that is stored as numbers.
 NUMBERS = Factors.suffixes
 
 
-def nearest(code: Code, dtype: torch.dtype, b: Tensor, a: Tensor, room: int) -> tuple[Code, Stored]:
+def nearest(
+    code: Code, dtype: torch.dtype, b: Tensor, a: Tensor, room: int, weights: Weights | None = None
+) -> tuple[Code, Stored]:
     """The stored tensors that leave the least of B A unsaid, and the code that decodes them.
 
     Args:
         code: the bundle's. dtype: the bundle's.
         b, a: [out, r] and [r, in] in float32, of an SVD: components are orthogonal, the largest first.
         room: bytes that numbers may take; what the code needs it may have.
+        weights: with them B A is the weighted residual's; what is stored is the residual's own, and what counts
+            is what is left of the weighted one.
     """
-    stored = code.encode(b, a)
+    weights = weights or Weights()
+    plain = weights.plain_factors(b, a)
+    stored = code.encode(*plain)
     if code.peft_readable:
         return code, stored
     shape = (len(b), a.shape[1])
-    least, best = _unsaid(b, a, *code.decode(stored, *shape)), (code, stored)
+    least, best = _unsaid(b, a, *weights.weighted_factors(*code.decode(stored, *shape))), (code, stored)
     for width in dict.fromkeys((dtype, torch.bfloat16)):
         numbers = Factors(width)
         count = room // numbers.bytes(*shape, 1)
         if not count:
             continue
-        few = numbers.encode(b[:, :count], a[:count])
-        lost = _unsaid(b, a, *numbers.decode(few, *shape))
+        few = numbers.encode(plain[0][:, :count], plain[1][:count])
+        lost = _unsaid(b, a, *weights.weighted_factors(*numbers.decode(few, *shape)))
         if lost < least:
             least, best = lost, (numbers, few)
     return best

@@ -72,6 +72,8 @@ class Recipe(BaseModel):
             factors of each, or `average` (published), as their average and residuals from it, as all other experts are.
         align: `permutation` for experts that do not share a base: every expert's neurons and heads are brought into the
             order in which they fit the first expert's best, which changes no expert's function.
+        calibration: expert -> JSONL file of requests, of which it is seen what of its residuals counts for its answers
+            (not published; docs/codes.md).
         dtype: what the bundle is stored in; by default the sources' own.
         device: where the arithmetic runs; `auto` is the GPU where there is one.
         workers: tensors in work at once. The result does not depend on it.
@@ -97,6 +99,7 @@ class Recipe(BaseModel):
     norms: KeepOrAverage = "keep"
     adapters: Literal["exact", "average"] = "exact"
     align: Literal["permutation"] | None = None
+    calibration: dict[str, str] = Field(default_factory=dict)
     dtype: DTypeName | None = None
     device: DeviceName = "auto"
     workers: Annotated[Whole, Field(ge=1, le=64)] = 1
@@ -147,6 +150,14 @@ class Recipe(BaseModel):
     def _method_is_spelled_out(cls, recipe: Any) -> Any:
         return spelled_out(recipe)
 
+    @model_validator(mode="after")
+    def _calibration_is_of_experts(self) -> Self:
+        if stranger := next((name for name in self.calibration if name not in self.experts), None):
+            raise ValueError(f"calibration: no expert {stranger!r} among {', '.join(self.experts)}")
+        if self.calibration and self.align is not None:
+            raise ValueError("calibration: is not there for experts that are aligned; leave one of the two out")
+        return self
+
     @field_validator("experts")
     @classmethod
     def _names_are_safe(cls, experts: dict[str, Source]) -> dict[str, Source]:
@@ -172,6 +183,7 @@ class RecipeSettings(TypedDict, total=False):
     embedding_rate: float | Mapping[str, float] | None
     norms: str | None
     align: str | None
+    calibration: Mapping[str, str] | None
     dtype: str | None
     device: str | None
     workers: int | None
@@ -222,6 +234,7 @@ def _loaded(source: RecipeLike) -> Recipe:
     recipe = validated(Recipe, data, where=str(path), lines=lines)
     experts = {name: anchored(item, path.parent) for name, item in recipe.experts.items()}
     updates: dict[str, Any] = {"experts": experts, "config": path_from(recipe.config, path.parent)}
+    updates["calibration"] = {name: path_from(file, path.parent) for name, file in recipe.calibration.items()}
     if recipe.thinker:
         thinker = recipe.thinker
         anchors = {"source": source_from(thinker.source, path.parent), "config": path_from(thinker.config, path.parent)}

@@ -15,6 +15,8 @@ def recipe_text(recipe: Recipe) -> str:
     """YAML that `load_recipe` reads as this recipe from any folder: local paths are whole, defaults are left out."""
     said: dict[str, Any] = recipe.model_dump(mode="json", exclude_defaults=True)
     experts = {name: _source(source) for name, source in recipe.experts.items()}
+    if recipe.calibration:
+        said["calibration"] = {name: _whole(file) for name, file in recipe.calibration.items()}
     text: str = yaml.safe_dump({**said, "experts": experts}, sort_keys=False, allow_unicode=True)
     return text
 

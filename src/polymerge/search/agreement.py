@@ -63,7 +63,7 @@ class ExampleAgreement:
 
 
 @dataclass(frozen=True)
-class _ComparedTokens:
+class ComparedTokens:
     """Token ids of prompt and answer, and how many at the end are compared."""
 
     ids: list[int]
@@ -87,7 +87,7 @@ class Reference:
 
     def __init__(self, source: Source | str, examples: Sequence[Example], *, trust_remote_code: bool = False) -> None:
         engine = HFEngine.from_checkpoint(source, trust_remote_code=trust_remote_code)
-        self._rows = [row for row in (_tokens(engine, example) for example in examples) if row.compared > 0]
+        self._rows = [row for row in (compared_tokens(engine, example) for example in examples) if row.compared > 0]
         if not self._rows:
             name = source.source if isinstance(source, Source) else source
             raise RecipeError(f"{name}: none of its prompts has two tokens, so there is nothing to compare")
@@ -129,7 +129,7 @@ def agreement(examples: Sequence[ExampleAgreement]) -> Agreement:
     return Agreement(kl, same, tokens, accuracy, original)
 
 
-def _compared(row: _ComparedTokens, original: Tensor, whole: Tensor) -> ExampleAgreement:
+def _compared(row: ComparedTokens, original: Tensor, whole: Tensor) -> ExampleAgreement:
     other = whole[:, : original.shape[-1]]  # a bundle may hold tokens that the original does not know
     return ExampleAgreement(
         kl=float((original.exp() * (original - other)).sum()),
@@ -140,10 +140,11 @@ def _compared(row: _ComparedTokens, original: Tensor, whole: Tensor) -> ExampleA
     )
 
 
-def _tokens(engine: HFEngine, example: Example) -> _ComparedTokens:
+def compared_tokens(engine: HFEngine, example: Example) -> ComparedTokens:
+    """An example as the original's chat template has it."""
     prompt = engine.chat_prompt([{"role": "user", "content": example.prompt}])
     if not example.answer:
-        return _ComparedTokens(prompt, len(prompt) - 1, False)
+        return ComparedTokens(prompt, len(prompt) - 1, False)
     end = engine.tokenizer.eos_token_id
     answer = engine.encode(example.answer, special=False) + ([end] if end is not None else [])
-    return _ComparedTokens(prompt + answer, len(answer), True)
+    return ComparedTokens(prompt + answer, len(answer), True)

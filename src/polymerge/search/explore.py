@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -21,6 +22,7 @@ from ..merging.plan import MergePlan, plan_merge
 from ..method.codes import PLAIN
 from ..recipe.merge import Recipe, RecipeLike, RecipeSettings, read_codes
 from ..recipe.written import recipe_text
+from .calibrate import calibrated
 from .choices import Choice, Choices
 from .examples import LIMIT, Prompts, read_prompts
 from .find import too_small
@@ -124,10 +126,12 @@ def search_recipe(
     _check_budget(target, choices)
     references = run_originals(recipe, examples, say)
     output.mkdir(parents=True, exist_ok=True)
-    search = _Search(choices, trials, lambda plan: measure(plan, references, output), output, say)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=recipe.seed % 2**32)
-    return search.run(optuna.create_study(directions=["minimize", "minimize"], sampler=sampler))
+    with calibrated(plan, examples, say) as calibration:
+        measured = partial(measure, references=references, folder=output, calibration=calibration)
+        search = _Search(choices, trials, measured, output, say)
+        return search.run(optuna.create_study(directions=["minimize", "minimize"], sampler=sampler))
 
 
 def _check_budget(target: Target, choices: Choices) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ import torch
 from ..bundle.bundle import Bundle
 from ..errors import TargetError
 from ..merging.align import aligned
+from ..merging.calibration import Calibration
 from ..merging.executor import Executor, in_threads
 from ..merging.plan import plan_merge, replanned
 from ..method.codes import PLAIN, code_of
 from ..recipe.merge import CodeName, Recipe, load_recipe, read_codes
 from ..recipe.rates import in_words
 from .agreement import Reference
+from .calibrate import calibrated
 from .examples import Example
 from .fitting import STEPS, Fitting, has_full_rank
 from .sweep import Point, check_examples, measure, run_originals
@@ -80,6 +83,7 @@ def find(
     folder: Path | None = None,
     executor: Executor = in_threads,
     progress: Callable[[str], None] | None = None,
+    calibration: Calibration | None = None,
 ) -> Found:
     """The recipe with the rate and code that reach the target with the fewest bytes; `merge` it next.
 
@@ -94,6 +98,8 @@ def find(
         codes: those that may be used.
         folder: where bundles that are measured lie for a moment; by default the system's place for such files.
         progress: called with what comes next, and with what was measured.
+        calibration: what counts of the experts' residuals, where somebody has it; else it is seen here, where the
+            recipe says so.
 
     Raises:
         TargetError: the target cannot be read or reached. RecipeError: an expert without examples, an unknown code.
@@ -112,12 +118,14 @@ def find(
     check_examples(recipe, examples)
     for name in (n for n in recipe.experts if target.kind == "accuracy" and not any(e.answer for e in examples[n])):
         raise TargetError(f"target {target.text!r}: none of the prompts of expert {name!r} has an answer")
-    fitting = Fitting.of(aligned(plan_merge(recipe)))
+    plan = aligned(plan_merge(recipe))
+    fitting = Fitting.of(plan)
     references = run_originals(recipe, examples, say)
     for name in (n for n, r in references.items() if target.kind == "accuracy" and not r.accuracy):
         raise TargetError(f"target {target.text!r}: the original of {name!r} is right on none of its prompts")
-    search = _Search(fitting, target, references, tolerance, folder, executor, say)
-    code, keep = search.run(names)
+    with nullcontext(calibration) if calibration else calibrated(plan, examples, say) as seen:
+        search = _Search(fitting, target, references, tolerance, folder, executor, say, seen)
+        code, keep = search.run(names)
     changed = fitting.at(keep, code).recipe
     # it may have been measured at another rate that gives the same ranks
     point = replace(search.point(keep, code), compress_rate=changed.compress_rate, code=code)
@@ -158,6 +166,7 @@ class _Search:
     folder: Path | None
     executor: Executor
     say: Callable[[str], None]
+    calibration: Calibration | None
     measured: dict[Hashable, Point] = field(default_factory=dict)
 
     def run(self, codes: Sequence[CodeName]) -> tuple[CodeName, int]:
@@ -189,7 +198,7 @@ class _Search:
             number = len(self.measured) + 1
             what = f"rate {in_words(plan.recipe.compress_rate)}, {code}" if keep else "the average"
             self.say(f"merge {number}: {what}, about {self.fitting.bytes(plan) / 1e6:.1f} MB")
-            point = self.measured[key] = measure(plan, self.references, self.folder, self.executor)
+            point = self.measured[key] = measure(plan, self.references, self.folder, self.executor, self.calibration)
             verdict = "reached" if self.target.is_reached(point) else "missed"
             self.say(f"merge {number}: {self.target.words(point)}, {verdict}")
         return self.measured[key]

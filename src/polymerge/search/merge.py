@@ -25,6 +25,7 @@ from ..recipe.merge import RecipeLike, RecipeSettings
 from ..recipe.rates import in_words
 from ..sources.memory import models_as_folders
 from .agreement import Agreement
+from .calibrate import calibrated
 from .examples import Prompts, read_prompts
 from .find import Found, find
 from .sweep import agreements, check_examples, run_originals
@@ -85,6 +86,7 @@ def merge(
     _check_together(target, prompts, codes, limit, settings)
     if prompts and target is None and on_measured is None:
         raise TargetError("prompts without a target are measured for `on_measured`; give it, or a target")
+    tell = say or (lambda text: None)
     goal = read_target(target) if target is not None else None
     examples = read_prompts({} if prompts is None else prompts, limit)
     output = path_of(output, "output")
@@ -99,7 +101,7 @@ def merge(
             check_examples(plan.recipe, examples)
         if on_plan:
             on_plan(plan)
-        with _opened(executor, address) as tasks:
+        with calibrated(plan, examples, tell) as calibration, _opened(executor, address) as tasks:
             if goal:
                 folder = next(parent for parent in output.absolute().parents if parent.exists())
                 chosen = find(
@@ -110,14 +112,16 @@ def merge(
                     folder=folder,
                     executor=tasks,
                     progress=say,
+                    calibration=calibration,
                 )
                 _tell(chosen, goal, say, on_found)
                 plan = replanned(plan, compress_rate=chosen.recipe.compress_rate, code=chosen.recipe.code)
+            plan = replace(plan, calibration=calibration)
             bundle = run_plan(plan, output, overwrite=overwrite, resume=resume, executor=tasks, progress=progress)
         if chosen:
             chosen.check(bundle)
         elif examples and on_measured:
-            on_measured(agreements(bundle, run_originals(plan.recipe, examples, say or (lambda text: None))))
+            on_measured(agreements(bundle, run_originals(plan.recipe, examples, tell)))
         return bundle
 
 

@@ -18,6 +18,7 @@ from ..bundle.bundle import Bundle
 from ..bundle.inspect import inspect_bundle
 from ..bundle.place import folder_to_fill
 from ..errors import RecipeError
+from ..merging.calibration import Calibration
 from ..merging.executor import Executor, in_threads
 from ..merging.plan import MergePlan, plan_merge
 from ..merging.run import run_plan
@@ -26,6 +27,7 @@ from ..model.loading import load_model
 from ..recipe.merge import CodeName, Recipe, RecipeLike, RecipeSettings, load_recipe, read_codes
 from ..recipe.rates import AnyRates, in_words, read_named_rates
 from .agreement import Agreement, Reference
+from .calibrate import calibrated
 from .examples import LIMIT, Example, Prompts, read_prompts
 
 RATES = (0.9, 0.95, 0.98)
@@ -99,17 +101,19 @@ def sweep(
     names, rates = read_codes(codes), _numbers(rates)
     # at rate 1 there is no residual to store, so codes do not differ
     points_at = [(rate, code) for rate in rates for code in (names if rate < 1 else names[:1])]
-    lossy = plan_merge(recipe).recipe  # whose tables those of all codes are
+    plan = plan_merge(recipe)
+    lossy = plan.recipe  # whose tables those of all codes are
     ends = recipe.of_tables_in_use()  # where a code is named, `auto` keeps them
     recipes = [load_recipe(lossy if 0 < rate < 1 else ends, compress_rate=rate, code=code) for rate, code in points_at]
     say = progress or (lambda text: None)
     references = run_originals(recipe, examples, say)
     output.mkdir(parents=True, exist_ok=True)
     points: list[Point] = []
-    for number, changed in enumerate(recipes, 1):
-        say(f"{number} of {len(recipes)}: rate {in_words(changed.compress_rate)}, {changed.code}")
-        points.append(measure(plan_merge(changed), references, output))
-        (output / "sweep.json").write_text(json.dumps([to_json(p, points) for p in points], indent=1) + "\n")
+    with calibrated(plan, examples, say) as calibration:
+        for number, changed in enumerate(recipes, 1):
+            say(f"{number} of {len(recipes)}: rate {in_words(changed.compress_rate)}, {changed.code}")
+            points.append(measure(plan_merge(changed), references, output, calibration=calibration))
+            (output / "sweep.json").write_text(json.dumps([to_json(p, points) for p in points], indent=1) + "\n")
     return points
 
 
@@ -146,17 +150,23 @@ def run_originals(
 
 
 def measure(
-    plan: MergePlan, references: Mapping[str, Reference], folder: Path | None, executor: Executor = in_threads
+    plan: MergePlan,
+    references: Mapping[str, Reference],
+    folder: Path | None,
+    executor: Executor = in_threads,
+    calibration: Calibration | None = None,
 ) -> Point:
     """Merges, measures and deletes the bundle. The recipe's `max_error` does not count here.
 
     Args:
         folder: where the bundle lies for a moment; by default the system's place for such files.
+        calibration: what counts of the experts' residuals, where their recipe has it seen.
     """
     recipe = plan.recipe.model_copy(update={"max_error": None})
     with tempfile.TemporaryDirectory(dir=folder, prefix=".bundle-") as place:
         began = time.monotonic()
-        bundle = run_plan(replace(plan, recipe=recipe), Path(place) / "bundle", executor=executor)
+        plan = replace(plan, recipe=recipe, calibration=calibration)
+        bundle = run_plan(plan, Path(place) / "bundle", executor=executor)
         seconds = time.monotonic() - began
         inspection, sizes, experts = inspect_bundle(bundle), bundle.sizes(), agreements(bundle, references)
     residuals = sum(expert.residual_bytes for expert in inspection.experts)

@@ -1,0 +1,74 @@
+"""What counts of every expert's residuals, matrix by matrix: files of what its layers were given and how its answers
+heeded what they gave.
+
+Who fills them is `polymerge.search.calibrate`; what rows do to factors is `polymerge.method.weights`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..method.weights import Side, Weights
+from .treatment import TensorTask
+
+# Module -> rows of tokens: what it was given, and the gradients of what it gave.
+Seen = Mapping[str, tuple[Tensor, Tensor | None]]
+# Sides of matrices that are kept at hand: layers that read one input come one after the other.
+AT_HAND = 16
+
+
+class Calibration:
+    """Of the experts that have texts.
+
+    Attributes:
+        digests: expert -> digest of its texts' tokens.
+        notes: what the bundle says of itself for it.
+    """
+
+    def __init__(self, files: Mapping[str, Path], digests: Mapping[str, str], notes: tuple[str, ...]) -> None:
+        self._files, self.digests, self.notes = files, digests, notes
+        self._places = {expert: _places(file) for expert, file in files.items()}
+        self._side = lru_cache(maxsize=AT_HAND)(self._read)
+
+    def of(self, task: TensorTask) -> dict[str, Weights]:
+        """Expert -> what counts of its residual of one tensor; experts of whom nothing is known are left out."""
+        return {
+            expert: Weights(*(self._side(expert, key) if key else None for key in places[task.record.module]))
+            for expert, places in self._places.items()
+            if task.record.module in places and expert in task.sources
+        }
+
+    def _read(self, expert: str, key: str) -> Side:
+        with safe_open(self._files[expert], framework="pt") as file:
+            return Side(file.get_tensor(key))
+
+
+def write_seen(file: Path, seen: Seen) -> None:
+    """Rows that several modules share are written once."""
+    tensors: dict[str, Tensor] = {}
+    keys: dict[int, str] = {}
+    places = {
+        module: [_key(rows, tensors, keys) if rows is not None else None for rows in sides]
+        for module, sides in seen.items()
+    }
+    save_file(tensors, file, {"places": json.dumps(places)})
+
+
+def _key(rows: Tensor, tensors: dict[str, Tensor], keys: dict[int, str]) -> str:
+    key = keys.setdefault(id(rows), str(len(keys)))
+    tensors[key] = rows
+    return key
+
+
+def _places(file: Path) -> dict[str, list[str | None]]:
+    """Module -> the keys of its two sides."""
+    with safe_open(file, framework="pt") as opened:
+        places: dict[str, list[str | None]] = json.loads(opened.metadata()["places"])
+    return places

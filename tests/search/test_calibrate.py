@@ -1,0 +1,182 @@
+"""Residuals that are weighted by what their expert's texts show: what is seen, what it gains, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+import yaml
+from torch import Tensor
+
+import polymerge
+from polymerge import load_model, merge
+from polymerge.bundle.bundle import Bundle
+from polymerge.errors import DataError, RecipeError
+from polymerge.search import calibrate
+from polymerge.search.agreement import ComparedTokens, Reference
+from polymerge.search.examples import Example, read_examples
+from polymerge.search.find import find
+from polymerge.search.sweep import sweep
+from tests.tiny import make_experts, tiny_tokenizer
+
+TEXTS = [
+    {"prompt": " ".join(f"w{3 + (7 * row + 5 * word) % 90}" for word in range(12)), "answer": f"w{row + 3} w{row + 9}"}
+    for row in range(16)
+]
+
+
+def experts_in(folder: Path, architecture: str = "llama", count: int = 3) -> dict[str, str]:
+    experts = make_experts(architecture, folder, count=count)
+    for path in experts.values():
+        tiny_tokenizer().save_pretrained(path)
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in TEXTS))
+    return {name: str(path) for name, path in experts.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("calibrate")
+
+
+@pytest.fixture(scope="module")
+def experts(folder: Path) -> dict[str, str]:
+    return experts_in(folder)
+
+
+def kl(bundle: Bundle, experts: Mapping[str, str], file: Path) -> dict[str, float]:
+    model = load_model(bundle)
+    return {
+        name: Reference(source, read_examples(file)).against(lambda ids, name=name: model(ids, experts=name).logits).kl  # type: ignore[misc]
+        for name, source in experts.items()
+    }
+
+
+def recipe_of(experts: Mapping[str, str], folder: Path, **settings: Any) -> dict[str, Any]:
+    texts = dict.fromkeys(experts, str(folder / "texts.jsonl"))
+    return {"experts": dict(experts), "compress_rate": 0.7, "calibration": texts, **settings}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "phi3", "qwen3-moe"])
+@pytest.mark.parametrize("code", ["factors", "int4"])
+def test_what_counts_for_the_texts_is_kept_first(architecture: str, code: str, tmp_path: Path) -> None:
+    experts = experts_in(tmp_path, architecture)
+    recipe = recipe_of(experts, tmp_path, code=code)
+    weighted = kl(merge(recipe, tmp_path / "weighted"), experts, tmp_path / "texts.jsonl")
+    plain = kl(merge(recipe | {"calibration": {}}, tmp_path / "plain"), experts, tmp_path / "texts.jsonl")
+    assert sum(weighted.values()) < 0.85 * sum(plain.values())
+    notes = Bundle.open(tmp_path / "weighted").manifest.notes
+    assert [note.partition(":")[0] for note in notes if "weighted by what 16 texts" in note] == list(experts)
+    assert (tmp_path / "weighted/polymerge.json").stat().st_size > 0
+    sizes = [Bundle.open(tmp_path / name).sizes().total for name in ("weighted", "plain")]
+    assert abs(sizes[0] - sizes[1]) < 0.01 * sizes[1]
+    assert polymerge.verify(tmp_path / "weighted", sources=True).ok
+
+
+def test_what_is_seen_are_inputs_and_gradients(experts: dict[str, str]) -> None:
+    """Against torch's own gradients of whole texts, token by token."""
+    model = hf.AutoModelForCausalLM.from_pretrained(experts["e0"]).eval().requires_grad_(False)
+    rows = [ComparedTokens([5, 9, 11, 4, 2], 2, True), ComparedTokens([7, 3, 8], 2, False)]
+    module = "model.layers.1.mlp.down_proj"
+    [(given, heeded)] = calibrate._seen(model, rows, [module], seed=3).values()
+    assert heeded is not None
+    draw, inputs, outputs = torch.Generator().manual_seed(3), [], []
+    for row in rows:
+        held: dict[str, Tensor] = {}
+
+        def keep(module: Any, args: Any, output: Tensor, held: dict[str, Tensor] = held) -> Tensor:
+            held["in"], held["out"] = args[0][0], output.requires_grad_(True)
+            return output
+
+        hook = model.get_submodule(module).register_forward_hook(keep)
+        logits = model(torch.tensor([row.ids])).logits[0]
+        hook.remove()
+        likely = logits[-1 - row.compared : -1].log_softmax(-1)
+        said = torch.multinomial(likely.detach().exp(), 1, generator=draw)
+        [gradient] = torch.autograd.grad(-likely.gather(1, said).sum(), [held["out"]])
+        inputs.append(held["in"])
+        outputs.append(gradient[0])
+    for seen, each in ((given, torch.cat(inputs)), (heeded, torch.cat(outputs))):
+        torch.testing.assert_close(seen.T @ seen, each.T @ each, rtol=1e-3, atol=1e-5)
+
+
+def test_more_tokens_than_sums_are_summed(experts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hf.AutoModelForCausalLM.from_pretrained(experts["e0"]).eval().requires_grad_(False)
+    draw = torch.Generator().manual_seed(0)
+    rows = [ComparedTokens(torch.randint(3, 90, (40,), generator=draw).tolist(), 39, False) for _ in range(40)]
+    modules = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]
+    monkeypatch.setattr(calibrate, "SUMS", 1600)
+    exact = calibrate._seen(model, rows, modules, seed=0)
+    assert exact[modules[0]][0] is exact[modules[1]][0]  # what both are given is kept once
+    monkeypatch.setattr(calibrate, "SUMS", 400)
+    few = calibrate._seen(model, rows, modules, seed=0)
+    for whole, sums in zip(exact[modules[0]], few[modules[0]], strict=True):
+        assert whole is not None and sums is not None and len(sums) == 400
+        moment = whole.T @ whole
+        assert float((sums.T @ sums - moment).norm() / moment.norm()) < 0.35
+
+
+def test_two_experts_have_one_residual_still(tmp_path: Path) -> None:
+    experts = experts_in(tmp_path, count=2)
+    bundle = merge(recipe_of(experts, tmp_path, embeddings="keep", lm_head="keep", code="int4"), tmp_path / "bundle")
+    assert any(layer.borrowed for layer in bundle.manifest.layers)
+    plain = merge({"experts": experts, "compress_rate": 0.7, "code": "int4"}, tmp_path / "plain")
+    near, far = (kl(one, experts, tmp_path / "texts.jsonl") for one in (bundle, plain))
+    assert sum(near.values()) < sum(far.values())
+
+
+def test_workers_give_the_same_bytes_and_one_expert_may_have_texts(
+    folder: Path, experts: dict[str, str], tmp_path: Path
+) -> None:
+    texts = {"e1": str(folder / "texts.jsonl")}
+    recipe = recipe_of(experts, folder, calibration=texts)
+    one, two = (merge(recipe, tmp_path / f"{n}", workers=n) for n in (1, 2))
+    for file in ("experts/e0", "experts/e1", "experts/e2"):
+        names = sorted(path.name for path in (one.path / file).iterdir())
+        assert all((one.path / file / n).read_bytes() == (two.path / file / n).read_bytes() for n in names)
+    plain = merge(recipe | {"calibration": {}}, tmp_path / "plain")
+    same = [
+        (one.path / f"experts/{e}/coded_expert.safetensors").read_bytes()
+        == (plain.path / f"experts/{e}/coded_expert.safetensors").read_bytes()
+        for e in experts
+    ]
+    assert same == [True, False, True]
+
+
+def test_a_recipes_file_names_texts_beside_it(experts: dict[str, str], folder: Path, tmp_path: Path) -> None:
+    recipe = {"experts": experts, "calibration": {"e0": "texts.jsonl"}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    bundle = merge(folder / "recipe.yaml", tmp_path / "bundle")
+    assert any(note.startswith("e0: residuals of 14 of 14 matrices") for note in bundle.manifest.notes)
+
+
+def test_what_is_measured_does_not_calibrate(
+    experts: dict[str, str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[Example]] = []
+    texts = calibrate._texts
+    monkeypatch.setattr(calibrate, "_texts", lambda *given: seen.append(texts(*given)) or seen[-1])
+    file = folder / "texts.jsonl"
+    held = {name: read_examples(file, 4) for name in experts}
+    sweep(recipe_of(experts, folder), held, tmp_path / "sweep", rates=[0.9], codes=["int4"])
+    found = find(recipe_of(experts, folder), "kl=1", held, codes=["int4"])
+    assert found.measured is not None
+    assert len(seen) == 6 and all(of_expert == read_examples(file)[4:] for of_expert in seen)
+    with pytest.raises(DataError, match=r"texts\.jsonl: every row of it is measured for 'e0'"):
+        sweep(recipe_of(experts, folder), dict.fromkeys(experts, file), tmp_path / "other", rates=[0.9])
+
+
+def test_what_cannot_be_calibrated_is_refused(experts: dict[str, str], folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no expert 'e9' among e0, e1, e2"):
+        merge(recipe_of(experts, folder, calibration={"e9": "texts.jsonl"}), tmp_path / "bundle")
+    with pytest.raises(RecipeError, match="calibration: is not there for experts that are aligned"):
+        merge(recipe_of(experts, folder, align="permutation"), tmp_path / "bundle")
+    with pytest.raises(RecipeError, match="no expert has residuals from an average"):
+        merge(recipe_of(experts, folder, compress_rate=0.0), tmp_path / "bundle")
+    with pytest.raises(DataError, match=r"gone\.jsonl"):
+        merge(recipe_of(experts, folder, calibration={"e0": str(folder / "gone.jsonl")}), tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
