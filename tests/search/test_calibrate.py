@@ -20,6 +20,7 @@ from polymerge.errors import DataError, RecipeError
 from polymerge.search import calibrate
 from polymerge.search.agreement import ComparedTokens, Reference
 from polymerge.search.examples import Example, read_examples
+from polymerge.search.explore import search_recipe
 from polymerge.search.find import find
 from polymerge.search.sweep import sweep
 from tests.tiny import make_experts, tiny_tokenizer
@@ -148,10 +149,10 @@ def test_workers_give_the_same_bytes_and_one_expert_may_have_texts(
 
 
 def test_a_recipes_file_names_texts_beside_it(experts: dict[str, str], folder: Path, tmp_path: Path) -> None:
-    recipe = {"experts": experts, "calibration": {"e0": "texts.jsonl"}}
+    recipe = {"experts": experts, "compress_rate": 0.7, "calibration": {"e0": "texts.jsonl"}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     bundle = merge(folder / "recipe.yaml", tmp_path / "bundle")
-    assert any(note.startswith("e0: residuals of 14 of 14 matrices") for note in bundle.manifest.notes)
+    assert any(note.startswith("e0: residuals of ") for note in bundle.manifest.notes)
 
 
 def test_what_is_measured_does_not_calibrate(
@@ -163,9 +164,10 @@ def test_what_is_measured_does_not_calibrate(
     file = folder / "texts.jsonl"
     held = {name: read_examples(file, 4) for name in experts}
     sweep(recipe_of(experts, folder), held, tmp_path / "sweep", rates=[0.9], codes=["int4"])
-    found = find(recipe_of(experts, folder), "kl=1", held, codes=["int4"])
-    assert found.measured is not None
-    assert len(seen) == 6 and all(of_expert == read_examples(file)[4:] for of_expert in seen)
+    assert find(recipe_of(experts, folder), "kl=1", held, codes=["int4"]).recipe.calibration
+    search_recipe(recipe_of(experts, folder), "2x", held, tmp_path / "search", trials=1)
+    assert "calibration" in yaml.safe_load((tmp_path / "search/recipe.yaml").read_text())
+    assert len(seen) == 9 and all(of_expert == read_examples(file)[4:] for of_expert in seen)
     with pytest.raises(DataError, match=r"texts\.jsonl: every row of it is measured for 'e0'"):
         sweep(recipe_of(experts, folder), dict.fromkeys(experts, file), tmp_path / "other", rates=[0.9])
 
