@@ -17,6 +17,7 @@ import polymerge
 from polymerge import load_model, merge
 from polymerge.bundle.bundle import Bundle
 from polymerge.errors import DataError, RecipeError
+from polymerge.method.weights import Weights
 from polymerge.search import calibrate
 from polymerge.search.agreement import ComparedTokens, Reference
 from polymerge.search.examples import Example, read_examples
@@ -78,13 +79,18 @@ def test_what_counts_for_the_texts_is_kept_first(architecture: str, code: str, t
     assert polymerge.verify(tmp_path / "weighted", sources=True).ok
 
 
+def rows_of(weights: Weights) -> tuple[Tensor, Tensor]:
+    """Of both sides."""
+    assert weights.inputs is not None and weights.outputs is not None
+    return weights.inputs.rows, weights.outputs.rows
+
+
 def test_what_is_seen_are_inputs_and_gradients(experts: dict[str, str]) -> None:
     """Against torch's own gradients of whole texts, token by token."""
     model = hf.AutoModelForCausalLM.from_pretrained(experts["e0"]).eval().requires_grad_(False)
     rows = [ComparedTokens([5, 9, 11, 4, 2], 2, True), ComparedTokens([7, 3, 8], 2, False)]
     module = "model.layers.1.mlp.down_proj"
-    [(given, heeded)] = calibrate._seen(model, rows, [module], seed=3).values()
-    assert heeded is not None
+    given, heeded = rows_of(calibrate._seen(model, rows, [module], seed=3)[module])
     draw, inputs, outputs = torch.Generator().manual_seed(3), [], []
     for row in rows:
         held: dict[str, Tensor] = {}
@@ -105,6 +111,26 @@ def test_what_is_seen_are_inputs_and_gradients(experts: dict[str, str]) -> None:
         torch.testing.assert_close(seen.T @ seen, each.T @ each, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_tables_count_by_their_tokens(tmp_path: Path, tied: bool) -> None:
+    """A row of a table by how often its token is read, and how sure the head is of it."""
+    folder = make_experts("llama-tied" if tied else "llama", tmp_path, count=1)["e0"]
+    model = hf.AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    rows = [ComparedTokens([5, 9, 9, 4, 2], 2, True), ComparedTokens([7, 3, 9], 2, False)]
+    tables = ["model.embed_tokens"] if tied else ["model.embed_tokens", "lm_head"]
+    seen = calibrate._seen(model, rows, tables, seed=3)
+    assert sorted(seen) == sorted(tables)
+    counts = torch.bincount(torch.tensor([5, 9, 9, 4, 2, 7, 3, 9]), minlength=96).float()
+    given, read = rows_of(seen["model.embed_tokens"])
+    assert given.shape[1] == 48 and read.shape == (96,)
+    if tied:  # the head's squares are added, of the same sum
+        assert bool((read > counts / counts.sum() - 1e-6).all()) and float(read.sum()) == pytest.approx(2.0)
+    else:
+        assert torch.equal(read, counts)
+        states, squares = rows_of(seen["lm_head"])
+        assert states.shape[1] == 48 and squares.shape == (96,) and float(squares.sum()) > 0
+
+
 def test_more_tokens_than_sums_are_summed(experts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     model = hf.AutoModelForCausalLM.from_pretrained(experts["e0"]).eval().requires_grad_(False)
     draw = torch.Generator().manual_seed(0)
@@ -112,11 +138,11 @@ def test_more_tokens_than_sums_are_summed(experts: dict[str, str], monkeypatch: 
     modules = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]
     monkeypatch.setattr(calibrate, "SUMS", 1600)
     exact = calibrate._seen(model, rows, modules, seed=0)
-    assert exact[modules[0]][0] is exact[modules[1]][0]  # what both are given is kept once
+    assert exact[modules[0]].inputs is exact[modules[1]].inputs  # what both are given is kept once
     monkeypatch.setattr(calibrate, "SUMS", 400)
     few = calibrate._seen(model, rows, modules, seed=0)
-    for whole, sums in zip(exact[modules[0]], few[modules[0]], strict=True):
-        assert whole is not None and sums is not None and len(sums) == 400
+    for whole, sums in zip(rows_of(exact[modules[0]]), rows_of(few[modules[0]]), strict=True):
+        assert len(sums) == 400
         moment = whole.T @ whole
         assert float((sums.T @ sums - moment).norm() / moment.norm()) < 0.35
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,8 +19,8 @@ from torch import Tensor
 from ..method.weights import Side, Weights
 from .treatment import TensorTask
 
-# Module -> rows of tokens: what it was given, and the gradients of what it gave.
-Seen = Mapping[str, tuple[Tensor, Tensor | None]]
+# What counts are directions: eight bits of a number are enough.
+STORED = torch.bfloat16
 # Sides of matrices that are kept at hand: layers that read one input come one after the other.
 AT_HAND = 16
 
@@ -50,20 +51,19 @@ class Calibration:
             return Side(file.get_tensor(key))
 
 
-def write_seen(file: Path, seen: Seen) -> None:
-    """Rows that several modules share are written once."""
+def write_seen(file: Path, seen: Mapping[str, Weights]) -> None:
+    """Module -> what counts there, to a file; what several modules share is written once."""
     tensors: dict[str, Tensor] = {}
     keys: dict[int, str] = {}
-    places = {
-        module: [_key(rows, tensors, keys) if rows is not None else None for rows in sides]
-        for module, sides in seen.items()
-    }
+    places = {module: [_key(side, tensors, keys) for side in (w.inputs, w.outputs)] for module, w in seen.items()}
     save_file(tensors, file, {"places": json.dumps(places)})
 
 
-def _key(rows: Tensor, tensors: dict[str, Tensor], keys: dict[int, str]) -> str:
-    key = keys.setdefault(id(rows), str(len(keys)))
-    tensors[key] = rows
+def _key(side: Side | None, tensors: dict[str, Tensor], keys: dict[int, str]) -> str | None:
+    if side is None:
+        return None
+    key = keys.setdefault(id(side.rows), str(len(keys)))
+    tensors[key] = side.rows.to(STORED)
     return key
 
 

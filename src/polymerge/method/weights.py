@@ -29,7 +29,8 @@ class Side:
     """What counts at one side of a matrix.
 
     Attributes:
-        rows: [k, n], of k tokens what the layer is given, or gradients of what it gives.
+        rows: [k, n], of k tokens what the layer is given, or gradients of what it gives; or [n], the mean squares alone
+            where directions are the axes themselves, as tokens of a vocabulary are.
     """
 
     rows: Tensor
@@ -49,6 +50,9 @@ class Side:
 
     def weighted(self, matrix: Tensor, power: float) -> Tensor:
         """matrix times the damped second moment to a power: [m, n] -> [m, n]."""
+        if self.rows.dim() == 1:
+            squares = self.rows.to(matrix.device, torch.float32)
+            return matrix * (squares / squares.mean().clamp_min(1e-30) + DAMPING) ** power
         values, vectors = (part.to(matrix.device) for part in self._spread)
         least = DAMPING**power
         along = (matrix @ vectors.T) * ((values + DAMPING) ** power - least)
@@ -79,12 +83,14 @@ class Weights:
 
 
 def joined(several: Sequence[Weights]) -> Weights:
-    """Of a residual that several experts share: what counts for each, alike."""
-    return Weights(
-        _joined([one.inputs for one in several if one.inputs]), _joined([one.outputs for one in several if one.outputs])
-    )
+    """Of a residual that several experts, or two uses of a layer, share: what counts for each, alike."""
+    return Weights(_joined([one.inputs for one in several]), _joined([one.outputs for one in several]))
 
 
-def _joined(sides: Sequence[Side]) -> Side | None:
-    parts = [side.rows.float() / torch.linalg.matrix_norm(side.rows.float()).clamp_min(1e-30) for side in sides]
-    return Side(torch.cat(parts)) if parts else None
+def _joined(sides: Sequence[Side | None]) -> Side | None:
+    parts = [side.rows.float() for side in sides if side]
+    if not parts:
+        return None
+    if parts[0].dim() == 1:
+        return Side(sum((part / part.sum().clamp_min(1e-30) for part in parts), torch.zeros_like(parts[0])))
+    return Side(torch.cat([part / torch.linalg.matrix_norm(part).clamp_min(1e-30) for part in parts]))

@@ -19,16 +19,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..engine.local.engine import HFEngine
+from ..engine.local.forced import batches
 from ..errors import DataError, ModelError, RecipeError
 from ..merging.calibration import Calibration, write_seen
 from ..merging.plan import MergePlan
+from ..method.weights import Side, Weights, joined
 from .agreement import ComparedTokens, compared_tokens
 from .examples import Example, read_examples
 
 # Texts of a file, and tokens of a text, that are read.
 TEXTS, LONGEST = 128, 1024
+# Stands for the head of a model whose embedding is its head, too.
+TIED = "the head that is the table"
 # Sums of tokens' rows that are kept of a module.
 SUMS = 1024
 
@@ -51,8 +56,7 @@ def calibrated(
     if not texts:
         yield None
         return
-    linear = [task for task in plan.tasks if task.record.role == "linear" and task.base == "average"]
-    modules = [task.record.module for task in linear if task.treatment == "low_rank"]
+    modules = [t.record.module for t in plan.tasks if t.treatment == "low_rank" and t.base == "average"]
     if not modules:
         raise RecipeError(
             f"{plan.recipe.place_of_key('calibration')}no expert has residuals from an average; leave it out"
@@ -90,8 +94,9 @@ def _write(
     if not rows:
         raise RecipeError(f"{plan.checkpoints[name].label}: none of its texts has two tokens, so nothing is calibrated")
     seen = _seen(engine.model, rows, [module for module in modules if _has(engine.model, module)], recipe.seed)
-    for module, sides in seen.items():
-        if not all(bool(torch.isfinite(side).all()) for side in sides if side is not None):
+    for module, weights in seen.items():
+        sides = (side for side in (weights.inputs, weights.outputs) if side)
+        if not all(bool(torch.isfinite(side.rows).all()) for side in sides):
             raise ModelError(f"{plan.checkpoints[name].label}: what {module} is given for its texts is not finite")
     write_seen(file, seen)
     tokens = json.dumps([(row.ids, row.compared) for row in rows])
@@ -112,44 +117,46 @@ def _has(model: nn.Module, module: str) -> bool:
     return True
 
 
-def _seen(
-    model: Any, rows: Sequence[ComparedTokens], modules: Sequence[str], seed: int
-) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Module -> rows [k, in] of what it was given, and [k, out] of the gradients of what it gave. A module that no text
-    comes to is in none."""
+def _seen(model: Any, rows: Sequence[ComparedTokens], modules: Sequence[str], seed: int) -> dict[str, Weights]:
+    """Module -> what counts at its sides. A module that no text comes to is left out."""
     watch = _Watch(seed)
-    hooks = [model.get_submodule(name).register_forward_hook(partial(watch.look, name)) for name in modules]
-    hooks.append(model.get_input_embeddings().register_forward_hook(_with_gradient))
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(model.get_submodule(name)): name for name in modules}
+    hooks = [table.register_forward_hook(partial(watch.look_up, names.pop(id(table), None)))]
+    tied = head is not None and head.weight is table.weight
+    if head is not None and (name := names.pop(id(head), TIED if tied else None)):
+        hooks.append(head.register_forward_hook(partial(watch.look, name, of_tokens=True)))
+    hooks += [model.get_submodule(name).register_forward_hook(partial(watch.look, name)) for name in names.values()]
     draw = torch.Generator().manual_seed(seed)
     try:
-        for row in rows:
-            watch.begin(len(row.ids))
-            torch.autograd.backward(_answered(model, row, draw))
+        for batch in batches(rows, lambda row: len(row.ids)):
+            watch.begin([len(row.ids) for row in batch])
+            torch.autograd.backward(_answered(model, batch, draw))
     finally:
         for hook in hooks:
             hook.remove()
     return watch.seen()
 
 
-def _with_gradient(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    """What is looked up is where the way back ends: the parameters have no gradients."""
-    return output.detach().requires_grad_(True)
-
-
-def _answered(model: Any, row: ComparedTokens, draw: torch.Generator) -> Tensor:
+def _answered(model: Any, rows: Sequence[ComparedTokens], draw: torch.Generator) -> Tensor:
     """Minus the log-probability of tokens that the expert itself would say where they are compared: the gradients'
     second moment is then the Fisher information."""
+    padded = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
+    total = torch.zeros((), device=model.device)
     with torch.enable_grad():
-        logits = model(torch.tensor([row.ids], device=model.device), use_cache=False).logits[0]
-        likely = logits[-1 - row.compared : -1].float().log_softmax(-1)
-        said = torch.multinomial(likely.detach().exp().cpu(), 1, generator=draw).to(likely.device)
-        loss: Tensor = -likely.gather(1, said).sum()
-        return loss
+        logits = model(padded.to(model.device), use_cache=False).logits
+        for row, of_row in zip(rows, logits, strict=True):
+            last = len(row.ids) - 1
+            likely = of_row[last - row.compared : last].float().log_softmax(-1)
+            said = torch.multinomial(likely.detach().exp().cpu(), 1, generator=draw).to(likely.device)
+            total = total - likely.gather(1, said).sum()
+    return total
 
 
 class _Watch:
     """Adds up rows of tokens, each with a random sign, in as many sums as are kept: S with E[SᵀS] = Σ x xᵀ, and exactly
-    that of no more tokens than there are sums (CountSketch; Charikar, Chen and Farach-Colton 2002)."""
+    that of no more tokens than there are sums (CountSketch; Charikar, Chen and Farach-Colton 2002). Of tokens of a
+    vocabulary squares are added up alone."""
 
     def __init__(self, seed: int) -> None:
         self._draw = torch.Generator().manual_seed(seed)
@@ -157,34 +164,68 @@ class _Watch:
         self._outputs: dict[str, Tensor] = {}
         self._read = 0
         self._last: tuple[Any, str] = (None, "")
+        self._table: str | None = None
 
-    def begin(self, tokens: int) -> None:
-        """Another text."""
+    def begin(self, lengths: Sequence[int]) -> None:
+        """Further texts, which lie in rows as long as the longest."""
+        longest, tokens = max(lengths), sum(lengths)
+        self._there = (torch.arange(longest) < torch.tensor(lengths)[:, None]).flatten()
         self._places = torch.arange(self._read, self._read + tokens) % SUMS
         self._signs = torch.randint(0, 2, (tokens, 1), generator=self._draw) * 2.0 - 1.0
         self._read += tokens
         self._last = None, ""
 
-    def look(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-        """A hook."""
+    def look(
+        self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Any, of_tokens: bool = False
+    ) -> None:
+        """A hook of what multiplies; what it gives may be a number a token of the vocabulary."""
         if not inputs:
             return
         last, owner = self._last
-        if inputs[0] is last:  # a neighbour was given it too
+        if inputs[0] is last and owner in self._inputs:  # a neighbour was given it too
             self._inputs[name] = self._inputs[owner]
         else:
             self._last = inputs[0], name
             self._add(self._inputs, name, inputs[0])
         if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(lambda gradient: self._add(self._outputs, name, gradient))  # type: ignore[no-untyped-call]
+            add = self._add_squares if of_tokens else self._add
+            output.register_hook(lambda gradient: add(self._outputs, name, gradient))  # type: ignore[no-untyped-call]
 
-    def _add(self, sums: dict[str, Tensor], name: str, of_tokens: Tensor) -> None:
-        rows = of_tokens.detach().flatten(0, -2).to("cpu", torch.float32)
-        if name not in sums:
-            sums[name] = torch.zeros(SUMS, rows.shape[1])
-        count = min(len(rows), len(self._places))  # of a module that not every token comes to, fewer
-        sums[name].index_add_(0, self._places[:count], rows[:count] * self._signs[:count])
+    def look_up(self, name: str | None, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """A hook of the table of tokens, whose rows are its tokens' and whose columns what it gives. There the way back
+        ends, too: the parameters have no gradients."""
+        found = output.detach().requires_grad_(True)
+        if name and inputs[0].numel() == len(self._there):
+            self._table = name
+            counts = self._outputs.setdefault(name, torch.zeros(module.get_parameter("weight").shape[0]))
+            counts += torch.bincount(inputs[0].cpu().flatten()[self._there], minlength=len(counts))
+            found.register_hook(lambda gradient: self._add(self._inputs, name, gradient))  # type: ignore[no-untyped-call]
+        return found
 
-    def seen(self) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """What modules were given, in one tensor where they share it, and the gradients of what they gave."""
-        return {name: (rows, self._outputs.get(name)) for name, rows in self._inputs.items()}
+    def _add(self, sums: dict[str, Tensor], name: str, given: Tensor) -> None:
+        if (rows := self._rows(given)) is not None:
+            if name not in sums:
+                sums[name] = torch.zeros(SUMS, rows.shape[1])
+            sums[name].index_add_(0, self._places, rows * self._signs)
+
+    def _add_squares(self, sums: dict[str, Tensor], name: str, given: Tensor) -> None:
+        if (rows := self._rows(given)) is not None:
+            squares = rows.square_().sum(0)
+            sums[name] = sums[name] + squares if name in sums else squares
+
+    def _rows(self, of_tokens: Tensor) -> Tensor | None:
+        """[tokens, n] without padding; None where not every token comes there, or not once."""
+        rows = of_tokens.detach().flatten(0, -2)
+        there = len(rows) == len(self._there) and rows.is_floating_point()
+        return rows.to("cpu", torch.float32)[self._there] if there else None
+
+    def seen(self) -> dict[str, Weights]:
+        """What counts in every module. Those that are given the same share it, as do two uses of one table."""
+        sides = {id(rows): Side(rows) for rows in (*self._inputs.values(), *self._outputs.values())}
+        seen = {
+            name: Weights(sides[id(rows)], sides[id(self._outputs[name])] if name in self._outputs else None)
+            for name, rows in self._inputs.items()
+        }
+        if (head := seen.pop(TIED, None)) and self._table:
+            seen[self._table] = joined([head, seen[self._table]])
+        return seen
