@@ -20,7 +20,9 @@ ROLES = ["embedding", *["linear"] * 4, "norm", *["linear"] * 5, "norm", "linear"
 
 
 def a_plan() -> Any:
-    return SimpleNamespace(tasks=[SimpleNamespace(against_base=role == "linear") for role in ROLES])
+    return SimpleNamespace(
+        tasks=[SimpleNamespace(against_base=role == "linear") for role in ROLES], weights=lambda task: {}
+    )
 
 
 @pytest.mark.parametrize("ahead", [1, 2, 3, 100])
@@ -90,7 +92,7 @@ def test_a_stopped_merge_waits_for_no_tensor_that_was_not_begun(monkeypatch: pyt
 def test_what_is_given_later_is_what_was_emitted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the arithmetic goes on with the memory of what it emitted."""
 
-    def work(task: Any, settings: Any, read: Any, emit: Emit) -> TensorReport:
+    def work(task: Any, settings: Any, read: Any, emit: Emit, *_: Any) -> TensorReport:
         values = torch.arange(4.0)
         emit(None, "x", values)
         values.zero_()
@@ -99,7 +101,7 @@ def test_what_is_given_later_is_what_was_emitted(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(executor, "compress_tensor", work)
     emitted: list[tuple[Any, ...]] = []
-    made = make(SimpleNamespace(base="average"), {}, None)  # type: ignore[arg-type]
+    made = make(SimpleNamespace(base="average"), {}, None, {})  # type: ignore[arg-type]
     assert made.give(lambda *piece: emitted.append(piece)).digests == {"e": "12"}
     assert [(owner, key, tensor.tolist()) for owner, key, tensor in emitted] == [
         (None, "x", [0.0, 1.0, 2.0, 3.0]),
