@@ -12,7 +12,7 @@ import typer
 
 from .words import (
     Align,
-    Calibrate,
+    Calibration,
     Code,
     CompressRate,
     DType,
@@ -48,7 +48,7 @@ def merge(
     norms: Norms = None,
     align: Align = None,
     method: Method = None,
-    calibrate: Calibrate = None,
+    calibration: Calibration = None,
     target: Annotated[
         str | None,
         typer.Option(help="Find rate and code: kl=0.001, accuracy=99%, size=600MB or size=1.2x (one model's)."),
@@ -83,7 +83,7 @@ def merge(
     from .progress import merge_progress, waiting
     from .verdicts import print_measured, print_verdicts
 
-    if target is not None or prompts or calibrate:
+    if target is not None or prompts or calibration:
         hush_libraries()
     searched: list[Found] = []
     measured: list[Mapping[str, Agreement]] = []
@@ -112,7 +112,7 @@ def merge(
         "align": align,
         "method": method,
     }
-    texts = read_pairs(calibrate, "NAME=FILE") if calibrate else None
+    texts = read_pairs(calibration, "NAME=FILE") if calibration else None
     half_done_work(output, resume=resume, say=say)
     silent = quiet or as_json
     if overwrite and (output / "router").is_dir() and not silent:
@@ -135,7 +135,7 @@ def merge(
         print_json(_data(bundle, output, searched, measured))
     elif not quiet:
         options = [f"--{key.replace('_', '-')} {value}" for key, value in kept.items() if value is not None]
-        options += [f"--calibrate {pair}" for pair in calibrate or ()]
+        options += [f"--calibration {pair}" for pair in calibration or ()]
         _print(bundle, output, searched, " ".join([*recipe, "-o", str(output), *options]))
         _print_costs(plans[-1], bundle)
         if measured:

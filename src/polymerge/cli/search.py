@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..method.codes import PLAIN
-from .words import Align, Calibrate, DType, Method, Norms, RecipeOrExperts, read_pairs, read_recipe
+from .words import Align, Calibration, DType, Method, Norms, RecipeOrExperts, read_pairs, read_recipe
 
 
 def search(
@@ -26,7 +26,7 @@ def search(
     norms: Norms = None,
     align: Align = None,
     method: Method = None,
-    calibrate: Calibrate = None,
+    calibration: Calibration = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the table.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -49,7 +49,7 @@ def search(
     explored = run(
         read_recipe(recipe), budget, read_pairs(prompts, "NAME=FILE"), output, trials=trials, codes=codes.split(","),
         limit=limit, progress=say, dtype=dtype, norms=norms, align=align, method=method,
-        calibration=read_pairs(calibrate, "NAME=FILE") if calibrate else None,
+        calibration=read_pairs(calibration, "NAME=FILE") if calibration else None,
     ).to_json()  # fmt: skip
     page = write_search(explored, output / "search.html", footer=f"polymerge search {' '.join(recipe)}")
     if as_json:

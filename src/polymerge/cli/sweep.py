@@ -10,7 +10,7 @@ import typer
 from ..method.codes import PLAIN
 from .words import (
     Align,
-    Calibrate,
+    Calibration,
     DType,
     EmbeddingRate,
     Embeddings,
@@ -40,7 +40,7 @@ def sweep(
     norms: Norms = None,
     align: Align = None,
     method: Method = None,
-    calibrate: Calibrate = None,
+    calibration: Calibration = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the table.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -66,7 +66,7 @@ def sweep(
         read_recipe(recipe), read_pairs(prompts, "NAME=FILE"), output, rates=read_numbers(rates, "--rates"),
         codes=codes.split(","), limit=limit, progress=say, scale=scale, dtype=dtype, embeddings=embeddings,
         lm_head=lm_head, embedding_rate=embedding_rate, norms=norms, align=align, method=method,
-        calibration=read_pairs(calibrate, "NAME=FILE") if calibrate else None,
+        calibration=read_pairs(calibration, "NAME=FILE") if calibration else None,
     )  # fmt: skip
     plain = [to_json(point, points) for point in points]
     page = write_sweep(plain, output / "sweep.html", footer=f"polymerge sweep {' '.join(recipe)}")

@@ -41,9 +41,11 @@ EmbeddingRate = Annotated[
     float | None, typer.Option(help="Compress rate of embeddings and heads with compress, over the recipe's.")
 ]
 Align = Annotated[str | None, typer.Option(help="permutation, for experts that share no base, over the recipe's.")]
-Calibrate = Annotated[
+Calibration = Annotated[
     list[str] | None,
-    typer.Option(help="NAME=FILE.jsonl, requests of an expert: what counts for them is kept first (docs/codes.md)."),
+    typer.Option(
+        help="NAME=FILE.jsonl, an expert's requests: what counts for them is kept first."
+    ),
 ]
 Norms = Annotated[str | None, typer.Option(help="keep or average, over the recipe's; biases count as norms.")]
 

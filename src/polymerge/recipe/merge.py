@@ -99,7 +99,7 @@ class Recipe(BaseModel):
     norms: KeepOrAverage = "keep"
     adapters: Literal["exact", "average"] = "exact"
     align: Literal["permutation"] | None = None
-    calibration: dict[str, str] = Field(default_factory=dict)
+    calibration: dict[str, str] = {}
     dtype: DTypeName | None = None
     device: DeviceName = "auto"
     workers: Annotated[Whole, Field(ge=1, le=64)] = 1
