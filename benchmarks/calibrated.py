@@ -14,7 +14,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ from hard import SETS, real_experts
 from polymerge import load_model, merge
 from polymerge.cli.logs import hush_libraries
 from polymerge.demo.skills import Skill
-from polymerge.search.agreement import Agreement, Reference
+from polymerge.search.agreement import Reference
 from polymerge.search.examples import Example
+
+TABLES = {"embeddings": "compress", "lm_head": "compress"}
 
 
 def examples(skill: Skill, limit: int) -> list[Example]:
@@ -48,6 +50,8 @@ def texts_of(skills: list[Skill], folder: Path) -> dict[str, str]:
 
 
 def measured(recipe: dict[str, Any], references: Mapping[str, Mapping[str, Reference]], folder: Path) -> dict[str, Any]:
+    """A bundle's bytes, seconds, and how near its experts are to their originals: each on its own requests, and their
+    means there and elsewhere."""
     began = time.monotonic()
     bundle = merge(recipe, folder / "bundle", overwrite=True)
     seconds, model = time.monotonic() - began, load_model(bundle)
@@ -58,15 +62,39 @@ def measured(recipe: dict[str, Any], references: Mapping[str, Mapping[str, Refer
         }
         for expert, kinds in references.items()
     }
-    return {"bytes": bundle.sizes().total, "seconds": seconds, "experts": found}
-
-
-def means(found: Mapping[str, Mapping[str, Agreement]]) -> tuple[dict[str, float], float, float, float]:
-    """KL of each expert, mean KL, mean top-1, and the mean KL elsewhere."""
     own = {expert: kinds[expert] for expert, kinds in found.items()}
     other = [agreement.kl for expert, kinds in found.items() for of, agreement in kinds.items() if of != expert]
-    kl, top1 = (sum(getattr(a, key) for a in own.values()) / len(own) for key in ("kl", "top1"))
-    return {expert: agreement.kl for expert, agreement in own.items()}, kl, top1, sum(other) / max(1, len(other))
+    return {
+        "bytes": bundle.sizes().total,
+        "seconds": seconds,
+        "kl": sum(agreement.kl for agreement in own.values()) / len(own),
+        "top1": sum(agreement.top1 for agreement in own.values()) / len(own),
+        "least_kept": min(agreement.kept for agreement in own.values() if agreement.kept is not None),
+        "elsewhere": sum(other) / max(1, len(other)),
+        "experts": {expert: vars(agreement) for expert, agreement in own.items()},
+    }
+
+
+def table_of(figures: Sequence[Mapping[str, Any]]) -> Table:
+    """A row a bundle; every calibrated one follows its plain one."""
+    kls = (f"KL {expert}" for expert in figures[0]["experts"])
+    table = Table("code", "calibrated", "models", *kls, "KL", "of plain", "top-1", "least kept", "elsewhere", "merge")
+    plain = 1.0
+    for row in figures:
+        plain = plain if row["calibrated"] else row["kl"]
+        table.add_row(
+            row["code"],
+            "yes" if row["calibrated"] else "",
+            f"{row['models']:.3f}",
+            *(f"{agreement['kl']:.2g}" for agreement in row["experts"].values()),
+            f"{row['kl']:.2g}",
+            f"{row['kl'] / plain:.2f}",
+            f"{row['top1']:.2%}",
+            f"{row['least_kept']:.1%}",
+            f"{row['elsewhere']:.2g}",
+            f"{row['seconds']:.0f} s",
+        )
+    return table
 
 
 def main() -> None:
@@ -91,29 +119,18 @@ def main() -> None:
         }
         for skill in skills
     }
-    kls_of = (f"KL {skill.name}" for skill in skills)
-    table = Table("code", "calibrated", "models", *kls_of, "KL", "of plain", "top-1", "elsewhere", "merge")
-    figures = []
+    figures, one = [], (Path(sources[skills[0].name]) / "model.safetensors").stat().st_size
     with tempfile.TemporaryDirectory() as place:
         texts = texts_of(skills, Path(place))
         for code in options.codes:
-            plain = 0.0
             for calibration in ({}, texts):
-                recipe = {"experts": sources, "code": code, "compress_rate": options.rate, "calibration": calibration,
-                          "embeddings": "compress", "lm_head": "compress"}  # fmt: skip
-                row = measured(recipe, references, Path(place))
-                kls, kl, top1, elsewhere = means(row["experts"])
-                plain = plain or kl
-                one = (Path(sources[skills[0].name]) / "model.safetensors").stat().st_size
-                table.add_row(code, "yes" if calibration else "", f"{row['bytes'] / one:.3f}",
-                              *(f"{kls[s.name]:.2g}" for s in skills), f"{kl:.2g}", f"{kl / plain:.2f}", f"{top1:.2%}",
-                              f"{elsewhere:.2g}", f"{row['seconds']:.0f} s")  # fmt: skip
-                agreements = {e: {of: vars(a) for of, a in k.items()} for e, k in row.pop("experts").items()}
-                figures.append({"code": code, "calibrated": bool(calibration), **row, "experts": agreements})
-                print(f"{code} {'calibrated' if calibration else 'plain'}: KL {kl:.3g}", flush=True)
+                recipe = {"experts": sources, "code": code, "compress_rate": options.rate, "calibration": calibration}
+                row = measured({**recipe, **TABLES}, references, Path(place))
+                figures.append({"code": code, "calibrated": bool(calibration), "models": row["bytes"] / one, **row})
+                print(f"{code} {'calibrated' if calibration else 'plain'}: KL {row['kl']:.3g}", flush=True)
                 if options.output:
                     options.output.write_text(json.dumps(figures, indent=1) + "\n")
-    Console(width=170).print(table)
+    Console(width=170).print(table_of(figures))
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
 
 
