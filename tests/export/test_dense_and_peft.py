@@ -1,5 +1,6 @@
 """Exports open with plain transformers and PEFT and say the same as the bundle."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,23 @@ def test_a_dense_export_is_the_expert(merged: Merged, tmp_path: Path, architectu
     assert not info["missing_keys"] and not info["unexpected_keys"]
     with torch.no_grad():
         torch.testing.assert_close(plain(IDS).logits, load_model(bundle)(IDS, experts="e1").logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "gpt2"])
+def test_a_head_that_is_tied_without_a_word_in_the_configuration_stays_tied(tmp_path: Path, architecture: str) -> None:
+    experts = make_experts(architecture, tmp_path, count=2)
+    for path in experts.values():  # as Google's and OpenAI's own
+        config = json.loads((path / "config.json").read_text())
+        assert config.pop("tie_word_embeddings")
+        (path / "config.json").write_text(json.dumps(config))
+    sources = {name: str(path) for name, path in experts.items()}
+    bundle = merge({"experts": sources, "compress_rate": 0}, tmp_path / "bundle")
+    folder = export_dense(bundle, "e1", tmp_path / "dense")
+    plain, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(experts["e1"])(IDS).logits
+        torch.testing.assert_close(plain(IDS).logits, expected, atol=1e-5, rtol=0)
 
 
 def test_a_peft_export_measures_the_ratios_that_it_drops(merged: Merged, tmp_path: Path) -> None:
