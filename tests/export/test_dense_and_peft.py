@@ -103,6 +103,21 @@ def test_dense_layers_called_as_block_experts_are_refused_where_peft_would_leave
         torch.testing.assert_close(dense(IDS).logits, load_model(bundle)(IDS, experts="e1").logits, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("recipe", RECIPES[:2])
+def test_listed_blocks_that_peft_does_not_join_are_refused(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    experts = {n: str(p) for n, p in make_any_experts("phimoe", tmp_path, count=2).items()}
+    bundle = merge({"experts": experts, **recipe}, tmp_path / "bundle")
+    with pytest.raises(ModelError, match="'e1': PEFT does not join the matrices of this architecture's mixture"):
+        export_peft(bundle, "e1", tmp_path / "peft")
+    assert not (tmp_path / "peft").exists() and verify(bundle).ok
+    average = AutoModelForCausalLM.from_pretrained(bundle.path)
+    with pytest.raises((KeyError, ValueError), match="POLYMERGE_"):  # as it lies
+        PeftModel.from_pretrained(average, bundle.expert_folder("e1"))
+    dense = AutoModelForCausalLM.from_pretrained(export_dense(bundle, "e1", tmp_path / "dense"), dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(dense(IDS).logits, load_model(bundle)(IDS, experts="e1").logits, atol=1e-5, rtol=0)
+
+
 def test_exports_refuse_unknown_experts_and_taken_places(merged: Merged, tmp_path: Path) -> None:
     bundle, _ = merged("llama", compress_rate=0.6)
     with pytest.raises(BundleError, match="no expert 'x'"):
