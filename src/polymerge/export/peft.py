@@ -16,6 +16,7 @@ from ..bundle.files import check_free_space, disk_errors, entry_of, raw_bytes, w
 from ..bundle.layer import BundleLayer
 from ..bundle.manifest import ADAPTER_FILE
 from ..bundle.peft import (
+    FACTORED_TABLES,
     LISTED_BLOCKS,
     NAMESAKES,
     SLICED_BLOCKS,
@@ -94,6 +95,11 @@ def export_peft(bundle: Bundle | str | Path, expert: str, output: str | Path, *,
             raise ModelError(
                 f"expert {expert!r}: PEFT has no place for numbers of {around!r} itself beside those of the modules in "
                 "it; export with --to dense"
+            )
+        if config["peft_type"] == FACTORED_TABLES:
+            raise ModelError(
+                f"expert {expert!r}: PEFT has no place for its own numbers beside the residual of an embedding or a "
+                "head; export it with --to dense"
             )
         if config["peft_type"] != "LORA":
             raise ModelError(
