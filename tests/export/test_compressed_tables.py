@@ -18,7 +18,7 @@ from polymerge.export.vllm.calibrate import applied, read_adapter
 from polymerge.export.vllm.prompts import CalibrationPrompt
 from polymerge.merging import run
 from polymerge.merging.proof import Proof
-from tests.tiny import make_experts, tiny_tokenizer
+from tests.tiny import VOCAB, make_experts, tiny_tokenizer
 from tests.vocabularies import ADDED, PADDED, WIDE, kin
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:Model has `tie_word")]
@@ -81,6 +81,14 @@ def test_what_peft_has_no_place_for_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no place for rows of its own beside the residual of 'lm_head\.weight'"):
         export_peft(own, "two", tmp_path / "two")
     assert not (tmp_path / "two").exists()
+
+
+def test_a_heads_own_bias_of_another_length_beside_its_residual_is_refused_as_that(tmp_path: Path) -> None:
+    originals = kin(tmp_path / "kin", "bias", [VOCAB, WIDE], [(), ADDED])
+    experts = {name: str(original.path) for name, original in zip(("one", "two"), originals, strict=True)}
+    bundle = merge({"experts": experts, "code": "factors", **COMPRESS}, tmp_path / "bundle")
+    with pytest.raises(ModelError, match="no place for its own numbers beside the residual of an embedding or a head"):
+        export_peft(bundle, "two", tmp_path / "two")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied"])

@@ -1,5 +1,6 @@
 """Exports open with plain transformers and PEFT and say the same as the bundle."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,23 @@ def test_a_dense_export_is_the_expert(merged: Merged, tmp_path: Path, architectu
     assert not info["missing_keys"] and not info["unexpected_keys"]
     with torch.no_grad():
         torch.testing.assert_close(plain(IDS).logits, load_model(bundle)(IDS, experts="e1").logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "gpt2"])
+def test_a_head_that_is_tied_without_a_word_in_the_configuration_stays_tied(tmp_path: Path, architecture: str) -> None:
+    experts = make_experts(architecture, tmp_path, count=2)
+    for path in experts.values():  # as Google's and OpenAI's own
+        config = json.loads((path / "config.json").read_text())
+        assert config.pop("tie_word_embeddings")
+        (path / "config.json").write_text(json.dumps(config))
+    sources = {name: str(path) for name, path in experts.items()}
+    bundle = merge({"experts": sources, "compress_rate": 0}, tmp_path / "bundle")
+    folder = export_dense(bundle, "e1", tmp_path / "dense")
+    plain, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(experts["e1"])(IDS).logits
+        torch.testing.assert_close(plain(IDS).logits, expected, atol=1e-5, rtol=0)
 
 
 def test_a_peft_export_measures_the_ratios_that_it_drops(merged: Merged, tmp_path: Path) -> None:
@@ -75,6 +93,21 @@ def test_dense_layers_called_as_block_experts_are_refused_where_peft_would_leave
     experts = {n: str(p) for n, p in make_any_experts("deepseek_v2", tmp_path, count=2).items()}
     bundle = merge({"experts": experts, **recipe}, tmp_path / "bundle")
     with pytest.raises(ModelError, match="'e1': PEFT takes dense layers and shared experts for parts of the mixture"):
+        export_peft(bundle, "e1", tmp_path / "peft")
+    assert not (tmp_path / "peft").exists() and verify(bundle).ok
+    average = AutoModelForCausalLM.from_pretrained(bundle.path)
+    with pytest.raises((KeyError, ValueError), match="POLYMERGE_"):  # as it lies
+        PeftModel.from_pretrained(average, bundle.expert_folder("e1"))
+    dense = AutoModelForCausalLM.from_pretrained(export_dense(bundle, "e1", tmp_path / "dense"), dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(dense(IDS).logits, load_model(bundle)(IDS, experts="e1").logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("recipe", RECIPES[:2])
+def test_listed_blocks_that_peft_does_not_join_are_refused(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    experts = {n: str(p) for n, p in make_any_experts("phimoe", tmp_path, count=2).items()}
+    bundle = merge({"experts": experts, **recipe}, tmp_path / "bundle")
+    with pytest.raises(ModelError, match="'e1': PEFT does not join the matrices of this architecture's mixture"):
         export_peft(bundle, "e1", tmp_path / "peft")
     assert not (tmp_path / "peft").exists() and verify(bundle).ok
     average = AutoModelForCausalLM.from_pretrained(bundle.path)

@@ -14,6 +14,7 @@ import torch
 from polymerge import load_model, merge
 from polymerge.errors import ModelError
 from polymerge.model.mixed import MixedModel
+from tests.conftest import Merged
 from tests.fine_tunes import ROOM, Original, fine_tunes
 
 NAMES = ["plain", "chatml"]
@@ -168,3 +169,10 @@ def test_threads_wait_for_each_other(originals: dict[str, Original], model: Mixe
 def test_a_copy_that_would_share_rows_with_the_first_is_refused(model: MixedModel) -> None:
     with pytest.raises(ModelError, match="load it again"):
         copy.deepcopy(model)
+
+
+def test_a_loaded_bundle_is_not_saved_as_if_it_were_its_average(merged: Merged, tmp_path: Path) -> None:
+    model = load_model(merged("mixtral", compress_rate=0.6)[0])
+    with pytest.raises(ModelError, match="its folder is a checkpoint of the average already"):
+        model.hf.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

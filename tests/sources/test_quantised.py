@@ -219,6 +219,14 @@ def test_a_format_whose_configuration_is_silent_is_known_by_its_tensors(tmp_path
     assert "gptq" in packed_as(folder, {"qweight": INT, "scales": torch.ones(4)})
 
 
+def test_plain_tensors_that_are_rounded_in_every_forward_pass_are_refused(tmp_path: Path) -> None:
+    folder = make_experts("llama", tmp_path, count=1)["e0"]
+    settings = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+    edit_config(folder, quantization_config=settings)  # microsoft/bitnet-b1.58-2B-4T-bf16
+    with pytest.raises(SourceError, match=r"\(bitnet, quantization_mode\) rounds its plain weights"):
+        open_checkpoint(str(folder))
+
+
 def test_a_leftover_configuration_of_plain_tensors_is_no_quantisation(tmp_path: Path) -> None:
     experts = make_experts("llama", tmp_path, count=2)
     edit_config(experts["e0"], quantization_config={"quant_method": "gptq", "bits": 4})

@@ -26,8 +26,11 @@ BIASED_PAIR = ("lora_A.weight", "lora_B.weight", "lora_B.bias")
 # What PEFT would take for an adapter and read in part says a type of its own.
 WHOLE_BLOCKS, SLICED_BLOCKS = "POLYMERGE_WHOLE_BLOCKS", "POLYMERGE_SLICED_BLOCKS"
 NAMESAKES = "POLYMERGE_NAMESAKES: make a dense model of it with `polymerge export --to dense`"
+LISTED_BLOCKS = "POLYMERGE_LISTED_BLOCKS: make a dense model of it with `polymerge export --to dense`"
 AROUND_OTHERS = "POLYMERGE_AROUND_OTHERS: make a dense model of it with `polymerge export --to dense`"
 FACTORED_TABLES = "POLYMERGE_TABLES: make a PEFT adapter of it with `polymerge export --to peft`"
+# The two orders in which PEFT joins the matrices of a mixture's blocks that a checkpoint lists one by one.
+_JOINED_BY_PEFT = ("mixtral", "qwen2_moe")
 _FACTOR = re.compile(r"(.+)\.(?:lora_([AB])\.weight|lora_embedding_([AB]))")
 
 
@@ -102,6 +105,7 @@ def adapter_config(
     tied_embedding: str | None,
     rows: Sequence[int] = (),
     kept: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    model_type: str | None = None,
 ) -> dict[str, Any]:
     """adapter_config.json for an adapter with these tensors (names of the model, shapes).
 
@@ -110,6 +114,9 @@ def adapter_config(
     An embedding that the head is tied to goes to `trainable_token_indices` (all of them), because PEFT's
     `modules_to_save` would leave the head with the base's weight, or want it stored twice. So does one of which the
     expert has but `rows` of its own, or those that `kept` names for its module.
+
+    Args:
+        model_type: of the average's configuration.
     """
     layers = list(layers)
     tables = {layer.module: layer.shape[0] for layer in layers if layer.role == "embedding"}
@@ -140,7 +147,7 @@ def adapter_config(
     beyond = rows_too or (tables.keys() & ranks.keys()) - looked_up
     pattern = {re.escape(module): r for module, r in ranks.items() if r != rank}
     return {
-        "peft_type": FACTORED_TABLES if beyond else _peft_type(whole, ranks, by_module),
+        "peft_type": FACTORED_TABLES if beyond else _peft_type(whole, ranks, by_module, model_type),
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
         "inference_mode": True,
@@ -161,7 +168,9 @@ def adapter_config(
     }
 
 
-def _peft_type(stored: Collection[str], factored: Collection[str], layers: Mapping[str, BundleLayer]) -> str:
+def _peft_type(
+    stored: Collection[str], factored: Collection[str], layers: Mapping[str, BundleLayer], model_type: str | None
+) -> str:
     """LORA, or a type that PEFT does not know and refuses, where it would leave out matrices of a block without a word:
     whole ones, those that a checkpoint stores in one tensor, and others of their names; or could not open what it has
     no place for."""
@@ -169,9 +178,23 @@ def _peft_type(stored: Collection[str], factored: Collection[str], layers: Mappi
         return SLICED_BLOCKS
     if any(is_fused(layer) and module in stored for module, layer in layers.items()):
         return WHOLE_BLOCKS
-    if _has_namesakes(factored, {module for module, layer in layers.items() if is_fused(layer)}):
+    fused = {module for module, layer in layers.items() if is_fused(layer)}
+    if _has_namesakes(factored, fused):
         return NAMESAKES
+    if not fused.isdisjoint(factored) and not _joins_blocks(model_type):
+        return LISTED_BLOCKS
     return AROUND_OTHERS if around_others(stored, factored) else "LORA"
+
+
+def _joins_blocks(model_type: str | None) -> bool:
+    """Whether PEFT makes one pair of factors of those of a mixture's listed matrices, where transformers holds these in
+    one parameter: for the architectures that transformers' own table leads to those it knows. A model that transformers
+    does not know has them as they are stored."""
+    from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as LIKE
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    known = model_type == "mixtral" or LIKE.get(model_type) in _JOINED_BY_PEFT
+    return known or model_type not in CONFIG_MAPPING_NAMES
 
 
 def _has_namesakes(factored: Collection[str], fused: Collection[str]) -> bool:

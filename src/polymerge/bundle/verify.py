@@ -258,7 +258,8 @@ def expected_config(bundle: Bundle, expert: str) -> dict[str, Any]:
         return borrowed_config()
     shapes, rows = adapter_shapes(bundle, expert).items(), manifest.experts[expert].own_rows
     tied, kept = manifest.tied_embedding, bundle.expert_reader(expert).kept_numbers()
-    return adapter_config(shapes, bundle.layers.values(), tied_embedding=tied, rows=rows, kept=kept)
+    kind = bundle.base.config.get("model_type")
+    return adapter_config(shapes, bundle.layers.values(), tied_embedding=tied, rows=rows, kept=kept, model_type=kind)
 
 
 def _allowed_keys(

@@ -121,6 +121,12 @@ def bundle_config(
     return changed if vocabulary is None else with_vocabulary(changed, vocabulary)
 
 
+def ties(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json of `bundle_config` ties head and embedding: where it says nothing, its architecture does
+    (Gemma, GPT-2)."""
+    return bool(config.get("tie_word_embeddings", True))
+
+
 def write_stats(folder: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """merge_stats.jsonl."""
     write_bytes(folder / STATS, "".join(json.dumps(line) + "\n" for line in lines).encode())

@@ -15,7 +15,7 @@ from ..bundle.layer import BundleLayer, stored_layers
 from ..bundle.personas import write_model_files
 from ..bundle.place import settled
 from ..bundle.reading import steady
-from ..bundle.write import bundle_config, copy_model_files, write_weights
+from ..bundle.write import bundle_config, copy_model_files, ties, write_weights
 from ..host import dtype_of
 from .place import placed
 
@@ -42,7 +42,7 @@ def export_dense(
     needed = sum(entry.bytes for entry in entries)
     with placed(output, bundle, overwrite=overwrite, needed=needed) as staged, steady(bundle):
         persona = bundle.persona(expert)
-        tied = bool(bundle.persona().config.get("tie_word_embeddings"))
+        tied = ties(bundle.persona().config)
         chosen, rows = dtype or bundle.manifest.dtype, bundle.vocabulary(expert)
         config = bundle_config(persona.config, dtype=chosen, tied=tied, code=True, vocabulary=rows)
         if bundle.manifest.experts[expert].persona:

@@ -15,7 +15,17 @@ from ..bundle.bundle import Bundle
 from ..bundle.files import check_free_space, disk_errors, entry_of, raw_bytes, write_json, write_safetensors
 from ..bundle.layer import BundleLayer
 from ..bundle.manifest import ADAPTER_FILE
-from ..bundle.peft import NAMESAKES, SLICED_BLOCKS, adapter_config, around_others, as_peft, missing_zeros, stored_name
+from ..bundle.peft import (
+    FACTORED_TABLES,
+    LISTED_BLOCKS,
+    NAMESAKES,
+    SLICED_BLOCKS,
+    adapter_config,
+    around_others,
+    as_peft,
+    missing_zeros,
+    stored_name,
+)
 from ..bundle.personas import write_files
 from ..bundle.place import settled
 from ..bundle.reading import steady
@@ -75,11 +85,21 @@ def export_peft(bundle: Bundle | str | Path, expert: str, output: str | Path, *,
                 f"expert {expert!r}: PEFT takes dense layers and shared experts for parts of the mixture's blocks, "
                 "which are called alike, and would leave their residuals out; export with --to dense"
             )
+        if config["peft_type"] == LISTED_BLOCKS:
+            raise ModelError(
+                f"expert {expert!r}: PEFT does not join the matrices of this architecture's mixture, and would leave "
+                "their residuals out; export with --to dense"
+            )
         around = around_others(config["modules_to_save"] or (), config["target_modules"])
         if around is not None:
             raise ModelError(
                 f"expert {expert!r}: PEFT has no place for numbers of {around!r} itself beside those of the modules in "
                 "it; export with --to dense"
+            )
+        if config["peft_type"] == FACTORED_TABLES:
+            raise ModelError(
+                f"expert {expert!r}: PEFT has no place for its own numbers beside the residual of an embedding or a "
+                "head; export it with --to dense"
             )
         if config["peft_type"] != "LORA":
             raise ModelError(
@@ -117,7 +137,8 @@ def _write_adapter(bundle: Bundle, expert: str, staged: Path) -> dict[str, Any]:
     entries.sort(key=lambda entry: natural_key(entry.key))
     check_free_space(staged, sum(entry.bytes for entry in entries))
     contents = (bytes(raw_bytes(tensors[e.key])) if e.key in tensors else bytes(e.bytes) for e in entries)
-    config = adapter_config([(entry.key, entry.shape) for entry in entries], layers, tied_embedding=tied)
+    shapes, kind = [(entry.key, entry.shape) for entry in entries], bundle.base.config.get("model_type")
+    config = adapter_config(shapes, layers, tied_embedding=tied, model_type=kind)
     by_rows = set(config["trainable_token_indices"] or ())
     named = [entry._replace(key=stored_name(entry.key, by_rows)) for entry in entries]
     write_safetensors(staged / ADAPTER_FILE, named, contents)

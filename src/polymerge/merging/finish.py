@@ -89,7 +89,14 @@ def finish_expert(
             for piece in file.pieces
             if piece.key.endswith(ROW_NUMBERS)
         }
-        config = adapter_config(shapes, layers, tied_embedding=tied_embedding, rows=rows, kept=kept)
+        config = adapter_config(
+            shapes,
+            layers,
+            tied_embedding=tied_embedding,
+            rows=rows,
+            kept=kept,
+            model_type=base.config.get("model_type"),
+        )
         by_rows = set(config["trainable_token_indices"] or ())
         entry = file.finish(_named(file.pieces, lambda key: stored_name(key, by_rows)))
     else:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..bundle.alignment import Alignment, write_alignment
 from ..bundle.bundle import Bundle
 from ..bundle.files import FileEntry, check_free_space, raw_bytes
-from ..bundle.write import write_manifest, write_stats
+from ..bundle.write import ties, write_manifest, write_stats
 from ..errors import BundleError, DiskSpaceError, RecipeError
 from ..host import DTYPES
 from ..method.dense import residual_of, unsaid
@@ -265,7 +265,7 @@ def _store(
 ) -> dict[str, FileEntry]:
     """What the expert has of its own beside its weights; Python files only where the bundle has some."""
     files = write_alignment(folder, name, alignment) if alignment else {}
-    tied = bool(bundle.persona().config.get("tie_word_embeddings", bundle.manifest.tied_embedding is not None))
+    tied = ties(bundle.persona().config)
     code = any(file.endswith(".py") for file in bundle.manifest.files)
     return files | store_persona(folder, name, persona, groups, dtype=bundle.manifest.dtype, tied=tied, code=code)
 

@@ -65,6 +65,7 @@ class MixedModel(nn.Module):
         self.base_weights: BaseWeights | None = None
         self.personas = Personas(bundle, trust_remote_code=trust_remote_code)
         self._turn = threading.RLock()  # the rows of a call are one state that all layers read
+        hf.save_pretrained = _not_saved  # its layers have other parameters than transformers' (GPT-2, mixtures)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Raises ModelError: layers of a copy would read the rows of the first."""
@@ -197,6 +198,13 @@ class MixedModel(nn.Module):
         self._state.device = next(self.hf.parameters()).device
         self._state.set(None, 1)
         return self
+
+
+def _not_saved(*_: Any, **__: Any) -> None:
+    raise ModelError(
+        "a loaded bundle is not saved: its folder is a checkpoint of the average already, and `polymerge export --to "
+        "dense` makes one of an expert"
+    )
 
 
 def _rows(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:

@@ -46,6 +46,8 @@ SIGNATURES = {
     ".weight_packed": "compressed-tensors",
     ".W_q": "hqq",
 }
+# Settings of plain weights that are rounded anew in every forward pass (BitNet's bfloat16 models).
+AS_IT_RUNS = {"quantization_mode": "online", "keep_master_weights": True, "store_master_weights": True}
 
 
 class DequantisedCheckpoint(Checkpoint):
@@ -104,7 +106,8 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint itself where its tensors are plain, and otherwise its tensors unpacked.
 
     Raises:
-        SourceError: another format than FP8 with block scales and MXFP4; names it and the way out.
+        SourceError: another format than FP8 with block scales and MXFP4, or one that works on plain tensors; names it
+            and the way out.
     """
     tensors = checkpoint.tensors
     odd = [name for name, info in tensors.items() if info.dtype is None and not _is_mask(name, info)]
@@ -114,6 +117,13 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
     method = _method(checkpoint) or signed
     if method and (left or signed):
         raise SourceError(_refusal(checkpoint, method, (left or odd or list(tensors))[0]))
+    settings = checkpoint.config.get("quantization_config")
+    rounded = next((k for k, v in AS_IT_RUNS.items() if isinstance(settings, dict) and settings.get(k) == v), None)
+    if rounded:
+        raise SourceError(
+            f"{checkpoint.label}: config.json's quantization_config ({method}, {rounded}) rounds its plain weights in "
+            "every forward pass, which a bundle does not do; without quantization_config they are merged as stored"
+        )
     return DequantisedCheckpoint(checkpoint) if packed else checkpoint
 
 

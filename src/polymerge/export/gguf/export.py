@@ -20,7 +20,7 @@ from ...bundle.files import write_bytes
 from ...bundle.personas import write_files
 from ...bundle.place import settled
 from ...bundle.reading import steady
-from ...bundle.write import bundle_config, copy_model_files
+from ...bundle.write import bundle_config, copy_model_files, ties
 from ...engine.defaults import GenerationDefaults, checkpoint_defaults, folder_defaults
 from ...engine.llamacpp.folder import ADAPTER, BASE, NOTE, GgufExpert, GgufNote, Kind, serve_command
 from ...engine.llamacpp.server import installed
@@ -166,18 +166,12 @@ def _average(plan: GgufPlan, folder: Path) -> None:
     """The average as a checkpoint, with a head of its own where experts change it."""
     bundle = plan.bundle
     folder.mkdir()
-    config = bundle_config(
-        read_json(bundle.path / "config.json"), dtype=bundle.manifest.dtype, tied=not plan.untied and _tied(plan),
-        code=True,
-    )  # fmt: skip
+    said = read_json(bundle.path / "config.json")
+    config = bundle_config(said, dtype=bundle.manifest.dtype, tied=not plan.untied and ties(said), code=True)
     copy_model_files(bundle.path, folder, config, code=True)
     write_average(bundle, folder, plain=True)
     if plan.untied:
         _add_head(plan, folder)
-
-
-def _tied(plan: GgufPlan) -> bool:
-    return bool(plan.bundle.persona().config.get("tie_word_embeddings"))
 
 
 def _add_head(plan: GgufPlan, folder: Path) -> None:
