@@ -12,6 +12,7 @@ from polymerge import load_recipe
 from polymerge.assess import AssessRecipe
 from polymerge.cli.main import app
 from polymerge.recipe.merge import Recipe
+from tests.pages import blocks_of
 from tests.test_imports import FLOORS
 
 ROOT = Path(__file__).parents[1]
@@ -121,6 +122,14 @@ def test_every_command_of_the_pages_is_one(page: Path) -> None:
         if hasattr(command, "commands") or "--help" in words:
             continue
         command.make_context(line, words)  # raises for an option or a value that there is not
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_who_is_told_to_serve_is_told_to_install_what_that_needs(page: Path) -> None:
+    for block in blocks_of(page):
+        extras = re.findall(r"pip install -e '\.\[([\w,]+)\]'", block)
+        if extras and "polymerge serve" in block:
+            assert "serve" in ",".join(extras).split(","), block
 
 
 def test_every_page_is_reached_from_the_readme_in_two_steps() -> None:

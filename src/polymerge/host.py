@@ -72,6 +72,25 @@ def gpu_memory() -> int:
     return torch.cuda.mem_get_info()[1]
 
 
+def available_memory() -> int | None:
+    """Bytes of main memory that programs can still have, within what a container may; None where that is not told."""
+    told = Path("/proc/meminfo")
+    if not told.exists():  # macOS
+        return None
+    line = next((line for line in told.read_text().splitlines() if line.startswith("MemAvailable")), None)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    most = limit.read_text().strip() if limit.exists() else "max"
+    known = [int(line.split()[1]) * 1024] if line else []
+    return min([*known, *([int(most)] if most.isdigit() else [])], default=None)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
+
+
 def cache_folder() -> Path:
     """Where polymerge keeps what can be made again: `$POLYMERGE_CACHE`, else `polymerge` in `$XDG_CACHE_HOME`, which is
     `~/.cache` where it is not said."""

@@ -23,6 +23,7 @@ from polymerge.cli.main import main
 from polymerge.demo.run import DemoResult, SkillRow
 from polymerge.export.vllm.export import _Clock
 from polymerge.merging.choices import bytes_of_codes
+from polymerge.merging.footprint import footprint
 from polymerge.merging.plan import plan_merge
 from polymerge.merging.run import Progress
 from tests.conftest import Merged
@@ -71,6 +72,32 @@ def test_plan_says_what_other_codes_would_cost(narrow: Callable[..., str], merge
     plan = plan_merge({name: str(path) for name, path in experts.items()}, compress_rate=0.6)
     costs = bytes_of_codes(plan)
     assert costs[plan.recipe.code] == sum(plan._expert_bytes(expert, "low_rank") for expert in experts)
+
+
+def test_plan_says_what_memory_holds_of_coded_residuals(narrow: Callable[..., str], merged: Merged) -> None:
+    _, experts = merged("llama", compress_rate=0.6)
+    words = [*(f"{name}={path}" for name, path in experts.items()), "--compress-rate", "0.6"]
+    shown = narrow("plan", *words, "--code", "int4")
+    said = re.search(r"residuals decoded, (\S+) times what they take in files; with --residuals packed (.+B)", shown)
+    assert said, shown
+    times, packed = said.groups()
+    plan = plan_merge({n: str(p) for n, p in experts.items()}, compress_rate=0.6, code="int4", residuals="packed")
+    assert 6 < float(times) < 8 and packed == console.size(footprint(plan).bundle)  # float32 for four bits and scales
+    assert "residuals of linear layers packed" in narrow("plan", *words, "--code", "int4", "--residuals", "packed")
+    assert "decoded" not in narrow("plan", *words, "--code", "factors")
+    entropy = narrow("plan", *words, "--code", "entropy", "--residuals", "packed")  # is decoded all the same
+    assert "residuals decoded, " in entropy and "packed" not in entropy
+
+
+def test_plan_says_when_the_model_reads_less_than_was_asked_for(narrow: Callable[..., str], merged: Merged) -> None:
+    _, experts = merged("llama", compress_rate=0.6)
+    words = [f"{name}={path}" for name, path in experts.items()]
+    longest = json.loads((next(iter(experts.values())) / "config.json").read_text())["max_position_embeddings"]
+    shown = narrow("plan", *words, "--context", str(longest + 1), "--requests", "3")
+    assert f"             the model reads {longest} tokens at most, not {longest + 1}\n" in shown
+    assert "at most, not" not in narrow("plan", *words, "--context", str(longest))
+    shown = narrow("plan", *words, "--gpu", "1kB")
+    assert "\n             fewer experts or tokens; there is room for 0 tokens\n" in shown
 
 
 def test_the_time_left_of_an_export_is_told_once_a_factor_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:

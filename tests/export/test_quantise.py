@@ -296,7 +296,7 @@ def test_bad_input_is_one_line(quantised: MakeBundle, tmp_path: Path) -> None:
         quantize_bundle(bundle, tmp_path / "g", base="gptq-int8", prompts={bundle.experts[0]: [Example("a")]})
     with pytest.raises(BundleError, match="no expert 'nobody'"):
         quantize_bundle(bundle, tmp_path / "b", prompts={"nobody": []})
-    with pytest.raises(OutputExistsError):
+    with pytest.raises(OutputExistsError, match=r"exists; give another --output$"):  # the command has no --overwrite
         quantize_bundle(bundle, made.bundle.path)
     assert not list(tmp_path.iterdir())
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from polymerge.errors import BundleError
+from polymerge.errors import BundleError, MissingExtraError, PolymergeError
 from polymerge.serve import choice, start
 from polymerge.serve.choice import choose_engine
 from tests.conftest import Merged
@@ -73,3 +75,32 @@ def test_serve_says_which_engine_and_why(merged: Merged, on_a_cpu: None, monkeyp
     said.clear()
     start.serve_bundle(bundle.path, engine="transformers", say=said.append)
     assert not said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"engine": "transformers", "vllm": True}, "--engine transformers: leave --vllm and --vllm-url out"),
+        ({"engine": "llamacpp", "vllm_url": "http://x"}, "--engine llamacpp: leave --vllm and --vllm-url out"),
+        ({"engine": "transformers", "vllm_arg": ["--x"]}, "--vllm-python and --vllm-arg belong to --engine vllm"),
+        ({"engine": "llamacpp", "vllm_python": "python"}, "--vllm-python and --vllm-arg belong to --engine vllm"),
+        ({"vllm": True, "thinker": "t"}, "--engine vllm serves no `staged`"),
+        ({"engine": "transformers", "gguf": "x"}, "--gguf and --llama-url belong to --engine llamacpp"),
+        ({"engine": "vllm", "base": "int8"}, "--base and --residuals belong to the engine transformers"),
+    ],
+)
+def test_options_of_another_engine_are_refused(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    pytest.importorskip("fastapi")
+    with pytest.raises(PolymergeError, match=re.escape(said)):
+        start.serve_bundle(tmp_path, **options)
+
+
+def test_a_missing_llamacpp_is_missed_before_anything_is_exported(
+    merged: Merged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fastapi")
+    bundle, _ = merged("llama")
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)  # as if it were not installed
+    monkeypatch.setattr("polymerge.serve.gguf.export_of", lambda *_: pytest.fail("was exported"))
+    with pytest.raises(MissingExtraError, match=r"xllamacpp is not installed; pip install -e '\.\[llamacpp\]'"):
+        start.serve_bundle(bundle.path, engine="llamacpp", port=0)

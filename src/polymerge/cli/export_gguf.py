@@ -48,7 +48,8 @@ def export_for_gguf(
         _print_note(note, output)
         say(f"next: {shlex.join(written.command)}")
         first = next(iter(note.experts))
-        say(f"or: ollama create {first} -f {output.resolve() / 'experts' / first / 'Modelfile'}")
+        modelfile = output.resolve() / "experts" / first / "Modelfile"
+        say(f"or: {shlex.join(['ollama', 'create', first, '-f', str(modelfile)])}")
 
 
 def _within(negligible: tuple[str, ...]) -> list[str]:

@@ -58,7 +58,8 @@ def merge(
         typer.Option(help="Held-out requests, NAME=FILE.jsonl for every expert: what each keeps."),
     ] = None,
     codes: Annotated[
-        str | None, typer.Option(help="For --target: those to choose from, separated by commas; by default all.")
+        str | None,
+        typer.Option(help="For --target: those to choose from, separated by commas; by default factors, int8, int4."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="For --prompts: rows of each file; by default 32.")] = None,
     workers: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
@@ -116,7 +117,7 @@ def merge(
     half_done_work(output, resume=resume, say=say)
     silent = quiet or as_json
     if overwrite and (output / "router").is_dir() and not silent:
-        again = f"polymerge router fit {output} --data DIR"
+        again = f"polymerge router fit {shlex.quote(str(output))} --data DIR"
         tell(f"note: the router in {output} goes with the bundle that is replaced; afterwards: {again}", to=err)
     with (
         waiting("looking at the sources", silent) as looked,
@@ -134,16 +135,22 @@ def merge(
     if as_json:
         print_json(_data(bundle, output, searched, measured))
     elif not quiet:
-        options = [f"--{key.replace('_', '-')} {value}" for key, value in kept.items() if value is not None]
-        options += [f"--calibration {pair}" for pair in calibration or ()]
-        _print(bundle, output, searched, " ".join([*recipe, "-o", str(output), *options]))
+        options = [word for key, value in kept.items() if value is not None for word in _option(key, value)]
+        options += [word for pair in calibration or () for word in _option("calibration", pair)]
+        command = ["polymerge", "merge", *recipe, "-o", str(output), *options]
+        _print(bundle, output, searched, command)
         _print_costs(plans[-1], bundle)
         if measured:
-            given = [f"--prompts {pair}" for pair in prompts or ()] + ([f"--limit {limit}"] if limit else [])
-            print_measured(measured[-1], " ".join([*recipe, "-o", str(output), *options, *given]))
+            given = [word for pair in prompts or () for word in _option("prompts", pair)]
+            given += _option("limit", limit) if limit else []
+            print_measured(measured[-1], shlex.join([*command, *given]))
         elif not searched:
             print_verdicts(inspect_bundle(bundle))
         out.print(f"next: polymerge inspect {shlex.quote(str(output))}", markup=False, soft_wrap=True)
+
+
+def _option(key: str, value: object) -> list[str]:
+    return [f"--{key.replace('_', '-')}", str(value)]
 
 
 def _data(
@@ -156,7 +163,7 @@ def _data(
     return {"bundle": str(output), **inspect_bundle(bundle).to_json(), **search, **kept}
 
 
-def _print(bundle: Bundle, output: Path, searched: list[Found], words: str) -> None:
+def _print(bundle: Bundle, output: Path, searched: list[Found], command: list[str]) -> None:
     from ..bundle.inspect import alignments
     from ..recipe.rates import in_words
     from .console import say, size, tell
@@ -170,9 +177,9 @@ def _print(bundle: Bundle, output: Path, searched: list[Found], words: str) -> N
         tell(f"{name}: {before:.2g} from {bundle.experts[0]} before it was aligned, {after:.2g} after")
     for chosen in searched:
         found = chosen.recipe
-        at = f"--compress-rate {in_words(found.compress_rate)} --code {found.code}"
-        at += f" --embeddings {found.embeddings} --lm-head {found.lm_head}"
-        say(f"repeat: polymerge merge {words} {at}")
+        at = {"compress_rate": in_words(found.compress_rate), "code": found.code}
+        at |= {"embeddings": found.embeddings, "lm_head": found.lm_head}
+        say(f"repeat: {shlex.join([*command, *(word for key in at for word in _option(key, at[key]))])}")
 
 
 def _print_costs(plan: MergePlan, bundle: Bundle) -> None:

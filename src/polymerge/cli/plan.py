@@ -24,9 +24,10 @@ from .words import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from ..merging.footprint import Footprint
+    from ..merging.plan import MergePlan
     from ..merging.room import Change
     from ..recipe.rates import AnyRates
 
@@ -110,7 +111,7 @@ def plan(
         )
     out.print(f"reads        {size(summary['read_bytes'])}")
     out.print(f"memory       about {size(summary['memory_bytes'])} beside the program itself")
-    _print_footprint(needs)
+    _print_footprint(needs, _held(planned, needs))
     _print_change(needs, change)
     for note in summary["notes"]:
         tell(f"note: {note}")
@@ -132,37 +133,56 @@ def embedding_costs(costs: Mapping[str, int], rates: AnyRates) -> str:
     return ", ".join(f"{choice}{at.get(choice, '')} {size(count)}" for choice, count in costs.items())
 
 
-def _print_footprint(needs: Footprint) -> None:
+def _print_footprint(needs: Footprint, held: Iterable[str]) -> None:
     """What answering needs in memory, part by part, against the limit."""
-    from .console import out, say, size
+    from .console import out, size, tell
 
     out.print(f"answering    about {size(needs.total)} in memory, activations apart", end="")
     if needs.limit is not None:
         out.print(f", of {size(needs.limit)}: {'it fits' if needs.fits else '[red]it does not fit[/]'}", end="")
     out.print()
     out.print(f"  bundle     {size(needs.bundle)}, cache {size(needs.bundle_cache)} ({needs.bundle_tokens} tokens)")
-    if needs.base != "16bit":
-        say(f"             the average's linear layers in {needs.base}")
-    if needs.residuals == "packed":
-        say("             residuals of linear layers packed")
+    for line in held:
+        tell(f"             {line}", 13)
     if needs.thinker:
-        held = "" if needs.thinker_base == "16bit" else f" in {needs.thinker_base}"
+        base = "" if needs.thinker_base == "16bit" else f" in {needs.thinker_base}"
         cache = f"cache {size(needs.thinker_cache)} ({needs.thinker_tokens} tokens)"
-        out.print(f"  thinker    {size(needs.thinker)}{held}, {cache}")
+        out.print(f"  thinker    {size(needs.thinker)}{base}, {cache}")
+
+
+def _held(plan: MergePlan, needs: Footprint) -> Iterator[str]:
+    """What there is to say of how memory holds the bundle and its cache."""
+    from dataclasses import replace
+
+    from ..merging.footprint import held_bytes, times_decoded
+    from ..model.held import stays_packed
+    from .console import size
+
+    if needs.base != "16bit":
+        yield f"the average's linear layers in {needs.base}"
+    times = times_decoded(plan)
+    if stays_packed(plan.residuals, plan.code):
+        yield "residuals of linear layers packed"
+    elif times > 1:
+        packed = held_bytes(replace(plan, residuals="packed"))
+        instead = f"; with --residuals packed {size(packed)}" if packed < needs.bundle else ""
+        yield f"residuals decoded, {times:.1f} times what they take in files{instead}"
+    asked, each = plan.work.context or 0, needs.bundle_tokens // plan.work.requests
+    if 0 < each < asked:
+        yield f"the model reads {each} tokens at most, not {asked}"
 
 
 def _print_change(needs: Footprint, change: Change | None) -> None:
     """Whether it fits, and the cheapest change with which it does."""
-    from .console import out, say, size
+    from .console import out, say, size, tell
 
     if needs.limit is None:
         return
     if needs.fits:
         say(f"fits         yes, with room for {needs.room} tokens of cache")
     elif change is None:
-        out.print(
-            "[red]fits         no, and no choice of base, tables, code and rate makes it fit[/]: fewer experts or"
-        )
-        say(f"             tokens, or a thinker elsewhere (an endpoint); there is room for {needs.room} tokens")
+        out.print("[red]fits         no, and no choice of base, tables, code and rate makes it fit[/]:")
+        elsewhere = ", or a thinker elsewhere (an endpoint)" if needs.thinker else ""
+        tell(f"             fewer experts or tokens{elsewhere}; there is room for {needs.room} tokens", 13)
     else:
         say(f"fits         no; with {', '.join(change.words)} it does: {size(change.needs.total)}")

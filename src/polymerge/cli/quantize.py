@@ -11,7 +11,7 @@ from .words import read_pairs
 
 
 def quantize(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder, or its hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle.")],
     base: Annotated[
         str,

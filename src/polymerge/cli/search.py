@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,10 +63,10 @@ def _print(explored: Mapping[str, Any], output: Path, page: Path) -> None:
     from rich.table import Table
 
     from ..recipe.rates import in_words
-    from .console import out, size
+    from .console import out, say, size
 
     best = explored["trials"][explored["best"]]
-    table = Table(title=f"recipes within {size(explored['limit'])}, worst KL first in bold (nats a token)")
+    table = Table(title=f"recipes within {size(explored['limit'])}: KL of the worst expert (nats a token)")
     for column in ("code", "rate", "scale", "embeddings", "bundle", "worst KL", "top-1"):
         table.add_column(column, justify="left" if column == "code" else "right")
     for trial in sorted(explored["trials"], key=lambda trial: trial["worst_kl"]):
@@ -82,5 +83,5 @@ def _print(explored: Mapping[str, Any], output: Path, page: Path) -> None:
     out.print(table)
     out.print("bold: no other trial is smaller and nearer")
     out.print(f"best: worst KL {best['worst_kl']:.2g} in {size(best['total_bytes'])}")
-    out.print(f"report: {page}", markup=False, soft_wrap=True)
-    out.print(f"next: polymerge merge {output / 'recipe.yaml'} -o bundle", markup=False, soft_wrap=True)
+    say(f"report: {page}")
+    say(f"next: polymerge merge {shlex.quote(str(output / 'recipe.yaml'))} -o bundle")

@@ -43,9 +43,7 @@ EmbeddingRate = Annotated[
 Align = Annotated[str | None, typer.Option(help="permutation, for experts that share no base, over the recipe's.")]
 Calibration = Annotated[
     list[str] | None,
-    typer.Option(
-        help="NAME=FILE.jsonl, an expert's requests: what counts for them is kept first."
-    ),
+    typer.Option(help="NAME=FILE.jsonl, an expert's requests: what counts for them is kept first."),
 ]
 Norms = Annotated[str | None, typer.Option(help="keep or average, over the recipe's; biases count as norms.")]
 

@@ -25,7 +25,7 @@ from ..bundle.place import settled
 from ..bundle.reading import steady
 from ..bundle.sizes import Sizes
 from ..bundle.write import write_manifest
-from ..errors import DataError, ModelError
+from ..errors import DataError, ModelError, OutputExistsError
 from ..host import DTYPES, pick_device
 from ..merging.upgrade import follow_router
 from ..search.examples import Prompts, read_prompts
@@ -96,6 +96,8 @@ def quantize_bundle(
         BundleError, OutputExistsError, DiskSpaceError: before anything is written.
     """
     bundle, output = Bundle.open(bundle), settled(output)
+    if output.exists():
+        raise OutputExistsError(f"{output}: exists; give another --output")
     way = _checked(bundle, base)
     for expert in prompts or ():
         bundle.expert_folder(expert)

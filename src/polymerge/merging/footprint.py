@@ -152,6 +152,15 @@ def _modules_and_orders(folder: Path, config: str) -> tuple[frozenset[str], froz
     return frozenset(dict(model.named_modules(remove_duplicate=False))), frozenset(orders_of(forms_of(model)))
 
 
+def times_decoded(plan: MergePlan) -> float:
+    """What the residuals' factors take when they are decoded, in units of what they take as stored."""
+    tasks = [task for task in plan.tasks if task.treatment == "low_rank"]
+    stored = sum(plan.code.bytes(*task.matrix_shape, r) for task in tasks for r in task.ranks if r)
+    if plan.code.peft_readable or not stored:
+        return 1.0
+    return 1 + sum(_decoded_bytes(task, plan) for task in tasks) / stored
+
+
 def _decoded_bytes(task: TensorTask, plan: MergePlan) -> int:
     """What a tensor's residuals take in memory beyond what they take on disk."""
     dtype = (task.dtype or plan.dtype).itemsize

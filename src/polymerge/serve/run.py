@@ -209,10 +209,13 @@ def serve_llamacpp(
         PolymergeError: as `serve`; ModelError: llama.cpp does not load the export or does not answer as it says.
     """
     from ..engine.llamacpp.engine import llama_engine
+    from ..engine.llamacpp.server import package
     from .gguf import average_embedder, export_of
 
     settings = guarded(settings or ServeSettings(), host, everyone=everyone)
     with listener(host, port) as place:
+        if url is None:
+            package()  # missing, it should be missed now and not after an export
         bundle, folder = export_of(source, gguf, say)
         with llama_engine(
             folder, url=url, rows=settings.max_rows, cache_tokens=settings.cache_tokens, probe=probe,

@@ -120,7 +120,9 @@ def serve_bundle(
         only={"`staged`": bool(recipe or thinker), "--base": base != "16bit", "--residuals": residuals != "decoded"},
     )  # fmt: skip
     check_engine(engine, gguf, llama_url, vllm=vllm or bool(vllm_url), staged=bool(recipe or thinker))
-    if (engine != "transformers" or vllm or vllm_url) and (base != "16bit" or residuals != "decoded"):
+    if engine != "vllm" and (vllm_python or vllm_arg):
+        raise PolymergeError("--vllm-python and --vllm-arg belong to --engine vllm")
+    if engine != "transformers" and (base != "16bit" or residuals != "decoded"):
         raise PolymergeError(
             "--base and --residuals belong to the engine transformers; the others have types of their own"
         )
@@ -130,7 +132,7 @@ def serve_bundle(
             probe=probe, say=said, on_ready=ready,
         )  # fmt: skip
         return
-    if engine == "vllm" or vllm or vllm_url:
+    if engine == "vllm":
         serve_vllm(
             bundle, url=vllm_url, python=vllm_python, extra=vllm_arg or (), host=host, port=port, settings=settings,
             everyone=open, say=said, on_ready=ready,
@@ -172,7 +174,7 @@ def check_engine(engine: str, gguf: str | Path | None, llama_url: str | None, *,
         raise PolymergeError(f"engine {engine!r}: one of {', '.join(ENGINES)}")
     if engine != "llamacpp" and (gguf or llama_url):
         raise PolymergeError("--gguf and --llama-url belong to --engine llamacpp")
-    if engine == "llamacpp" and vllm:
-        raise PolymergeError("--engine llamacpp: leave --vllm and --vllm-url out")
-    if engine == "llamacpp" and staged:
-        raise PolymergeError("--engine llamacpp serves no `staged`; leave --recipe and --thinker out, or the engine")
+    if engine in ("llamacpp", "transformers") and vllm:
+        raise PolymergeError(f"--engine {engine}: leave --vllm and --vllm-url out")
+    if engine in ("llamacpp", "vllm") and staged:
+        raise PolymergeError(f"--engine {engine} serves no `staged`; leave --recipe and --thinker out, or the engine")

@@ -13,9 +13,10 @@ import pytest
 
 from polymerge.engine import GenerateRequest, ScoreRequest
 from polymerge.engine.exported import Probe
+from polymerge.engine.llamacpp import room
 from polymerge.engine.llamacpp.api import LlamaApi
 from polymerge.engine.llamacpp.engine import LlamaEngine, llama_engine
-from polymerge.engine.llamacpp.folder import NOTE, GgufExpert, GgufNote
+from polymerge.engine.llamacpp.folder import NOTE, GgufExpert, GgufNote, read_note
 from polymerge.engine.streaming import Piece, StreamRequest
 from polymerge.engine.structure import choice_structure, json_structure
 from polymerge.errors import ModelError
@@ -210,3 +211,18 @@ def test_requests_that_llama_cpp_cannot_answer_are_refused(folder: Path) -> None
         with pytest.raises(ModelError, match="the model's context 31"):
             engine.generate([GenerateRequest(list(range(3, 40)), "a")])
         engine.close()
+
+
+def test_too_little_memory_is_told_before_a_file_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, and keys and values of 16 bits, two of 4096 numbers in each of 32 layers (Llama's own defaults)."""
+    note, each = read_note(folder), 2 * 4096 * 32 * 2
+    for free in (None, 3 * 4 + 8 * each):
+        monkeypatch.setattr(room, "available_memory", lambda free=free: free)
+        room.check_room(folder, note, 8)
+    with pytest.raises(
+        ModelError, match=r"wants 0\.00 GB of memory .* the cache of 9 tokens.*give fewer --cache-tokens"
+    ):
+        room.check_room(folder, note, 9)
+    monkeypatch.setattr("polymerge.engine.llamacpp.engine.llama_server", lambda *_, **__: pytest.fail("was started"))
+    with pytest.raises(ModelError, match="GB are free"), llama_engine(folder, cache_tokens=9):
+        pass

@@ -29,6 +29,7 @@ from .folder import TOLERANCE, GgufNote, read_note
 from .form import form_of
 from .lora import applied_adapter
 from .reading import Lora, Reader
+from .room import check_room
 from .scheduling import Scheduler, Work
 from .server import CACHE_TOKENS, ROWS, llama_server
 
@@ -254,9 +255,10 @@ def llama_engine(
 
     Raises:
         MissingExtraError: the extra `llamacpp` is not installed. ModelError: llama.cpp cannot load the folder or does
-            not answer as the export says.
+            not answer as the export says, or too little memory is free for it.
     """
     if url is None:
+        check_room(Path(folder).expanduser(), read_note(folder), cache_tokens)
         with llama_server(folder, rows=rows, cache_tokens=cache_tokens) as served:
             yield from _checked(folder, served, rows, cache_tokens, embed, probe)
         return

@@ -12,8 +12,10 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ...errors import ModelError, needs_extra
+from ...host import usable_cores
 from .api import LlamaApi
 from .folder import BASE, GgufNote, read_note
 
@@ -29,6 +31,14 @@ def installed() -> str | None:
         return f"xllamacpp {importlib.metadata.version('xllamacpp')}"
     except importlib.metadata.PackageNotFoundError:
         return "xllamacpp"
+
+
+def package() -> Any:
+    """xllamacpp. Raises MissingExtraError: the extra `llamacpp` is not installed."""
+    with needs_extra("llamacpp"):
+        import xllamacpp
+
+    return xllamacpp
 
 
 @contextmanager
@@ -47,8 +57,7 @@ def llama_server(
     Raises:
         MissingExtraError: the extra `llamacpp` is not installed. ModelError: llama.cpp cannot load the folder.
     """
-    with needs_extra("llamacpp"):
-        import xllamacpp
+    xllamacpp = package()
     folder = Path(folder).expanduser()
     note = note or read_note(folder)
     params = xllamacpp.CommonParams()
@@ -76,4 +85,4 @@ def llama_server(
 
 def _threads() -> int:
     wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return int(wanted) if wanted.isdigit() and int(wanted) else len(os.sched_getaffinity(0))
+    return int(wanted) if wanted.isdigit() and int(wanted) else usable_cores()
