@@ -16,7 +16,7 @@ from torch import Tensor
 import polymerge
 from polymerge import load_model, merge
 from polymerge.bundle.bundle import Bundle
-from polymerge.errors import DataError, RecipeError
+from polymerge.errors import DataError, ModelError, RecipeError
 from polymerge.method.weights import Weights
 from polymerge.search import calibrate
 from polymerge.search.agreement import ComparedTokens, Reference
@@ -207,4 +207,16 @@ def test_what_cannot_be_calibrated_is_refused(experts: dict[str, str], folder: P
         merge(recipe_of(experts, folder, compress_rate=0.0), tmp_path / "bundle")
     with pytest.raises(DataError, match=r"gone\.jsonl"):
         merge(recipe_of(experts, folder, calibration={"e0": str(folder / "gone.jsonl")}), tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_an_architecture_without_a_way_back_is_one_line(
+    experts: dict[str, str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Tensor:
+        raise AssertionError("use `model.train()`\nto train it")
+
+    monkeypatch.setattr(calibrate, "_answered", refuse)
+    with pytest.raises(ModelError, match=r"cannot be calibrated \(AssertionError: use `model.train\(\)` to train it\)"):
+        merge(recipe_of(experts, folder), tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()

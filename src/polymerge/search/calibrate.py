@@ -86,18 +86,22 @@ def _write(
     plan: MergePlan, name: str, examples: Sequence[Example], modules: Collection[str], file: Path
 ) -> tuple[str, int]:
     """One expert's rows to a file: the digest of its texts' tokens, and how many modules a text came to."""
-    recipe = plan.recipe
+    recipe, label = plan.recipe, plan.checkpoints[name].label
     engine = HFEngine.from_checkpoint(
         recipe.experts[name], device=recipe.device, trust_remote_code=recipe.trust_remote_code
     )
     rows = [_shortened(row) for row in (compared_tokens(engine, e) for e in examples) if row.compared > 0]
     if not rows:
-        raise RecipeError(f"{plan.checkpoints[name].label}: none of its texts has two tokens, so nothing is calibrated")
-    seen = _seen(engine.model, rows, [module for module in modules if _has(engine.model, module)], recipe.seed)
+        raise RecipeError(f"{label}: none of its texts has two tokens, so nothing is calibrated")
+    try:
+        seen = _seen(engine.model, rows, [module for module in modules if _has(engine.model, module)], recipe.seed)
+    except Exception as error:  # each architecture has its own where it has no way back
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{label}: cannot be calibrated ({type(error).__name__}: {reason}); leave it out") from error
     for module, weights in seen.items():
         sides = (side for side in (weights.inputs, weights.outputs) if side)
         if not all(bool(torch.isfinite(side.rows).all()) for side in sides):
-            raise ModelError(f"{plan.checkpoints[name].label}: what {module} is given for its texts is not finite")
+            raise ModelError(f"{label}: what {module} is given for its texts is not finite; leave it out")
     write_seen(file, seen)
     tokens = json.dumps([(row.ids, row.compared) for row in rows])
     return hashlib.sha256(tokens.encode()).hexdigest(), len(seen)
@@ -200,7 +204,7 @@ class _Watch:
             counts = self._outputs.setdefault(name, torch.zeros(module.get_parameter("weight").shape[0]))
             counts += torch.bincount(inputs[0].cpu().flatten()[self._there], minlength=len(counts))
             found.register_hook(lambda gradient: self._add(self._inputs, name, gradient))  # type: ignore[no-untyped-call]
-        return found
+        return found.clone()  # which may be changed in place
 
     def _add(self, sums: dict[str, Tensor], name: str, given: Tensor) -> None:
         if (rows := self._rows(given)) is not None:
