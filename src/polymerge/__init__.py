@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from .hub import pull_bundle as pull_bundle
     from .hub import push_bundle as push_bundle
     from .merging.footprint import footprint as footprint
-    from .merging.grow import add_expert as add_expert
     from .merging.grow import remove_expert as remove_expert
     from .merging.plan import plan_merge as plan_merge
     from .merging.room import cheapest_change as cheapest_change
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from .router.samples import Sample as Sample
     from .router.settings import FitSettings as FitSettings
     from .router.training import fit_router as fit_router
+    from .search.add import add_expert as add_expert
     from .search.explore import search_recipe as search_recipe
     from .search.merge import merge as merge
     from .search.sweep import sweep as sweep
@@ -68,7 +68,7 @@ _HOME = {
     "Route": "router.route",
     "Router": "router.router",
     "Sample": "router.samples",
-    "add_expert": "merging.grow",
+    "add_expert": "search.add",
     "assess_models": "assess.start",
     "cheapest_change": "merging.room",
     "evaluate_bundle": "evaluate.start",

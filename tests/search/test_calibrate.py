@@ -174,6 +174,22 @@ def test_workers_give_the_same_bytes_and_one_expert_may_have_texts(
     assert same == [True, False, True]
 
 
+def test_what_is_added_may_be_calibrated(folder: Path, experts: dict[str, str], tmp_path: Path) -> None:
+    two, file = {name: experts[name] for name in ("e0", "e1")}, folder / "texts.jsonl"
+    recipe = {"experts": two, "compress_rate": 0.7, "code": "int4", "embeddings": "compress", "lm_head": "compress"}
+    far = {}
+    for calibration in (None, file):
+        bundle = merge(recipe, tmp_path / str(calibration is None))
+        added = polymerge.add_expert(bundle, "e2", experts["e2"], calibration=calibration).bundle
+        far[calibration] = kl(added, {"e2": experts["e2"]}, file)["e2"]
+        assert polymerge.verify(added, sources=True).ok
+        assert any(note.startswith("e2: residuals of ") for note in added.manifest.notes) == (calibration is not None)
+    assert far[file] < 0.95 * far[None]
+    with pytest.raises(DataError, match=r"gone\.jsonl"):
+        polymerge.add_expert(bundle, "e3", experts["e2"], calibration=tmp_path / "gone.jsonl")
+    assert Bundle.open(bundle.path).experts == ["e0", "e1", "e2"]
+
+
 def test_a_recipes_file_names_texts_beside_it(experts: dict[str, str], folder: Path, tmp_path: Path) -> None:
     recipe = {"experts": experts, "compress_rate": 0.7, "calibration": {"e0": "texts.jsonl"}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))

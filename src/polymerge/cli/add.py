@@ -15,6 +15,9 @@ def add(
     bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
     expert: Annotated[str, typer.Argument(metavar="NAME=SOURCE", help="NAME=SOURCE of the new expert.")],
     base: Annotated[str | None, typer.Option(help="The model under a PEFT adapter.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="JSONL file of its requests: what counts for them is kept first.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the source's own modelling code run.")
@@ -23,16 +26,20 @@ def add(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Add an expert against the average as it stands; the other experts are neither read nor changed."""
-    from ..merging.grow import add_expert
+    from ..search.add import add_expert
     from .console import err, print_json
     from .interrupted import whole_or_not
+    from .logs import hush_libraries
     from .progress import progress_bar
     from .words import read_pairs
 
+    if calibration:
+        hush_libraries()
     [(name, source)] = read_pairs([expert]).items()
     with progress_bar(f"adding {name}", quiet or as_json) as show, whole_or_not(bundle, name, adding=True):
         added = add_expert(
-            bundle, name, source, base=base, device=device, trust_remote_code=trust_remote_code,
+            bundle, name, source, base=base, calibration=calibration, device=device,
+            trust_remote_code=trust_remote_code,
             progress=lambda done, total, tensor: show(done, total),
         )  # fmt: skip
     if added.persona and not quiet:

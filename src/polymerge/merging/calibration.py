@@ -7,7 +7,8 @@ Who fills them is `polymerge.search.calibrate`; what rows do to factors is `poly
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,6 +26,16 @@ STORED = torch.bfloat16
 AT_HAND = 16
 
 
+@dataclass(frozen=True)
+class Calibrated:
+    """Of one expert: the file of what counts, a digest of its texts' tokens, and what the bundle says for it."""
+
+    expert: str
+    file: Path
+    digest: str
+    note: str
+
+
 class Calibration:
     """Of the experts that have texts.
 
@@ -33,9 +44,11 @@ class Calibration:
         notes: what the bundle says of itself for it.
     """
 
-    def __init__(self, files: Mapping[str, Path], digests: Mapping[str, str], notes: tuple[str, ...]) -> None:
-        self._files, self.digests, self.notes = files, digests, notes
-        self._places = {expert: _places(file) for expert, file in files.items()}
+    def __init__(self, experts: Sequence[Calibrated]) -> None:
+        self._files = {one.expert: one.file for one in experts}
+        self.digests = {one.expert: one.digest for one in experts}
+        self.notes = tuple(one.note for one in experts)
+        self._places = {expert: _places(file) for expert, file in self._files.items()}
         self._side = lru_cache(maxsize=AT_HAND)(self._read)
 
     def of(self, task: TensorTask) -> dict[str, Weights]:

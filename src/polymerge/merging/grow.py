@@ -7,10 +7,10 @@ them.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ..errors import BundleError, DiskSpaceError, RecipeError
 from ..host import DTYPES
 from ..method.dense import residual_of, unsaid
 from ..method.nearest import nearest
+from ..method.weights import Weights
 from ..naming import check_expert_name
 from ..recipe.lines import as_source
 from ..recipe.source import Source
@@ -34,6 +35,7 @@ from ..sources.opening import open_source
 from ..sources.persona import Group, Persona, differing, persona_of
 from .adapters import adapter_over, emit_adapter
 from .align import aligned_to_bundle
+from .calibration import Calibration
 from .change import alone_with, changing, move_in
 from .compress import (
     Settings,
@@ -58,6 +60,8 @@ from .treatment import TensorTask, tasks_for
 from .vocabulary import added_tables, numbers_of
 from .whole import digest_of_rows, distance_from, emit_difference, emit_own
 
+# An expert's tensors -> what counts of its residuals, while it is open.
+Calibrate = Callable[[Sequence[TensorTask]], AbstractContextManager[Calibration]]
 SAMPLED_LAYERS = 12
 # A relative error that is the rounding of float32 alone.
 EXACT = 1e-6
@@ -93,11 +97,13 @@ def add_expert(
     device: str = "auto",
     trust_remote_code: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
+    calibrate: Calibrate | None = None,
 ) -> Added:
     """Adds an expert against the bundle's base as it stands.
 
     Args:
         base: the model under a PEFT adapter; by default the one that the adapter's own configuration names.
+        calibrate: sees what counts of its residuals, tensors given.
         progress: called with (tensors done, tensors in all, tensor) after every tensor.
 
     Raises:
@@ -128,12 +134,17 @@ def add_expert(
         check_not_rounded(name, checkpoint, tasks, settings.dtype, stored)
         tasks = with_dtypes(tasks, {name: checkpoint}, settings.dtype)
         checkpoint, alignment = aligned_to_bundle(bundle, checkpoint, tasks, settings.device)
+        if calibrate and alignment:
+            raise RecipeError(
+                "calibration: is not there for experts that are aligned, as this bundle's are; leave it out"
+            )
         check_free_space(path, sum(task.expert_bytes(settings.dtype, settings.code, name) for task in tasks))
         layout = layout_of_experts([name], tasks, settings.code)
-        with changing(bundle, name) as work:
+        with calibrate(tasks) if calibrate else nullcontext() as seen, changing(bundle, name) as work:
             staging = Staging(work, layout)
             for index, task in enumerate(tasks):
-                staging.finish(functools.partial(_add_tensor, bundle, checkpoint, task, settings))
+                weights = seen.of(task).get(name) if seen else None
+                staging.finish(functools.partial(_add_tensor, bundle, checkpoint, task, settings, weights))
                 if progress:
                     progress(index + 1, len(tasks), task.name)
             notes = staging.notes
@@ -152,7 +163,7 @@ def add_expert(
             few = {task.name: kept[name] for task, note in pairs if name in (kept := kept_rows(note))}
             manifest = bundle.manifest.with_expert(
                 name, record, files=files, ratios=ratios, tables=tables_there, ranks=ranks, rows=few,
-                numbers=numbers_in(name, tasks, notes, settings.code),
+                numbers=numbers_in(name, tasks, notes, settings.code), notes=seen.notes if seen else (),
             )  # fmt: skip
             write_manifest(path, manifest.checked().to_json())
         return replace(_assess(Bundle.open(path), name, checkpoint, tasks, settings, notes), note=unread)
@@ -174,13 +185,18 @@ def remove_expert(bundle: Bundle | str | Path, name: str) -> Bundle:
         with changing(bundle, name):
             files = hand_over(bundle, name)
             write_manifest(path, bundle.manifest.without_expert(name, files).checked().to_json())
-            with contextlib.suppress(DiskSpaceError):  # the expert is out; lines of one that is not there are not read
+            with suppress(DiskSpaceError):  # the expert is out; lines of one that is not there are not read
                 write_stats(path, lines)
         return Bundle.open(path)
 
 
 def _add_tensor(
-    bundle: Bundle, checkpoint: Checkpoint, task: TensorTask, settings: Settings, emit: Emit
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    task: TensorTask,
+    settings: Settings,
+    weights: Weights | None,
+    emit: Emit,
 ) -> TensorReport:
     [(name, source)] = task.sources.items()
     report, read, settings = TensorReport(), reader_of({name: checkpoint}), settings.of(task)
@@ -197,7 +213,7 @@ def _add_tensor(
             if over:
                 emit_adapter(task, name, over, over.base.read(source), base, settings, emit, report)
             else:
-                _add_linear(bundle, name, task, raw, base, settings, emit, report)
+                _add_linear(bundle, name, task, raw, base, settings, emit, report, weights)
         else:
             report.digests[name] = digest_of_rows(task, name, settings.dtype, read)
             if task.tables is not None and task.against_base:
@@ -240,12 +256,13 @@ def _add_linear(
     settings: Settings,
     emit: Emit,
     report: TensorReport,
+    weights: Weights | None,
 ) -> None:
     weight = raw.to(settings.device, torch.float32, copy=True)
     base = base.to(settings.device, torch.float32)
     scale, mean_scale = frobenius_norm(weight), bundle.layers[task.name].mean_scale
     scales = scale, scale if mean_scale is None else mean_scale  # of tables that differ all ratios are 1
-    compress_against(task, name, weight, base, scales, settings, emit, report)
+    compress_against(task, name, weight, base, scales, settings, emit, report, weights=weights)
 
 
 def _finish(

@@ -12,7 +12,7 @@ import json
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ from torch.nn.utils.rnn import pad_sequence
 from ..engine.local.engine import HFEngine
 from ..engine.local.forced import batches
 from ..errors import DataError, ModelError, RecipeError
-from ..merging.calibration import Calibration, write_seen
+from ..merging.calibration import Calibrated, Calibration, write_seen
 from ..merging.plan import MergePlan
+from ..merging.treatment import TensorTask
 from ..method.weights import Side, Weights, joined
+from ..recipe.source import Source
 from .agreement import ComparedTokens, compared_tokens
 from .examples import Example, read_examples
 
@@ -36,6 +38,17 @@ TEXTS, LONGEST = 128, 1024
 TIED = "the head that is the table"
 # Sums of tokens' rows that are kept of a module.
 SUMS = 1024
+
+
+@dataclass(frozen=True)
+class Original:
+    """An expert as it is found, and how it is run."""
+
+    name: str
+    source: Source
+    device: str
+    trust_remote_code: bool
+    seed: int
 
 
 @contextmanager
@@ -52,26 +65,35 @@ def calibrated(
         RecipeError: nothing of an expert is stored as a residual from the average. DataError: a file that cannot be
         used, or all of it is measured. SourceError, ModelError: an expert cannot be run.
     """
-    texts = {name: _texts(name, file, measured.get(name, ())) for name, file in plan.recipe.calibration.items()}
+    recipe = plan.recipe
+    texts = {name: _texts(name, file, measured.get(name, ())) for name, file in recipe.calibration.items()}
     if not texts:
         yield None
         return
-    modules = [t.record.module for t in plan.tasks if t.treatment == "low_rank" and t.base == "average"]
-    if not modules:
-        raise RecipeError(
-            f"{plan.recipe.place_of_key('calibration')}no expert has residuals from an average; leave it out"
-        )
+    if not (modules := _weighted(plan.tasks)):
+        raise RecipeError(f"{recipe.place_of_key('calibration')}no expert has residuals from an average; leave it out")
     with tempfile.TemporaryDirectory(prefix="polymerge-calibration-") as folder:
-        files, digests, notes = {}, {}, []
+        made = []
         for name, examples in texts.items():
             say(f"calibration {name}: {len(examples)} texts")
-            files[name] = Path(folder) / f"{name}.safetensors"
-            digests[name], found = _write(plan, name, examples, modules, files[name])
-            notes.append(
-                f"{name}: residuals of {found} of {len(modules)} matrices are weighted by what {len(examples)} texts "
-                f"of {Path(plan.recipe.calibration[name]).name} show (their tokens' sha256 {digests[name][:16]})"
-            )
-        yield Calibration(files, digests, tuple(notes))
+            original = Original(name, recipe.experts[name], recipe.device, recipe.trust_remote_code, recipe.seed)
+            made.append(_write(original, examples, recipe.calibration[name], modules, Path(folder)))
+        yield Calibration(made)
+
+
+@contextmanager
+def calibrated_alone(original: Original, file: str, tasks: Sequence[TensorTask]) -> Iterator[Calibration]:
+    """As `calibrated`, of one expert that is added to a bundle."""
+    examples = _texts(original.name, file, ())
+    if not (modules := _weighted(tasks)):
+        raise RecipeError(f"calibration: {original.name!r} has no residuals from an average here; leave it out")
+    with tempfile.TemporaryDirectory(prefix="polymerge-calibration-") as folder:
+        yield Calibration([_write(original, examples, file, modules, Path(folder))])
+
+
+def _weighted(tasks: Sequence[TensorTask]) -> list[str]:
+    """The modules whose residuals can be weighted."""
+    return [task.record.module for task in tasks if task.treatment == "low_rank" and task.base == "average"]
 
 
 def _texts(name: str, file: str, measured: Sequence[Example]) -> list[Example]:
@@ -83,18 +105,22 @@ def _texts(name: str, file: str, measured: Sequence[Example]) -> list[Example]:
 
 
 def _write(
-    plan: MergePlan, name: str, examples: Sequence[Example], modules: Collection[str], file: Path
-) -> tuple[str, int]:
-    """One expert's rows to a file: the digest of its texts' tokens, and how many modules a text came to."""
-    recipe, label = plan.recipe, plan.checkpoints[name].label
+    original: Original, examples: Sequence[Example], texts: str, modules: Collection[str], folder: Path
+) -> Calibrated:
+    """What counts for one expert, in a file.
+
+    Args:
+        texts: the file that the examples come from.
+    """
     engine = HFEngine.from_checkpoint(
-        recipe.experts[name], device=recipe.device, trust_remote_code=recipe.trust_remote_code
+        original.source, device=original.device, trust_remote_code=original.trust_remote_code
     )
+    label = original.source.source
     rows = [_shortened(row) for row in (compared_tokens(engine, e) for e in examples) if row.compared > 0]
     if not rows:
         raise RecipeError(f"{label}: none of its texts has two tokens, so nothing is calibrated")
     try:
-        seen = _seen(engine.model, rows, [module for module in modules if _has(engine.model, module)], recipe.seed)
+        seen = _seen(engine.model, rows, [module for module in modules if _has(engine.model, module)], original.seed)
     except Exception as error:  # each architecture has its own where it has no way back
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{label}: cannot be calibrated ({type(error).__name__}: {reason}); leave it out") from error
@@ -102,9 +128,14 @@ def _write(
         sides = (side for side in (weights.inputs, weights.outputs) if side)
         if not all(bool(torch.isfinite(side.rows).all()) for side in sides):
             raise ModelError(f"{label}: what {module} is given for its texts is not finite; leave it out")
+    file = folder / f"{original.name}.safetensors"
     write_seen(file, seen)
-    tokens = json.dumps([(row.ids, row.compared) for row in rows])
-    return hashlib.sha256(tokens.encode()).hexdigest(), len(seen)
+    digest = hashlib.sha256(json.dumps([(row.ids, row.compared) for row in rows]).encode()).hexdigest()
+    note = (
+        f"{original.name}: residuals of {len(seen)} of {len(modules)} matrices are weighted by what {len(examples)} "
+        f"texts of {Path(texts).name} show (their tokens' sha256 {digest[:16]})"
+    )
+    return Calibrated(original.name, file, digest, note)
 
 
 def _shortened(row: ComparedTokens) -> ComparedTokens:
