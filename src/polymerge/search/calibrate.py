@@ -34,6 +34,8 @@ from .examples import Example, read_examples
 
 # Texts of a file, and tokens of a text, that are read.
 TEXTS, LONGEST = 128, 1024
+# Tokens that are read at once: the way back keeps all that the layers made of them.
+TOGETHER = 512
 # Stands for the head of a model whose embedding is its head, too.
 TIED = "the head that is the table"
 # Sums of tokens' rows that are kept of a module.
@@ -164,9 +166,10 @@ def _seen(model: Any, rows: Sequence[ComparedTokens], modules: Sequence[str], se
     hooks += [model.get_submodule(name).register_forward_hook(partial(watch.look, name)) for name in names.values()]
     draw = torch.Generator().manual_seed(seed)
     try:
-        for batch in batches(rows, lambda row: len(row.ids)):
+        for batch in batches(rows, lambda row: len(row.ids), TOGETHER):
             watch.begin([len(row.ids) for row in batch])
             torch.autograd.backward(_answered(model, batch, draw))
+            watch.end()
     finally:
         for hook in hooks:
             hook.remove()
@@ -208,6 +211,9 @@ class _Watch:
         self._places = torch.arange(self._read, self._read + tokens) % SUMS
         self._signs = torch.randint(0, 2, (tokens, 1), generator=self._draw) * 2.0 - 1.0
         self._read += tokens
+
+    def end(self) -> None:
+        """What they left, such as the way back, may go."""
         self._last = None, ""
 
     def look(
