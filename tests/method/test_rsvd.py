@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from polymerge.method.rsvd import factors_are_smaller, rank_for_rate, rsvd, sketch_seed
+from polymerge.method.rsvd import factors_are_smaller, from_columns, rank_for_rate, rsvd, sketch_seed
 
 
 def spectrum(kind: str, count: int) -> torch.Tensor:
@@ -25,6 +25,19 @@ def test_error_is_within_two_percent_of_the_optimum(kind: str, shape: tuple[int,
     u, v = rsvd(matrix, rank, seed=3)
     error = (matrix.double() - u.double() @ v.double()).norm()
     assert error <= 1.02 * optimum + 1e-6 * matrix.norm()
+
+
+@pytest.mark.parametrize("shape", [(200, 500), (500, 200), (300, 300)])
+@pytest.mark.parametrize("rank", [7, 40])
+def test_begun_with_the_largest_columns_one_iteration_is_as_near_as_two(shape: tuple[int, int], rank: int) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    matrix = torch.randn(shape, generator=generator) * torch.randn(shape[1], generator=generator).mul(1.5).exp()
+    optimum = torch.linalg.svdvals(matrix.double())[rank:].norm()
+    ours, theirs = ((matrix - u @ v).norm() for u, v in (from_columns(matrix, rank), rsvd(matrix, rank)))
+    assert ours <= 1.002 * theirs and ours <= 1.02 * optimum
+    for wrong in (0, 501):
+        with pytest.raises(ValueError, match="rank must be"):
+            from_columns(matrix, wrong)
 
 
 def test_factors_have_the_documented_form() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -151,9 +150,8 @@ class Expressed:
         self._takes_embeddings = runtime.takes_embeddings
         linear = {layer.module for layer in bundle.layers.values() if layer.role == "linear"}
         self._takes = linear
-        self._others = _other_tables(bundle.path)
-        self._readers = norm_readers(bundle.path)
-        self._norms = norm_modules(bundle.path)
+        model = meta_model(bundle.path)
+        self._others, self._readers, self._norms = _other_tables(model), norm_readers(model), norm_modules(model)
         shapes = [adapter_shapes(bundle, expert) for expert in bundle.experts]
         over_adapters = {layer.module for layer in bundle.layers.values() if layer.base == "adapters"}
         # The average has a part of them, which is not the others'.
@@ -238,9 +236,8 @@ class Expressed:
         return folded
 
 
-def _other_tables(folder: Path) -> set[str]:
+def _other_tables(model: Any) -> set[str]:
     """Modules of tables that look up something else than the text's tokens: positions, or a layer's own of tokens."""
-    model: Any = meta_model(folder)
     if model is None:
         return set()
     table = model.get_input_embeddings()

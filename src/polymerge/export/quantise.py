@@ -191,8 +191,7 @@ def _samples(bundle: Bundle, prompts: Mapping[str, Any], fewest: int) -> dict[st
 
 def _cost(truths: Sequence[tuple[list[int], int, Tensor]], others: Sequence[tuple[list[int], int, Tensor]]) -> Cost:
     total, same, tokens = 0.0, 0, 0
-    for (_, start, truth), (_, _, other) in zip(truths, others, strict=True):
-        p, q = truth[max(start - 1, 0) :], other[max(start - 1, 0) :]
+    for (_, _, p), (_, _, q) in zip(truths, others, strict=True):
         total += float(torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum())
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
         tokens += len(p)

@@ -63,6 +63,20 @@ def rsvd(
     m, n = matrix.shape
     check_rank(rank, m, n)
     columns = sketched(matrix, oversampled(rank, n_oversamples, OVERSAMPLING_SHARE, m, n), seed)  # [m, l]
+    return _iterated(matrix, columns, rank, n_iter)
+
+
+def from_columns(matrix: Tensor, rank: int, *, n_oversamples: int = 16) -> tuple[Tensor, Tensor]:
+    """The same for a matrix most of whose norm is in few columns: begun with the largest of these in the place of
+    Gaussian ones, one iteration gives what `rsvd` gives after two. Nothing is drawn."""
+    m, n = matrix.shape
+    check_rank(rank, m, n)
+    largest = matrix.square().sum(0).topk(oversampled(rank, n_oversamples, OVERSAMPLING_SHARE, m, n)).indices
+    return _iterated(matrix, matrix[:, largest], rank, n_iter=1)
+
+
+def _iterated(matrix: Tensor, columns: Tensor, rank: int, n_iter: int) -> tuple[Tensor, Tensor]:
+    """Power iterations from columns [m, l], and the best factors within what they span."""
     for _ in range(n_iter):
         other = conditioned(matrix.T @ conditioned(columns))  # [n, l]
         columns = matrix @ other

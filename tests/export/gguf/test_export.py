@@ -3,7 +3,8 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import gguf
 import numpy as np
@@ -24,7 +25,7 @@ from polymerge.export.gguf.adapters import check_pairs, write_lora
 from polymerge.export.gguf.converter import LlamaCpp, quantizer
 from polymerge.export.gguf.file import Stored, write_gguf
 from polymerge.export.gguf.forward import check_positions, left_out
-from polymerge.export.gguf.measure import check_served, divergence
+from polymerge.export.gguf.measure import _served, check_served, divergence
 from polymerge.export.gguf.modelfile import chat_lines, modelfile
 from polymerge.export.gguf.names import Architecture, architecture_of, interleaved
 from polymerge.export.gguf.plan import RUNTIME
@@ -401,3 +402,17 @@ def test_factors_of_a_scaled_embedding_are_measured_as_they_are_added(bundles: A
     write_peft(bundle, tasks, maker.pairs("e0", tasks, {}), tmp_path / "peft", torch.float32)
     measured = Calibration(bundle, SAMPLES, torch.device("cpu")).measure("e0", tmp_path / "peft")
     assert measured.kl < 0.02 * measured.kl_average
+
+
+def test_what_llama_cpp_tells_of_a_place_is_held_against_that_place() -> None:
+    said = torch.randn(4, 12, generator=torch.Generator().manual_seed(0)).log_softmax(-1)  # after 1 to 4 tokens
+
+    class Api:
+        def next_scores(self, ids: list[int], lora: object, *, count: int) -> dict[str, Any]:
+            row = said[len(ids) - 1]
+            return {"top_logprobs": [{"id": int(n), "logprob": float(row[n])} for n in row.argsort(descending=True)]}
+
+    api, note = cast(Any, Api()), cast(Any, SimpleNamespace(experts={"e0": None}))
+    for start, places in ((2, slice(1, 3)), (0, slice(0, 3))):
+        served = _served(api, note, "e0", [([5, 6, 7, 8], start, said[places])])
+        assert served.tokens == len(said[places]) and served.kl < 1e-6 and served.same_token == 1.0

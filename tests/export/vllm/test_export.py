@@ -19,6 +19,7 @@ from polymerge.export.vllm.calibrate import applied, read_adapter
 from polymerge.export.vllm.norms import gain_ratio, norm_modules, norm_readers
 from polymerge.export.vllm.prompts import CalibrationPrompt, read_prompts
 from polymerge.model.mixed import MixedModel
+from polymerge.sources.layers import meta_model
 from tests.tiny import make_experts, tiny_tokenizer
 
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8]])
@@ -63,14 +64,14 @@ def logits_of(model: MixedModel, expert: str | None) -> torch.Tensor:
 
 @pytest.mark.parametrize("architecture", sorted(BEFORE_LAYERS))
 def test_norms_that_only_linear_layers_read_are_found(bundles: Any, architecture: str) -> None:
-    readers = norm_readers(bundles(architecture).path)
+    readers = norm_readers(meta_model(bundles(architecture).path))
     assert {name.rpartition(".")[2] for name in readers} == BEFORE_LAYERS[architecture]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_a_gain_in_the_columns_is_the_gain_in_the_norm(bundles: Any, architecture: str) -> None:
     bundle = bundles(architecture)
-    name, norm = next(iter(norm_modules(bundle.path).items()))
+    name, norm = next(iter(norm_modules(meta_model(bundle.path)).items()))
     base = bundle.base_tensor(f"{name}.weight")
     weight = bundle.expert_reader("e1").read(f"{name}.weight")
     ratio = gain_ratio(norm, weight, base)

@@ -38,14 +38,21 @@ class HFEngine(LoadedModel):
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """As in the contract, by the loop of a server. A request that draws without a seed takes one from torch's
         global generator, so that `torch.manual_seed` fixes what a program draws."""
-        collectors = [Collector() for _ in requests]
-        answers = self._answers(requests, collectors)
-        self._run(answers)
-        return [collector.result(len(a.prompt)) for collector, a in zip(collectors, answers, strict=True)]
+        return [generation for generation, _ in self._written(requests)]
+
+    def written(self, requests: Sequence[GenerateRequest]) -> list[list[int]]:
+        """Token ids of the same answers, end tokens too."""
+        return [ids for _, ids in self._written(requests)]
 
     def stream(self, requests: Sequence[GenerateRequest], listeners: Sequence[Listener]) -> None:
         """The same, while listeners hear the answers piece by piece from this thread; it returns when all are over."""
         self._run(self._answers(requests, listeners))
+
+    def _written(self, requests: Sequence[GenerateRequest]) -> list[tuple[Generation, list[int]]]:
+        collectors = [Collector() for _ in requests]
+        answers = self._answers(requests, collectors)
+        self._run(answers)
+        return [(c.result(len(a.prompt)), a.made) for c, a in zip(collectors, answers, strict=True)]
 
     def _answers(self, requests: Sequence[GenerateRequest], listeners: Sequence[Listener]) -> list[Answer]:
         return [self._answer(*pair) for pair in zip(requests, listeners, strict=True)]

@@ -50,13 +50,13 @@ def check_served(note: GgufNote) -> None:
 def _served(api: LlamaApi, note: GgufNote, expert: str, rows: Iterable[tuple[list[int], int, Tensor]]) -> Served:
     lora, total, same, tokens = applied_adapter(list(note.experts), expert), 0.0, 0, 0
     for ids, start, truth in rows:
-        for place in range(max(start, 1), len(ids)):
+        for place, of_place in enumerate(truth, max(start, 1)):
             if tokens == MOST_TOKENS:
                 break
             told = api.next_scores(ids[:place], lora, count=LIKELIEST)["top_logprobs"]
             likeliest = torch.tensor([entry["id"] for entry in told])
-            total += divergence(truth[place - 1], likeliest, torch.tensor([entry["logprob"] for entry in told]))
-            same += int(truth[place - 1].argmax() == likeliest[0])
+            total += divergence(of_place, likeliest, torch.tensor([entry["logprob"] for entry in told]))
+            same += int(of_place.argmax() == likeliest[0])
             tokens += 1
     return Served(kl=max(total, 0.0) / max(tokens, 1), same_token=same / max(tokens, 1), tokens=tokens)
 

@@ -21,20 +21,26 @@ from ...bundle.adapter import adapter_of
 from ...bundle.bundle import Bundle
 from ...bundle.manifest import ADAPTER_FILE
 from ...bundle.peft import adapter_name, as_peft
+from ...engine.base import GenerateRequest
 from ...engine.exported import Probe, distance
 from ...engine.local.engine import HFEngine
 from ...engine.local.forced import batches, read_together
 from ...errors import ModelError
 from ...model.mixed import MixedModel
 from ..expressed import HEAD
+from .inputs import summed
 from .prompts import CalibrationPrompt
 
 # Tokens of an answer that the expert writes itself where the calibration has none.
 ANSWER_TOKENS = 24
 # No column counts for less than this share of the middle one, so that dividing by its size is harmless.
 SMALLEST_SIZE = 0.05
-# Logits of texts that are read together, padding counted: 128 MB of them, and an export compares four readings.
+# Logits of texts that are read together, padding counted: 128 MB of them, and an export compares three readings.
 LOGITS = 2**25
+# Numbers of what an expert said that are kept until its export is measured: 256 MB.
+KEPT = 2**26
+# Token ids of a prompt with its answer, and where that begins.
+Row = tuple[list[int], int]
 # Module -> (A, B); an embedding's A is looked up, every other one multiplied.
 Adapter = dict[str, tuple[Tensor, Tensor]]
 
@@ -69,52 +75,70 @@ class Calibration:
         bundle: Bundle,
         samples: Sequence[CalibrationPrompt] | Mapping[str, Sequence[CalibrationPrompt]],
         device: torch.device,
-        rows: Mapping[str, list[tuple[list[int], int]]] | None = None,
+        rows: Mapping[str, list[Row]] | None = None,
     ) -> None:
         self.bundle, self._samples = bundle, samples
         self._engine = HFEngine.from_bundle(bundle, device=str(device))
-        self._rows: dict[str, list[tuple[list[int], int]]] = dict(rows or {})
+        self._rows: dict[str, list[Row]] = dict(rows or {})
+        self._kept: tuple[str | None, list[list[Tensor]]] = (None, [])  # whose, and what it said of the first batches
 
     @torch.inference_mode()
     def input_sizes(self, expert: str, modules: Collection[str]) -> dict[str, Tensor]:
         """How large every column of a layer's input is: module -> root mean square [in], float32 on the CPU.
 
         Every token counts the same, however large its state is: the first of a text can be a thousand times larger.
+        What the expert says of its answers meanwhile is kept for `measure`, as far as there is room.
         """
-        sums: dict[str, Tensor] = {}
-        hooks = [
-            self._engine.model.hf.get_submodule(name).register_forward_pre_hook(_summing(sums, name))
-            for name in modules
-        ]
-        try:
-            for ids, _ in self._answers(expert):  # each alone: padding would count
-                _log_probabilities(self._engine, [ids], expert)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        sizes = {name: total.sqrt().cpu() for name, total in sums.items()}
+        rows, room = self.rows(expert), KEPT
+        kept: list[list[Tensor]] = []
+        with summed(self.model.hf, modules) as sums:
+            for batch in self._batches(rows):
+                sums.lengths = [len(ids) for ids, _ in batch]
+                said = self._answers_as(expert, batch)
+                room -= sum(of_row.numel() for of_row in said)
+                if room >= 0:
+                    kept.append(said)
+        self._kept = (expert, kept)
+        sizes = {name: total.sqrt().cpu() for name, total in sums.squares.items()}
         return {name: size.clamp(min=float(size.median()) * SMALLEST_SIZE) for name, size in sizes.items()}
 
     @torch.inference_mode()
     def measure(self, expert: str, folder: Path) -> Measured:
         """Compares an expert with its exported adapter on the answers' tokens."""
-        exported = read_adapter(load_file(folder / ADAPTER_FILE))
         layers, tied = self.bundle.layers.values(), self.bundle.manifest.tied_embedding
-        unfolded = read_adapter(as_peft(adapter_of(self.bundle, expert), layers, tied=(tied, HEAD) if tied else None))
-        return _measured(self._engine, expert, self._answers(expert), exported, unfolded)
+        unfolded = as_peft(adapter_of(self.bundle, expert), layers, tied=(tied, HEAD) if tied else None)
+        readers = {
+            "exported": read_adapter(load_file(folder / ADAPTER_FILE)),
+            "unfolded": read_adapter(unfolded),
+            "average": {},
+        }
+        kls, tokens, same, probes = dict.fromkeys(readers, 0.0), 0, 0, []
+        for batch, truths in self._with_truths(expert):
+            read = {}
+            for name, adapter in readers.items():
+                with applied(self.model.hf, adapter):
+                    read[name] = self._logits(batch, None)
+            for number, ((ids, start), truth) in enumerate(zip(batch, truths, strict=True)):
+                said = {name: of_answer(rows[number], start) for name, rows in read.items()}
+                for name, other in said.items():
+                    kls[name] += float((truth.exp() * (truth - other)).sum())
+                tokens += len(truth)
+                same += int((truth.argmax(-1) == said["exported"].argmax(-1)).sum())
+                probes.append(_probe(ids, read["exported"][number], read["average"][number]))
+        means = {name: max(total, 0.0) / max(tokens, 1) for name, total in kls.items()}
+        probe = max(probes, key=lambda probe: distance(probe.expert, probe.average))
+        return Measured(means["exported"], means["unfolded"], means["average"], same / max(tokens, 1), tokens, probe)
 
     @torch.inference_mode()
-    def truths(
-        self, expert: str, rows: Sequence[tuple[list[int], int]] | None = None
-    ) -> Iterator[tuple[list[int], int, Tensor]]:
+    def truths(self, expert: str, rows: Sequence[Row] | None = None) -> Iterator[tuple[list[int], int, Tensor]]:
         """What an export must answer: token ids, where the answer begins, and the log-probabilities of the bundle's
-        expert for every token but the first, [T - 1, V] float32 on the CPU.
+        expert for every token of the answer (but a text's first), [n, V] float32 on the CPU.
 
         Args:
             rows: some of `rows`; by default all.
         """
-        for batch in _batches(self._engine, self._answers(expert) if rows is None else rows):
-            said = _log_probabilities(self._engine, [ids for ids, _ in batch], expert)
+        for batch in self._batches(self.rows(expert) if rows is None else rows):
+            said = self._answers_as(expert, batch)
             yield from ((ids, start, of_row.cpu()) for (ids, start), of_row in zip(batch, said, strict=True))
 
     @property
@@ -123,26 +147,58 @@ class Calibration:
         model: MixedModel = self._engine.model
         return model
 
-    def rows(self, expert: str) -> list[tuple[list[int], int]]:
+    def rows(self, expert: str) -> list[Row]:
         """Token ids of the prompts with their answers, and where these begin."""
-        return list(self._answers(expert))
-
-    def _answers(self, expert: str) -> list[tuple[list[int], int]]:
         if expert not in self._rows:
-            samples = self._samples[expert] if isinstance(self._samples, Mapping) else self._samples
-            self._rows[expert] = _rows(self._engine, expert, samples)
-        return self._rows[expert]
+            self._write()
+        return list(self._rows[expert])
+
+    def _write(self) -> None:
+        """The rows of all experts that have none: the answers that their prompts lack are written together."""
+        asked = [
+            (expert, sample, _prompt(self._engine, expert, sample))
+            for expert in self.bundle.experts
+            if expert not in self._rows
+            for sample in (self._samples[expert] if isinstance(self._samples, Mapping) else self._samples)
+        ]
+        written = iter(
+            self._engine.written(
+                [GenerateRequest(ids, expert, ANSWER_TOKENS) for expert, sample, ids in asked if sample.answer is None]
+            )
+        )
+        for expert, sample, ids in asked:
+            answer = _answer(self._engine, expert, sample.answer) if sample.answer is not None else next(written)
+            self._rows.setdefault(expert, []).append(([*ids, *answer], len(ids)))
+
+    def _with_truths(self, expert: str) -> Iterator[tuple[list[Row], list[Tensor]]]:
+        whose, kept = self._kept
+        for number, batch in enumerate(self._batches(self.rows(expert))):
+            known = whose == expert and number < len(kept)
+            yield batch, kept[number] if known else self._answers_as(expert, batch)
+
+    def _batches(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
+        """Rows that are read together."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return batches(rows, lambda row: len(row[0]), together=LOGITS // vocabulary)
+
+    def _answers_as(self, expert: str, batch: Sequence[Row]) -> list[Tensor]:
+        """What an expert says of the answers of rows: [n, V] log-probabilities of each."""
+        return [of_answer(said, start) for said, (_, start) in zip(self._logits(batch, expert), batch, strict=True)]
+
+    def _logits(self, batch: Sequence[Row], expert: str | None) -> list[Tensor]:
+        """[T - 1, V] of every row, of every token but the first."""
+        model, ids = self.model, [ids for ids, _ in batch]
+        said = read_together(ids, lambda ids: model(ids, experts=expert, use_cache=False).logits, model.device)
+        return [of_row[:-1] for of_row in said]
 
 
-def _summing(sums: dict[str, Tensor], name: str) -> Any:
-    """A hook that adds up the squares of a module's inputs, every token scaled to the same size."""
+def of_answer(logits: Tensor, start: int) -> Tensor:
+    """Log-probabilities of an answer's tokens, float32 [n, V], of logits [T - 1, V] of all but a text's first.
 
-    def hook(module: nn.Module, inputs: Any) -> None:
-        x = F.normalize(inputs[0].float().flatten(0, -2), dim=-1)  # [tokens, in]
-        total = x.square().sum(0)
-        sums[name] = sums[name] + total if name in sums else total
-
-    return hook
+    Args:
+        start: which token of the text is the answer's first.
+    """
+    return logits[max(start - 1, 0) :].float().log_softmax(-1)
 
 
 def check_tokenizer(bundle: Bundle) -> None:
@@ -194,84 +250,22 @@ def applied(model: nn.Module, adapter: Adapter) -> Iterator[None]:
             one.remove()
 
 
-def _rows(engine: HFEngine, expert: str, samples: Sequence[CalibrationPrompt]) -> list[tuple[list[int], int]]:
-    """Token ids of prompts with their answers, and where these begin. Missing answers are written in one batch."""
-    half = engine.max_length // 2
-    prompts = [_prompt(engine, expert, sample)[-half:] for sample in samples]
-    unanswered = [prompt for prompt, sample in zip(prompts, samples, strict=True) if sample.answer is None]
-    written = iter(_written(engine, expert, unanswered))
-    rows = []
-    for prompt, sample in zip(prompts, samples, strict=True):
-        if sample.answer is None:
-            answer = next(written)
-        else:
-            answer = engine.encode(sample.answer, special=False, expert=expert)[: half - 1]
-        rows.append(([*prompt, *answer], len(prompt)))
-    return rows
-
-
 def _prompt(engine: HFEngine, expert: str, sample: CalibrationPrompt) -> list[int]:
+    """Its end, where it is long."""
     prompt = engine.chat_prompt([{"role": "user", "content": sample.prompt}], expert=expert)
     if not prompt:
         raise ModelError(f"the calibration prompt {sample.prompt!r} has no tokens in the bundle's tokenizer")
-    return prompt
+    return prompt[-(engine.max_length // 2) :]
 
 
-def _written(engine: HFEngine, expert: str, prompts: Sequence[list[int]]) -> list[list[int]]:
-    """The expert's greedy answers, each up to its end token."""
-    if not prompts:
-        return []
-    ids, mask = engine.padded(prompts)
-    made = engine.model.generate(
-        ids, attention_mask=mask, experts=expert, max_new_tokens=ANSWER_TOKENS, do_sample=False
-    )
-    return [_up_to_end(row[ids.shape[1] :].tolist(), engine.defaults_of(expert).ends) for row in made]
-
-
-def _up_to_end(tokens: list[int], ends: Collection[int]) -> list[int]:
-    """What follows an end token is padding."""
-    end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[: end + 1]
-
-
-def _measured(
-    engine: HFEngine, expert: str, rows: Sequence[tuple[list[int], int]], exported: Adapter, unfolded: Adapter
-) -> Measured:
-    hf = engine.model.hf
-    sums, tokens, same = dict.fromkeys(("exported", "unfolded", "average"), 0.0), 0, 0
-    probes = []
-    for batch in _batches(engine, rows):
-        read = [ids for ids, _ in batch]
-        truths = _log_probabilities(engine, read, expert)
-        others = {"average": _log_probabilities(engine, read, None)}
-        for name, adapter in (("exported", exported), ("unfolded", unfolded)):
-            with applied(hf, adapter):
-                others[name] = _log_probabilities(engine, read, None)
-        for number, ((ids, start), truth) in enumerate(zip(batch, truths, strict=True)):
-            answer = slice(max(start - 1, 0), None)
-            for name, other in others.items():
-                sums[name] += float((truth.exp() * (truth - other[number]))[answer].sum())
-            tokens += len(truth[answer])
-            same += int((truth.argmax(-1) == others["exported"][number].argmax(-1))[answer].sum())
-            probes.append(_probe(ids, others["exported"][number], others["average"][number]))
-    means = {name: max(total, 0.0) / max(tokens, 1) for name, total in sums.items()}
-    probe = max(probes, key=lambda probe: distance(probe.expert, probe.average))
-    return Measured(means["exported"], means["unfolded"], means["average"], same / max(tokens, 1), tokens, probe)
+def _answer(engine: HFEngine, expert: str, answer: str) -> list[int]:
+    """Its beginning, where it is long."""
+    return engine.encode(answer, special=False, expert=expert)[: engine.max_length // 2 - 1]
 
 
 def _probe(ids: list[int], exported: Tensor, average: Tensor) -> Probe:
+    """Of logits [T - 1, V]."""
     tokens = torch.tensor(ids[1:], device=exported.device)[:, None]
-    expert, base = (tuple(x.gather(1, tokens)[:, 0].tolist()) for x in (exported, average))
+    said = (logits.float() for logits in (exported, average))
+    expert, base = (tuple((x.gather(1, tokens)[:, 0] - x.logsumexp(-1)).tolist()) for x in said)
     return Probe(ids=tuple(ids), expert=expert, average=base)
-
-
-def _batches(engine: HFEngine, rows: Sequence[tuple[list[int], int]]) -> Iterator[list[tuple[list[int], int]]]:
-    """Rows that are read together."""
-    vocabulary = engine.model.hf.config.get_text_config().vocab_size
-    return batches(rows, lambda row: len(row[0]), together=LOGITS // vocabulary)
-
-
-def _log_probabilities(engine: HFEngine, rows: Sequence[list[int]], expert: str | None) -> list[Tensor]:
-    """[T - 1, V] of every row, float32: of every token but the first."""
-    said = read_together(rows, lambda ids: engine.model(ids, experts=expert, use_cache=False).logits, engine.device)
-    return [of_row[:-1].float().log_softmax(-1) for of_row in said]

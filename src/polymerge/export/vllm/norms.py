@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
-
-from ...sources.layers import meta_model
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +27,14 @@ SAME_COLUMNS = {"view", "reshape", "contiguous", "__getitem__", "to", "float"}
 LARGEST_RATIO = 1e3
 
 
-def norm_readers(folder: Path) -> dict[str, list[str]]:
+def norm_readers(model: nn.Module | None) -> dict[str, list[str]]:
     """Module of a norm -> the linear modules that read it, for norms that nothing else reads.
 
-    Empty where the installed transformers cannot build or run the architecture without weights.
+    Empty where the installed transformers cannot build (None) or run the architecture without weights.
+
+    Args:
+        model: on the meta device (`polymerge.sources.layers.meta_model`).
     """
-    model = meta_model(folder)
     if model is None:
         return {}
     try:
@@ -57,9 +56,8 @@ def gain_ratio(norm: nn.Module, expert: Tensor, base: Tensor) -> Tensor | None:
     return ratio if bool(torch.isfinite(ratio).all()) and float(ratio.abs().max()) < LARGEST_RATIO else None
 
 
-def norm_modules(folder: Path) -> dict[str, nn.Module]:
-    """Name -> module of the architecture, on the meta device."""
-    model = meta_model(folder)
+def norm_modules(model: nn.Module | None) -> dict[str, nn.Module]:
+    """Name -> module, of the same."""
     return {} if model is None else {name: module for name, module in model.named_modules() if _is_plain(module)}
 
 
