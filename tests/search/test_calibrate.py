@@ -16,7 +16,7 @@ from torch import Tensor
 import polymerge
 from polymerge import load_model, merge
 from polymerge.bundle.bundle import Bundle
-from polymerge.errors import DataError, ModelError, RecipeError
+from polymerge.errors import DataError, ModelError, PolymergeError, RecipeError
 from polymerge.method.weights import Weights
 from polymerge.search import calibrate
 from polymerge.search.agreement import ComparedTokens, Reference
@@ -236,3 +236,11 @@ def test_an_architecture_without_a_way_back_is_one_line(
     with pytest.raises(ModelError, match=r"cannot be calibrated \(AssertionError: use `model.train\(\)` to train it\)"):
         merge(recipe_of(experts, folder), tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
+
+
+def test_an_executor_that_is_none_is_told_before_texts_are_read(
+    experts: dict[str, str], folder: Path, tmp_path: Path
+) -> None:
+    texts = {"e0": str(folder / "gone.jsonl")}
+    with pytest.raises(PolymergeError, match="does no tensors"):
+        merge(recipe_of(experts, folder, calibration=texts), tmp_path / "bundle", executor="fast")  # type: ignore[arg-type]
