@@ -195,6 +195,8 @@ def test_a_recipes_file_names_texts_beside_it(experts: dict[str, str], folder: P
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     bundle = merge(folder / "recipe.yaml", tmp_path / "bundle")
     assert any(note.startswith("e0: residuals of ") for note in bundle.manifest.notes)
+    polymerge.remove_expert(bundle.path, "e0")
+    assert not any(note.startswith("e0: ") for note in Bundle.open(bundle.path).manifest.notes)
 
 
 def test_what_is_measured_does_not_calibrate(
