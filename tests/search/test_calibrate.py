@@ -16,7 +16,7 @@ from torch import Tensor
 import polymerge
 from polymerge import load_model, merge
 from polymerge.bundle.bundle import Bundle
-from polymerge.errors import DataError, ModelError, RecipeError
+from polymerge.errors import DataError, ModelError, PolymergeError, RecipeError
 from polymerge.method.weights import Weights
 from polymerge.search import calibrate
 from polymerge.search.agreement import ComparedTokens, Reference
@@ -24,7 +24,7 @@ from polymerge.search.examples import Example, read_examples
 from polymerge.search.explore import search_recipe
 from polymerge.search.find import find
 from polymerge.search.sweep import sweep
-from tests.tiny import make_experts, tiny_tokenizer
+from tests.tiny import ARCHITECTURES, make_experts, tiny_tokenizer
 
 TEXTS = [
     {"prompt": " ".join(f"w{3 + (7 * row + 5 * word) % 90}" for word in range(12)), "answer": f"w{row + 3} w{row + 9}"}
@@ -195,6 +195,8 @@ def test_a_recipes_file_names_texts_beside_it(experts: dict[str, str], folder: P
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     bundle = merge(folder / "recipe.yaml", tmp_path / "bundle")
     assert any(note.startswith("e0: residuals of ") for note in bundle.manifest.notes)
+    polymerge.remove_expert(bundle.path, "e0")
+    assert not any(note.startswith("e0: ") for note in Bundle.open(bundle.path).manifest.notes)
 
 
 def test_what_is_measured_does_not_calibrate(
@@ -236,3 +238,70 @@ def test_an_architecture_without_a_way_back_is_one_line(
     with pytest.raises(ModelError, match=r"cannot be calibrated \(AssertionError: use `model.train\(\)` to train it\)"):
         merge(recipe_of(experts, folder), tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_text_longer_than_the_model_reads_is_shortened(tmp_path: Path) -> None:
+    experts = {name: str(path) for name, path in make_experts("gpt2", tmp_path, config=short_gpt2()).items()}
+    for path in experts.values():
+        tiny_tokenizer().save_pretrained(path)
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"prompt": " ".join(["w5", "w9"] * 20)}))
+    notes = merge(recipe_of(experts, tmp_path), tmp_path / "bundle").manifest.notes
+    assert any(note.startswith("e2: residuals of ") for note in notes)
+
+
+def short_gpt2() -> Any:
+    config = ARCHITECTURES["gpt2"]()
+    config.n_positions = 16
+    return config
+
+
+def test_tables_that_have_other_rows_are_not_said_to_be_weighted(tmp_path: Path) -> None:
+    experts = experts_in(tmp_path)
+    model = hf.AutoModelForCausalLM.from_pretrained(experts["e1"])
+    model.resize_token_embeddings(104, mean_resizing=False)
+    model.save_pretrained(experts["e1"])
+    recipe = recipe_of(experts, tmp_path, code="int4", embeddings="compress", lm_head="compress")
+    notes = [note for note in merge(recipe, tmp_path / "bundle").manifest.notes if "are weighted by" in note]
+    assert len(notes) == 3 and all(": residuals of 14 of 16 matrices" in note for note in notes)
+
+
+def test_an_expert_of_which_nothing_is_seen_is_refused(
+    experts: dict[str, str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "_has", lambda model, module: False)
+    with pytest.raises(ModelError, match="its texts come to no matrix that has residuals; leave 'e0' out"):
+        merge(recipe_of(experts, folder), tmp_path / "bundle")
+
+
+def test_a_layer_that_a_text_comes_to_twice_is_left_out(experts: dict[str, str]) -> None:
+    """Rows of two calls with one sign would be added up as one token's."""
+    model = hf.AutoModelForCausalLM.from_pretrained(experts["e0"]).eval().requires_grad_(False)
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    modules = ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"]
+    assert list(calibrate._seen(model, [ComparedTokens([5, 9, 11], 2, True)], modules, seed=3)) == modules[1:]
+
+
+def test_what_a_search_may_compress_is_calibrated(
+    experts: dict[str, str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a rate at which matrices are whole, and with tables that the recipe keeps."""
+    asked: list[list[str]] = []
+    seen = calibrate._seen
+    monkeypatch.setattr(calibrate, "_seen", lambda *given: asked.append(given[2]) or seen(*given))  # type: ignore[func-returns-value]
+    held = {name: read_examples(folder / "texts.jsonl", 4) for name in experts}
+    recipe = recipe_of(experts, folder, calibration={"e0": str(folder / "texts.jsonl")}, code="int4", embeddings="keep")
+    search_recipe(recipe, "2x", held, tmp_path / "search", trials=1)
+    whole = recipe | {"compress_rate": 0.2, "embeddings": "compress"}
+    del whole["code"]
+    merge(whole, tmp_path / "bundle", target="size=1.5x", codes=["int4"])
+    for modules in asked:
+        assert {"model.embed_tokens", "model.layers.0.self_attn.q_proj"} <= set(modules)
+    assert len(asked) == 2
+
+
+def test_an_executor_that_is_none_is_told_before_texts_are_read(
+    experts: dict[str, str], folder: Path, tmp_path: Path
+) -> None:
+    texts = {"e0": str(folder / "gone.jsonl")}
+    with pytest.raises(PolymergeError, match="does no tensors"):
+        merge(recipe_of(experts, folder, calibration=texts), tmp_path / "bundle", executor="fast")  # type: ignore[arg-type]

@@ -225,6 +225,7 @@ class Manifest(Strict):
                     for n, entry in sorted({**self.files, **files}.items())
                     if not n.startswith(f"experts/{name}/")
                 },
+                "notes": tuple(note for note in self.notes if not note.startswith(f"{name}: ")),
             }
         )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -72,14 +72,14 @@ def calibrated(
     if not texts:
         yield None
         return
-    if not (modules := _weighted(plan.tasks)):
+    if not _stored(plan.tasks):
         raise RecipeError(f"{recipe.place_of_key('calibration')}no expert has residuals from an average; leave it out")
     with tempfile.TemporaryDirectory(prefix="polymerge-calibration-") as folder:
         made = []
         for name, examples in texts.items():
             say(f"calibration {name}: {len(examples)} texts")
             original = Original(name, recipe.experts[name], recipe.device, recipe.trust_remote_code, recipe.seed)
-            made.append(_write(original, examples, recipe.calibration[name], modules, Path(folder)))
+            made.append(_write(original, examples, recipe.calibration[name], plan.tasks, Path(folder)))
         yield Calibration(made)
 
 
@@ -87,15 +87,22 @@ def calibrated(
 def calibrated_alone(original: Original, file: str, tasks: Sequence[TensorTask]) -> Iterator[Calibration]:
     """As `calibrated`, of one expert that is added to a bundle."""
     examples = _texts(original.name, file, ())
-    if not (modules := _weighted(tasks)):
+    if not _stored(tasks):
         raise RecipeError(f"calibration: {original.name!r} has no residuals from an average here; leave it out")
     with tempfile.TemporaryDirectory(prefix="polymerge-calibration-") as folder:
-        yield Calibration([_write(original, examples, file, modules, Path(folder))])
+        yield Calibration([_write(original, examples, file, tasks, Path(folder))])
+
+
+def _stored(tasks: Sequence[TensorTask]) -> list[str]:
+    """The modules that have residuals from the average."""
+    return [task.record.module for task in tasks if task.treatment == "low_rank" and task.base == "average"]
 
 
 def _weighted(tasks: Sequence[TensorTask]) -> list[str]:
-    """The modules whose residuals can be weighted."""
-    return [task.record.module for task in tasks if task.treatment == "low_rank" and task.base == "average"]
+    """The modules whose residuals are weighted, at this rate or another that a search tries. A table of which experts
+    have other rows is none of them."""
+    may = (task for task in tasks if task.against_base and task.treatment != "copy" and task.tables is None)
+    return [task.record.module for task in may if task.base == "average"]
 
 
 def _texts(name: str, file: str, measured: Sequence[Example]) -> list[Example]:
@@ -107,7 +114,7 @@ def _texts(name: str, file: str, measured: Sequence[Example]) -> list[Example]:
 
 
 def _write(
-    original: Original, examples: Sequence[Example], texts: str, modules: Collection[str], folder: Path
+    original: Original, examples: Sequence[Example], texts: str, tasks: Sequence[TensorTask], folder: Path
 ) -> Calibrated:
     """What counts for one expert, in a file.
 
@@ -117,15 +124,18 @@ def _write(
     engine = HFEngine.from_checkpoint(
         original.source, device=original.device, trust_remote_code=original.trust_remote_code
     )
-    label = original.source.source
-    rows = [_shortened(row) for row in (compared_tokens(engine, e) for e in examples) if row.compared > 0]
+    label, longest = original.source.source, min(LONGEST, engine.max_length)
+    rows = [_shortened(row, longest) for row in (compared_tokens(engine, e) for e in examples) if row.compared > 0]
     if not rows:
         raise RecipeError(f"{label}: none of its texts has two tokens, so nothing is calibrated")
     try:
-        seen = _seen(engine.model, rows, [module for module in modules if _has(engine.model, module)], original.seed)
+        seen = _seen(engine.model, rows, [m for m in _weighted(tasks) if _has(engine.model, m)], original.seed)
     except Exception as error:  # each architecture has its own where it has no way back
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{label}: cannot be calibrated ({type(error).__name__}: {reason}); leave it out") from error
+    stored = _stored(tasks)
+    if not (found := sum(module in seen for module in stored)):
+        raise ModelError(f"{label}: its texts come to no matrix that has residuals; leave {original.name!r} out")
     for module, weights in seen.items():
         sides = (side for side in (weights.inputs, weights.outputs) if side)
         if not all(bool(torch.isfinite(side.rows).all()) for side in sides):
@@ -134,15 +144,15 @@ def _write(
     write_seen(file, seen)
     digest = hashlib.sha256(json.dumps([(row.ids, row.compared) for row in rows]).encode()).hexdigest()
     note = (
-        f"{original.name}: residuals of {len(seen)} of {len(modules)} matrices are weighted by what {len(examples)} "
+        f"{original.name}: residuals of {found} of {len(stored)} matrices are weighted by what {len(examples)} "
         f"texts of {Path(texts).name} show (their tokens' sha256 {digest[:16]})"
     )
     return Calibrated(original.name, file, digest, note)
 
 
-def _shortened(row: ComparedTokens) -> ComparedTokens:
+def _shortened(row: ComparedTokens, longest: int) -> ComparedTokens:
     """With the end of a long text alone."""
-    return replace(row, ids=row.ids[-LONGEST:], compared=min(row.compared, LONGEST - 1))
+    return replace(row, ids=row.ids[-longest:], compared=min(row.compared, longest - 1))
 
 
 def _has(model: nn.Module, module: str) -> bool:
@@ -202,6 +212,8 @@ class _Watch:
         self._outputs: dict[str, Tensor] = {}
         self._read = 0
         self._last: tuple[Any, str] = (None, "")
+        self._came: set[str] = set()  # modules that this batch came to
+        self._twice: set[str] = set()  # those that one came to twice, whose rows would be added up with one sign
         self._table: str | None = None
 
     def begin(self, lengths: Sequence[int]) -> None:
@@ -215,13 +227,18 @@ class _Watch:
     def end(self) -> None:
         """What they left, such as the way back, may go."""
         self._last = None, ""
+        self._came.clear()
 
     def look(
         self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Any, of_tokens: bool = False
     ) -> None:
         """A hook of what multiplies; what it gives may be a number a token of the vocabulary."""
-        if not inputs:
+        if not inputs or name in self._twice:
             return
+        if name in self._came:
+            self._twice.add(name)
+            return
+        self._came.add(name)
         last, owner = self._last
         if inputs[0] is last and owner in self._inputs:  # a neighbour was given it too
             self._inputs[name] = self._inputs[owner]
@@ -266,6 +283,7 @@ class _Watch:
         seen = {
             name: Weights(sides[id(rows)], sides[id(self._outputs[name])] if name in self._outputs else None)
             for name, rows in self._inputs.items()
+            if name not in self._twice
         }
         if (head := seen.pop(TIED, None)) and self._table:
             seen[self._table] = joined([head, seen[self._table]])

@@ -128,7 +128,8 @@ def search_recipe(
     output.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=recipe.seed % 2**32)
-    with calibrated(plan, examples, say) as calibration:
+    compressed = plan_merge(recipe, embeddings="compress", lm_head="compress")  # as some trials have their tables
+    with calibrated(compressed, examples, say) as calibration:
         measured = partial(measure, references=references, folder=output, calibration=calibration)
         search = _Search(choices, trials, measured, output, say)
         return search.run(optuna.create_study(directions=["minimize", "minimize"], sampler=sampler))

@@ -101,7 +101,7 @@ def merge(
             check_examples(plan.recipe, examples)
         if on_plan:
             on_plan(plan)
-        with calibrated(plan, examples, tell) as calibration, _opened(executor, address) as tasks:
+        with _opened(executor, address) as tasks, calibrated(plan, examples, tell) as calibration:
             if goal:
                 folder = next(parent for parent in output.absolute().parents if parent.exists())
                 chosen = find(
