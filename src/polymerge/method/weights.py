@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 # Added to every eigenvalue of a second moment, as a share of their mean: no direction counts for nothing.
-DAMPING = 0.01
+DAMPING = 0.1
 # Powers of the second moments at a residual's two sides; 0.5 would be the whole weight (docs/log.md).
 INPUTS, OUTPUTS = 0.35, 0.25
 
