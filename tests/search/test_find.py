@@ -40,7 +40,7 @@ class Bench:
         self.quality = quality
         self.asked: list[tuple[float, str]] = []
 
-    def measure(self, plan: MergePlan, references: Any, place: Any, executor: Any) -> Point:
+    def measure(self, plan: MergePlan, references: Any, place: Any, executor: Any, calibration: Any) -> Point:
         recipe = plan.recipe
         self.asked.append((recipe.compress_rate, recipe.code))
         return Point(recipe.code, recipe.compress_rate, 0, 0, 1.0, 0.0, self.quality(plan))
