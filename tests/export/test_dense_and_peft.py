@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from polymerge import export_dense, export_peft, load_model, merge, verify
+from polymerge.bundle.bundle import Bundle
 from polymerge.errors import BundleError, ModelError, OutputExistsError
 from tests.conftest import Merged
 from tests.sweep.experts import make_experts as make_any_experts
@@ -68,6 +69,16 @@ def test_a_peft_export_measures_the_ratios_that_it_drops(merged: Merged, tmp_pat
 RECIPES = ({"method": "published", "compress_rate": 0.6}, {"compress_rate": 0.6}, {"compress_rate": 0})
 
 
+def leaves_as_dense_alone(bundle: Bundle, folder: Path) -> None:
+    """PEFT refuses the expert as it lies, and its dense checkpoint answers as it does."""
+    average = AutoModelForCausalLM.from_pretrained(bundle.path)
+    with pytest.raises((KeyError, ValueError), match="POLYMERGE_"):
+        PeftModel.from_pretrained(average, bundle.expert_folder("e1"))
+    dense = AutoModelForCausalLM.from_pretrained(export_dense(bundle, "e1", folder / "dense"), dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(dense(IDS).logits, load_model(bundle)(IDS, experts="e1").logits, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_own_numbers_of_a_module_around_others_are_refused_where_peft_could_not_open_them(
     tmp_path: Path, recipe: dict[str, Any]
@@ -78,12 +89,7 @@ def test_own_numbers_of_a_module_around_others_are_refused_where_peft_could_not_
     with pytest.raises(ModelError, match=r"'e1': PEFT has no place for numbers of 'backbone.layers.0.mixer' itself"):
         export_peft(bundle, "e1", tmp_path / "e1")
     assert not (tmp_path / "e1").exists() and verify(bundle, sources=True).ok
-    average = AutoModelForCausalLM.from_pretrained(bundle.path)
-    with pytest.raises((KeyError, ValueError), match="POLYMERGE_"):  # as it lies
-        PeftModel.from_pretrained(average, bundle.expert_folder("e1"))
-    dense = AutoModelForCausalLM.from_pretrained(export_dense(bundle, "e1", tmp_path / "dense"))
-    with torch.no_grad():
-        torch.testing.assert_close(dense(IDS).logits, load_model(bundle)(IDS, experts="e1").logits, atol=1e-5, rtol=0)
+    leaves_as_dense_alone(bundle, tmp_path)
 
 
 @pytest.mark.parametrize("recipe", RECIPES[:2])
@@ -95,12 +101,7 @@ def test_dense_layers_called_as_block_experts_are_refused_where_peft_would_leave
     with pytest.raises(ModelError, match="'e1': PEFT takes dense layers and shared experts for parts of the mixture"):
         export_peft(bundle, "e1", tmp_path / "peft")
     assert not (tmp_path / "peft").exists() and verify(bundle).ok
-    average = AutoModelForCausalLM.from_pretrained(bundle.path)
-    with pytest.raises((KeyError, ValueError), match="POLYMERGE_"):  # as it lies
-        PeftModel.from_pretrained(average, bundle.expert_folder("e1"))
-    dense = AutoModelForCausalLM.from_pretrained(export_dense(bundle, "e1", tmp_path / "dense"), dtype=torch.float32)
-    with torch.no_grad():
-        torch.testing.assert_close(dense(IDS).logits, load_model(bundle)(IDS, experts="e1").logits, atol=1e-5, rtol=0)
+    leaves_as_dense_alone(bundle, tmp_path)
 
 
 @pytest.mark.parametrize("recipe", RECIPES[:2])
@@ -110,12 +111,7 @@ def test_listed_blocks_that_peft_does_not_join_are_refused(tmp_path: Path, recip
     with pytest.raises(ModelError, match="'e1': PEFT does not join the matrices of this architecture's mixture"):
         export_peft(bundle, "e1", tmp_path / "peft")
     assert not (tmp_path / "peft").exists() and verify(bundle).ok
-    average = AutoModelForCausalLM.from_pretrained(bundle.path)
-    with pytest.raises((KeyError, ValueError), match="POLYMERGE_"):  # as it lies
-        PeftModel.from_pretrained(average, bundle.expert_folder("e1"))
-    dense = AutoModelForCausalLM.from_pretrained(export_dense(bundle, "e1", tmp_path / "dense"), dtype=torch.float32)
-    with torch.no_grad():
-        torch.testing.assert_close(dense(IDS).logits, load_model(bundle)(IDS, experts="e1").logits, atol=1e-5, rtol=0)
+    leaves_as_dense_alone(bundle, tmp_path)
 
 
 def test_exports_refuse_unknown_experts_and_taken_places(merged: Merged, tmp_path: Path) -> None:

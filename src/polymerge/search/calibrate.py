@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..engine.local.engine import HFEngine
-from ..engine.local.forced import batches
+from ..engine.local.forced import batches, tokens_there
 from ..errors import DataError, ModelError, RecipeError
 from ..merging.calibration import Calibrated, Calibration, write_seen
 from ..merging.plan import MergePlan
@@ -169,8 +169,9 @@ def _seen(model: Any, rows: Sequence[ComparedTokens], modules: Sequence[str], se
     watch = _Watch(seed)
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(model.get_submodule(name)): name for name in modules}
-    hooks = [table.register_forward_hook(partial(watch.look_up, names.pop(id(table), None)))]
-    tied = head is not None and head.weight is table.weight
+    looked_up = names.pop(id(table), None)
+    hooks = [table.register_forward_hook(partial(watch.look_up, looked_up))]
+    tied = looked_up and head is not None and head.weight is table.weight
     if head is not None and (name := names.pop(id(head), TIED if tied else None)):
         hooks.append(head.register_forward_hook(partial(watch.look, name, of_tokens=True)))
     hooks += [model.get_submodule(name).register_forward_hook(partial(watch.look, name)) for name in names.values()]
@@ -218,8 +219,8 @@ class _Watch:
 
     def begin(self, lengths: Sequence[int]) -> None:
         """Further texts, which lie in rows as long as the longest."""
-        longest, tokens = max(lengths), sum(lengths)
-        self._there = (torch.arange(longest) < torch.tensor(lengths)[:, None]).flatten()
+        tokens = sum(lengths)
+        self._there = tokens_there(lengths)
         self._places = torch.arange(self._read, self._read + tokens) % SUMS
         self._signs = torch.randint(0, 2, (tokens, 1), generator=self._draw) * 2.0 - 1.0
         self._read += tokens

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from ..bundle.files import write_bytes
 from ..bundle.place import folder_to_fill
 from ..errors import needs_extra
-from ..merging.plan import MergePlan, plan_merge
+from ..merging.plan import MergePlan, plan_merge, replanned
 from ..method.codes import PLAIN
 from ..recipe.merge import Recipe, RecipeLike, RecipeSettings, read_codes
 from ..recipe.written import recipe_text
@@ -128,7 +128,7 @@ def search_recipe(
     output.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=recipe.seed % 2**32)
-    compressed = plan_merge(recipe, embeddings="compress", lm_head="compress")  # as some trials have their tables
+    compressed = replanned(plan, embeddings="compress", lm_head="compress")  # as some trials have their tables
     with calibrated(compressed, examples, say) as calibration:
         measured = partial(measure, references=references, folder=output, calibration=calibration)
         search = _Search(choices, trials, measured, output, say)

@@ -32,6 +32,11 @@ def batches(rows: Sequence[Row], length: Callable[[Row], int], together: int = T
         yield batch
 
 
+def tokens_there(lengths: Sequence[int]) -> Tensor:
+    """Whether a place of rows that are padded on the right is a token: [rows * longest]"""
+    return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).flatten()
+
+
 def read_together(ids: Sequence[Sequence[int]], logits: Logits, device: torch.device | None = None) -> list[Tensor]:
     """[T, vocabulary] of every row of token ids, in one call of `logits`, which takes its ids on the device."""
     padded = pad_sequence([torch.tensor(row) for row in ids], batch_first=True)

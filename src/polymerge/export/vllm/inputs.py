@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from ...engine.local.forced import tokens_there
 
 
 @dataclass
@@ -37,7 +38,7 @@ def summed(model: nn.Module, modules: Iterable[str]) -> Iterator[Sums]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             squares = inputs[0].float().flatten(0, -2).square()  # [tokens, in]
             weights = squares.sum(-1).clamp(min=1e-24).reciprocal()
-            counted = _counted(sums.lengths).to(weights)
+            counted = tokens_there(sums.lengths).to(weights)
             if len(counted) == len(weights):  # otherwise a block chose among the tokens
                 weights *= counted
             total = weights @ squares
@@ -51,8 +52,3 @@ def summed(model: nn.Module, modules: Iterable[str]) -> Iterator[Sums]:
     finally:
         for one in hooks:
             one.remove()
-
-
-def _counted(lengths: Sequence[int]) -> Tensor:
-    """Whether a place of a batch is a token: [rows * longest]"""
-    return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).flatten()
